@@ -1,0 +1,42 @@
+"""Exponential moving average of the effective weights, continuous through the switch."""
+
+import copy
+
+import torch
+from torch import nn
+
+from switchlora.layers import LoRALinear
+from switchlora.surgery import adapted_modules
+
+
+class WeightEMA:
+    """E <- d E + (1 - d) W_eff after each update, where W_eff = W_res + s B A once adapters are in.
+
+    ``model`` is always a plain model. The average of products is not the product of averaged
+    factors, so the effective weight is averaged: one low-rank product per target and update.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"ema is {decay}: give a decay in (0, 1), such as 0.999")
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average toward ``model``."""
+        new = 1 - self.decay
+        present = model.state_dict()
+        for name, average in self.model.state_dict().items():
+            if average.is_floating_point():
+                average.lerp_(present[name].to(average), new)
+            else:
+                average.copy_(present[name])
+        for name, module in adapted_modules(model).items():
+            self._add_adapters(f"{name}.weight", module, new)
+
+    def _add_adapters(self, name: str, module: LoRALinear, new: float) -> None:
+        average = self.model.get_parameter(name)
+        for adapter in module.adapters().values():
+            rows = average[adapter.rows]
+            rows.addmm_(adapter.B.to(rows), adapter.A.to(rows), alpha=new * adapter.scaling)

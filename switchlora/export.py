@@ -1,0 +1,69 @@
+"""Files that other libraries load: the merged model for timm, the adapter alone for PEFT."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from switchlora.layers import Adapter
+from switchlora.surgery import adapted_modules, merged_state_dict
+
+PEFT_PREFIX = "base_model.model."
+
+
+def save_merged(model: nn.Module, path: Path) -> Path:
+    """Weights of the plain model, adapters merged: ``timm.create_model(..., checkpoint_path=path)``."""
+    save_file({n: t.contiguous().cpu() for n, t in merged_state_dict(model).items()}, path)
+    return path
+
+
+def save_adapter(model: nn.Module, folder: Path) -> Path:
+    """The adapter in PEFT's format, beside ``residual.safetensors``, the model it belongs on.
+
+    Load the residual with timm, then ``peft.PeftModel.from_pretrained(model, folder)``. Row slices of a fused
+    linear become one adapter of their summed rank with a block-diagonal B.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, ranks, alphas = {}, {}, {}
+    for name, module in adapted_modules(model).items():
+        A, B = _stacked(module.adapters(), module.out_features)
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
+        ranks[name] = alphas[name] = len(A)
+    residual = {n: t for n, t in model.state_dict().items() if "lora_" not in n}
+    save_file(
+        {n: t.contiguous().cpu() for n, t in residual.items()}, folder / "residual.safetensors"
+    )
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(_peft_config(ranks, alphas), indent=2))
+    return folder
+
+
+def _stacked(adapters: dict[str, Adapter], out_features: int) -> tuple[Tensor, Tensor]:
+    rank = sum(len(adapter.A) for adapter in adapters.values())
+    first = next(iter(adapters.values())).A
+    A = torch.cat([adapter.A.detach() for adapter in adapters.values()]).cpu()
+    B = torch.zeros(out_features, rank, dtype=first.dtype)
+    start = 0
+    for adapter in adapters.values():
+        stop = start + len(adapter.A)
+        B[adapter.rows, start:stop] = adapter.scaling * adapter.B.detach().cpu()
+        start = stop
+    return A, B
+
+
+def _peft_config(ranks: dict[str, int], alphas: dict[str, int]) -> dict[str, object]:
+    largest = max(ranks.values())
+    return {
+        "peft_type": "LORA",
+        "r": largest,
+        "lora_alpha": largest,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items()},
+        "alpha_pattern": {f"^{name}$".replace(".", r"\."): rank for name, rank in alphas.items()},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }

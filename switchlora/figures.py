@@ -1,0 +1,172 @@
+"""Pictures of one run, drawn from its metrics.jsonl."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from switchlora.runlog import read_events
+from switchlora.surgery import family
+
+Event = dict[str, Any]
+FULL_SHADE, ADAPTER_SHADE = "#dfe7f1", "#f6e6d3"
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#555555"
+
+
+def draw_figures(folder: Path) -> list[Path]:
+    """Draw what the run in ``folder`` measured into ``folder/figures``; return the files."""
+    events = list(read_events(folder))
+    measured = [e for e in events if e["event"] == "measure"]
+    pictures: dict[str, Figure] = {}
+    if measured:
+        switch = _switch_update(events)
+        pictures = {
+            "update_norms": small_multiples(
+                measured, "relative_update_norm", "relative update norm, %", switch, 100
+            ),
+            "stable_ranks": small_multiples(
+                measured, "update_stable_rank", "stable rank of the update", switch
+            ),
+            "weight_stable_ranks": small_multiples(
+                measured, "weight_stable_rank", "stable rank of the weight", switch
+            ),
+            "update_norm_map": heat_map(measured, "relative_update_norm", switch),
+        }
+    if any(e["event"] in ("train", "eval") for e in events):
+        pictures["training"] = training_curves(events)
+    return [_save(figure, folder / "figures" / f"{name}.png") for name, figure in pictures.items()]
+
+
+def small_multiples(
+    measured: Sequence[Event], key: str, label: str, switch: int | None, unit: float = 1.0
+) -> Figure:
+    """One panel per family with a line per layer, dark for the first block, light for the last."""
+    names = _targets(measured[0], key)
+    families = list(dict.fromkeys(family(name) for name in names))
+    columns = min(len(families), 2)
+    rows = math.ceil(len(families) / columns)
+    size = (4.2 * columns, 2.6 * rows)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    updates = [e["num_updates"] for e in measured]
+    for axis, name in zip(axes.flat, families, strict=False):
+        members = [n for n in names if family(n) == name]
+        for place, member in enumerate(members):
+            color = plt.get_cmap("viridis")(0.9 * place / max(len(members) - 1, 1))
+            values = [unit * _number(e.get(f"{key}/{member}")) for e in measured]
+            axis.plot(updates, values, color=color, linewidth=1.4)
+        axis.set_title(name, fontsize=10)
+        _mark_switch(axis, switch)
+        _tidy(axis)
+    for axis in list(axes.flat)[len(families) :]:
+        axis.set_visible(False)
+    _label_blocks(figure, axes, len(names) // len(families))
+    figure.supylabel(label, fontsize=10)
+    figure.supxlabel("optimizer updates", fontsize=10)
+    return figure
+
+
+def heat_map(measured: Sequence[Event], key: str, switch: int | None) -> Figure:
+    """Layers by time: the relative update norm of every target, on a logarithmic colour scale."""
+    names = sorted(_targets(measured[0], key), key=lambda n: (family(n), _depth(n)))
+    values = np.array([[100 * _number(e.get(f"{key}/{n}")) for e in measured] for n in names])
+    figure, axis = plt.subplots(figsize=(7.2, 1.2 + 0.16 * len(names)), layout="constrained")
+    updates = [e["num_updates"] for e in measured]
+    edges = [0, *updates] if len(updates) == 1 else [2 * updates[0] - updates[1], *updates]
+    positive = np.where(values > 0, values, np.nan)
+    mesh = axis.pcolormesh(
+        edges, np.arange(len(names) + 1), positive, norm="log", cmap="viridis", rasterized=True
+    )
+    axis.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=6)
+    axis.invert_yaxis()
+    axis.set_xlabel("optimizer updates")
+    if switch is not None:
+        axis.set_title(f"until the switch at update {switch:,}", fontsize=10)
+    figure.colorbar(mesh, label="relative update norm, %")
+    return figure
+
+
+def training_curves(events: Sequence[Event]) -> Figure:
+    """Train and validation loss, and top1, with the full and the adapter phase shaded."""
+    figure, (loss, top1) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    switch, last = _switch_update(events), max(e["num_updates"] for e in events)
+    series = _series(events)
+    loss.plot(*series("train", "train/loss"), color=GREY, linewidth=0.6, label="train")
+    loss.plot(*series("eval", "val/loss"), "o-", color=BLUE, markersize=3, label="validation")
+    top1.plot(*series("eval", "val/top1"), "o-", color=BLUE, markersize=3, label="validation")
+    updates, averaged = series("eval", "val/ema_top1")
+    if updates:
+        top1.plot(updates, averaged, "o-", color=ORANGE, markersize=3, label="validation, EMA")
+    for axis, name in ((loss, "loss"), (top1, "top1, %")):
+        _shade(axis, switch, last)
+        axis.set_xlabel("optimizer updates")
+        axis.set_title(name, fontsize=10)
+        axis.legend(fontsize=8, frameon=False)
+        _tidy(axis)
+    return figure
+
+
+def _series(events: Sequence[Event]) -> Callable[[str, str], tuple[list[int], list[float]]]:
+    def points(event: str, key: str) -> tuple[list[int], list[float]]:
+        found = [(e["num_updates"], e[key]) for e in events if e["event"] == event and key in e]
+        return [n for n, _ in found], [_number(value) for _, value in found]
+
+    return points
+
+
+def _targets(event: Event, key: str) -> list[str]:
+    return [name.removeprefix(f"{key}/") for name in event if name.startswith(f"{key}/")]
+
+
+def _switch_update(events: Sequence[Event]) -> int | None:
+    return next((e["num_updates"] for e in events if e["event"] == "switch"), None)
+
+
+def _mark_switch(axis: Axes, switch: int | None) -> None:
+    if switch is not None:
+        axis.axvline(switch, color=ORANGE, linestyle="--", linewidth=1.2)
+
+
+def _shade(axis: Axes, switch: int | None, last: int) -> None:
+    axis.axvspan(0, last if switch is None else switch, color=FULL_SHADE, label="full phase")
+    if switch is not None:
+        axis.axvspan(switch, last, color=ADAPTER_SHADE, label="adapter phase")
+    axis.set_xlim(0, last)
+
+
+def _label_blocks(figure: Figure, axes: np.ndarray, layers: int) -> None:
+    if layers > 1:
+        scale = plt.Normalize(0, (layers - 1) / 0.9)
+        bar = plt.cm.ScalarMappable(norm=scale, cmap="viridis")
+        shown = figure.colorbar(bar, ax=axes, shrink=0.6, ticks=[0, layers - 1])
+        shown.ax.set_ylim(0, layers - 1)
+        shown.set_label("block")
+
+
+def _depth(name: str) -> list[int]:
+    return [int(part) for part in name.split(".") if part.isdigit()]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _tidy(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

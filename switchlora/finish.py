@@ -1,0 +1,80 @@
+"""The end of a run: test metrics, files for others, figures, summary, and where it all is."""
+
+from pathlib import Path
+from typing import Any
+
+from switchlora.engine import evaluate
+from switchlora.export import save_adapter, save_merged
+from switchlora.figures import draw_figures
+from switchlora.provenance import environment
+from switchlora.report import final_table, never_switched_lines
+from switchlora.run import Run
+from switchlora.state import Phase
+from switchlora.surgery import adapted_modules
+
+
+def finish(run: Run, status: str, folder: Path, seed: int) -> dict[str, Any]:
+    """Write everything that a finished, or stopped, run leaves behind; return its summary."""
+    test = evaluate_on_test(run) if status == "finished" else None
+    save_merged(run.model, folder / "model.safetensors")
+    if run.ema is not None:
+        save_merged(run.ema.model, folder / "model_ema.safetensors")
+    if adapted_modules(run.model):
+        save_adapter(run.model, folder / "adapter")
+    summary = summarise(run, status, test, seed)
+    run.log.summary(summary)
+    run.log.images(draw_figures(folder))
+    for line in closing_lines(run, status, test, folder):
+        run.log.line(line)
+    return summary
+
+
+def evaluate_on_test(run: Run) -> dict[str, float]:
+    """Metrics on the official test split, which nothing was chosen on: a 'test' event."""
+    metrics = evaluate(run.model, run.data.test, run.recipe.precision)
+    if run.ema is not None:
+        averaged = evaluate(run.ema.model, run.data.test, run.recipe.precision)
+        metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+    named = {f"test/{name}": value for name, value in metrics.items()}
+    run.log.event("test", run.state.num_updates, float(run.state.epoch), **named)
+    return metrics
+
+
+def summarise(run: Run, status: str, test: dict[str, float] | None, seed: int) -> dict[str, Any]:
+    """The content of ``summary.json``."""
+    state, report = run.state, run.switch_report
+    switch: dict[str, Any] = {
+        "fired": report is not None,
+        "num_updates": state.switch_update,
+        "epoch": state.switch_epoch,
+        "reason": run.verdict.reason if run.verdict else None,
+    }
+    if report is not None:
+        switch |= vars(report)
+    return {
+        "status": status,
+        "num_updates": state.num_updates,
+        "skipped_updates": state.skipped_updates,
+        "val": {**(run.last_eval or {}), "best_top1": state.best_top1},
+        "test": test,
+        "switch": switch,
+        "phases": run.phases,
+        "monitor": {"time_share": run.stopwatch.monitor_share},
+        "environment": environment(run.device, seed),
+    }
+
+
+def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: Path) -> list[str]:
+    """The final table, what the switch did or why it never came, and where everything is."""
+    lines = ["", *final_table(run.phases), ""]
+    if run.state.phase is Phase.FULL:
+        lines += never_switched_lines(run.verdict, len(run.state.history))
+    if test is not None:
+        average = f" (EMA {test['ema_top1']:.2f} %)" if "ema_top1" in test else ""
+        lines.append(f"test top1 {test['top1']:.2f} %{average}, loss {test['loss']:.4f}")
+    share = run.stopwatch.monitor_share
+    lines.append(f"the monitor took {share:.2%} of the training time")
+    names = "model.safetensors, summary.json, metrics.jsonl, figures/"
+    adapter = ", adapter/" if adapted_modules(run.model) else ""
+    lines.append(f"{status}; everything is in {folder}: {names}{adapter}")
+    return lines

@@ -1,0 +1,197 @@
+"""How the weights move: one measurement of every target per window of optimizer updates."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from switchlora.spectral import effective_rank, spectral_norm, stable_rank
+from switchlora.surgery import Target
+
+FIRST_ITERATIONS = 32
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One target in one window. W_ref is the weight at the start of the window.
+
+    The last four are filled in exact mode only: effective ranks and the leading singular values.
+    """
+
+    weight_norm: float
+    """||W||_F"""
+    update_norm: float
+    """||W - W_ref||_F: a rotation at constant norm counts"""
+    weight_stable_rank: float
+    """||W||_F^2 / ||W||_2^2"""
+    update_stable_rank: float
+    """the same of W - W_ref; 0 where nothing moved"""
+    grad_norm: float
+    """of the last gradient of the window as the optimizer saw it; NaN where there is none"""
+    weight_effective_rank: float | None = None
+    update_effective_rank: float | None = None
+    weight_singular_values: tuple[float, ...] = ()
+    update_singular_values: tuple[float, ...] = ()
+
+    @property
+    def relative_update_norm(self) -> float:
+        """||W - W_ref||_F / ||W||_F."""
+        return self.update_norm / self.weight_norm if self.weight_norm else math.inf
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All targets at the end of one window."""
+
+    num_updates: int
+    epoch: float
+    """epochs done, a fraction in the middle of one"""
+    train_loss: float
+    """mean over the updates of the window"""
+    layers: Mapping[str, LayerStats]
+
+
+class Updates(Mapping[str, Tensor]):
+    """W - W_ref of each target (out, in), float32, computed when it is asked for.
+
+    Nothing is held for all targets at once: the switch needs one matrix at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        references: Mapping[str, Tensor],
+        decay: float = 0.0,
+    ) -> None:
+        self._model, self._targets, self._references = model, targets, references
+        self._decay = decay
+
+    def __getitem__(self, name: str) -> Tensor:
+        """W - W_ref + c (W + W_ref) / 2, where c is the sum of lr * weight decay to take out."""
+        weight = self._targets[name].weight(self._model).float()
+        reference = self._references[name].to(weight)
+        update = weight - reference
+        return update.add_(weight + reference, alpha=self._decay / 2) if self._decay else update
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+
+@dataclass
+class UpdateMonitor:
+    """Measures each target every ``window`` updates against a copy from the window's start.
+
+    The copy lives on ``device`` (the CPU by default, so that it does not show in the memory
+    table). Spectral norms come from ``iterations`` power iterations, warm-started from the window
+    before. ``exact`` adds full spectra, at the price of one SVD per target and window.
+    """
+
+    model: nn.Module
+    targets: Mapping[str, Target]
+    window: int
+    device: str = "cpu"
+    iterations: int = 8
+    exact: bool = False
+    leading: int = 16
+    references: dict[str, Tensor] = field(init=False, default_factory=dict)
+    initial_stable_ranks: dict[str, float] = field(init=False, default_factory=dict)
+    """stable rank of each weight before training"""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"monitor.window is {self.window}: give at least 1 update")
+        self._vectors: dict[str, Tensor] = {}
+        self._losses: list[float] = []
+        self._decay = 0.0
+        self._window_start = 0
+        self.start_window(0)
+        stats = [self._weight_stats(name, t.weight(self.model)) for name, t in self._items()]
+        ranks = torch.stack([stable for _, stable in stats]).tolist()
+        self.initial_stable_ranks = dict(zip(self.targets, ranks, strict=True))
+
+    def observe(self, loss: float, decay: float = 0.0) -> None:
+        """Count one update: its train loss and its lr * decoupled weight decay."""
+        self._losses.append(loss)
+        self._decay += decay
+
+    def due(self, num_updates: int) -> bool:
+        """Whether the window is complete after ``num_updates`` updates."""
+        return num_updates - self._window_start >= self.window
+
+    @torch.no_grad()
+    def measure(self, num_updates: int, epoch: float) -> Measurement:
+        """Statistics of every target at the end of the window; one transfer to the host."""
+        rows = torch.stack([self._measure_target(name, t) for name, t in self._items()]).tolist()
+        layers = {
+            name: LayerStats(*row, **self._exact_stats(name))
+            for name, row in zip(self.targets, rows, strict=True)
+        }
+        loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        return Measurement(num_updates, epoch, loss, layers)
+
+    def updates(self, without_decay: bool = False) -> Updates:
+        """The movement of the weights over the window, with or without weight decay's share."""
+        decay = self._decay if without_decay else 0.0
+        return Updates(self.model, self.targets, self.references, decay)
+
+    @torch.no_grad()
+    def start_window(self, num_updates: int) -> None:
+        """Take the present weights as the reference of a new window."""
+        for name, target in self._items():
+            weight = target.weight(self.model)
+            if name not in self.references:
+                self.references[name] = torch.empty_like(weight, device=self.device)
+            self.references[name].copy_(weight)
+        self._losses.clear()
+        self._decay = 0.0
+        self._window_start = num_updates
+
+    def _items(self) -> list[tuple[str, Target]]:
+        return list(self.targets.items())
+
+    def _measure_target(self, name: str, target: Target) -> Tensor:
+        weight = target.weight(self.model)
+        weight_norm, weight_stable = self._weight_stats(name, weight)
+        update = self.updates()[name]
+        update_norm = torch.linalg.vector_norm(update)
+        update_stable = stable_rank(update_norm, self._spectral_norm(f"{name}:update", update))
+        grad = target.grad(self.model)
+        nan = torch.full((), math.nan, device=weight.device)
+        grad_norm = nan if grad is None else torch.linalg.vector_norm(grad.float())
+        return torch.stack([weight_norm, update_norm, weight_stable, update_stable, grad_norm])
+
+    def _weight_stats(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight.float()
+        norm = torch.linalg.vector_norm(weight)
+        return norm, stable_rank(norm, self._spectral_norm(name, weight))
+
+    def _spectral_norm(self, key: str, matrix: Tensor) -> Tensor:
+        known = key in self._vectors
+        start = self._vectors[key] if known else _start_vector(matrix)
+        iterations = self.iterations if known else FIRST_ITERATIONS
+        norm, self._vectors[key] = spectral_norm(matrix, start, iterations)
+        return norm
+
+    def _exact_stats(self, name: str) -> dict[str, float | tuple[float, ...]]:
+        if not self.exact:
+            return {}
+        weight = torch.linalg.svdvals(self.targets[name].weight(self.model).float())
+        update = torch.linalg.svdvals(self.updates()[name])
+        return {
+            "weight_effective_rank": effective_rank(weight),
+            "update_effective_rank": effective_rank(update),
+            "weight_singular_values": tuple(weight[: self.leading].tolist()),
+            "update_singular_values": tuple(update[: self.leading].tolist()),
+        }
+
+
+def _start_vector(matrix: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(matrix.shape[1], generator=generator)
+    return (vector / torch.linalg.vector_norm(vector)).to(matrix)

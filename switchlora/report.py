@@ -1,0 +1,125 @@
+"""What a run says: lines on the terminal, keys of its events, the final table."""
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from switchlora.criteria import LOSS, Verdict
+from switchlora.monitor import Measurement
+from switchlora.surgery import family
+from switchlora.switch import SwitchReport
+
+SHOWN_HOLDING_BACK = 3
+
+
+def measurement_metrics(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
+    """Keys of a 'measure' event: ``<statistic>/<target>`` and ``switch/margin/<target>``."""
+    metrics: dict[str, Any] = {"train/window_loss": measurement.train_loss}
+    for name, stats in measurement.layers.items():
+        metrics |= {f"{key}/{name}": v for key, v in vars(stats).items() if v not in (None, ())}
+        metrics[f"relative_update_norm/{name}"] = stats.relative_update_norm
+    metrics |= {f"switch/margin/{name}": margin for name, margin in verdict.margins.items()}
+    return metrics | {"switch/fires": verdict.fires, "switch/reason": verdict.reason}
+
+
+def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:
+    """Keys of the 'switch' event."""
+    return {
+        "switch/reason": verdict.reason,
+        "switch/drift": report.drift,
+        "switch/seconds": report.seconds,
+        "switch/moments_carried": report.moments_carried,
+        "params/trainable_before": report.trainable_before,
+        "params/trainable": report.trainable_after,
+        "switch/left_full": list(report.left_full),
+        **{f"switch/rank/{name}": rank for name, rank in report.ranks.items()},
+        **{f"switch/captured_energy/{name}": e for name, e in report.captured_energy.items()},
+    }
+
+
+def measurement_line(measurement: Measurement, verdict: Verdict) -> str:
+    """One line: loss, how far weights move, and what the criterion makes of it."""
+    moved = median(s.relative_update_norm for s in measurement.layers.values())
+    return (
+        f"update {measurement.num_updates:>6} | epoch {measurement.epoch:6.2f} | "
+        f"loss {measurement.train_loss:.4f} | update norm {100 * moved:.2f} % | "
+        f"{_standing(verdict)}"
+    )
+
+
+def eval_line(epoch: int, phase: str, metrics: Mapping[str, float]) -> str:
+    """One line of validation metrics."""
+    average = f" | EMA top1 {metrics['ema_top1']:.2f} %" if "ema_top1" in metrics else ""
+    return (
+        f"epoch {epoch:>3} done | {phase} phase | val loss {metrics['loss']:.4f} | "
+        f"val top1 {metrics['top1']:.2f} %{average}"
+    )
+
+
+def switch_lines(
+    report: SwitchReport, verdict: Verdict, num_updates: int, epoch: float
+) -> list[str]:
+    """Why the switch fired, the ranks per family, and what it changed."""
+    energies = [e for name, e in report.captured_energy.items() if report.ranks[name]]
+    lines = [f"SWITCH at update {num_updates} (epoch {epoch:.2f}): {verdict.reason}"]
+    lines += [f"  ranks {row}" for row in rank_rows(report.ranks)]
+    if report.left_full:
+        lines.append(
+            f"  left full, since factors of their rank would save nothing: "
+            f"{', '.join(report.left_full)}"
+        )
+    lines.append(
+        f"  trained parameters {report.trainable_before:,} -> {report.trainable_after:,} "
+        f"({report.trainable_after / report.parameters:.1%} of the model) | captured energy "
+        f"{median(energies):.2f} ({min(energies):.2f} to {max(energies):.2f}) | "
+        f"max logit drift {report.drift:.1e} | {report.seconds:.2f} s"
+    )
+    return lines
+
+
+def rank_rows(ranks: Mapping[str, int]) -> list[str]:
+    """One row per family: its ranks from the first block to the last."""
+    families: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        families.setdefault(family(name), []).append(rank)
+    width = max(len(name) for name in families)
+    return [f"{name:<{width}}  {' '.join(map(str, r))}" for name, r in families.items()]
+
+
+def never_switched_lines(verdict: Verdict | None, measured: int) -> list[str]:
+    """Why the criterion never fired: its reason and the targets furthest from their threshold."""
+    if verdict is None:
+        return ["The switch never fired: no window was completed."]
+    worst = sorted(verdict.margins.items(), key=lambda item: item[1])[:SHOWN_HOLDING_BACK]
+    held = ", ".join(f"{name} by {-margin:.3g}" for name, margin in worst if margin < 0)
+    lines = [f"The switch never fired in {measured} measurements: {verdict.reason}"]
+    return lines + ([f"  held back most by: {held}"] if held else [])
+
+
+def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Both phases side by side, with the ratio of the adapter phase to the full phase."""
+    rows = [
+        ("updates", "num_updates", "{:,}", 1.0),
+        ("images/s", "images_per_second", "{:,.0f}", 1.0),
+        ("epoch, s", "epoch_seconds", "{:,.1f}", 1.0),
+        ("peak memory, MiB", "peak_memory_bytes", "{:,.0f}", 2.0**-20),
+        ("trained parameters", "trainable_parameters", "{:,}", 1),
+        ("val top1 at its end, %", "val_top1", "{:.2f}", 1.0),
+    ]
+    lines = [f"{'':<24}" + "".join(f"{name + ' phase':>16}" for name in phases)]
+    for label, key, form, unit in rows:
+        values = [phase.get(key) for phase in phases.values()]
+        cells = ["-" if v is None else form.format(v if unit == 1 else v * unit) for v in values]
+        lines.append(f"{label:<24}" + "".join(f"{cell:>16}" for cell in cells))
+    return lines
+
+
+def _standing(verdict: Verdict) -> str:
+    if verdict.fires:
+        return "the criterion fires"
+    if not verdict.margins:
+        return verdict.reason
+    worst = min(verdict.margins, key=lambda name: verdict.margins[name])
+    layers = [margin for name, margin in verdict.margins.items() if name != LOSS]
+    converged = f"converged {sum(m >= 0 for m in layers)}/{len(layers)} | " if layers else ""
+    return f"{converged}smallest margin {verdict.margins[worst]:.3g} ({worst})"

@@ -1,0 +1,152 @@
+"""Everything one run works with, built from its configuration and checked before it starts."""
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from timm.utils import random_seed
+from torch import Tensor, nn
+
+from switchlora.criteria import Verdict, never
+from switchlora.data import Data
+from switchlora.ema import WeightEMA
+from switchlora.errors import NothingMeasured
+from switchlora.learner import Learner, Recipe, build_learner
+from switchlora.monitor import UpdateMonitor
+from switchlora.runlog import RunLog
+from switchlora.state import Phase, TrainState
+from switchlora.surgery import check_targets_are_called
+from switchlora.switch import SwitchPolicy, SwitchReport, choose_ranks
+from switchlora.throughput import Stopwatch
+
+PROBE_IMAGES = 16
+
+build = partial(instantiate, _convert_="all")
+
+
+@dataclass
+class Run:
+    """Everything one run works with. Only ``learner``, ``monitor`` and the records change."""
+
+    data: Data
+    model: nn.Module
+    policy: SwitchPolicy
+    recipes: dict[Phase, Recipe]
+    learner: Learner
+    monitor: UpdateMonitor | None
+    state: TrainState
+    stopwatch: Stopwatch
+    log: RunLog
+    ema: WeightEMA | None
+    batch_size: int
+    epochs: int
+    total_updates: int
+    """updates of all epochs, which the schedule is drawn over"""
+    last_update: int
+    """where max_updates ends the run"""
+    max_skipped: int
+    log_every: int
+    phases: dict[Phase, dict[str, Any]] = field(default_factory=dict)
+    """figures of each phase that has ended"""
+    verdict: Verdict | None = None
+    switch_report: SwitchReport | None = None
+    last_eval: dict[str, float] | None = None
+
+    @property
+    def probe(self) -> Tensor:
+        """A few validation images, on which the drift of the switch is measured."""
+        return probe_images(self.data, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the present phase."""
+        return self.recipes[self.state.phase]
+
+
+def prepare(config: DictConfig, folder: Path) -> Run:
+    """Build data, model, policy, recipes and the first learner; check what can be checked."""
+    random_seed(config.seed)
+    if config.system.threads:
+        torch.set_num_threads(config.system.threads)
+    device = _device(config.system.device)
+    data = build(config.data, seed=config.seed)
+    model = build(config.model).to(device)
+    policy = build(config.switch)
+    recipes = {Phase.FULL: build(config.full), Phase.ADAPTER: build(config.adapter)}
+    total_updates = config.epochs * len(data.train)
+    targets = policy.find_targets(model)
+    check_targets_are_called(model, targets.values(), probe_images(data, device))
+    window = _window(config.monitor.window, len(data.train), total_updates)
+    monitor = UpdateMonitor(model, targets, **{**config.monitor, "window": window})
+    _check_ranks(model, policy, monitor)
+    log = RunLog(
+        folder,
+        OmegaConf.to_container(config, resolve=True),
+        total_updates=min(total_updates, config.max_updates or total_updates),
+        wandb=_wandb_options(config),
+        progress=config.log.progress,
+    )
+    return Run(
+        data=data,
+        model=model,
+        policy=policy,
+        recipes=recipes,
+        learner=build_learner(model, recipes[Phase.FULL], total_updates),
+        monitor=monitor,
+        state=TrainState(),
+        stopwatch=Stopwatch(device),
+        log=log,
+        ema=WeightEMA(model, config.ema) if config.ema else None,
+        batch_size=config.data.batch_size,
+        epochs=config.epochs,
+        total_updates=total_updates,
+        last_update=min(total_updates, config.max_updates or total_updates),
+        max_skipped=config.max_skipped,
+        log_every=config.log.every,
+    )
+
+
+def probe_images(data: Data, device: torch.device) -> Tensor:
+    """The first images of the validation split on ``device``."""
+    images, _ = next(iter(data.val))
+    return images[:PROBE_IMAGES].to(device)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _window(window: int | str, updates_per_epoch: int, total_updates: int) -> int:
+    updates = updates_per_epoch if window == "epoch" else window
+    if not isinstance(updates, int):
+        raise ValueError(f"monitor.window is '{window}': give a number of updates or 'epoch'")
+    if updates > total_updates:
+        raise ValueError(
+            f"monitor.window of {updates} updates is longer than the run, which has "
+            f"{total_updates}: shorten it or raise epochs"
+        )
+    return updates
+
+
+def _check_ranks(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
+    if policy.criterion is never:
+        return
+    with suppress(NothingMeasured):
+        choose_ranks(model, policy, monitor, [])
+
+
+def _wandb_options(config: DictConfig) -> dict[str, Any] | None:
+    options = OmegaConf.to_container(config.log.wandb, resolve=True)
+    return None if options["mode"] == "disabled" else options

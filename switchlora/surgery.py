@@ -1,0 +1,197 @@
+"""Find target modules, inject adapters, undo it, choose what trains, read merged weights."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from switchlora.errors import near
+from switchlora.initializers import Factors
+from switchlora.layers import Adapter, LoRALinear, adapted_linear, add_adapters, is_factor
+
+QKV = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear, or some rows of a fused one, that is measured and gets an adapter.
+
+    ``name`` is the module's name, with '.q', '.k' or '.v' behind it for a row slice.
+    """
+
+    name: str
+    module: str
+    rows: slice
+    part: str = ""
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """The target's weight in ``model``: a detached view (out, in)."""
+        return self._parameter(model).detach()[self.rows]
+
+    def grad(self, model: nn.Module) -> Tensor | None:
+        """The gradient of the target's weight (out, in), None where it has none."""
+        grad = self._parameter(model).grad
+        return None if grad is None else grad[self.rows]
+
+    def _parameter(self, model: nn.Module) -> nn.Parameter:
+        return model.get_submodule(self.module).weight  # type: ignore[return-value]
+
+
+def find_targets(
+    model: nn.Module, patterns: Sequence[str], split_qkv: bool = False
+) -> dict[str, Target]:
+    """Targets by name: the linears whose name ends, at a dot, in a match of a pattern.
+
+    Patterns are regular expressions: ``attn.qkv`` finds ``blocks.3.attn.qkv``. With
+    ``split_qkv`` a fused qkv counts as three targets. ValueError for a pattern without a match.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = _matching(patterns, linears, "target pattern", "linear layer")
+    targets = [t for n in names for t in _targets_of(n, linears[n].out_features, split_qkv)]
+    if not targets:
+        raise ValueError("no target module: give at least one pattern in switch.targets")
+    return {target.name: target for target in targets}
+
+
+def family(name: str) -> str:
+    """What a target's name shares with its siblings: 'blocks.3.attn.qkv' -> 'attn.qkv'."""
+    return re.split(r"(?:^|\.)\d+\.", name)[-1]
+
+
+@torch.no_grad()
+def check_targets_are_called(model: nn.Module, targets: Iterable[Target], images: Tensor) -> None:
+    """One forward pass of ``images``; ValueError where the model bypasses a target's forward.
+
+    Some attention blocks (BEiT's fused bias, ``nn.MultiheadAttention``) read ``weight`` and never
+    call the linear, so an adapter on it would be dead.
+    """
+    modules, called = {target.module for target in targets}, set()
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name in modules
+    ]
+    training = model.training
+    model.eval()(images)
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    if silent := sorted(modules - called):
+        raise ValueError(
+            f"{len(silent)} target(s), such as {silent[0]}, are never called: this model reads "
+            "their weight directly, so an adapter there would do nothing; leave them out of "
+            "switch.targets"
+        )
+
+
+def inject(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    factors: Mapping[str, Factors],
+    scaling: Callable[[int], float],
+) -> dict[str, nn.Linear]:
+    """Put adapters on the targets that ``factors`` names; return the linears they replace.
+
+    A module whose factors all have rank 0 stays an ``nn.Linear``. The function of the model does
+    not change; ``restore`` undoes it exactly.
+    """
+    adapters: dict[str, dict[str, Adapter]] = {}
+    for name, (A, B) in factors.items():
+        target = targets[name]
+        adapter = Adapter(A, B, target.rows, scaling(len(A)))
+        adapters.setdefault(target.module, {})[target.part] = adapter
+    replaced = {}
+    for module, parts in adapters.items():
+        if any(len(adapter.A) for adapter in parts.values()):
+            replaced[module] = model.get_submodule(module)
+            model.set_submodule(module, adapted_linear(replaced[module], parts))  # type: ignore
+    return replaced  # type: ignore[return-value]
+
+
+def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+    """Put back the linears that ``inject`` replaced."""
+    for name, linear in linears.items():
+        model.set_submodule(name, linear)
+
+
+def kept_parameters(
+    model: nn.Module, frozen_modules: Iterable[str], keep: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Parameters besides the factors that ``keep`` lets train, by name.
+
+    ``keep`` holds regular expressions that are searched for in parameter names; one that finds
+    nothing is a ValueError. Weights of the ``frozen_modules`` are never among them.
+    """
+    frozen = {f"{name}.weight" for name in frozen_modules}
+    others = {n: p for n, p in model.named_parameters() if n not in frozen and not is_factor(n)}
+    patterns = [f".*(?:{pattern}).*" for pattern in keep]
+    return {n: others[n] for n in _matching(patterns, others, "switch.keep", "parameter")}
+
+
+def train_only(model: nn.Module, frozen_modules: Iterable[str], keep: Sequence[str]) -> None:
+    """Train factors and ``kept_parameters``; freeze the rest and drop its gradients.
+
+    A frozen parameter would otherwise keep its last gradient allocated.
+    """
+    kept = kept_parameters(model, frozen_modules, keep)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in kept or is_factor(name))
+        if not parameter.requires_grad:
+            parameter.grad = None
+
+
+def applied_ranks(
+    model: nn.Module, targets: Mapping[str, Target], names: Iterable[str]
+) -> dict[str, int]:
+    """Rank of each named target as its factors in ``model`` have it; 0 without an adapter."""
+    modules = adapted_modules(model)
+    return {
+        name: len(modules[target.module].adapters()[target.part].A)
+        if (target := targets[name]).module in modules
+        else 0
+        for name in names
+    }
+
+
+def adapted_modules(model: nn.Module) -> dict[str, LoRALinear]:
+    """The modules with adapters, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of the plain model: adapters merged in float64, rounded once, factors left out.
+
+    The tensors of everything else are shared with ``model``, which is not changed.
+    """
+    merged = {n: t for n, t in model.state_dict().items() if not is_factor(n)}
+    for name, module in adapted_modules(model).items():
+        merged[f"{name}.weight"] = add_adapters(module.weight, module.adapters())
+    return merged
+
+
+def count_parameters(model: nn.Module, trainable: bool = False) -> int:
+    """Number of parameters, or of those that train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def _targets_of(module: str, out_features: int, split_qkv: bool) -> list[Target]:
+    if not (split_qkv and module.endswith("qkv") and out_features % len(QKV) == 0):
+        return [Target(module, module, slice(0, out_features))]
+    size = out_features // len(QKV)
+    return [
+        Target(f"{module}.{part}", module, slice(i * size, (i + 1) * size), part)
+        for i, part in enumerate(QKV)
+    ]
+
+
+def _matching(patterns: Sequence[str], names: Iterable[str], what: str, kind: str) -> list[str]:
+    names = list(names)
+    matched = set()
+    for pattern in patterns:
+        found = {n for n in names if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", n)}
+        if not found:
+            families = {family(name) for name in names} | set(names)
+            raise ValueError(f"{what} '{pattern}' matches no {kind}; {near(pattern, families)}")
+        matched |= found
+    return [name for name in names if name in matched]

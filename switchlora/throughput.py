@@ -1,0 +1,97 @@
+"""Throughput, epoch time and peak memory of each phase."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median, quantiles
+
+import torch
+
+WARMUP_UPDATES = 5
+STATUS = "/proc/self/status"
+
+
+class Stopwatch:
+    """Times updates of one phase; what runs under ``paused`` does not count.
+
+    The first ``WARMUP_UPDATES`` updates of a phase are dropped: allocators, caches and compilers
+    settle in them. ``share`` tells how much of the time went into the monitor.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.monitor_seconds = 0.0
+        self.train_seconds = 0.0
+        self.start_phase()
+
+    def start_phase(self) -> None:
+        """Forget the laps and reset the peak of the memory counters."""
+        self._laps: list[float] = []
+        reset_peak_memory(self.device)
+        self.resume()
+
+    def resume(self) -> None:
+        """The clock starts here."""
+        self._mark = time.perf_counter()
+
+    def lap(self) -> None:
+        """One update is done."""
+        now = time.perf_counter()
+        self._laps.append(now - self._mark)
+        self.train_seconds += now - self._mark
+        self._mark = now
+
+    @contextmanager
+    def paused(self, monitor: bool = False) -> Iterator[None]:
+        """Leave out what runs inside; ``monitor`` books it as the monitor's time."""
+        begin = time.perf_counter()
+        yield
+        if monitor:
+            self.monitor_seconds += time.perf_counter() - begin
+        self.resume()
+
+    @property
+    def monitor_share(self) -> float:
+        """Monitor's seconds over training seconds."""
+        return self.monitor_seconds / self.train_seconds if self.train_seconds else 0.0
+
+    def summary(self, batch_size: int, updates_per_epoch: int) -> dict[str, float | int | None]:
+        """Medians of the phase; None where too few updates were made to say."""
+        counted = self._laps[WARMUP_UPDATES:]
+        typical = median(counted) if counted else None
+        return {
+            "images_per_second": batch_size / typical if typical else None,
+            "images_per_second_quartiles": [batch_size / q for q in quantiles(counted)[::-2]]
+            if len(counted) > 3
+            else None,
+            "epoch_seconds": typical * updates_per_epoch if typical else None,
+            "peak_memory_bytes": peak_memory(self.device),
+            "num_updates": len(self._laps),
+        }
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak: the allocator's on CUDA, the resident set's (Linux) on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the peak since the last reset: allocated on CUDA, resident on a CPU (Linux).
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open(STATUS) as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
