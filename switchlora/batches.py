@@ -1,0 +1,214 @@
+"""What one batch holds: its order, its decoding, its augmentation, each a function of a seed.
+
+The sampler hands every image of an epoch an integer of its own, its *draw*, and the augmentation
+of that image follows from its draw alone. So neither the number of workers, nor the number of
+processes, nor who drew random numbers before changes a batch.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Sampler
+from torchvision.datasets import CIFAR10, MNIST
+
+Key = tuple[Tensor, Tensor | None]  # rows of one batch, and their draws when training
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, targets (B,) int64
+
+
+class EpochSampler(Sampler[Key]):
+    """This process's rows and draws of each batch of ``epoch``, from batch ``start`` on.
+
+    Of every ``batch_size`` images process ``rank`` of ``world_size`` gets an equal, contiguous
+    share. An incomplete last batch is left out. The length is that of a whole epoch.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.share = rank, batch_size // world_size
+        self.epoch = self.start = 0
+
+    def __iter__(self) -> Iterator[Key]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator)
+        draws = torch.randint(2**62, (self.size,), generator=generator)
+        for batch in range(self.start, len(self)):
+            first = batch * self.batch_size + self.rank * self.share
+            rows = slice(first, first + self.share)
+            yield order[rows], draws[rows]
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size
+
+
+def eval_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Key]:
+    """Every ``world_size``-th row from ``rank`` on, in order and without draws."""
+    rows = torch.arange(size)[rank::world_size]
+    return [(part, None) for part in rows.split(batch_size) if len(part)]
+
+
+class InMemory(Dataset[Batch]):
+    """Rows of a data set of (PIL image, class) decoded once: N * C * H * W bytes.
+
+    ``shape`` is (C, H, W); ValueError when an image has another one. The key of an item is a
+    whole batch: rows with draws are cropped and flipped, rows without are not.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: Tensor,
+        shape: tuple[int, int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_padding: int = 0,
+        hflip: float = 0.0,
+    ) -> None:
+        self.images, self.targets = decode(dataset, rows, shape)
+        self.mean, self.std = (torch.tensor(list(x)).view(-1, 1, 1) for x in (mean, std))
+        self.crop_padding, self.hflip = crop_padding, hflip
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, key: Key) -> Batch:
+        rows, draws = key
+        images = self.images[rows]
+        if draws is not None:
+            images = crop_and_flip(images, draws, self.crop_padding, self.hflip)
+        return images.float().div_(255).sub_(self.mean).div_(self.std), self.targets[rows]
+
+
+class Transformed(Dataset[Batch]):
+    """Rows of a data set of (PIL image, class), decoded and transformed each time.
+
+    The key of an item is a whole batch. A row with a draw is read and transformed with the
+    random numbers that follow from it.
+    """
+
+    def __init__(
+        self, dataset: Dataset, rows: Tensor, in_chans: int, transform: Callable[[Any], Tensor]
+    ) -> None:
+        self.dataset, self.rows, self.transform = dataset, rows, transform
+        channels = len(dataset[int(rows[0])][0].getbands())
+        if channels != in_chans:
+            raise ValueError(f"images have {channels} channels, but data.in_chans={in_chans}")
+
+    @property
+    def targets(self) -> Tensor | None:
+        """The class of every row, where the data set knows it without decoding images."""
+        known = getattr(self.dataset, "targets", None)
+        return None if known is None else torch.as_tensor(known)[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Key) -> Batch:
+        rows, draws = key
+        with generators_kept():
+            items = [
+                self.read(row, None if draws is None else int(draws[i]))
+                for i, row in enumerate(self.rows[rows].tolist())
+            ]
+        return torch.stack([image for image, _ in items]), torch.tensor([t for _, t in items])
+
+    def read(self, row: int, draw: int | None) -> tuple[Tensor, int]:
+        """The transformed image of a row of the data set, and its class."""
+        if draw is not None:
+            seed_generators(draw)
+        image, target = self.dataset[row]
+        return self.transform(image), int(target)
+
+
+class EpochMixup(timm.data.Mixup):
+    """timm's Mixup and CutMix, with the n-th call of an epoch a function of (seed, epoch, n).
+
+    Call it once a batch on (images, targets); targets become (B, num_classes) and sum to one.
+    """
+
+    def __init__(self, seed: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.seed, self.epoch, self.calls = seed, 0, 0
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Batch:
+        """Mixed images, in place, and soft targets."""
+        self.calls += 1
+        with generators_kept():
+            seed_generators(seed_of(self.seed, self.epoch, self.calls))
+            return super().__call__(images, targets)
+
+
+def decode(dataset: Dataset, rows: Tensor, shape: tuple[int, int, int]) -> Batch:
+    """Images (N, C, H, W) uint8 and targets (N,) int64 of the given rows."""
+    channels, height, width = shape
+    images = np.empty((len(rows), height, width, channels), dtype=np.uint8)
+    targets = np.empty(len(rows), dtype=np.int64)
+    for i, (image, target) in enumerate(items(dataset, rows)):
+        pixels = np.asarray(image)
+        found = (*pixels.shape, 1)[:3]
+        if found != images.shape[1:]:
+            raise ValueError(
+                f"an image has {found[2]} channels of {found[0]} x {found[1]} pixels, but "
+                f"data.in_chans={channels} and data.image_size={height}; change these, or let "
+                "data.eval_transform={} resize"
+            )
+        images[i], targets[i] = pixels.reshape(found), int(target)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(targets)
+
+
+def items(dataset: Dataset, rows: Tensor) -> Iterable[tuple[Any, Any]]:
+    """(image, class) of each row, from the arrays of the MNIST and CIFAR families at once."""
+    plain = type(dataset).__getitem__ in (MNIST.__getitem__, CIFAR10.__getitem__)
+    if plain and isinstance(dataset, MNIST | CIFAR10) and dataset.transforms is None:
+        return zip(np.asarray(dataset.data)[rows], np.asarray(dataset.targets)[rows], strict=True)
+    return (dataset[row] for row in rows.tolist())
+
+
+def crop_and_flip(images: Tensor, draws: Tensor, padding: int, hflip: float) -> Tensor:
+    """Shift each image by up to ``padding`` pixels, filled with zeros, and flip some of them.
+
+    images (B, C, H, W), draws (B,) below 2^62: bits 0-15 give the row, 16-31 the column, and
+    32-47 are compared with ``hflip``, the probability of a horizontal flip.
+    """
+    low, middle, high = (draws >> shift & 0xFFFF for shift in (0, 16, 32))
+    if hflip:
+        flipped = (high < hflip * 2**16).view(-1, 1, 1, 1)
+        images = torch.where(flipped, images.flip(-1), images)
+    if padding:
+        top, left = low % (2 * padding + 1), middle % (2 * padding + 1)
+        height, width = images.shape[2:]
+        windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+        images = windows[torch.arange(len(images)), :, top, left]
+    return images
+
+
+def seed_of(*numbers: int) -> int:
+    """One 63-bit seed from several non-negative integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_generators(seed: int) -> None:
+    """Let random, numpy and torch on the CPU start from ``seed``; CUDA's generators stay."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the generators of random, numpy and torch on the CPU back to where they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
