@@ -1,5 +1,6 @@
 """Linear layers with low-rank adapters on a frozen residual weight."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -62,8 +63,13 @@ class SlicedLoRALinear(LoRALinear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias  # type: ignore[assignment]
         self.scalings = {name: adapter.scaling for name, adapter in adapters.items()}
-        self.lora_A = nn.ParameterDict({n: nn.Parameter(a.A) for n, a in adapters.items()})
-        self.lora_B = nn.ParameterDict({n: nn.Parameter(a.B) for n, a in adapters.items()})
+        # OrderedDict: ParameterDict sorts the keys of a plain one, and the rows are in order
+        self.lora_A = nn.ParameterDict(
+            OrderedDict((name, nn.Parameter(a.A)) for name, a in adapters.items())
+        )
+        self.lora_B = nn.ParameterDict(
+            OrderedDict((name, nn.Parameter(a.B)) for name, a in adapters.items())
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

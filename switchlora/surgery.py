@@ -48,7 +48,7 @@ def find_targets(
     ``split_qkv`` a fused qkv counts as three targets. ValueError for a pattern without a match.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = _matching(patterns, linears, "target pattern", "linear layer")
+    names = _matching(patterns, linears, "target pattern", "linear layer", _match_ending)
     targets = [t for n in names for t in _targets_of(n, linears[n].out_features, split_qkv)]
     if not targets:
         raise ValueError("no target module: give at least one pattern in switch.targets")
@@ -125,8 +125,8 @@ def kept_parameters(
     """
     frozen = {f"{name}.weight" for name in frozen_modules}
     others = {n: p for n, p in model.named_parameters() if n not in frozen and not is_factor(n)}
-    patterns = [f".*(?:{pattern}).*" for pattern in keep]
-    return {n: others[n] for n in _matching(patterns, others, "switch.keep", "parameter")}
+    found = _matching(keep, others, "switch.keep", "parameter", re.search)
+    return {n: others[n] for n in found}
 
 
 def train_only(model: nn.Module, frozen_modules: Iterable[str], keep: Sequence[str]) -> None:
@@ -185,13 +185,23 @@ def _targets_of(module: str, out_features: int, split_qkv: bool) -> list[Target]
     ]
 
 
-def _matching(patterns: Sequence[str], names: Iterable[str], what: str, kind: str) -> list[str]:
+def _matching(
+    patterns: Sequence[str],
+    names: Iterable[str],
+    what: str,
+    kind: str,
+    match: Callable[[str, str], re.Match | None],
+) -> list[str]:
     names = list(names)
     matched = set()
     for pattern in patterns:
-        found = {n for n in names if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", n)}
+        found = {name for name in names if match(pattern, name)}
         if not found:
             families = {family(name) for name in names} | set(names)
             raise ValueError(f"{what} '{pattern}' matches no {kind}; {near(pattern, families)}")
         matched |= found
     return [name for name in names if name in matched]
+
+
+def _match_ending(pattern: str, name: str) -> re.Match | None:
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name)

@@ -1,0 +1,42 @@
+"""Small real parts that many tests share."""
+
+import pytest
+import timm
+import torch
+
+from switchlora.monitor import LayerStats, Measurement
+
+
+def tiny_vit(**options):
+    """A ViT of two blocks that runs in milliseconds."""
+    defaults = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 5}
+    defaults |= {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", **{**defaults, **options})
+
+
+@pytest.fixture
+def vit():
+    """A seeded tiny ViT with a head that is not zero."""
+    torch.manual_seed(0)
+    return tiny_vit()
+
+
+@pytest.fixture
+def images():
+    """Eight images for the tiny ViT."""
+    return torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def stats(weight_norm=1.0, update_norm=0.1, weight_rank=4.0, update_rank=2.0, grad_norm=1.0):
+    """Layer statistics with defaults."""
+    return LayerStats(weight_norm, update_norm, weight_rank, update_rank, grad_norm)
+
+
+def history(series, losses=None):
+    """Measurements from ``{target: [LayerStats, ...]}``, ten updates and one epoch apart."""
+    length = len(next(iter(series.values())))
+    losses = losses or [1.0] * length
+    return [
+        Measurement(10 * (t + 1), t + 1.0, losses[t], {name: s[t] for name, s in series.items()})
+        for t in range(length)
+    ]

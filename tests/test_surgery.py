@@ -1,0 +1,214 @@
+"""Targets of real timm models; injecting, undoing and merging adapters."""
+
+import pytest
+import torch
+from conf_yamls import composed
+from conftest import tiny_vit
+from torch import nn
+
+from switchlora.initializers import Factors
+from switchlora.models import create_model
+from switchlora.layers import Adapter, adapted_linear, alpha_over_rank, scaling_one
+from switchlora.surgery import (
+    adapted_modules,
+    applied_ranks,
+    check_targets_are_called,
+    count_parameters,
+    family,
+    find_targets,
+    inject,
+    kept_parameters,
+    merged_state_dict,
+    restore,
+    train_only,
+)
+
+DEFAULTS = list(composed().switch.targets)
+
+
+def random_factors(model, targets, rank=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, target in targets.items():
+        out, inner = target.weight(model).shape
+        A = torch.randn(rank, inner, generator=generator) / inner**0.5
+        factors[name] = Factors(A, torch.randn(out, rank, generator=generator) / rank)
+    return factors
+
+
+@pytest.mark.parametrize("depth,width", [(1, 32), (3, 64)])
+@pytest.mark.parametrize("class_token", [True, False])
+def test_defaults_find_four_linears_in_every_block(depth, width, class_token):
+    pool = "token" if class_token else "avg"
+    model = tiny_vit(depth=depth, embed_dim=width, class_token=class_token, global_pool=pool)
+    targets = find_targets(model, DEFAULTS)
+    assert len(targets) == 4 * depth
+    assert {family(n) for n in targets} == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+
+
+@pytest.mark.parametrize(
+    "name,options,families",
+    [
+        ("deit_tiny_distilled_patch16_224", {"depth": 2}, 4),
+        ("vit_base_patch16_reg4_gap_256", {"depth": 2, "embed_dim": 96, "num_heads": 2}, 4),
+        ("eva02_tiny_patch14_224", {"depth": 2}, 4),
+        ("eva02_base_patch14_224", {"depth": 2, "embed_dim": 96, "num_heads": 2}, 7),
+        ("beit_base_patch16_224", {"depth": 2, "embed_dim": 96, "num_heads": 2}, 4),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}, 4),
+    ],
+)
+def test_defaults_find_targets_that_other_transformers_call(name, options, families):
+    model = create_model(name, num_classes=5, **options)
+    size = model.default_cfg["input_size"]
+    targets = find_targets(model, DEFAULTS)
+    assert len({family(n) for n in targets}) == families
+    check_targets_are_called(model, targets.values(), torch.zeros(1, *size))
+
+
+def test_a_pattern_that_matches_nothing_suggests_near_names(vit):
+    with pytest.raises(ValueError, match=r"'attn\.qvk' matches no linear layer.*attn\.qkv"):
+        find_targets(vit, ["attn.qvk"])
+    with pytest.raises(ValueError, match="at least one pattern"):
+        find_targets(vit, [])
+
+
+def test_a_convolution_is_not_a_target(vit):
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        find_targets(vit, [r"patch_embed\.proj"])
+
+
+class ReadsWeight(nn.Module):
+    """Uses a linear's weight without calling it, as fused-bias attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qkv.weight)
+
+
+def test_a_target_that_the_model_never_calls_is_refused():
+    model = ReadsWeight()
+    with pytest.raises(ValueError, match="qkv, are never called"):
+        check_targets_are_called(model, find_targets(model, ["qkv"]).values(), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("split_qkv", [False, True])
+@pytest.mark.parametrize("scaling", [scaling_one, lambda r: alpha_over_rank(r, 16.0)])
+def test_inject_keeps_the_function_and_restore_the_very_modules(vit, images, split_qkv, scaling):
+    vit.eval()
+    before, modules = vit(images), dict(vit.named_modules())
+    targets = find_targets(vit, DEFAULTS, split_qkv)
+    replaced = inject(vit, targets, random_factors(vit, targets), scaling)
+    assert len(adapted_modules(vit)) == len(replaced) == 8
+    assert (vit(images) - before).abs().max() <= 1e-5
+    restore(vit, replaced)
+    assert dict(vit.named_modules()) == modules
+    assert torch.equal(vit(images), before)
+
+
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 4, 0), (0, 0, 3)])
+def test_a_sliced_adapter_equals_three_separate_ones(ranks):
+    torch.manual_seed(0)
+    qkv, x = nn.Linear(16, 48), torch.randn(5, 7, 16)
+    adapters = {
+        part: Adapter(
+            torch.randn(r, 16), torch.randn(16, r), slice(16 * i, 16 * i + 16), 0.5 + i
+        )
+        for i, (part, r) in enumerate(zip("qkv", ranks, strict=True))
+    }
+    sliced = adapted_linear(qkv, adapters)
+    with torch.no_grad():
+        for B in sliced.lora_B.values():
+            B.add_(0.1)
+    W, outputs = sliced.weight, []
+    for name, a in sliced.adapters().items():
+        outputs.append(x @ (W[a.rows] + a.scaling * a.B @ a.A).mT + qkv.bias[a.rows])
+        assert len(a.A) == dict(zip("qkv", ranks, strict=True))[name]
+    assert torch.allclose(sliced(x), torch.cat(outputs, -1), atol=1e-5)
+
+
+def test_row_slices_come_in_the_order_of_the_rows(vit):
+    targets = find_targets(vit, ["attn.qkv"], split_qkv=True)
+    first = [targets[f"blocks.0.attn.qkv.{part}"] for part in "qkv"]
+    assert [t.rows for t in first] == [slice(0, 32), slice(32, 64), slice(64, 96)]
+    inject(vit, targets, random_factors(vit, targets), scaling_one)
+    module = vit.get_submodule("blocks.0.attn.qkv")
+    assert [a.rows for a in module.adapters().values()] == [t.rows for t in first]
+
+
+@pytest.mark.parametrize("split_qkv", [False, True])
+def test_the_merged_state_dict_is_the_plain_models_and_computes_the_same(vit, images, split_qkv):
+    vit.eval()
+    targets = find_targets(vit, DEFAULTS, split_qkv)
+    inject(vit, targets, random_factors(vit, targets), scaling_one)
+    for p in vit.parameters():
+        p.data.add_(0.01 * torch.randn(p.shape))
+    plain = tiny_vit().eval()
+    plain.load_state_dict(merged_state_dict(vit), strict=True)
+    assert (plain(images) - vit(images)).abs().max() <= 1e-5
+
+
+def test_merging_changes_nothing_in_the_model(vit, images):
+    targets = find_targets(vit, DEFAULTS)
+    inject(vit, targets, random_factors(vit, targets), scaling_one)
+    state = {n: t.clone() for n, t in vit.state_dict().items()}
+    for _ in range(3):
+        merged_state_dict(vit)
+        vit.train().eval()
+    assert all(torch.equal(state[n], t) for n, t in vit.state_dict().items())
+
+
+def test_rank_zero_freezes_a_target_without_an_adapter(vit):
+    targets = find_targets(vit, ["mlp.fc1"])
+    inject(vit, targets, random_factors(vit, targets, rank=0), scaling_one)
+    assert not adapted_modules(vit)
+    assert applied_ranks(vit, targets, targets) == dict.fromkeys(targets, 0)
+    train_only(vit, {t.module for t in targets.values()}, [".*"])
+    assert not vit.get_parameter("blocks.0.mlp.fc1.weight").requires_grad
+
+
+@pytest.mark.parametrize(
+    "keep,extra",
+    [
+        ([], set()),
+        (["norm"], {"norm"}),
+        (["head", "bias"], {"head", "bias"}),
+        ([".*"], {""}),
+    ],
+)
+def test_keep_says_what_trains_besides_the_factors(vit, keep, extra):
+    targets = find_targets(vit, DEFAULTS)
+    inject(vit, targets, random_factors(vit, targets), scaling_one)
+    train_only(vit, targets, keep)
+    for name, p in vit.named_parameters():
+        frozen_weight = name.removesuffix(".weight") in targets
+        wanted = any(part in name for part in extra) and not frozen_weight
+        assert p.requires_grad == (wanted or "lora_" in name), name
+
+
+def test_keep_that_matches_nothing_suggests_near_names(vit):
+    with pytest.raises(ValueError, match=r"switch\.keep.*'hed'.* matches no parameter"):
+        kept_parameters(vit, [], ["hed"])
+
+
+def test_freezing_drops_the_gradient(vit, images):
+    vit(images).sum().backward()
+    train_only(vit, ["blocks.0.mlp.fc1"], [".*"])
+    assert vit.get_parameter("blocks.0.mlp.fc1.weight").grad is None
+    assert vit.get_parameter("blocks.0.mlp.fc2.weight").grad is not None
+    assert count_parameters(vit) - count_parameters(vit, trainable=True) == 32 * 128
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        ("blocks.3.attn.qkv", "attn.qkv"),
+        ("layers.0.blocks.11.mlp.fc1", "mlp.fc1"),
+        ("head", "head"),
+        ("blocks.3.attn.qkv.q", "attn.qkv.q"),
+    ],
+)
+def test_family(name, expected):
+    assert family(name) == expected
