@@ -1,8 +1,8 @@
 """Linear layers with low-rank adapters on a frozen residual weight."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,78 @@ class Adapter(NamedTuple):
     B: Tensor
     rows: slice
     scaling: float
+
+
+def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """W_res + s B A (out, in), in the dtype of ``weight``."""
+    total = weight.clone()
+    for A, B, rows, scaling in adapters:
+        total[rows].addmm_(B, A, alpha=scaling)
+    return total
+
+
+def factor_gradients(inputs: Tensor, grad: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """Gradients of A and B from the inputs X (T, in) and the outputs' gradient G (T, out).
+
+    g_A = s (G B)^T X and g_B = s G^T (X A^T), on the adapter's rows: no dense (out, in) product.
+    """
+    A, B, rows, scaling = adapter
+    grad = grad[:, rows]
+    return scaling * (grad @ B).mT @ inputs, scaling * grad.mT @ (inputs @ A.mT)
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """X (W_res + s B A)^T + b with gradients for X, b and the factors only.
+
+    The effective weight is formed once forward and once backward, which costs r / T of the product with T
+    tokens: one full-size product each way, where frozen and low-rank paths apart would also
+    read and write the outputs twice. Under autocast the sum is made in the weight's dtype and rounded
+    once, as a plain linear's weight is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: Sequence[tuple[slice, float]],
+        *factors: Tensor,
+    ) -> Tensor:
+        """(..., in) -> (..., out); ``factors`` are A, B of each adapter in ``layout``."""
+        device = input.device.type
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        input = input.to(dtype)
+        ctx.save_for_backward(input, weight, *factors)
+        ctx.layout, ctx.has_bias = layout, bias is not None
+        with torch.autocast(device, enabled=False):
+            total = effective_weight(weight, _adapters(layout, factors)).to(dtype)
+            return F.linear(input, total, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of the arguments of ``forward``; None for the frozen weight."""
+        (grad,) = grads
+        input, weight, *factors = ctx.saved_tensors
+        adapters = _adapters(ctx.layout, factors)
+        with torch.autocast(input.device.type, enabled=False):
+            grad_input = None
+            if ctx.needs_input_grad[0]:
+                grad_input = grad @ effective_weight(weight, adapters).to(grad.dtype)
+            flat, flat_grad = input.flatten(0, -2), grad.flatten(0, -2)
+            grad_bias = flat_grad.sum(0) if ctx.has_bias else None
+            found: list[Tensor | None] = []
+            for A, B, rows, scaling in adapters:
+                cast = Adapter(A.to(grad.dtype), B.to(grad.dtype), rows, scaling)
+                found += factor_gradients(flat, flat_grad, cast)
+        return grad_input, None, grad_bias, None, *found
+
+
+def _adapters(layout: Sequence[tuple[slice, float]], factors: Sequence[Tensor]) -> list[Adapter]:
+    pairs = zip(layout, factors[::2], factors[1::2], strict=True)
+    return [Adapter(A, B, rows, scaling) for (rows, scaling), A, B in pairs]
 
 
 class LoRALinear(nn.Linear):
@@ -34,8 +106,10 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        base = F.linear(input, self.weight, self.bias)
-        return base + self.scaling * F.linear(F.linear(input, self.lora_A), self.lora_B)
+        adapters = self.adapters().values()
+        layout = [(adapter.rows, adapter.scaling) for adapter in adapters]
+        factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
+        return AdaptedProduct.apply(input, self.weight, self.bias, layout, *factors)
 
     def adapters(self) -> dict[str, Adapter]:
         """The adapter under the name '', which stands for all rows."""
@@ -70,19 +144,6 @@ class SlicedLoRALinear(LoRALinear):
         self.lora_B = nn.ParameterDict(
             OrderedDict((name, nn.Parameter(a.B)) for name, a in adapters.items())
         )
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        base = F.linear(input, self.weight, self.bias)
-        inner = F.linear(input, torch.cat(list(self.lora_A.values())))
-        parts = inner.split([len(A) for A in self.lora_A.values()], dim=-1)
-        adapted = [
-            scaling * F.linear(part, B)
-            for part, B, scaling in zip(
-                parts, self.lora_B.values(), self.scalings.values(), strict=True
-            )
-        ]
-        return base + torch.cat(adapted, dim=-1)
 
     def adapters(self) -> dict[str, Adapter]:
         """The adapter of each row slice by its name."""

@@ -41,13 +41,17 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
 def spectral_norm(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Largest singular value of ``matrix`` (m, n) and its right singular vector (n,).
 
-    ``iterations`` rounds of the power iteration v <- M^T M v from ``start`` (n,): warm-start it
-    with the vector of the last call. The estimate |M v| never exceeds the true norm.
+    Rayleigh-Ritz over the iterates of the power method v <- M^T M v from ``start`` (n,): the
+    Golub-Kahan-Lanczos process, far closer than the last iterate alone where the leading singular
+    values are close. Warm-start it with the vector of the last call. The estimate never exceeds
+    the true norm by more than rounding.
     """
-    vector = start
-    for _ in range(iterations):
-        vector = _unit(matrix.mT @ (matrix @ vector))
-    return torch.linalg.vector_norm(matrix @ vector), vector
+    basis = _unit(start)[:, None]
+    for _ in range(min(iterations, min(matrix.shape) - 1)):
+        vector = _orthogonal_unit(basis, matrix.mT @ (matrix @ basis[:, -1]))
+        basis = torch.cat([basis, vector[:, None]], dim=1)
+    _, values, right = torch.linalg.svd(matrix @ basis, full_matrices=False)
+    return values[0], basis @ right[0]
 
 
 def stable_rank(frobenius_norm: Tensor, spectral_norm: Tensor) -> Tensor:
@@ -101,6 +105,14 @@ def _with_fixed_signs(svd: SVD) -> SVD:
     largest = svd.U.abs().argmax(dim=0, keepdim=True)
     signs = torch.sign(svd.U.gather(0, largest)).squeeze(0)
     return SVD(svd.U * signs, svd.S, svd.Vh * signs[:, None])
+
+
+def _orthogonal_unit(basis: Tensor, vector: Tensor) -> Tensor:
+    """What of ``vector`` (n,) is new to the orthonormal ``basis`` (n, k); 0 where only rounding."""
+    new = vector - basis @ (basis.mT @ vector)
+    new = new - basis @ (basis.mT @ new)  # once is not enough to stay orthogonal in float32
+    size, rounding = torch.linalg.vector_norm(new), 1e-5 * torch.linalg.vector_norm(vector)
+    return torch.where(size > rounding, _unit(new), torch.zeros_like(new))
 
 
 def _unit(vector: Tensor) -> Tensor:

@@ -113,9 +113,7 @@ def test_a_sliced_adapter_equals_three_separate_ones(ranks):
     torch.manual_seed(0)
     qkv, x = nn.Linear(16, 48), torch.randn(5, 7, 16)
     adapters = {
-        part: Adapter(
-            torch.randn(r, 16), torch.randn(16, r), slice(16 * i, 16 * i + 16), 0.5 + i
-        )
+        part: Adapter(torch.randn(r, 16), torch.randn(16, r), slice(16 * i, 16 * i + 16), 0.5 + i)
         for i, (part, r) in enumerate(zip("qkv", ranks, strict=True))
     }
     sliced = adapted_linear(qkv, adapters)

@@ -1,0 +1,142 @@
+"""The monitor against exact linear algebra, and its small print."""
+
+import math
+
+import pytest
+import scipy.linalg
+import torch
+from conftest import tiny_vit
+
+from switchlora.monitor import UpdateMonitor
+from switchlora.surgery import find_targets
+
+PATTERNS = [r"attn\.qkv", r"mlp\.fc1"]
+
+
+def monitored(window=10, split_qkv=False, **options):
+    torch.manual_seed(0)
+    model = tiny_vit()
+    return model, UpdateMonitor(model, find_targets(model, PATTERNS, split_qkv), window, **options)
+
+
+def move(model, scale=0.01, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("split_qkv", [False, True])
+def test_statistics_agree_with_scipy(split_qkv):
+    model, monitor = monitored(split_qkv=split_qkv)
+    before = {n: t.weight(model).clone() for n, t in monitor.targets.items()}
+    move(model)
+    measurement = monitor.measure(10, 1.0)
+    assert len(measurement.layers) == (8 if split_qkv else 4)
+    for name, stats in measurement.layers.items():
+        weight = monitor.targets[name].weight(model)
+        update = weight - before[name]
+        for matrix, norm, rank in [
+            (weight, stats.weight_norm, stats.weight_stable_rank),
+            (update, stats.update_norm, stats.update_stable_rank),
+        ]:
+            S = scipy.linalg.svdvals(matrix.numpy())
+            assert norm == pytest.approx(math.sqrt((S**2).sum()), rel=1e-5)
+            assert rank == pytest.approx((S**2).sum() / S[0] ** 2, rel=0.01)
+        assert stats.relative_update_norm == stats.update_norm / stats.weight_norm
+
+
+def test_a_rotation_with_constant_norm_is_an_update():
+    model, monitor = monitored()
+    weight = model.get_parameter("blocks.0.mlp.fc1.weight")
+    rotation = torch.linalg.qr(torch.randn(32, 32)).Q
+    norm = torch.linalg.matrix_norm(weight).item()
+    with torch.no_grad():
+        weight.copy_(weight @ rotation)
+    stats = monitor.measure(10, 1.0).layers["blocks.0.mlp.fc1"]
+    assert stats.weight_norm == pytest.approx(norm, rel=1e-5)
+    assert stats.update_norm > 0.5 * norm
+
+
+def test_exact_mode_adds_effective_ranks_and_leading_singular_values():
+    model, monitor = monitored(exact=True, leading=5)
+    move(model)
+    stats = monitor.measure(10, 1.0).layers["blocks.1.attn.qkv"]
+    S = scipy.linalg.svdvals(model.get_parameter("blocks.1.attn.qkv.weight").detach().numpy())
+    p = S / S.sum()
+    assert stats.weight_effective_rank == pytest.approx(math.exp(-(p * p_log(p)).sum()), rel=1e-3)
+    assert stats.weight_singular_values == pytest.approx(S[:5], rel=1e-3)
+    assert len(stats.update_singular_values) == 5
+
+
+def p_log(p):
+    return torch.tensor(p).log().numpy()
+
+
+def test_a_window_is_counted_in_updates_from_its_start():
+    model, monitor = monitored(window=3)
+    assert [monitor.due(n) for n in range(5)] == [False, False, False, True, True]
+    move(model)
+    monitor.start_window(3)
+    assert not monitor.due(5) and monitor.due(6)
+    assert monitor.measure(6, 1.0).layers["blocks.0.attn.qkv"].update_norm == 0.0
+    assert monitor.measure(6, 1.0).layers["blocks.0.attn.qkv"].update_stable_rank == 0.0
+
+
+def test_the_train_loss_is_the_mean_over_the_window():
+    _, monitor = monitored()
+    for loss in (3.0, 2.0, 1.0):
+        monitor.observe(loss)
+    assert monitor.measure(3, 1.0).train_loss == 2.0
+    monitor.start_window(3)
+    monitor.observe(0.5)
+    assert monitor.measure(4, 1.0).train_loss == 0.5
+
+
+def test_gradients_are_read_as_they_are_and_absent_ones_are_nan():
+    model, monitor = monitored()
+    name = "blocks.0.mlp.fc1"
+    assert math.isnan(monitor.measure(1, 1.0).layers[name].grad_norm)
+    model.get_submodule(name).weight.grad = torch.full((128, 32), 0.5)
+    assert monitor.measure(1, 1.0).layers[name].grad_norm == pytest.approx(0.5 * 64)
+
+
+def test_decoupled_weight_decay_can_be_taken_out_of_the_update():
+    model, monitor = monitored()
+    lr, decay, steps = 0.01, 0.1, 20
+    truth = torch.zeros(96, 32)
+    for step in range(steps):
+        drift = 0.001 * torch.randn(96, 32, generator=torch.Generator().manual_seed(step))
+        truth += drift
+        with torch.no_grad():
+            model.get_parameter("blocks.0.attn.qkv.weight").mul_(1 - lr * decay).add_(drift)
+        monitor.observe(1.0, lr * decay)
+    with_decay = monitor.updates()["blocks.0.attn.qkv"]
+    without = monitor.updates(without_decay=True)["blocks.0.attn.qkv"]
+    error = torch.linalg.matrix_norm(without - truth)
+    assert error < 0.1 * torch.linalg.matrix_norm(with_decay - truth)
+
+
+def test_updates_of_bfloat16_weights_are_finite_float32():
+    torch.manual_seed(0)
+    model = tiny_vit().bfloat16()
+    monitor = UpdateMonitor(model, find_targets(model, PATTERNS), 1)
+    move(model)
+    update = monitor.updates()["blocks.0.attn.qkv"]
+    assert update.dtype == torch.float32 and torch.isfinite(update).all() and update.any()
+
+
+def test_measuring_leaves_model_and_rng_alone():
+    model, monitor = monitored()
+    move(model)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    monitor.measure(10, 1.0)
+    monitor.start_window(10)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_window_of_zero_updates_is_refused():
+    with pytest.raises(ValueError, match="at least 1 update"):
+        monitored(window=0)

@@ -1,0 +1,314 @@
+"""The switch: what it keeps, what it drops, and that it is all or nothing."""
+
+import gc
+import weakref
+
+import pytest
+import timm.optim
+import torch
+from conf_yamls import build, composed, names
+from conftest import tiny_vit
+from torch import nn
+
+from switchlora.ema import WeightEMA
+from switchlora.errors import SwitchFailed
+from switchlora.learner import build_learner
+from switchlora.layers import is_factor
+from switchlora.monitor import UpdateMonitor
+from switchlora.surgery import adapted_modules, merged_state_dict
+from switchlora.switch import switch
+
+TOTAL, SWITCH_AT = 40, 12
+LOSS = nn.CrossEntropyLoss()
+
+
+def batch(seed, size=16):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 1, 8, 8, generator=generator)
+    return images, torch.randint(0, 5, (size,), generator=generator)
+
+
+class Trial:
+    """A full phase of ``SWITCH_AT`` updates, ready to switch."""
+
+    def __init__(self, *overrides):
+        torch.manual_seed(0)
+        config = composed(
+            "switch/criterion=at_start",
+            "switch/rank=fixed",
+            "switch.rank.rank=2",
+            "full.scheduler.warmup_t=4",
+            *overrides,
+        )
+        self.model = tiny_vit()
+        self.policy = build(config.switch)
+        self.full, self.adapter = build(config.full), build(config.adapter)
+        targets = self.policy.find_targets(self.model)
+        self.monitor = UpdateMonitor(self.model, targets, SWITCH_AT)
+        self.learner = build_learner(self.model, self.full, TOTAL)
+        self.done, self.history = 0, []
+        self.train(SWITCH_AT)
+        self.history = [self.monitor.measure(self.done, 1.0)] * 2
+
+    def train(self, updates):
+        for _ in range(updates):
+            result = self.learner.update(*batch(self.done), LOSS, self.done)
+            assert result.applied
+            self.done += 1
+
+    def rebuild(self):
+        return build_learner(self.model, self.adapter, TOTAL, start=self.done)
+
+    def switch(self, rebuild=None):
+        self.learner, report = switch(
+            self.learner,
+            self.policy,
+            self.monitor,
+            self.history,
+            batch(99)[0],
+            rebuild or self.rebuild,
+        )
+        return report
+
+
+def snapshot(model):
+    return {n: t.clone() for n, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("init", names("switch/init"))
+@pytest.mark.parametrize("rank", ["fixed", "budget", "energy", "stable_rank", "prelora"])
+def test_every_initializer_and_rank_policy_switches_without_drift(init, rank):
+    trial = Trial(f"switch/init={init}")
+    options = {
+        "budget": ["switch.rank.share=0.4"],
+        "prelora": ["switch.rank.r_min=1", "switch.rank.r_max=4"],
+    }
+    trial.policy = build(
+        composed(f"switch/init={init}", f"switch/rank={rank}", *options.get(rank, [])).switch
+    )
+    report = trial.switch()
+    assert report.drift <= 1e-5
+    applied = {n: len(m.lora_A) for n, m in adapted_modules(trial.model).items()}
+    assert applied == {n: r for n, r in report.ranks.items() if r}
+    trial.train(3)
+
+
+@pytest.mark.parametrize("recipe", [n for n in names("recipe") if n not in ("base", "adapter")])
+@pytest.mark.parametrize("moments", ["surviving", "factors", "reset"])
+def test_every_optimizer_switches_and_trains_on(recipe, moments):
+    trial = Trial(f"recipe@full={recipe}", f"switch.moments={moments}")
+    report = trial.switch()
+    surviving = len(
+        [n for n, p in trial.model.named_parameters() if p.requires_grad and not is_factor(n)]
+    )
+    expected = {"reset": 0, "surviving": surviving, "factors": surviving + 16}[moments]
+    assert report.moments_carried == expected
+    trial.train(5)
+
+
+def test_the_next_update_with_no_learning_rate_has_the_full_models_loss():
+    trial, twin = Trial(), Trial()
+    trial.switch()
+    after = trial.learner.update(*batch(500), LOSS, trial.done).loss
+    full = twin.learner.update(*batch(500), LOSS, twin.done).loss
+    assert after == pytest.approx(full, abs=1e-6)
+
+
+def test_frozen_weights_have_no_gradient_no_group_no_state_and_never_move():
+    trial = Trial("full.weight_decay=0.5")
+    trial.switch()
+    frozen = {n: p for n, p in trial.model.named_parameters() if not p.requires_grad}
+    assert set(frozen) == {f"{name}.weight" for name in adapted_modules(trial.model)}
+    before = {n: p.clone() for n, p in frozen.items()}
+    trial.train(10)
+    grouped = {id(p) for g in trial.learner.optimizer.param_groups for p in g["params"]}
+    for name, p in frozen.items():
+        assert p.grad is None and id(p) not in grouped and p not in trial.learner.optimizer.state
+        assert torch.equal(p, before[name])
+
+
+def test_the_factors_train():
+    trial = Trial()
+    trial.switch()
+    before = snapshot(trial.model)
+    trial.train(3)
+    for name, p in trial.model.named_parameters():
+        assert p.requires_grad != torch.equal(p, before[name]), name
+
+
+def test_the_optimizer_state_round_trips_after_the_switch_with_its_groups():
+    trial = Trial()
+    trial.switch()
+    trial.train(3)
+    groups = trial.learner.optimizer.param_groups
+    assert [g["weight_decay"] for g in groups] == [0.0, 0.05, 0.0]
+    assert [g["lr_scale"] for g in groups] == [1.0, 1.0, trial.adapter.factor_lr_scale]
+    saved = trial.learner.optimizer.state_dict()
+    fresh = trial.rebuild().optimizer
+    fresh.load_state_dict(saved)
+    again = fresh.state_dict()
+    assert again["param_groups"] == saved["param_groups"]
+    for key, state in saved["state"].items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(again["state"][key][k]))
+            for k, v in state.items()
+        )
+
+
+def test_surviving_tensors_keep_their_moments_and_the_rest_is_freed():
+    trial = Trial()
+    old = trial.learner.optimizer
+    head = trial.model.get_parameter("head.weight")
+    moment = old.state[head]["exp_avg"].clone()
+    replaced = weakref.ref(trial.model.get_parameter("blocks.0.mlp.fc1.weight"))
+    watched = weakref.ref(old)
+    del old
+    trial.switch()
+    assert torch.equal(trial.learner.optimizer.state[head]["exp_avg"], moment)
+    gc.collect()
+    assert watched() is None, "the old optimizer is still referenced"
+    assert replaced() is None, "a replaced weight is still referenced"
+
+
+def test_first_moments_in_the_factor_basis_are_those_of_the_factors_own_gradients():
+    trial = Trial("switch.moments=factors")
+    weight = trial.model.get_parameter("blocks.0.mlp.fc1.weight")
+    m, v = (trial.learner.optimizer.state[weight][k].clone() for k in ("exp_avg", "exp_avg_sq"))
+    trial.switch()
+    module = trial.model.get_submodule("blocks.0.mlp.fc1")
+    A, B, state = module.lora_A, module.lora_B, trial.learner.optimizer.state
+    A.grad = B.grad = None
+    product = module.scaling * B @ A
+    product.backward(m)
+    assert torch.allclose(state[A]["exp_avg"], A.grad, atol=1e-7)
+    assert torch.allclose(state[B]["exp_avg"], B.grad, atol=1e-7)
+    assert torch.allclose(state[A]["exp_avg_sq"], (B**2).mT @ v)
+    assert (state[B]["exp_avg_sq"] >= 0).all() and state[A]["step"] == SWITCH_AT
+
+
+def test_the_learning_rate_after_the_switch_is_the_plans_also_after_a_restart():
+    trial = Trial("adapter.factor_lr_scale=3")
+    plan = build_learner(tiny_vit(), trial.full, TOTAL)
+    trial.switch()
+    for restarted in (trial.learner, trial.rebuild()):
+        for n in (SWITCH_AT, SWITCH_AT + 1, TOTAL - 1):
+            assert restarted.set_lr(n) == pytest.approx(plan.set_lr(n))
+            assert restarted.optimizer.param_groups[-1]["lr"] == pytest.approx(3 * plan.set_lr(n))
+
+
+def test_the_optional_rewarmup_ramps_to_the_plan_and_is_applied_once():
+    trial = Trial("adapter.rewarmup_updates=4")
+    plan = build_learner(tiny_vit(), trial.full, TOTAL)
+    trial.switch()
+    ramp = [trial.learner.set_lr(n) / plan.set_lr(n) for n in range(SWITCH_AT, SWITCH_AT + 6)]
+    assert ramp == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert trial.learner.set_lr(SWITCH_AT) == trial.learner.set_lr(SWITCH_AT)
+
+
+@pytest.mark.parametrize("broken", ["rank", "init", "rebuild", "drift"])
+def test_an_exception_inside_leaves_the_full_phase_intact(broken, monkeypatch):
+    trial, twin = Trial(), Trial()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no")
+
+    if broken == "drift":
+        object.__setattr__(trial.policy, "max_drift", -1.0)
+    elif broken != "rebuild":
+        object.__setattr__(trial.policy, broken, fail)
+    modules = dict(trial.model.named_modules())
+    learner = trial.learner
+    with pytest.raises(SwitchFailed):
+        trial.switch(rebuild=fail if broken == "rebuild" else None)
+    assert trial.learner is learner and dict(trial.model.named_modules()) == modules
+    trial.train(5)
+    twin.train(5)
+    for (name, mine), other in zip(
+        snapshot(trial.model).items(), snapshot(twin.model).values(), strict=True
+    ):
+        assert torch.equal(mine, other), name
+
+
+def test_the_switch_leaves_the_global_rng_where_it_was():
+    trial = Trial("switch/init=zero_b")
+    before = torch.get_rng_state()
+    trial.switch()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_rank_that_saves_nothing_leaves_the_layer_full_and_says_so():
+    trial = Trial()
+    trial.policy = build(composed("switch/rank=fixed", "switch.rank.rank=20").switch)
+    report = trial.switch()
+    assert report.left_full == ["blocks.0.attn.proj", "blocks.1.attn.proj"]  # 20 * 64 >= 32 * 32
+    assert type(trial.model.get_submodule("blocks.0.attn.proj")) is nn.Linear
+    assert trial.model.get_parameter("blocks.0.attn.proj.weight").requires_grad
+    trial.train(2)
+
+
+def test_when_no_rank_saves_anything_the_switch_is_refused():
+    trial = Trial()
+    trial.policy = build(composed("switch/rank=fixed", "switch.rank.rank=32").switch)
+    with pytest.raises(SwitchFailed, match="no rank saves parameters"):
+        trial.switch()
+
+
+def test_earliest_and_latest_bound_the_criterion():
+    history = Trial().history
+    for overrides, fires in [
+        ((), True),
+        (("switch.earliest=12",), True),
+        (("switch.earliest=13",), False),
+        (("switch.latest=12",), True),
+        (("switch.latest=11",), False),
+    ]:
+        verdict = build(composed("switch/criterion=at_start", *overrides).switch).decide(history)
+        assert verdict.fires == fires, verdict.reason
+
+
+def test_the_average_of_effective_weights_is_continuous_and_exact():
+    trial = Trial()
+    ema = WeightEMA(trial.model, 0.9)
+    trial.train(2)
+    ema.update(trial.model)
+    probe = batch(7)[0]
+    before = ema.model(probe)
+    trial.switch()
+    assert torch.equal(ema.model(probe), before)
+    reference = {n: t.clone() for n, t in ema.model.state_dict().items()}
+    for _ in range(3):
+        trial.train(1)
+        ema.update(trial.model)
+        for name, weight in merged_state_dict(trial.model).items():
+            reference[name].lerp_(weight, 1 - 0.9)
+    for name, average in ema.model.state_dict().items():
+        assert torch.allclose(average, reference[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("split_qkv", [False, True])
+def test_bf16_autocast_and_compiled_graphs_switch(split_qkv):
+    trial = Trial(
+        "full.precision=bf16", "full.compile={backend:eager}", f"switch.split_qkv={split_qkv}"
+    )
+    report = trial.switch()
+    assert report.drift <= 1e-5
+    trial.train(2)
+    assert all(torch.isfinite(p).all() for p in trial.model.parameters())
+    assert not any("_orig_mod" in name for name in trial.model.state_dict())
+
+
+def test_gradient_checkpointing_with_frozen_weights_still_trains_the_adapters():
+    trial = Trial()
+    trial.switch()
+    trial.model.set_grad_checkpointing(True)
+    trial.train(1)
+    for name, p in trial.model.named_parameters():
+        assert not is_factor(name) or p.grad is not None, name
+
+
+def test_a_scalar_timm_optimizer_of_another_kind_also_switches():
+    trial = Trial()
+    lion = lambda groups: timm.optim.Lion(groups, lr=1e-4)  # noqa: E731
+    object.__setattr__(trial.adapter, "optimizer", lion)
+    assert trial.switch().moments_carried == 0  # nothing carries over between optimizers
+    trial.train(2)
