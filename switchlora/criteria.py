@@ -61,9 +61,9 @@ class AtEpoch:
 class UpdateNorm:
     """Per-layer plateau of the relative update norm u_t = ||W_t - W_{t-1}||_F / ||W_t||_F.
 
-    A target has converged when each of its last ``patience`` windows satisfies
-    u_t <= ``fraction`` * max_{s <= t} u_s: its updates have come down from their peak and stay down.
-    Fires when at least a share ``quorum`` of the targets has converged.
+    A target has converged when each of its last ``patience`` windows satisfies u_t <= ``fraction``
+    * max_{s <= t} u_s: its updates have come down from their peak and stay down. Fires when at
+    least a share ``quorum`` of the targets has converged.
     """
 
     fraction: float = 0.5
@@ -91,10 +91,10 @@ class UpdateNorm:
 class StableRank:
     """Per-layer plateau of the stable rank (Cuttlefish; Wang et al., arXiv 2305.02538).
 
-    e = EMA of rho with weight 2 / (P + 1); g = |de/dt| by central differences, one-sided at the end. A target
-    is stable, and stays so, once the mean of its last P values of g is <= ``epsilon``. rho is
-    the stable rank of the weight or, with ``of='update'``, of the window's update; ``relative`` divides
-    g by e, so that one epsilon suits narrow and wide layers.
+    e = EMA of rho with weight 2 / (P + 1); g = |de/dt| by central differences, one-sided at the
+    end. A target is stable, and stays so, once the mean of its last P values of g is <=
+    ``epsilon``. rho is the stable rank of the weight or, with ``of='update'``, of the window's
+    update; ``relative`` divides g by e, so that one epsilon suits narrow and wide layers.
     """
 
     epsilon: float = 0.1
@@ -134,10 +134,10 @@ class StableRank:
 class PreLoRA:
     """PreLoRA's partial-convergence test (arXiv 2509.21619, in the form of its public code).
 
-    d_i(t) = 100 * | n_i(t) - n_i(t-1) | / n_i(t-1),  n_i = ||W_i||_F;  D_F = mean of d_i over a family.
-    Fires when, for all k - 1 consecutive pairs of the last k windows, D_F < tau for every family
-    and 100 * |l(t) - l(t-1)| / l(t-1) <= zeta for the window's mean train loss. Both in per cent.
-    ``signal='update_norm'`` measures 100 * ||W_i(t) - W_i(t-1)||_F / ||W_i(t-1)||_F instead,
+    d_i(t) = 100 * | n_i(t) - n_i(t-1) | / n_i(t-1),  n_i = ||W_i||_F;  D_F = mean of d_i over a
+    family. Fires when, for all k - 1 consecutive pairs of the last k windows, D_F < tau for every
+    family and 100 * |l(t) - l(t-1)| / l(t-1) <= zeta for the window's mean train loss. Both in per
+    cent. ``signal='update_norm'`` measures 100 * ||W_i(t) - W_i(t-1)||_F / ||W_i(t-1)||_F instead,
     which sees a rotation at constant norm.
     """
 
@@ -184,7 +184,8 @@ class PreLoRA:
 class LossPlateau:
     """Fires when the window's mean train loss has stopped falling.
 
-    100 * (l(t-1) - l(t)) / l(t-1) <= ``tolerance`` per cent in each of the last ``patience`` windows.
+    100 * (l(t-1) - l(t)) / l(t-1) <= ``tolerance`` per cent in each of the last ``patience``
+    windows.
     """
 
     tolerance: float = 1.0
@@ -263,11 +264,10 @@ def _exponential_average(values: np.ndarray, weight: float) -> np.ndarray:
 def _vote(margins: Mapping[str, float], quorum: float, rule: str) -> Verdict:
     converged = sum(margin >= 0 for margin in margins.values())
     worst = min(margins, key=lambda name: margins[name])
+    place = "furthest from it" if margins[worst] < 0 else "closest call"
     reason = (
         f"{converged} of {len(margins)} targets have {rule} (quorum {quorum:.0%}); "
-        f"furthest from it: {worst} by {-margins[worst]:.3g}"
-        if margins[worst] < 0
-        else f"all {len(margins)} targets have {rule}; closest call: {worst} by {margins[worst]:.3g}"
+        f"{place}: {worst} by {abs(margins[worst]):.3g}"
     )
     return Verdict(converged >= quorum * len(margins), margins, reason)
 

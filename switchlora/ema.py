@@ -5,12 +5,12 @@ import copy
 import torch
 from torch import nn
 
-from switchlora.layers import LoRALinear
+from switchlora.layers import AdaptedLinear
 from switchlora.surgery import adapted_modules
 
 
 class WeightEMA:
-    """E <- d E + (1 - d) W_eff after each update, where W_eff = W_res + s B A once adapters are in.
+    """E <- d E + (1 - d) W_eff after each update, with W_eff = W_res + s B A in the adapter phase.
 
     ``model`` is always a plain model. The average of products is not the product of averaged
     factors, so the effective weight is averaged: one low-rank product per target and update.
@@ -35,7 +35,7 @@ class WeightEMA:
         for name, module in adapted_modules(model).items():
             self._add_adapters(f"{name}.weight", module, new)
 
-    def _add_adapters(self, name: str, module: LoRALinear, new: float) -> None:
+    def _add_adapters(self, name: str, module: AdaptedLinear, new: float) -> None:
         average = self.model.get_parameter(name)
         for adapter in module.adapters().values():
             rows = average[adapter.rows]

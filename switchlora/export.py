@@ -14,7 +14,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save_merged(model: nn.Module, path: Path) -> Path:
-    """Weights of the plain model, adapters merged: ``timm.create_model(..., checkpoint_path=path)``."""
+    """Weights of the plain model, adapters merged, for timm's ``checkpoint_path=``."""
     save_file({n: t.contiguous().cpu() for n, t in merged_state_dict(model).items()}, path)
     return path
 
@@ -22,8 +22,8 @@ def save_merged(model: nn.Module, path: Path) -> Path:
 def save_adapter(model: nn.Module, folder: Path) -> Path:
     """The adapter in PEFT's format, beside ``residual.safetensors``, the model it belongs on.
 
-    Load the residual with timm, then ``peft.PeftModel.from_pretrained(model, folder)``. Row slices of a fused
-    linear become one adapter of their summed rank with a block-diagonal B.
+    Load the residual with timm, then ``peft.PeftModel.from_pretrained(model, folder)``. Row slices
+    of a fused linear become one adapter of their summed rank with a block-diagonal B.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors, ranks, alphas = {}, {}, {}

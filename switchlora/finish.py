@@ -23,7 +23,8 @@ def finish(run: Run, status: str, folder: Path, seed: int) -> dict[str, Any]:
         save_adapter(run.model, folder / "adapter")
     summary = summarise(run, status, test, seed)
     run.log.summary(summary)
-    run.log.images(draw_figures(folder))
+    if run.figures:
+        run.log.images(draw_figures(folder))
     for line in closing_lines(run, status, test, folder):
         run.log.line(line)
     return summary
@@ -66,7 +67,7 @@ def summarise(run: Run, status: str, test: dict[str, float] | None, seed: int) -
 
 def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: Path) -> list[str]:
     """The final table, what the switch did or why it never came, and where everything is."""
-    lines = ["", *final_table(run.phases), ""]
+    lines = ["", *final_table({str(p): figures for p, figures in run.phases.items()}), ""]
     if run.state.phase is Phase.FULL:
         lines += never_switched_lines(run.verdict, len(run.state.history))
     if test is not None:

@@ -39,10 +39,10 @@ def factor_gradients(inputs: Tensor, grad: Tensor, adapter: Adapter) -> tuple[Te
 class AdaptedProduct(torch.autograd.Function):
     """X (W_res + s B A)^T + b with gradients for X, b and the factors only.
 
-    The effective weight is formed once forward and once backward, which costs r / T of the product with T
-    tokens: one full-size product each way, where frozen and low-rank paths apart would also
-    read and write the outputs twice. Under autocast the sum is made in the weight's dtype and rounded
-    once, as a plain linear's weight is.
+    The effective weight is formed once forward and once backward, which costs r / T of the product
+    with T tokens: one full-size product each way, where frozen and low-rank paths apart would also
+    read and write the outputs twice. Under autocast the sum is made in the weight's dtype and
+    rounded once, as a plain linear's weight is.
     """
 
     @staticmethod
@@ -90,19 +90,21 @@ def _adapters(layout: Sequence[tuple[slice, float]], factors: Sequence[Tensor]) 
     return [Adapter(A, B, rows, scaling) for (rows, scaling), A, B in pairs]
 
 
-class LoRALinear(nn.Linear):
+class AdaptedLinear(nn.Linear):
     """y = W_res x + b + s B A x with W_res frozen (Hu et al., arXiv 2106.09685).
 
     ``weight`` and ``bias`` stay where ``nn.Linear`` has them, so the names in state dicts,
-    optimizers and curves survive the switch. ``lora_A`` is (r, in), ``lora_B`` (out, r).
+    optimizers and curves survive the switch. Subclasses say where the factors are.
     """
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, adapter: Adapter) -> None:
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias  # type: ignore[assignment]
-        self.scaling = adapter.scaling
-        self.lora_A, self.lora_B = nn.Parameter(adapter.A), nn.Parameter(adapter.B)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by the name of their row slice, in the order of the rows."""
+        raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -111,18 +113,27 @@ class LoRALinear(nn.Linear):
         factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
         return AdaptedProduct.apply(input, self.weight, self.bias, layout, *factors)
 
-    def adapters(self) -> dict[str, Adapter]:
-        """The adapter under the name '', which stands for all rows."""
-        rows = slice(0, self.out_features)
-        return {"": Adapter(self.lora_A, self.lora_B, rows, self.scaling)}
-
     def extra_repr(self) -> str:
         """Shapes and ranks."""
         ranks = {name: len(adapter.A) for name, adapter in self.adapters().items()}
         return f"{super().extra_repr()}, ranks={ranks}"
 
 
-class SlicedLoRALinear(LoRALinear):
+class LoRALinear(AdaptedLinear):
+    """A linear with one adapter: ``lora_A`` (r, in) and ``lora_B`` (out, r)."""
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, adapter: Adapter) -> None:
+        super().__init__(weight, bias)
+        self.scaling = adapter.scaling
+        self.lora_A, self.lora_B = nn.Parameter(adapter.A), nn.Parameter(adapter.B)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapter under the name '', which stands for all rows."""
+        rows = slice(0, self.out_features)
+        return {"": Adapter(self.lora_A, self.lora_B, rows, self.scaling)}
+
+
+class SlicedLoRALinear(AdaptedLinear):
     """A fused linear, such as qkv, with one adapter for each of its row slices.
 
     The slices cover all rows in order; a slice of rank 0 is frozen without an adapter.
@@ -133,9 +144,7 @@ class SlicedLoRALinear(LoRALinear):
     def __init__(
         self, weight: Tensor, bias: nn.Parameter | None, adapters: Mapping[str, Adapter]
     ) -> None:
-        nn.Linear.__init__(self, weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = bias  # type: ignore[assignment]
+        super().__init__(weight, bias)
         self.scalings = {name: adapter.scaling for name, adapter in adapters.items()}
         # OrderedDict: ParameterDict sorts the keys of a plain one, and the rows are in order
         self.lora_A = nn.ParameterDict(
@@ -154,7 +163,7 @@ class SlicedLoRALinear(LoRALinear):
         return found
 
 
-def adapted_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> LoRALinear:
+def adapted_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> AdaptedLinear:
     """``linear`` with ``adapters`` on it: the same function, the bias shared, W left alone.
 
     W_res = W - s B A is a new tensor, so that undoing the switch is putting ``linear`` back.

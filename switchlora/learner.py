@@ -1,4 +1,4 @@
-"""Recipe, Learner, build_learner(): what is rebuilt whenever the set of trained tensors changes."""
+"""Recipe, Learner, build_learner(): what is rebuilt when the set of trained tensors changes."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,8 +24,8 @@ SECOND_MOMENTS = ("exp_avg_sq",)
 class Recipe:
     """How the trained tensors of one phase are optimised.
 
-    ``optimizer`` takes parameter groups, ``scheduler`` an optimizer and ``t_initial``, the updates of the
-    whole run: a timm scheduler that counts updates. Factors get ``factor_lr_scale`` times
+    ``optimizer`` takes parameter groups, ``scheduler`` an optimizer and ``t_initial``, the updates
+    of the whole run: a timm scheduler that counts updates. Factors get ``factor_lr_scale`` times
     the learning rate and their own weight decay, which pulls toward the residual weight.
     """
 
@@ -124,7 +124,7 @@ class Learner:
 
     def _step(self, loss: Tensor, lr: float) -> Update:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters])
+        norm = get_total_norm(p.grad for p in parameters if p.grad is not None)
         loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
         finite = abs(loss_value) < float("inf") and norm_value < float("inf")
         if finite:
@@ -180,13 +180,14 @@ def carry_moments(old: Optimizer, new: Optimizer) -> int:
 
 @torch.no_grad()
 def carry_factor_moments(
-    model: nn.Module, old: Optimizer, new: Optimizer, weights: Mapping[str, nn.Parameter]
+    model: nn.Module, old: Optimizer, new: Optimizer, weights: Mapping[str, Tensor]
 ) -> int:
     """Project the moments of the replaced ``weights`` (by module name) into the factors' basis.
 
-    Gradients obey g_A = s B^T g_W and g_B = s g_W A^T, so first moments map exactly:
-    m_A = s B^T m_W, m_B = s m_W A^T. For second moments the entries of g_W are taken as uncorrelated:
-    v_A = s^2 (B*B)^T v_W, v_B = s^2 v_W (A*A)^T. Factors whose images would be zero (B = 0) keep a fresh state.
+    Gradients obey g_A = s B^T g_W and g_B = s g_W A^T, so first moments map exactly: m_A = s B^T
+    m_W, m_B = s m_W A^T. For second moments the entries of g_W are taken as uncorrelated: v_A =
+    s^2 (B*B)^T v_W, v_B = s^2 v_W (A*A)^T. Factors whose images would be zero (B = 0) keep a fresh
+    state.
     """
     if type(old) is not type(new):
         return 0

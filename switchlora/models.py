@@ -20,5 +20,5 @@ def create_model(name: str, **options: object) -> nn.Module:
         raise ValueError(f"model '{name}' refuses its options: {error}") from error
     for module in model.modules():
         if hasattr(module, "qkv_bias_separate"):
-            module.qkv_bias_separate = True
+            module.qkv_bias_separate = True  # type: ignore[assignment]
     return model

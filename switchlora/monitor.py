@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +179,7 @@ class UpdateMonitor:
         norm, self._vectors[key] = spectral_norm(matrix, start, iterations)
         return norm
 
-    def _exact_stats(self, name: str) -> dict[str, float | tuple[float, ...]]:
+    def _exact_stats(self, name: str) -> dict[str, Any]:
         if not self.exact:
             return {}
         weight = torch.linalg.svdvals(self.targets[name].weight(self.model).float())

@@ -57,8 +57,8 @@ class PreLoRARanks:
     """PreLoRA's ranks: the more a target changed lately, the larger (arXiv 2509.21619).
 
     c_i = |m_i(T) - m_i(T-1)| / m_i(T-1) of ``signal``; u_i = c_i scaled to [0, 1] over the family
-    (``mode='family'``) or over all; R = [r_min, 2 r_min, ..., r_max]; r_i = R[ceil(u_i |R|) - 1], or R[0]
-    at u_i = 0. Equal changes (max = min) give r_min.
+    (``mode='family'``) or over all; R = [r_min, 2 r_min, ..., r_max]; r_i = R[ceil(u_i |R|) - 1],
+    or R[0] at u_i = 0. Equal changes (max = min) give r_min.
     """
 
     r_min: int = 4
@@ -100,8 +100,9 @@ class PreLoRARanks:
 class StableRankRanks:
     """The measured stable rank, rounded up, of the last window's update or of the weight.
 
-    ``scaled`` is Cuttlefish's form for weights: r = ceil(rho * full / rho_init), where rho_init is the stable rank
-    before training (arXiv 2305.02538). ``multiplier`` widens, ``lowest`` is a floor as a share of the full rank.
+    ``scaled`` is Cuttlefish's form for weights: r = ceil(rho * full / rho_init), where rho_init is
+    the stable rank before training (arXiv 2305.02538). ``multiplier`` widens, ``lowest`` is a
+    floor as a share of the full rank.
     """
 
     of: str = "update"

@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -51,6 +51,7 @@ class Run:
     """where max_updates ends the run"""
     max_skipped: int
     log_every: int
+    figures: bool
     phases: dict[Phase, dict[str, Any]] = field(default_factory=dict)
     """figures of each phase that has ended"""
     verdict: Verdict | None = None
@@ -91,7 +92,7 @@ def prepare(config: DictConfig, folder: Path) -> Run:
     _check_ranks(model, policy, monitor)
     log = RunLog(
         folder,
-        OmegaConf.to_container(config, resolve=True),
+        as_plain(config),
         total_updates=min(total_updates, config.max_updates or total_updates),
         wandb=_wandb_options(config),
         progress=config.log.progress,
@@ -113,7 +114,13 @@ def prepare(config: DictConfig, folder: Path) -> Run:
         last_update=min(total_updates, config.max_updates or total_updates),
         max_skipped=config.max_skipped,
         log_every=config.log.every,
+        figures=config.log.figures,
     )
+
+
+def as_plain(config: DictConfig) -> dict[str, Any]:
+    """A config as plain dicts and lists, interpolations resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def probe_images(data: Data, device: torch.device) -> Tensor:
@@ -123,9 +130,13 @@ def probe_images(data: Data, device: torch.device) -> Tensor:
 
 
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"system.device '{name}' cannot be used: {reason}") from error
 
 
 def _window(window: int | str, updates_per_epoch: int, total_updates: int) -> int:
@@ -148,5 +159,5 @@ def _check_ranks(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor)
 
 
 def _wandb_options(config: DictConfig) -> dict[str, Any] | None:
-    options = OmegaConf.to_container(config.log.wandb, resolve=True)
+    options = as_plain(config.log.wandb)
     return None if options["mode"] == "disabled" else options

@@ -30,7 +30,7 @@ class RunLog:
         if (folder / METRICS).exists():
             raise ValueError(f"{folder} already holds a run; choose another hydra.run.dir")
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / METRICS, "a", buffering=1)
+        self._file = (folder / METRICS).open("a", buffering=1)  # noqa: SIM115
         self._wandb = _start_wandb(folder, config, wandb) if wandb else None
         self._bar = tqdm(
             total=total_updates, unit="update", dynamic_ncols=True, disable=not progress
@@ -62,7 +62,7 @@ class RunLog:
         self._bar.set_postfix(postfix, refresh=False)
         self._bar.update()
 
-    def table(self, key: str, columns: list[str], rows: list[list[Any]]) -> None:
+    def table(self, key: str, columns: list[str | int], rows: list[list[Any]]) -> None:
         """A table in W&B."""
         if self._wandb is not None:
             import wandb

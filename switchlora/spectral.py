@@ -108,7 +108,7 @@ def _with_fixed_signs(svd: SVD) -> SVD:
 
 
 def _orthogonal_unit(basis: Tensor, vector: Tensor) -> Tensor:
-    """What of ``vector`` (n,) is new to the orthonormal ``basis`` (n, k); 0 where only rounding."""
+    """What of ``vector`` (n,) is new to orthonormal ``basis`` (n, k); 0 if only rounding."""
     new = vector - basis @ (basis.mT @ vector)
     new = new - basis @ (basis.mT @ new)  # once is not enough to stay orthogonal in float32
     size, rounding = torch.linalg.vector_norm(new), 1e-5 * torch.linalg.vector_norm(vector)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from switchlora.errors import near
 from switchlora.initializers import Factors
-from switchlora.layers import Adapter, LoRALinear, adapted_linear, add_adapters, is_factor
+from switchlora.layers import AdaptedLinear, Adapter, adapted_linear, add_adapters, is_factor
 
 QKV = ("q", "k", "v")
 
@@ -154,9 +154,9 @@ def applied_ranks(
     }
 
 
-def adapted_modules(model: nn.Module) -> dict[str, LoRALinear]:
+def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The modules with adapters, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -39,10 +39,10 @@ DEFAULT_TARGETS = (
 class SwitchPolicy:
     """When to switch, with what, and what goes on training.
 
-    ``earliest`` and ``latest`` bound, in updates, when the criterion may fire. ``keep`` names the parameters
-    besides the factors that go on training (regular expressions; target weights never do).
-    ``moments`` says what the new optimizer inherits: 'surviving' tensors' state, that plus its projection
-    onto the 'factors', or nothing ('reset').
+    ``earliest`` and ``latest`` bound, in updates, when the criterion may fire. ``keep`` names the
+    parameters besides the factors that go on training (regular expressions; target weights never
+    do). ``moments`` says what the new optimizer inherits: 'surviving' tensors' state, that plus
+    its projection onto the 'factors', or nothing ('reset').
     """
 
     criterion: SwitchCriterion
@@ -117,9 +117,9 @@ def switch(
 ) -> tuple[Learner, SwitchReport]:
     """Replace the targets by adapters and the learner by ``rebuild()``; return it with a report.
 
-    All or nothing: when anything raises, modules and flags are put back, the optimizer has not been
-    touched, and SwitchFailed says why. The global RNG is left where it was. ``probe`` (N, C, H, W) are the
-    images on which the drift of the logits is measured.
+    All or nothing: when anything raises, modules and flags are put back, the optimizer has not
+    been touched, and SwitchFailed says why. The global RNG is left where it was. ``probe`` (N, C,
+    H, W) are the images on which the drift of the logits is measured.
     """
     begin = time.perf_counter()
     model = learner.model

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ class Stopwatch:
         """Monitor's seconds over training seconds."""
         return self.monitor_seconds / self.train_seconds if self.train_seconds else 0.0
 
-    def summary(self, batch_size: int, updates_per_epoch: int) -> dict[str, float | int | None]:
+    def summary(self, batch_size: int, updates_per_epoch: int) -> dict[str, Any]:
         """Medians of the phase; None where too few updates were made to say."""
         counted = self._laps[WARMUP_UPDATES:]
         typical = median(counted) if counted else None

@@ -8,14 +8,14 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from switchlora.criteria import Verdict
 from switchlora.engine import evaluate
-from switchlora.errors import SwitchFailed, TrainingStopped
+from switchlora.errors import SwitchFailed, TrainingStopped, near
 from switchlora.finish import finish
 from switchlora.learner import Learner, Update, build_learner
 from switchlora.monitor import Measurement, UpdateMonitor
@@ -264,9 +264,13 @@ def main() -> None:
 
 def one_line(error: BaseException) -> str:
     """The message that matters of an error and its causes, on one line."""
-    while isinstance(error, HydraException) and isinstance(error.__cause__, USER_ERRORS):
-        error = error.__cause__
-    return " ".join(str(error).split())
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
+        return one_line(error.__cause__)
+    message = str(error)
+    cause = error.__cause__
+    if isinstance(cause, ConfigKeyError) and cause.parent_node is not None:
+        message += f" {near(str(cause.key), map(str, cause.parent_node))}"
+    return " ".join(message.split())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchlora.layers import Adapter, AdaptedProduct, adapted_linear
+from switchlora.layers import AdaptedProduct, Adapter, adapted_linear
 
 SLICES = {
     "whole": {"": (slice(0, 12), 3, 1.0)},

@@ -7,8 +7,8 @@ from conftest import tiny_vit
 from torch import nn
 
 from switchlora.initializers import Factors
-from switchlora.models import create_model
 from switchlora.layers import Adapter, adapted_linear, alpha_over_rank, scaling_one
+from switchlora.models import create_model
 from switchlora.surgery import (
     adapted_modules,
     applied_ranks,

@@ -12,8 +12,8 @@ from torch import nn
 
 from switchlora.ema import WeightEMA
 from switchlora.errors import SwitchFailed
-from switchlora.learner import build_learner
 from switchlora.layers import is_factor
+from switchlora.learner import build_learner
 from switchlora.monitor import UpdateMonitor
 from switchlora.surgery import adapted_modules, merged_state_dict
 from switchlora.switch import switch

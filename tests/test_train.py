@@ -1,0 +1,318 @@
+"""Whole runs on real digits: what they write, that they repeat, and what they say when wrong."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conf_yamls import composed
+from safetensors.torch import load_file
+
+from switchlora.learner import Learner
+from switchlora.run import build
+from switchlora.runlog import read_events
+from switchlora.train import main, train
+
+DIGITS = ("data=digits", "model=digits", "log=quiet", "log.figures=false")
+SHORT = (*DIGITS, "epochs=4", "full.scheduler.warmup_t=10", "monitor.window=10", "log.every=1")
+BY_DATE = ("switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
+
+
+def make_run(folder, *overrides):
+    return train(composed(*SHORT, *overrides), Path(folder))
+
+
+def losses(folder):
+    return [e["train/loss"] for e in read_events(folder, "train")]
+
+
+def digits_model(**options):
+    return build(composed(*DIGITS).model, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run with everything on: EMA, row slices, W&B offline."""
+    folder = tmp_path_factory.mktemp("finished")
+    summary = make_run(
+        folder,
+        *BY_DATE,
+        "ema=0.9",
+        "switch.split_qkv=true",
+        "log.wandb.mode=offline",
+        "log.figures=true",
+    )
+    return folder, summary
+
+
+def test_the_run_switches_at_a_measurement_and_says_so_in_its_summary(finished):
+    folder, summary = finished
+    assert summary == json.loads((folder / "summary.json").read_text()) | {
+        "switch": summary["switch"]
+    }
+    assert summary["status"] == "finished" and summary["switch"]["fired"]
+    assert summary["switch"]["num_updates"] == 30  # windows of 10, 20 updates an epoch
+    assert summary["switch"]["drift"] <= 1e-5
+    assert set(summary["phases"]) == {"full", "adapter"}
+    adapter = summary["phases"]["adapter"]
+    assert (
+        adapter["trainable_parameters"] <= 0.1 * summary["phases"]["full"]["trainable_parameters"]
+    )
+    assert adapter["images_per_second"] > 0 and adapter["peak_memory_bytes"] > 0
+    assert summary["val"]["top1"] > 15 and summary["test"]["top1"] > 15
+    assert summary["environment"]["versions"]["torch"]
+
+
+def test_metrics_tell_the_story_in_order(finished):
+    folder, _ = finished
+    events = list(read_events(folder))
+    counts = [e["num_updates"] for e in events]
+    assert counts == sorted(counts)
+    assert len(losses(folder)) == counts[-1] == 80
+    measured = [e for e in events if e["event"] == "measure"]
+    assert [e["num_updates"] for e in measured] == [10, 20, 30]
+    for key in ("update_norm", "relative_update_norm", "weight_stable_rank", "update_stable_rank"):
+        assert measured[0][f"{key}/blocks.0.attn.qkv.q"] > 0
+    (switch,) = [e for e in events if e["event"] == "switch"]
+    assert switch["switch/reason"] and switch["switch/rank/blocks.2.mlp.fc2"] > 0
+    assert [e["event"] for e in events][-1] == "test"
+    assert all("val/ema_top1" in e for e in events if e["event"] == "eval")
+
+
+def test_pictures_are_drawn(finished):
+    folder, _ = finished
+    names = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert {"update_norms", "stable_ranks", "update_norm_map", "training"} <= names
+
+
+def test_timm_loads_the_merged_file_and_computes_the_same_top1(finished):
+    folder, summary = finished
+    options = dict(composed(*DIGITS).model)
+    name = options.pop("name")
+    options.pop("_target_")
+    model = timm.create_model(name, checkpoint_path=str(folder / "model.safetensors"), **options)
+    assert top1(model) == pytest.approx(summary["test"]["top1"], abs=1e-3)
+
+
+def top1(model):
+    from switchlora.engine import evaluate
+
+    return evaluate(model, build(composed(*DIGITS).data).test)["top1"]
+
+
+def test_peft_loads_the_adapter_on_the_residual_with_our_ranks_and_the_same_logits(finished):
+    from peft import PeftModel
+
+    folder, summary = finished
+    base = digits_model()
+    base.load_state_dict(load_file(folder / "adapter" / "residual.safetensors"))
+    merged = digits_model()
+    merged.load_state_dict(load_file(folder / "model.safetensors"))
+    adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    images = torch.randn(4, 1, 8, 8)
+    assert (adapted(images) - merged.eval()(images)).abs().max() <= 1e-5
+    ranks = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default"): module.out_features
+        for name, module in adapted.named_modules()
+        if name.endswith("lora_A.default")
+    }
+    wanted = {}
+    for name, rank in summary["switch"]["ranks"].items():
+        module = name.rsplit(".", 1)[0] if name[-2:] in (".q", ".k", ".v") else name
+        wanted[module] = wanted.get(module, 0) + rank
+    assert ranks == wanted
+
+
+def test_wandb_reads_its_own_offline_run_back(finished):
+    folder, _ = finished
+    records = wandb_records(folder)
+    (end,) = [r for r in records if r["type"] == "exit"]
+    assert end["exit"]["exit_code"] == 0
+    rows = [history_row(r) for r in records if r["type"] == "history"]
+    key = "update_norm/blocks.1.mlp.fc1"
+    logged = [(r["num_updates"], r[key]) for r in rows if key in r]
+    assert logged == [(e["num_updates"], e[key]) for e in read_events(folder, "measure")]
+    assert any("switch/drift" in r for r in rows) and any("switch/ranks" in r for r in rows)
+    assert any("figures/update_norms" in r for r in rows)
+
+
+def wandb_records(folder):
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    found = subprocess.run(reader, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def history_row(record):
+    return record["history"]["item"]
+
+
+def test_a_run_repeats_bit_for_bit(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        make_run(folder, "ema=0.9", *BY_DATE, "data.mixup_alpha=0.2", "data.label_smoothing=0.1")
+    assert losses(first) == losses(second) and len(losses(first)) == 80
+    weights = [load_file(folder / "model.safetensors") for folder in (first, second)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("train_size", [640, 704])  # 10 and 11 updates an epoch
+def test_accumulation_does_not_change_when_the_switch_fires(tmp_path, train_size):
+    options = (
+        "switch/criterion=loss_plateau",
+        "switch.criterion.tolerance=10",
+        "switch.criterion.patience=1",
+        f"data.train_size={train_size}",
+    )
+    fired, first_losses = [], []
+    for accumulation in (1, 2, 3):
+        folder = tmp_path / str(accumulation)
+        summary = make_run(folder, f"full.accumulation={accumulation}", *options)
+        fired.append(summary["switch"]["num_updates"])
+        first_losses.append(losses(folder)[:5])
+    assert fired[0] is not None and len(set(fired)) == 1
+    for others in first_losses[1:]:
+        assert others == pytest.approx(first_losses[0], rel=1e-4)
+
+
+def test_a_run_that_never_switches_says_what_held_it_back(tmp_path, capsys):
+    summary = make_run(tmp_path, "switch/criterion=update_norm", "switch.criterion.fraction=0.001")
+    said = capsys.readouterr()
+    text = said.out + said.err
+    assert not summary["switch"]["fired"]
+    assert "The switch never fired in 8 measurements" in text
+    assert "held back most by: blocks." in text
+
+
+def test_lora_from_the_start_needs_no_measurement(tmp_path):
+    summary = make_run(
+        tmp_path,
+        "switch/criterion=at_start",
+        "switch/init=zero_b",
+        "switch/rank=fixed",
+        "switch.rank.rank=4",
+        "max_updates=5",
+    )
+    assert summary["switch"]["num_updates"] == 0
+    assert summary["num_updates"] == 5 and summary["phases"]["adapter"]["num_updates"] == 5
+
+
+def test_a_failed_switch_leaves_the_run_in_the_full_phase_and_says_so(tmp_path, capsys):
+    make_run(tmp_path, *BY_DATE, "switch/init=zero_b", "switch.max_drift=-1")
+    said = capsys.readouterr()
+    assert "the switch failed and was undone, full training goes on" in said.out + said.err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "finished" and not summary["switch"]["fired"]
+    assert list(read_events(tmp_path, "switch_failed"))
+
+
+def poisoned(monkeypatch, when):
+    """Make the targets of some updates impossible, so that their loss is NaN."""
+    update = Learner.update
+
+    def spoiled(self, images, targets, loss_fn, num_updates):
+        spoiled.calls += 1
+        if when(spoiled.calls):
+            images = images * math.nan
+        return update(self, images, targets, loss_fn, num_updates)
+
+    spoiled.calls = 0
+    monkeypatch.setattr(Learner, "update", spoiled)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_counted_and_not_measured(tmp_path, monkeypatch):
+    poisoned(monkeypatch, lambda call: call in (5, 6))
+    summary = make_run(tmp_path, *BY_DATE)
+    assert summary["status"] == "finished"
+    assert summary["skipped_updates"] == 2 and summary["num_updates"] == 78
+    assert all(math.isfinite(e["train/window_loss"]) for e in read_events(tmp_path, "measure"))
+
+
+def command(monkeypatch, folder, *arguments):
+    monkeypatch.setattr(sys, "argv", ["switchlora", *SHORT, f"hydra.run.dir={folder}", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return str(stop.value.code)
+
+
+def test_too_many_bad_losses_stop_the_run_with_one_line_and_keep_everything(tmp_path, monkeypatch):
+    poisoned(monkeypatch, lambda call: call > 45)
+    said = command(monkeypatch, tmp_path, "log.figures=true")
+    assert "not finite in 6 updates in a row after update 45" in said and "\n" not in said
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"].startswith("stopped: loss or gradient was not finite")
+    assert summary["num_updates"] == 45 and len(losses(tmp_path)) == 45
+    weights = load_file(tmp_path / "model.safetensors")
+    assert all(torch.isfinite(t).all() for t in weights.values())
+    assert (tmp_path / "figures" / "training.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["model=timm", "model.name=vit_tiny_patch16_24"], "unknown model.*vit_tiny_patch16_224"),
+        (["+model.hidden_size=3"], "refuses its options.*hidden_size"),
+        (["data=imagenett"], "Could not find 'data/imagenett'"),
+        (["switch.criteria=3"], "Could not override 'switch.criteria'.*near names: criterion"),
+        (
+            ["switch.targets=[attn.qvk]"],
+            "'attn.qvk' matches no linear layer; near names: attn.qkv",
+        ),
+        (["switch.keep=[hed]"], "switch.keep 'hed' matches no parameter; near names: .*head"),
+        (["switch/rank=fixed", "switch.rank.rank=65"], "rank 65 does not fit blocks.0.attn.qkv"),
+        (["switch.rank.share=0.01"], "rank.share=0.01 is too small"),
+        (["monitor.window=81"], "window of 81 updates is longer than the run, which has 80"),
+        (["monitor.window=often"], "monitor.window is 'often'"),
+        (["full.precision=fp8"], "precision is 'fp8'"),
+        (["ema=2"], "ema is 2"),
+        (["data.batch_size=100000"], "data.batch_size=100000"),
+        (["switch/criterion=prelora", "switch.criterion.signal=x"], "signal is 'x'"),
+        (["system.device=gpu"], "system.device 'gpu' cannot be used"),
+    ],
+)
+def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, arguments, words):
+    said = command(monkeypatch, tmp_path / "run", *arguments)
+    assert re.search(words, said), said
+    assert said.startswith("switchlora: ") and "\n" not in said
+
+
+def test_an_unwritable_folder_gets_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    said = command(monkeypatch, tmp_path / "file" / "run")
+    assert "Not a directory" in said and "\n" not in said
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("kept")
+    assert "already holds a run" in command(monkeypatch, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == "kept"
+
+
+def test_two_jobs_of_one_multirun_have_their_own_memory_peak_and_wandb_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "switchlora",
+            "-m",
+            *SHORT,
+            *BY_DATE,
+            f"hydra.sweep.dir={tmp_path}",
+            "seed=0,1",
+            "epochs=3",
+            "log.wandb.mode=offline",
+        ],
+    )
+    main()
+    for job in ("0", "1"):
+        summary = json.loads((tmp_path / job / "summary.json").read_text())
+        assert summary["environment"]["seed"] == int(job)
+        assert summary["phases"]["adapter"]["num_updates"] > 0
+        assert len(list((tmp_path / job / "wandb").glob("offline-run-*"))) == 1
+    assert not os.environ.get("WANDB_RUN_ID")
