@@ -66,7 +66,7 @@ class UpdateNorm:
     least a share ``quorum`` of the targets has converged.
     """
 
-    fraction: float = 0.5
+    fraction: float = 0.7
     patience: int = 3
     quorum: float = 1.0
 

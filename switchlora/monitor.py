@@ -97,7 +97,7 @@ class UpdateMonitor:
     targets: Mapping[str, Target]
     window: int
     device: str = "cpu"
-    iterations: int = 8
+    iterations: int = 5
     exact: bool = False
     leading: int = 16
     references: dict[str, Tensor] = field(init=False, default_factory=dict)

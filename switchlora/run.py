@@ -76,6 +76,10 @@ class Run:
 
 def prepare(config: DictConfig, folder: Path) -> Run:
     """Build data, model, policy, recipes and the first learner; check what can be checked."""
+    for key, least in {"epochs": 1, "seed": 0, "max_skipped": 0, "log.every": 1}.items():
+        check_whole(config, key, least)
+    if config.max_updates is not None:
+        check_whole(config, "max_updates", 1)
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
@@ -129,6 +133,13 @@ def probe_images(data: Data, device: torch.device) -> Tensor:
     return images[:PROBE_IMAGES].to(device)
 
 
+def check_whole(config: DictConfig, key: str, least: int) -> None:
+    """ValueError unless ``key`` holds a whole number of at least ``least``."""
+    value = OmegaConf.select(config, key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{key} is {value!r}: give a whole number of at least {least}")
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,8 +152,8 @@ def _device(name: str) -> torch.device:
 
 def _window(window: int | str, updates_per_epoch: int, total_updates: int) -> int:
     updates = updates_per_epoch if window == "epoch" else window
-    if not isinstance(updates, int):
-        raise ValueError(f"monitor.window is '{window}': give a number of updates or 'epoch'")
+    if not isinstance(updates, int) or updates < 1:
+        raise ValueError(f"monitor.window is {window!r}: give a number of updates or 'epoch'")
     if updates > total_updates:
         raise ValueError(
             f"monitor.window of {updates} updates is longer than the run, which has "

@@ -46,10 +46,12 @@ def spectral_norm(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tenso
     values are close. Warm-start it with the vector of the last call. The estimate never exceeds
     the true norm by more than rounding.
     """
-    basis = _unit(start)[:, None]
-    for _ in range(min(iterations, min(matrix.shape) - 1)):
-        vector = _orthogonal_unit(basis, matrix.mT @ (matrix @ basis[:, -1]))
-        basis = torch.cat([basis, vector[:, None]], dim=1)
+    steps = min(iterations, min(matrix.shape) - 1)
+    basis = matrix.new_zeros(matrix.shape[1], steps + 1)
+    basis[:, 0] = _unit(start)
+    for k in range(steps):
+        vector = matrix.mT @ (matrix @ basis[:, k])
+        basis[:, k + 1] = _orthogonal_unit(basis[:, : k + 1], vector)
     _, values, right = torch.linalg.svd(matrix @ basis, full_matrices=False)
     return values[0], basis @ right[0]
 

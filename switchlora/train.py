@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from switchlora.criteria import Verdict
 from switchlora.engine import evaluate
@@ -268,9 +268,9 @@ def one_line(error: BaseException) -> str:
         return one_line(error.__cause__)
     message = str(error)
     cause = error.__cause__
-    if isinstance(cause, ConfigKeyError) and cause.parent_node is not None:
-        message += f" {near(str(cause.key), map(str, cause.parent_node))}"
-    return " ".join(message.split())
+    if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None:
+        message += f"; {near(str(cause.key), map(str, cause.parent_node))}"
+    return " ".join(message.split("Config search path")[0].split())
 
 
 if __name__ == "__main__":
