@@ -14,7 +14,7 @@ PACKAGES = ("switchlora", "torch", "torchvision", "timm", "hydra-core", "wandb",
 def environment(device: torch.device, seed: int) -> dict[str, object]:
     """Hardware, versions, git state and seed of this process, as plain values."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -44,7 +44,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Number and model of the processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -25,6 +25,7 @@ def measurement_metrics(measurement: Measurement, verdict: Verdict) -> dict[str,
 def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:
     """Keys of the 'switch' event."""
     return {
+        "switch/fired": True,
         "switch/reason": verdict.reason,
         "switch/drift": report.drift,
         "switch/seconds": report.seconds,

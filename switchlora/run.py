@@ -84,16 +84,20 @@ def prepare(config: DictConfig, folder: Path) -> Run:
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     device = _device(config.system.device)
-    data = build(config.data, seed=config.seed)
+    system = config.system
+    data = build(
+        config.data, seed=config.seed, workers=system.workers, pin_memory=system.pin_memory
+    )
+    total_updates = config.epochs * len(data.train)
+    window = _window(config.monitor.window, len(data.train), total_updates)
     model = build(config.model).to(device)
     policy = build(config.switch)
     recipes = {Phase.FULL: build(config.full), Phase.ADAPTER: build(config.adapter)}
-    total_updates = config.epochs * len(data.train)
     targets = policy.find_targets(model)
     check_targets_are_called(model, targets.values(), probe_images(data, device))
-    window = _window(config.monitor.window, len(data.train), total_updates)
     monitor = UpdateMonitor(model, targets, **{**config.monitor, "window": window})
     _check_ranks(model, policy, monitor)
+    learner = build_learner(model, recipes[Phase.FULL], total_updates)
     log = RunLog(
         folder,
         as_plain(config),
@@ -101,12 +105,13 @@ def prepare(config: DictConfig, folder: Path) -> Run:
         wandb=_wandb_options(config),
         progress=config.log.progress,
     )
+    OmegaConf.save(config, folder / "config.yaml", resolve=True)
     return Run(
         data=data,
         model=model,
         policy=policy,
         recipes=recipes,
-        learner=build_learner(model, recipes[Phase.FULL], total_updates),
+        learner=learner,
         monitor=monitor,
         state=TrainState(),
         stopwatch=Stopwatch(device),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlora.criteria import SwitchCriterion, Verdict
-from switchlora.errors import SwitchFailed
+from switchlora.errors import SwitchFailed, near
 from switchlora.initializers import AdapterInit, Factors, empty_factors
 from switchlora.layers import scaling_one
 from switchlora.learner import Learner, carry_factor_moments, carry_moments
@@ -171,7 +171,11 @@ def choose_ranks(
         other_trainable=sum(parameter.numel() for parameter in kept.values()),
     )
     wanted = policy.rank(context)
-    assert set(wanted) == set(targets), "a rank policy names each target once"
+    if odd := sorted(set(wanted) ^ set(targets)):
+        raise ValueError(
+            f"the rank policy must give each target a rank, but '{odd[0]}' is "
+            f"{'missing' if odd[0] in targets else 'no target'}; {near(odd[0], targets)}"
+        )
     useless = {
         targets[name].module
         for name, rank in wanted.items()

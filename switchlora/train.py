@@ -209,6 +209,7 @@ def evaluate_epoch(run: Run) -> None:
                 "train/images_per_second": speed["images_per_second"],
                 "train/epoch_seconds": speed["epoch_seconds"],
                 "memory/peak_bytes": speed["peak_memory_bytes"],
+                "monitor/time_share": run.stopwatch.monitor_share,
                 "params/trainable": count_parameters(run.model, trainable=True),
                 "train/phase": state.phase,
             },

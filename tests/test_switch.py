@@ -14,6 +14,7 @@ from switchlora.ema import WeightEMA
 from switchlora.errors import SwitchFailed
 from switchlora.layers import is_factor
 from switchlora.learner import build_learner
+from switchlora.models import create_model
 from switchlora.monitor import UpdateMonitor
 from switchlora.surgery import adapted_modules, merged_state_dict
 from switchlora.switch import switch
@@ -312,3 +313,51 @@ def test_a_scalar_timm_optimizer_of_another_kind_also_switches():
     object.__setattr__(trial.adapter, "optimizer", lion)
     assert trial.switch().moments_carried == 0  # nothing carries over between optimizers
     trial.train(2)
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("deit_tiny_distilled_patch16_224", {"depth": 2, "img_size": 32}),
+        (
+            "vit_base_patch16_reg4_gap_256",
+            {"depth": 2, "img_size": 32, "embed_dim": 64, "num_heads": 2},
+        ),
+        ("eva02_tiny_patch14_224", {"depth": 2, "img_size": 28}),
+        ("eva02_base_patch14_224", {"depth": 2, "img_size": 28, "embed_dim": 64, "num_heads": 2}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"depths": (1, 1), "img_size": 56, "embed_dim": 24, "num_heads": (2, 4)},
+        ),
+    ],
+)
+def test_other_transformers_train_and_switch(name, options):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5, **options)
+    config = composed("switch/rank=fixed", "switch.rank.rank=2", "switch.split_qkv=true")
+    policy, full, adapter = (build(config[key]) for key in ("switch", "full", "adapter"))
+    monitor = UpdateMonitor(model, policy.find_targets(model), 2)
+    learner = build_learner(model, full, TOTAL)
+    images, labels = torch.randn(4, 3, options["img_size"], options["img_size"]), torch.arange(4)
+    for n in range(2):
+        learner.update(images, labels, LOSS, n + 5)
+    learner, report = switch(
+        learner,
+        policy,
+        monitor,
+        [monitor.measure(2, 1.0)],
+        images,
+        lambda: build_learner(model, adapter, TOTAL, start=2),
+    )
+    assert report.drift <= 1e-5 and len(report.ranks) == len(monitor.targets)
+    losses = [learner.update(images, labels, LOSS, n + 5).loss for n in range(2, 8)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_rank_policy_that_names_no_target_is_told_so():
+    trial = Trial()
+    object.__setattr__(trial.policy, "rank", lambda context: {"module.blocks.0.attn.qkv": 2})
+    with pytest.raises(
+        SwitchFailed, match="each target a rank, but 'blocks.0.attn.proj' is missing"
+    ):
+        trial.switch()

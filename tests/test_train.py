@@ -15,6 +15,7 @@ from conf_yamls import composed
 from safetensors.torch import load_file
 
 from switchlora.learner import Learner
+from switchlora.provenance import cpu_name
 from switchlora.run import build
 from switchlora.runlog import read_events
 from switchlora.train import main, train
@@ -346,4 +347,4 @@ def test_golden_losses_have_not_moved(tmp_path):
 def machine():
     """What the bits of a loss depend on besides the code."""
     kernels = torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__}, {kernels}, {torch.get_num_threads()} thread(s)"
+    return f"{cpu_name()}, torch {torch.__version__}, {kernels}, {torch.get_num_threads()} threads"
