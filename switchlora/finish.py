@@ -25,6 +25,7 @@ def finish(run: Run, status: str, folder: Path, seed: int) -> dict[str, Any]:
     run.log.summary(summary)
     if run.figures:
         run.log.images(draw_figures(folder))
+    run.log.end_progress()
     for line in closing_lines(run, status, test, folder):
         run.log.line(line)
     return summary

@@ -62,6 +62,10 @@ class RunLog:
         self._bar.set_postfix(postfix, refresh=False)
         self._bar.update()
 
+    def end_progress(self) -> None:
+        """Close the progress bar, so that what follows stands below it."""
+        self._bar.close()
+
     def table(self, key: str, columns: list[str | int], rows: list[list[Any]]) -> None:
         """A table in W&B."""
         if self._wandb is not None:
