@@ -76,15 +76,14 @@ def small_multiples(
 
 
 def heat_map(measured: Sequence[Event], key: str, switch: int | None) -> Figure:
-    """Layers by time: the relative update norm of every target, on a logarithmic colour scale."""
+    """Layers by time: the relative update norm of every target."""
     names = sorted(_targets(measured[0], key), key=lambda n: (family(n), _depth(n)))
     values = np.array([[100 * _number(e.get(f"{key}/{n}")) for e in measured] for n in names])
     figure, axis = plt.subplots(figsize=(7.2, 1.2 + 0.16 * len(names)), layout="constrained")
     updates = [e["num_updates"] for e in measured]
     edges = [0, *updates] if len(updates) == 1 else [2 * updates[0] - updates[1], *updates]
-    positive = np.where(values > 0, values, np.nan)
     mesh = axis.pcolormesh(
-        edges, np.arange(len(names) + 1), positive, norm="log", cmap="viridis", rasterized=True
+        edges, np.arange(len(names) + 1), values, vmin=0, cmap="viridis", rasterized=True
     )
     axis.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=6)
     axis.invert_yaxis()
@@ -110,7 +109,7 @@ def training_curves(events: Sequence[Event]) -> Figure:
         _shade(axis, switch, last)
         axis.set_xlabel("optimizer updates")
         axis.set_title(name, fontsize=10)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, framealpha=1, edgecolor="none")
         _tidy(axis)
     return figure
 
@@ -134,6 +133,17 @@ def _switch_update(events: Sequence[Event]) -> int | None:
 def _mark_switch(axis: Axes, switch: int | None) -> None:
     if switch is not None:
         axis.axvline(switch, color=ORANGE, linestyle="--", linewidth=1.2)
+        axis.annotate(
+            "switch",
+            (switch, 1),
+            xytext=(-3, -2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=ORANGE,
+        )
 
 
 def _shade(axis: Axes, switch: int | None, last: int) -> None:

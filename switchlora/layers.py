@@ -33,7 +33,9 @@ def factor_gradients(inputs: Tensor, grad: Tensor, adapter: Adapter) -> tuple[Te
     """
     A, B, rows, scaling = adapter
     grad = grad[:, rows]
-    return scaling * (grad @ B).mT @ inputs, scaling * grad.mT @ (inputs @ A.mT)
+    grad_A = scaling * ((grad @ B).mT @ inputs)
+    grad_B = scaling * ((inputs @ A.mT).mT @ grad).mT  # G stays the wide, untransposed operand
+    return grad_A, grad_B
 
 
 class AdaptedProduct(torch.autograd.Function):

@@ -105,7 +105,7 @@ def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ("epoch, s", "epoch_seconds", "{:,.1f}", 1.0),
         ("peak memory, MiB", "peak_memory_bytes", "{:,.0f}", 2.0**-20),
         ("trained parameters", "trainable_parameters", "{:,}", 1),
-        ("val top1 at its end, %", "val_top1", "{:.2f}", 1.0),
+        ("last val top1, %", "val_top1", "{:.2f}", 1.0),
     ]
     lines = [f"{'':<24}" + "".join(f"{name + ' phase':>16}" for name in phases)]
     for label, key, form, unit in rows:
