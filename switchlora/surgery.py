@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -101,12 +102,15 @@ def inject(
         target = targets[name]
         adapter = Adapter(A, B, target.rows, scaling(len(A)))
         adapters.setdefault(target.module, {})[target.part] = adapter
-    replaced = {}
-    for module, parts in adapters.items():
-        if any(len(adapter.A) for adapter in parts.values()):
-            replaced[module] = model.get_submodule(module)
-            model.set_submodule(module, adapted_linear(replaced[module], parts))  # type: ignore
-    return replaced  # type: ignore[return-value]
+    linears = {
+        module: cast(nn.Linear, model.get_submodule(module))
+        for module, parts in adapters.items()
+        if any(len(adapter.A) for adapter in parts.values())
+    }
+    adapted = {name: adapted_linear(linear, adapters[name]) for name, linear in linears.items()}
+    for name, module in adapted.items():
+        model.set_submodule(name, module)
+    return linears
 
 
 def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:

@@ -1,6 +1,7 @@
 """The switch: from all parameters to low-rank adapters, all or nothing, in the same process."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +135,7 @@ def switch(
             factors, captured = _choose_factors(model, policy, monitor, ranks)
             replaced.update(inject(model, monitor.targets, factors, policy.scaling))
             assert applied_ranks(model, monitor.targets, factors) == ranks
-            train_only(model, {monitor.targets[name].module for name in ranks}, policy.keep)
+            train_only(model, *_frozen_and_kept(policy, monitor.targets, ranks, left_full))
             drift = _checked_drift(logits, _logits(model, probe), policy.max_drift)
             new = rebuild()
             carried = _carry(model, policy.moments, learner, new, replaced)
@@ -197,6 +198,17 @@ def _choose_factors(
         factors[name] = policy.init(weight, update, rank) if rank else empty_factors(weight)
         captured[name] = captured_energy(update, factors[name].A) if rank else 0.0
     return factors, captured
+
+
+def _frozen_and_kept(
+    policy: SwitchPolicy,
+    targets: Mapping[str, Target],
+    ranks: Mapping[str, int],
+    left_full: Sequence[str],
+) -> tuple[set[str], list[str]]:
+    full = sorted({targets[name].module for name in left_full})
+    kept = [*policy.keep, *(rf"^{re.escape(module)}\.weight$" for module in full)]
+    return {targets[name].module for name in ranks}, kept
 
 
 def _carry(

@@ -1,3 +1,5 @@
+"""Data sets, splits, loaders and what they promise."""
+
 import gzip
 import inspect
 import random

@@ -12,7 +12,7 @@ from torch import nn
 
 from switchlora.ema import WeightEMA
 from switchlora.errors import SwitchFailed
-from switchlora.layers import is_factor
+from switchlora.layers import adapted_linear, is_factor
 from switchlora.learner import build_learner
 from switchlora.models import create_model
 from switchlora.monitor import UpdateMonitor
@@ -230,6 +230,22 @@ def test_an_exception_inside_leaves_the_full_phase_intact(broken, monkeypatch):
         assert torch.equal(mine, other), name
 
 
+def test_an_injection_that_fails_halfway_leaves_every_module_in_place(monkeypatch):
+    trial, calls = Trial(), []
+    modules = dict(trial.model.named_modules())
+
+    def out_of_memory(linear, adapters):
+        calls.append(linear)
+        if len(calls) == 3:
+            raise MemoryError("third")
+        return adapted_linear(linear, adapters)
+
+    monkeypatch.setattr("switchlora.surgery.adapted_linear", out_of_memory)
+    with pytest.raises(SwitchFailed, match="third"):
+        trial.switch()
+    assert len(calls) == 3 and dict(trial.model.named_modules()) == modules
+
+
 def test_the_switch_leaves_the_global_rng_where_it_was():
     trial = Trial("switch/init=zero_b")
     before = torch.get_rng_state()
@@ -237,9 +253,11 @@ def test_the_switch_leaves_the_global_rng_where_it_was():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_rank_that_saves_nothing_leaves_the_layer_full_and_says_so():
+@pytest.mark.parametrize("keep", ["[.*]", "[norm]", "[]"])
+def test_a_rank_that_saves_nothing_leaves_the_layer_full_and_says_so(keep):
     trial = Trial()
-    trial.policy = build(composed("switch/rank=fixed", "switch.rank.rank=20").switch)
+    overrides = ("switch/rank=fixed", "switch.rank.rank=20", f"switch.keep={keep}")
+    trial.policy = build(composed(*overrides).switch)
     report = trial.switch()
     assert report.left_full == ["blocks.0.attn.proj", "blocks.1.attn.proj"]  # 20 * 64 >= 32 * 32
     assert type(trial.model.get_submodule("blocks.0.attn.proj")) is nn.Linear
