@@ -11,6 +11,7 @@ from statistics import mean
 
 import numpy as np
 
+from switchlora.errors import check_choice, check_range, check_share
 from switchlora.monitor import LayerStats, Measurement
 from switchlora.surgery import family
 
@@ -71,7 +72,8 @@ class UpdateNorm:
     quorum: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_quorum(self.quorum)
+        check_share("quorum", self.quorum)
+        check_range("patience", self.patience, 1)
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Margin: ``fraction`` minus the largest u_t / peak among the last windows."""
@@ -104,8 +106,9 @@ class StableRank:
     quorum: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_quorum(self.quorum)
-        _check_choice("of", self.of, ("weight", "update"))
+        check_share("quorum", self.quorum)
+        check_range("patience", self.patience, 1)
+        check_choice("of", self.of, ("weight", "update"))
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Margin: epsilon minus the smallest smoothed derivative seen so far."""
@@ -147,9 +150,8 @@ class PreLoRA:
     signal: str = "weight_norm"
 
     def __post_init__(self) -> None:
-        _check_choice("signal", self.signal, ("weight_norm", "update_norm"))
-        if self.windows < 2:
-            raise ValueError(f"windows is {self.windows}: a change needs at least 2 windows")
+        check_choice("signal", self.signal, ("weight_norm", "update_norm"))
+        check_range("windows", self.windows, 2)
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Margins are each target's own, tau - max d_i, though the family's mean decides."""
@@ -190,6 +192,9 @@ class LossPlateau:
 
     tolerance: float = 1.0
     patience: int = 3
+
+    def __post_init__(self) -> None:
+        check_range("patience", self.patience, 1)
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Margin: tolerance minus the largest improvement, under 'train_loss'."""
@@ -279,13 +284,3 @@ def _combined(verdicts: Sequence[Verdict], choose: Callable) -> dict[str, float]
 
 def _too_short(history: Sequence[Measurement], needed: int) -> Verdict:
     return Verdict(False, {}, f"{len(history)} of the {needed} windows it needs are measured")
-
-
-def _check_quorum(quorum: float) -> None:
-    if not 0 < quorum <= 1:
-        raise ValueError(f"quorum is {quorum}: give a share of the targets in (0, 1]")
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is '{value}': choose one of {', '.join(choices)}")

@@ -1,6 +1,7 @@
 """What a user reads when something is wrong: one line, with the nearest right name."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -21,3 +22,33 @@ def near(name: str, candidates: Iterable[str]) -> str:
     names = sorted(set(candidates))
     close = names if len(names) <= 5 else get_close_matches(name, names, n=5, cutoff=0.4)
     return f"near names: {', '.join(close)}" if close else "no near name"
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} is '{value}': choose one of {', '.join(choices)}")
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """ValueError unless ``low`` <= ``value`` <= ``high``."""
+    if not low <= value <= high:
+        bounds = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+        raise ValueError(f"{name} is {value:g}: give {bounds}")
+
+
+def check_share(name: str, value: float) -> None:
+    """ValueError unless 0 < ``value`` <= 1."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} is {value:g}: give a share above 0, at most 1")
+
+
+def check_patterns(name: str, patterns: Sequence[str]) -> None:
+    """ValueError unless ``patterns`` is a list of regular expressions."""
+    if isinstance(patterns, str):
+        raise ValueError(f"{name} is '{patterns}': give a list, [{patterns}]")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name}: '{pattern}' is no regular expression: {error}") from error

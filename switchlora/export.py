@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from switchlora.layers import Adapter
+from switchlora.layers import Adapter, is_factor
 from switchlora.surgery import adapted_modules, merged_state_dict
 
 PEFT_PREFIX = "base_model.model."
@@ -32,7 +32,7 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
         ranks[name] = alphas[name] = len(A)
-    residual = {n: t for n, t in model.state_dict().items() if "lora_" not in n}
+    residual = {n: t for n, t in model.state_dict().items() if not is_factor(n)}
     save_file(
         {n: t.contiguous().cpu() for n, t in residual.items()}, folder / "residual.safetensors"
     )

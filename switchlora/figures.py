@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from switchlora.runlog import read_events
@@ -53,15 +52,13 @@ def small_multiples(
     families = list(dict.fromkeys(family(name) for name in names))
     columns = min(len(families), 2)
     rows = math.ceil(len(families) / columns)
-    size = (4.2 * columns, 2.6 * rows)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     updates = [e["num_updates"] for e in measured]
     for axis, name in zip(axes.flat, families, strict=False):
         members = [n for n in names if family(n) == name]
         for place, member in enumerate(members):
-            color = plt.get_cmap("viridis")(0.9 * place / max(len(members) - 1, 1))
+            color = colormaps["viridis"](0.9 * place / max(len(members) - 1, 1))
             values = [unit * _number(e.get(f"{key}/{member}")) for e in measured]
             axis.plot(updates, values, color=color, linewidth=1.4)
         axis.set_title(name, fontsize=10)
@@ -79,7 +76,8 @@ def heat_map(measured: Sequence[Event], key: str, switch: int | None) -> Figure:
     """Layers by time: the relative update norm of every target."""
     names = sorted(_targets(measured[0], key), key=lambda n: (family(n), _depth(n)))
     values = np.array([[100 * _number(e.get(f"{key}/{n}")) for e in measured] for n in names])
-    figure, axis = plt.subplots(figsize=(7.2, 1.2 + 0.16 * len(names)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.2 + 0.16 * len(names)), layout="constrained")
+    axis = figure.subplots()
     updates = [e["num_updates"] for e in measured]
     edges = [0, *updates] if len(updates) == 1 else [2 * updates[0] - updates[1], *updates]
     mesh = axis.pcolormesh(
@@ -96,7 +94,8 @@ def heat_map(measured: Sequence[Event], key: str, switch: int | None) -> Figure:
 
 def training_curves(events: Sequence[Event]) -> Figure:
     """Train and validation loss, and top1, with the full and the adapter phase shaded."""
-    figure, (loss, top1) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    loss, top1 = figure.subplots(1, 2)
     switch, last = _switch_update(events), max(e["num_updates"] for e in events)
     series = _series(events)
     loss.plot(*series("train", "train/loss"), color=GREY, linewidth=0.6, label="train")
@@ -155,8 +154,8 @@ def _shade(axis: Axes, switch: int | None, last: int) -> None:
 
 def _label_blocks(figure: Figure, axes: np.ndarray, layers: int) -> None:
     if layers > 1:
-        scale = plt.Normalize(0, (layers - 1) / 0.9)
-        bar = plt.cm.ScalarMappable(norm=scale, cmap="viridis")
+        scale = Normalize(0, (layers - 1) / 0.9)
+        bar = ScalarMappable(norm=scale, cmap="viridis")
         shown = figure.colorbar(bar, ax=axes, shrink=0.6, ticks=[0, layers - 1])
         shown.ax.set_ylim(0, layers - 1)
         shown.set_label("block")
@@ -178,5 +177,4 @@ def _tidy(axis: Axes) -> None:
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path

@@ -15,12 +15,13 @@ from switchlora.surgery import adapted_modules
 
 def finish(run: Run, status: str, folder: Path, seed: int) -> dict[str, Any]:
     """Write everything that a finished, or stopped, run leaves behind; return its summary."""
-    test = evaluate_on_test(run) if status == "finished" else None
+    run.phases[run.state.phase] = run.phase_summary()
     save_merged(run.model, folder / "model.safetensors")
     if run.ema is not None:
         save_merged(run.ema.model, folder / "model_ema.safetensors")
     if adapted_modules(run.model):
         save_adapter(run.model, folder / "adapter")
+    test = evaluate_on_test(run) if status == "finished" else None
     summary = summarise(run, status, test, seed)
     run.log.summary(summary)
     if run.figures:
@@ -50,6 +51,7 @@ def summarise(run: Run, status: str, test: dict[str, float] | None, seed: int) -
         "num_updates": state.switch_update,
         "epoch": state.switch_epoch,
         "reason": run.verdict.reason if run.verdict else None,
+        "failures": state.failed_switches,
     }
     if report is not None:
         switch |= vars(report)
@@ -69,14 +71,16 @@ def summarise(run: Run, status: str, test: dict[str, float] | None, seed: int) -
 def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: Path) -> list[str]:
     """The final table, what the switch did or why it never came, and where everything is."""
     lines = ["", *final_table({str(p): figures for p, figures in run.phases.items()}), ""]
-    if run.state.phase is Phase.FULL:
-        lines += never_switched_lines(run.verdict, len(run.state.history))
+    if run.state.phase is Phase.FULL and run.verdict is not None:
+        failures = run.state.failed_switches
+        lines += never_switched_lines(run.verdict, len(run.state.history), failures)
     if test is not None:
         average = f" (EMA {test['ema_top1']:.2f} %)" if "ema_top1" in test else ""
         lines.append(f"test top1 {test['top1']:.2f} %{average}, loss {test['loss']:.4f}")
     share = run.stopwatch.monitor_share
     lines.append(f"the monitor took {share:.2%} of the training time")
-    names = "model.safetensors, summary.json, metrics.jsonl, figures/"
-    adapter = ", adapter/" if adapted_modules(run.model) else ""
-    lines.append(f"{status}; everything is in {folder}: {names}{adapter}")
+    names = ["model.safetensors", "summary.json", "metrics.jsonl"]
+    names += ["figures/"] if run.figures else []
+    names += ["adapter/"] if adapted_modules(run.model) else []
+    lines.append(f"{status}; everything is in {folder}: {', '.join(names)}")
     return lines

@@ -2,7 +2,7 @@
 
 An initializer only chooses the factors. The function of the network is kept by the switch, which
 subtracts the adapter from the weight. ``weight`` and ``update`` = W - W_ref are (out, in), of one
-target; both are left as they are.
+target and divided by its scaling s, so that the adapter s B A of an SVD start is a part of them.
 """
 
 from dataclasses import dataclass

@@ -19,8 +19,8 @@ class Adapter(NamedTuple):
 
 
 def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """W_res + s B A (out, in), in the dtype of ``weight``."""
-    total = weight.clone()
+    """W_res + s B A (out, in), summed in at least float32."""
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for A, B, rows, scaling in adapters:
         total[rows].addmm_(B, A, alpha=scaling)
     return total
@@ -63,7 +63,7 @@ class AdaptedProduct(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
         input = input.to(dtype)
         ctx.save_for_backward(input, weight, *factors)
-        ctx.layout, ctx.has_bias = layout, bias is not None
+        ctx.layout = layout
         with torch.autocast(device, enabled=False):
             total = effective_weight(weight, _adapters(layout, factors)).to(dtype)
             return F.linear(input, total, None if bias is None else bias.to(dtype))
@@ -79,7 +79,7 @@ class AdaptedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_input = grad @ effective_weight(weight, adapters).to(grad.dtype)
             flat, flat_grad = input.flatten(0, -2), grad.flatten(0, -2)
-            grad_bias = flat_grad.sum(0) if ctx.has_bias else None
+            grad_bias = flat_grad.sum(0) if ctx.needs_input_grad[2] else None
             found: list[Tensor | None] = []
             for A, B, rows, scaling in adapters:
                 cast = Adapter(A.to(grad.dtype), B.to(grad.dtype), rows, scaling)

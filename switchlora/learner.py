@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from switchlora.errors import check_choice, check_range
 from switchlora.layers import is_factor
 from switchlora.surgery import adapted_modules
 
@@ -46,12 +47,8 @@ class Recipe:
     """arguments of torch.compile; None leaves the model eager"""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision is '{self.precision}': choose one of {', '.join(PRECISIONS)}"
-            )
-        if self.accumulation < 1:
-            raise ValueError(f"accumulation is {self.accumulation}: give at least 1")
+        check_choice("precision", self.precision, tuple(PRECISIONS))
+        check_range("accumulation", self.accumulation, 1)
 
 
 @dataclass(frozen=True)
@@ -94,18 +91,13 @@ class Learner:
             targets.chunk(self.recipe.accumulation),
             strict=True,
         ):
-            with self.autocast(device.type):
+            with autocast(device.type, self.recipe.precision):
                 output = self.forward(part.to(device, non_blocking=True))
                 share = loss_fn(output, label.to(device, non_blocking=True))
             share = share * (len(part) / len(images))
             share.backward()
             loss += share.detach()
         return self._step(loss, lr)
-
-    def autocast(self, device_type: str) -> AbstractContextManager:
-        """The precision context of the recipe."""
-        dtype = PRECISIONS[self.recipe.precision]
-        return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
 
     def set_lr(self, num_updates: int) -> float:
         """Set and return the plan's learning rate, a function of the update counter alone."""
@@ -132,6 +124,12 @@ class Learner:
                 clip_grads_with_norm_(parameters, self.recipe.clip_grad, norm)
             self.optimizer.step()
         return Update(loss_value, norm_value, lr, finite)
+
+
+def autocast(device_type: str, precision: str) -> AbstractContextManager:
+    """The context of a precision: nothing for fp32, autocast for bf16."""
+    dtype = PRECISIONS[precision]
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
 
 
 def build_learner(model: nn.Module, recipe: Recipe, total_updates: int, start: int = 0) -> Learner:

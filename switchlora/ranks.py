@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchlora.errors import NothingMeasured
+from switchlora.errors import NothingMeasured, check_choice, check_range, check_share
 from switchlora.monitor import Measurement
 from switchlora.spectral import energies
 from switchlora.surgery import family
@@ -44,10 +44,10 @@ class Fixed:
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Rank per target; ValueError for a rank above a target's smaller side."""
         for name, update in context.updates.items():
-            if not 0 <= self.rank <= min(update.shape):
+            if not 1 <= self.rank <= min(update.shape):
                 raise ValueError(
                     f"rank {self.rank} does not fit {name} of shape {tuple(update.shape)}: "
-                    f"give 0 to {min(update.shape)}"
+                    f"give 1 to {min(update.shape)}"
                 )
         return dict.fromkeys(context.updates, self.rank)
 
@@ -69,6 +69,8 @@ class PreLoRARanks:
     def __post_init__(self) -> None:
         if not (_is_power_of_two(self.r_min) and _is_power_of_two(self.r_max)):
             raise ValueError(f"r_min {self.r_min} and r_max {self.r_max} must be powers of two")
+        check_choice("rank.mode", self.mode, ("family", "all"))
+        check_choice("rank.signal", self.signal, ("grad_norm", "weight_norm", "update_norm"))
         if self.r_min >= self.r_max:
             raise ValueError(f"r_min {self.r_min} must be below r_max {self.r_max}")
 
@@ -111,6 +113,11 @@ class StableRankRanks:
     lowest: float = 0.0
     power_of_two: bool = False
 
+    def __post_init__(self) -> None:
+        check_choice("rank.of", self.of, ("weight", "update"))
+        check_range("rank.multiplier", self.multiplier, 0)
+        check_range("rank.lowest", self.lowest, 0, 1)
+
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Rank per target; NothingMeasured before the first measurement."""
         if not context.history:
@@ -143,8 +150,9 @@ class Energy:
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"rank.share is {self.share}: give a share of the energy in (0, 1]")
+        check_share("rank.share", self.share)
+        if self.r_max is not None:
+            check_range("rank.r_max", self.r_max, 1)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Rank per target; NothingMeasured before the first update."""
@@ -153,7 +161,8 @@ class Energy:
     def _rank(self, name: str, update: Tensor) -> int:
         cumulative = _energies(name, update).cumsum(0)
         wanted = int((cumulative < self.share * cumulative[-1] * (1 - 1e-12)).sum()) + 1
-        return _bounded(wanted, self.r_max or min(update.shape), self.power_of_two)
+        full = min(update.shape)
+        return _bounded(wanted, min(self.r_max or full, full), self.power_of_two)
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,10 @@ class Budget:
     relative: bool = False
     r_min: int = 1
     power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        check_share("rank.share", self.share)
+        check_range("rank.r_min", self.r_min, 0)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Rank per target; ValueError when even ``r_min`` everywhere is above the budget."""

@@ -1,6 +1,7 @@
 """What a run says: lines on the terminal, keys of its events, the final table."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -10,6 +11,7 @@ from switchlora.surgery import family
 from switchlora.switch import SwitchReport
 
 SHOWN_HOLDING_BACK = 3
+EXPECTED_DRIFT = 1e-5
 
 
 def measurement_metrics(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
@@ -61,7 +63,6 @@ def switch_lines(
     report: SwitchReport, verdict: Verdict, num_updates: int, epoch: float
 ) -> list[str]:
     """Why the switch fired, the ranks per family, and what it changed."""
-    energies = [e for name, e in report.captured_energy.items() if report.ranks[name]]
     lines = [f"SWITCH at update {num_updates} (epoch {epoch:.2f}): {verdict.reason}"]
     lines += [f"  ranks {row}" for row in rank_rows(report.ranks)]
     if report.left_full:
@@ -71,11 +72,20 @@ def switch_lines(
         )
     lines.append(
         f"  trained parameters {report.trainable_before:,} -> {report.trainable_after:,} "
-        f"({report.trainable_after / report.parameters:.1%} of the model) | captured energy "
-        f"{median(energies):.2f} ({min(energies):.2f} to {max(energies):.2f}) | "
-        f"max logit drift {report.drift:.1e} | {report.seconds:.2f} s"
+        f"({report.trainable_after / report.parameters:.1%} of the model) | "
+        f"captured energy {_captured(report)} | max logit drift {report.drift:.1e} | "
+        f"{report.seconds:.2f} s"
     )
+    if report.drift > EXPECTED_DRIFT:
+        lines.append(f"  warning: the logits moved by more than {EXPECTED_DRIFT:g}")
     return lines
+
+
+def _captured(report: SwitchReport) -> str:
+    found = [e for name, e in report.captured_energy.items() if report.ranks[name]]
+    if any(math.isnan(e) for e in found):
+        return "of no update"
+    return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def rank_rows(ranks: Mapping[str, int]) -> list[str]:
@@ -87,10 +97,13 @@ def rank_rows(ranks: Mapping[str, int]) -> list[str]:
     return [f"{name:<{width}}  {' '.join(map(str, r))}" for name, r in families.items()]
 
 
-def never_switched_lines(verdict: Verdict | None, measured: int) -> list[str]:
-    """Why the criterion never fired: its reason and the targets furthest from their threshold."""
-    if verdict is None:
-        return ["The switch never fired: no window was completed."]
+def never_switched_lines(
+    verdict: Verdict, measured: int, failures: Sequence[str] = ()
+) -> list[str]:
+    """Why the run ends in the full phase: a switch undone, or a criterion held back, by what."""
+    if failures:
+        times = f"{len(failures)} time(s)"
+        return [f"The criterion fired, but the switch was undone {times}: {failures[-1]}"]
     worst = sorted(verdict.margins.items(), key=lambda item: item[1])[:SHOWN_HOLDING_BACK]
     held = ", ".join(f"{name} by {-margin:.3g}" for name, margin in worst if margin < 0)
     lines = [f"The switch never fired in {measured} measurements: {verdict.reason}"]
@@ -98,20 +111,23 @@ def never_switched_lines(verdict: Verdict | None, measured: int) -> list[str]:
 
 
 def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Both phases side by side, with the ratio of the adapter phase to the full phase."""
-    rows = [
-        ("updates", "num_updates", "{:,}", 1.0),
-        ("images/s", "images_per_second", "{:,.0f}", 1.0),
-        ("epoch, s", "epoch_seconds", "{:,.1f}", 1.0),
-        ("peak memory, MiB", "peak_memory_bytes", "{:,.0f}", 2.0**-20),
-        ("trained parameters", "trainable_parameters", "{:,}", 1),
-        ("last val top1, %", "val_top1", "{:.2f}", 1.0),
+    """The phases side by side, and the ratio of the adapter phase to the full phase."""
+    rows: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("updates", "num_updates", "{:,}".format),
+        ("images/s", "images_per_second", "{:,.0f}".format),
+        ("epoch, s", "epoch_seconds", "{:,.1f}".format),
+        ("peak memory, MiB", "peak_memory_bytes", lambda size: f"{size / 2**20:,.0f}"),
+        ("trained parameters", "trainable_parameters", "{:,}".format),
+        ("last val top1, %", "val_top1", "{:.2f}".format),
     ]
-    lines = [f"{'':<24}" + "".join(f"{name + ' phase':>16}" for name in phases)]
-    for label, key, form, unit in rows:
-        values = [phase.get(key) for phase in phases.values()]
-        cells = ["-" if v is None else form.format(v if unit == 1 else v * unit) for v in values]
-        lines.append(f"{label:<24}" + "".join(f"{cell:>16}" for cell in cells))
+    titles = [f"{name} phase" for name in phases] + (["ratio"] if len(phases) == 2 else [])
+    lines = [f"{'':<20}" + "".join(f"{title:>16}" for title in titles)]
+    for label, key, form in rows:
+        values: list[Any] = [phase.get(key) for phase in phases.values()]
+        cells = ["-" if value is None else form(value) for value in values]
+        if len(values) == 2 and all(values):
+            cells.append(f"{values[1] / values[0]:.2f}")
+        lines.append(f"{label:<20}" + "".join(f"{cell:>16}" for cell in cells))
     return lines
 
 

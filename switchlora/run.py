@@ -1,6 +1,6 @@
 """Everything one run works with, built from its configuration and checked before it starts."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from switchlora.learner import Learner, Recipe, build_learner
 from switchlora.monitor import UpdateMonitor
 from switchlora.runlog import RunLog
 from switchlora.state import Phase, TrainState
-from switchlora.surgery import check_targets_are_called
+from switchlora.surgery import check_targets_are_called, count_parameters
 from switchlora.switch import SwitchPolicy, SwitchReport, choose_ranks
 from switchlora.throughput import Stopwatch
 
@@ -68,6 +68,13 @@ class Run:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    def phase_summary(self) -> dict[str, Any]:
+        """Throughput, memory and trained parameters of the present phase."""
+        return self.stopwatch.summary(self.batch_size, len(self.data.train)) | {
+            "trainable_parameters": count_parameters(self.model, trainable=True),
+            "val_top1": None if self.last_eval is None else self.last_eval["top1"],
+        }
+
     @property
     def recipe(self) -> Recipe:
         """The recipe of the present phase."""
@@ -95,9 +102,11 @@ def prepare(config: DictConfig, folder: Path) -> Run:
     recipes = {Phase.FULL: build(config.full), Phase.ADAPTER: build(config.adapter)}
     targets = policy.find_targets(model)
     check_targets_are_called(model, targets.values(), probe_images(data, device))
+    _device(config.monitor.device)
     monitor = UpdateMonitor(model, targets, **{**config.monitor, "window": window})
-    _check_ranks(model, policy, monitor)
-    learner = build_learner(model, recipes[Phase.FULL], total_updates)
+    _check_switch(model, policy, monitor)
+    learner = _first_learner(model, recipes[Phase.FULL], total_updates)
+    ema = WeightEMA(model, config.ema) if config.ema else None
     log = RunLog(
         folder,
         as_plain(config),
@@ -116,7 +125,7 @@ def prepare(config: DictConfig, folder: Path) -> Run:
         state=TrainState(),
         stopwatch=Stopwatch(device),
         log=log,
-        ema=WeightEMA(model, config.ema) if config.ema else None,
+        ema=ema,
         batch_size=config.data.batch_size,
         epochs=config.epochs,
         total_updates=total_updates,
@@ -152,7 +161,7 @@ def _device(name: str) -> torch.device:
         return torch.zeros((), device=name).device
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"system.device '{name}' cannot be used: {reason}") from error
+        raise ValueError(f"device '{name}' cannot be used: {reason}") from error
 
 
 def _window(window: int | str, updates_per_epoch: int, total_updates: int) -> int:
@@ -167,11 +176,21 @@ def _window(window: int | str, updates_per_epoch: int, total_updates: int) -> in
     return updates
 
 
-def _check_ranks(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
+def _check_switch(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
     if policy.criterion is never:
         return
-    with suppress(NothingMeasured):
+    with nullcontext() if policy.decide([]).fires else suppress(NothingMeasured):
         choose_ranks(model, policy, monitor, [])
+        for name, update in monitor.updates().items():
+            policy.init(monitor.targets[name].weight(model), update, 1)
+            break
+
+
+def _first_learner(model: nn.Module, recipe: Recipe, total_updates: int) -> Learner:
+    try:
+        return build_learner(model, recipe, total_updates)
+    except TypeError as error:
+        raise ValueError(f"full.optimizer or full.scheduler: {error}") from error
 
 
 def _wandb_options(config: DictConfig) -> dict[str, Any] | None:

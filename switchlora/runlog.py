@@ -30,8 +30,8 @@ class RunLog:
         if (folder / METRICS).exists():
             raise ValueError(f"{folder} already holds a run; choose another hydra.run.dir")
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / METRICS).open("a", buffering=1)  # noqa: SIM115
         self._wandb = _start_wandb(folder, config, wandb) if wandb else None
+        self._file = (folder / METRICS).open("x", buffering=1)  # noqa: SIM115
         self._bar = tqdm(
             total=total_updates, unit="update", dynamic_ncols=True, disable=not progress
         )

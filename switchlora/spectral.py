@@ -25,7 +25,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
 
     Randomised range finder with oversampling and power iterations (Halko, Martinsson & Tropp,
     arXiv 0909.4061) where it is cheaper than the exact decomposition, which is used otherwise.
-    Each left singular vector has its largest entry positive, so that two machines agree.
+    Each left singular vector has its largest entry positive, which fixes the signs.
     """
     matrix = _at_least_float32(matrix)
     smaller = min(matrix.shape)
@@ -98,7 +98,8 @@ def _at_least_float32(matrix: Tensor) -> Tensor:
 def _randomised_svd(matrix: Tensor, sketch: int) -> SVD:
     devices = [matrix.device] if matrix.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+        seed = torch.cuda.manual_seed if matrix.is_cuda else torch.default_generator.manual_seed
+        seed(0)
         U, S, V = torch.svd_lowrank(matrix, q=sketch, niter=POWER_ITERATIONS)
     return SVD(U, S, V.mT)
 

@@ -26,6 +26,8 @@ class TrainState:
     """on the validation split, in %"""
     switch_update: int | None = None
     switch_epoch: float | None = None
+    failed_switches: list[str] = field(default_factory=list)
+    """reasons of the switches that were undone"""
     skipped_updates: int = 0
     """updates left out because loss or gradient was not finite"""
     skipped_in_a_row: int = 0

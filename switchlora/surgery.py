@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from switchlora.errors import near
 from switchlora.initializers import Factors
 from switchlora.layers import AdaptedLinear, Adapter, adapted_linear, add_adapters, is_factor
+from switchlora.models import eval_mode
 
 QKV = ("q", "k", "v")
 
@@ -73,11 +74,18 @@ def check_targets_are_called(model: nn.Module, targets: Iterable[Target], images
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
         for name in modules
     ]
-    training = model.training
-    model.eval()(images)
-    model.train(training)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with eval_mode(model):
+            model(images)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        shape = tuple(images.shape[1:])
+        raise ValueError(
+            f"the model cannot take the data's images of {shape}: {reason}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     if silent := sorted(modules - called):
         raise ValueError(
             f"{len(silent)} target(s), such as {silent[0]}, are never called: this model reads "
@@ -122,13 +130,17 @@ def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
 def kept_parameters(
     model: nn.Module, frozen_modules: Iterable[str], keep: Sequence[str]
 ) -> dict[str, nn.Parameter]:
-    """Parameters besides the factors that ``keep`` lets train, by name.
+    """Parameters besides the factors that train now and that ``keep`` lets go on, by name.
 
     ``keep`` holds regular expressions that are searched for in parameter names; one that finds
     nothing is a ValueError. Weights of the ``frozen_modules`` are never among them.
     """
     frozen = {f"{name}.weight" for name in frozen_modules}
-    others = {n: p for n, p in model.named_parameters() if n not in frozen and not is_factor(n)}
+    others = {
+        n: p
+        for n, p in model.named_parameters()
+        if p.requires_grad and n not in frozen and not is_factor(n)
+    }
     found = _matching(keep, others, "switch.keep", "parameter", re.search)
     return {n: others[n] for n in found}
 

@@ -1,19 +1,19 @@
 """The switch: from all parameters to low-rank adapters, all or nothing, in the same process."""
 
-import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from switchlora.criteria import SwitchCriterion, Verdict
-from switchlora.errors import SwitchFailed, near
+from switchlora.errors import SwitchFailed, check_choice, check_patterns, near
 from switchlora.initializers import AdapterInit, Factors, empty_factors
 from switchlora.layers import scaling_one
 from switchlora.learner import Learner, carry_factor_moments, carry_moments
+from switchlora.models import eval_mode
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.ranks import RankPolicy, SwitchContext, saves_parameters
 from switchlora.spectral import captured_energy
@@ -62,10 +62,9 @@ class SwitchPolicy:
     """largest logit change that is accepted; a larger one undoes the switch"""
 
     def __post_init__(self) -> None:
-        if self.moments not in ("surviving", "factors", "reset"):
-            raise ValueError(
-                f"switch.moments is '{self.moments}': choose surviving, factors or reset"
-            )
+        check_choice("switch.moments", self.moments, ("surviving", "factors", "reset"))
+        check_patterns("switch.targets", self.targets)
+        check_patterns("switch.keep", self.keep)
         if self.latest is not None and self.latest < self.earliest:
             raise ValueError(
                 f"switch.latest {self.latest} is before switch.earliest {self.earliest}"
@@ -105,7 +104,7 @@ class SwitchReport:
     """of the model before the switch, which adapters do not add to"""
     trainable_before: int
     trainable_after: int
-    seconds: float = field(default=math.nan)
+    seconds: float
 
 
 def switch(
@@ -139,17 +138,24 @@ def switch(
             drift = _checked_drift(logits, _logits(model, probe), policy.max_drift)
             new = rebuild()
             carried = _carry(model, policy.moments, learner, new, replaced)
-        except Exception as error:
+        except BaseException as error:
             restore(model, replaced)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags[name])
-            raise SwitchFailed(f"{type(error).__name__}: {error}") from error
-    after = count_parameters(model, trainable=True)
-    seconds = time.perf_counter() - begin
-    report = SwitchReport(
-        ranks, left_full, captured, drift, carried, parameters, before, after, seconds
+            if isinstance(error, Exception):
+                raise SwitchFailed(f"{type(error).__name__}: {error}") from error
+            raise
+    return new, SwitchReport(
+        ranks=ranks,
+        left_full=left_full,
+        captured_energy=captured,
+        drift=drift,
+        moments_carried=carried,
+        parameters=parameters,
+        trainable_before=before,
+        trainable_after=count_parameters(model, trainable=True),
+        seconds=time.perf_counter() - begin,
     )
-    return new, report
 
 
 def choose_ranks(
@@ -177,6 +183,8 @@ def choose_ranks(
             f"the rank policy must give each target a rank, but '{odd[0]}' is "
             f"{'missing' if odd[0] in targets else 'no target'}; {near(odd[0], targets)}"
         )
+    if not any(wanted.values()):
+        raise ValueError("every rank is 0, so nothing would adapt: choose larger ranks")
     useless = {
         targets[name].module
         for name, rank in wanted.items()
@@ -195,7 +203,10 @@ def _choose_factors(
     factors, captured = {}, {}
     for name, rank in ranks.items():
         weight, update = monitor.targets[name].weight(model), updates[name]
-        factors[name] = policy.init(weight, update, rank) if rank else empty_factors(weight)
+        s = policy.scaling(rank)
+        factors[name] = (
+            policy.init(weight / s, update / s, rank) if rank else empty_factors(weight)
+        )
         captured[name] = captured_energy(update, factors[name].A) if rank else 0.0
     return factors, captured
 
@@ -207,7 +218,7 @@ def _frozen_and_kept(
     left_full: Sequence[str],
 ) -> tuple[set[str], list[str]]:
     full = sorted({targets[name].module for name in left_full})
-    kept = [*policy.keep, *(rf"^{re.escape(module)}\.weight$" for module in full)]
+    kept = [*policy.keep, *(rf"^{re.escape(module)}\." for module in full)]
     return {targets[name].module for name in ranks}, kept
 
 
@@ -229,10 +240,8 @@ def _carry(
 
 @torch.no_grad()
 def _logits(model: nn.Module, probe: Tensor) -> Tensor:
-    training = model.training
-    logits = model.eval()(probe).float()
-    model.train(training)
-    return logits
+    with eval_mode(model):
+        return model(probe).float()
 
 
 def _checked_drift(before: Tensor, after: Tensor, limit: float) -> float:

@@ -16,7 +16,7 @@ class Stopwatch:
     """Times updates of one phase; what runs under ``paused`` does not count.
 
     The first ``WARMUP_UPDATES`` updates of a phase are dropped: allocators, caches and compilers
-    settle in them. ``share`` tells how much of the time went into the monitor.
+    settle in them. ``monitor_share`` tells how much of the time of all updates the monitor took.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,11 +45,17 @@ class Stopwatch:
     @contextmanager
     def paused(self, monitor: bool = False) -> Iterator[None]:
         """Leave out what runs inside; ``monitor`` books it as the monitor's time."""
+        self._finish_queued_work()
         begin = time.perf_counter()
         yield
+        self._finish_queued_work()
         if monitor:
             self.monitor_seconds += time.perf_counter() - begin
         self.resume()
+
+    def _finish_queued_work(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @property
     def monitor_share(self) -> float:

@@ -31,7 +31,15 @@ from switchlora.state import Phase
 from switchlora.surgery import count_parameters
 from switchlora.switch import switch
 
-USER_ERRORS = (ValueError, TrainingStopped, OSError, HydraException, OmegaConfBaseException)
+SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
+USER_ERRORS = (
+    ValueError,
+    TrainingStopped,
+    OSError,
+    torch.OutOfMemoryError,
+    HydraException,
+    OmegaConfBaseException,
+)
 
 
 def train(config: DictConfig, folder: Path) -> dict:
@@ -56,7 +64,6 @@ def fit(run: Run) -> None:
     while run.state.epoch < run.epochs and run.state.num_updates < run.last_update:
         train_epoch(run)
         evaluate_epoch(run)
-    run.phases[run.state.phase] = phase_summary(run)
 
 
 def train_epoch(run: Run) -> None:
@@ -68,9 +75,9 @@ def train_epoch(run: Run) -> None:
         if run.data.mixup is not None:
             images, targets = run.data.mixup(images, targets)
         update = run.learner.update(images, targets, run.data.loss, state.num_updates)
-        run.stopwatch.lap()
         if not keep(run, update):
             continue
+        run.stopwatch.lap()
         state.num_updates += 1
         epoch = state.epoch + position / len(run.data.train)
         record_update(run, update, epoch)
@@ -134,9 +141,12 @@ def consider_switch(run: Run, epoch: float) -> None:
     with run.stopwatch.paused():
         if history:
             report_measurement(run, history[-1], run.verdict)
-        if run.verdict.fires:
-            try_switch(run, run.monitor, epoch)
-    if run.monitor is not None:
+        switched = run.verdict.fires and try_switch(run, epoch)
+        if switched:
+            release_memory(run.device)
+    if switched:
+        run.stopwatch.start_phase()
+    else:
         with run.stopwatch.paused(monitor=True):
             run.monitor.start_window(run.state.num_updates)
 
@@ -152,10 +162,11 @@ def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> 
     run.log.line(measurement_line(measurement, verdict))
 
 
-def try_switch(run: Run, monitor: UpdateMonitor, epoch: float) -> None:
-    """Switch to the adapter phase: new learner, no monitor, fresh counters."""
+def try_switch(run: Run, epoch: float) -> bool:
+    """Switch to the adapter phase: new learner, no monitor. Whether it worked."""
+    assert run.monitor is not None and run.verdict is not None
     state = run.state
-    full_phase = phase_summary(run)
+    full_phase = run.phase_summary()
 
     def rebuild() -> Learner:
         recipe = run.recipes[Phase.ADAPTER]
@@ -163,18 +174,13 @@ def try_switch(run: Run, monitor: UpdateMonitor, epoch: float) -> None:
 
     try:
         run.learner, report = switch(
-            run.learner,
-            run.policy,
-            monitor,
-            state.history,
-            run.probe,
-            rebuild,
+            run.learner, run.policy, run.monitor, state.history, run.probe, rebuild
         )
     except SwitchFailed as failure:
         run.log.line(f"the switch failed and was undone, full training goes on: {failure}")
         run.log.event("switch_failed", state.num_updates, epoch, reason=str(failure))
-        return
-    assert run.verdict is not None
+        state.failed_switches.append(str(failure))
+        return False
     run.switch_report, run.monitor = report, None
     run.phases[Phase.FULL] = full_phase
     state.phase = Phase.ADAPTER
@@ -185,8 +191,7 @@ def try_switch(run: Run, monitor: UpdateMonitor, epoch: float) -> None:
     run.log.event("switch", state.num_updates, epoch, **metrics)
     rows = [[name, rank, report.captured_energy[name]] for name, rank in report.ranks.items()]
     run.log.table("switch/ranks", ["target", "rank", "captured_energy"], rows)
-    release_memory(run.device)
-    run.stopwatch.start_phase()
+    return True
 
 
 def evaluate_epoch(run: Run) -> None:
@@ -217,14 +222,6 @@ def evaluate_epoch(run: Run) -> None:
     run.log.line(eval_line(state.epoch, state.phase, metrics))
 
 
-def phase_summary(run: Run) -> dict:
-    """Throughput, memory and trained parameters of the phase that is ending."""
-    return run.stopwatch.summary(run.batch_size, len(run.data.train)) | {
-        "trainable_parameters": count_parameters(run.model, trainable=True),
-        "val_top1": None if run.last_eval is None else run.last_eval["top1"],
-    }
-
-
 def release_memory(device: torch.device) -> None:
     """Return what the full phase held: optimizer state, gradients, replaced weights."""
     gc.collect()
@@ -246,18 +243,23 @@ def _hydra_main(config: DictConfig) -> float:
     try:
         summary = train(config, Path(hydra_config.runtime.output_dir))
     except USER_ERRORS as error:
-        if hydra_config.mode is RunMode.MULTIRUN:
+        if hydra_config.mode is RunMode.MULTIRUN or SHOW_TRACEBACK in os.environ:
             raise
         sys.exit(f"switchlora: {one_line(error)}")
     return summary["val"]["top1"]
 
 
 def main() -> None:
-    """``switchlora`` on the command line: one clear line for a user's mistake, exit status 1."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    """``switchlora`` on the command line: one clear line for a user's mistake, exit status 1.
+
+    With SWITCHLORA_TRACEBACK=1 in the environment the whole traceback is shown.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
     try:
         _hydra_main()
     except USER_ERRORS as error:
+        if SHOW_TRACEBACK in os.environ:
+            raise
         sys.exit(f"switchlora: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("switchlora: interrupted; everything computed so far is kept")

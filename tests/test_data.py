@@ -289,7 +289,7 @@ def test_fake_data_follow_the_sizes_of_the_config():
     data = build(compose_data("fake", *overrides, "data.num_classes=7").data, seed=0)
     images, targets = next(iter(data.train))
     assert images.shape == (8, 1, 16, 16) and targets.max() < 7
-    assert len(data.train) == 3 and len(data.test) == 1
+    assert len(data.train) == 6 and len(data.test) == 1
     shapes = {images.shape[1:] for images, _ in build(compose_data("fake").data).val}
     assert shapes == {(3, 224, 224)}
 

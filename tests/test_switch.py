@@ -4,6 +4,7 @@ import gc
 import weakref
 
 import pytest
+import scipy.linalg
 import timm.optim
 import torch
 from conf_yamls import build, composed, names
@@ -77,11 +78,12 @@ def snapshot(model):
 
 
 @pytest.mark.parametrize("init", names("switch/init"))
-@pytest.mark.parametrize("rank", ["fixed", "budget", "energy", "stable_rank", "prelora"])
+@pytest.mark.parametrize("rank", names("switch/rank"))
 def test_every_initializer_and_rank_policy_switches_without_drift(init, rank):
     trial = Trial(f"switch/init={init}")
     options = {
         "budget": ["switch.rank.share=0.4"],
+        "cuttlefish": ["switch.rank.multiplier=0.1"],
         "prelora": ["switch.rank.r_min=1", "switch.rank.r_max=4"],
     }
     trial.policy = build(
@@ -244,6 +246,54 @@ def test_an_injection_that_fails_halfway_leaves_every_module_in_place(monkeypatc
     with pytest.raises(SwitchFailed, match="third"):
         trial.switch()
     assert len(calls) == 3 and dict(trial.model.named_modules()) == modules
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_after_the_injection_leaves_the_model_training(error, monkeypatch):
+    trial, calls = Trial(), []
+    modules, forward = dict(trial.model.named_modules()), type(trial.model).forward
+
+    def failing(self, images):
+        calls.append(self.training)
+        if len(calls) == 2:
+            raise error("in the probe after the injection")
+        return forward(self, images)
+
+    monkeypatch.setattr(type(trial.model), "forward", failing)
+    with pytest.raises(SwitchFailed if error is RuntimeError else KeyboardInterrupt):
+        trial.switch()
+    assert calls == [False, False] and trial.model.training
+    assert dict(trial.model.named_modules()) == modules
+    assert all(p.requires_grad for p in trial.model.parameters())
+
+
+@pytest.mark.parametrize("scaling", names("switch/scaling"))
+@pytest.mark.parametrize("init", ["update_svd", "weight_svd"])
+def test_an_svd_starts_adapter_is_the_leading_part_whatever_the_scaling(scaling, init):
+    trial = Trial(f"switch/init={init}", f"switch/scaling={scaling}", "switch.init.gain=1")
+    name = "blocks.1.mlp.fc1"
+    source = trial.monitor.updates()[name]
+    if init == "weight_svd":
+        source = trial.monitor.targets[name].weight(trial.model).clone()
+    trial.switch()
+    (adapter,) = trial.model.get_submodule(name).adapters().values()
+    U, S, Vh = scipy.linalg.svd(source.numpy())
+    leading = torch.tensor(U[:, :2] * S[:2] @ Vh[:2])
+    assert torch.allclose(adapter.scaling * adapter.B @ adapter.A, leading, atol=1e-5)
+
+
+def test_what_was_frozen_before_the_switch_stays_frozen():
+    trial = Trial()
+    trial.model.pos_embed.requires_grad_(False)
+    trial.switch()
+    assert not trial.model.pos_embed.requires_grad and trial.model.cls_token.requires_grad
+
+
+def test_ranks_that_are_all_zero_are_refused():
+    trial = Trial()
+    object.__setattr__(trial.policy, "rank", lambda context: dict.fromkeys(context.updates, 0))
+    with pytest.raises(SwitchFailed, match="every rank is 0"):
+        trial.switch()
 
 
 def test_the_switch_leaves_the_global_rng_where_it_was():
