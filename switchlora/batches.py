@@ -192,7 +192,7 @@ def crop_and_flip(images: Tensor, draws: Tensor, padding: int, hflip: float) -> 
 
 def seed_of(*numbers: int) -> int:
     """One 63-bit seed from several non-negative integers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_generators(seed: int) -> None:

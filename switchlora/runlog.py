@@ -101,7 +101,7 @@ def _start_wandb(folder: Path, config: Mapping[str, Any], options: Mapping[str, 
     import wandb
 
     run = wandb.init(
-        dir=folder,
+        dir=str(folder),
         config=dict(config),
         reinit="create_new",
         settings=wandb.Settings(silent=True, console="off"),

@@ -1,6 +1,7 @@
 """Every yaml composes and builds; the same through the installed command's search path."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -73,3 +74,23 @@ def test_the_wheel_carries_conf_and_experiments_and_finds_them(tmp_path):
         text=True,
     )
     assert "name: demo" in shown.stdout
+
+
+def test_the_readmes_criterion_works_from_a_folder_of_ones_own(tmp_path):
+    text = (CONF.parent / "README.md").read_text()
+    (python,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "my_research.py").write_text(python)
+    (tmp_path / "conf/switch/criterion").mkdir(parents=True)
+    (tmp_path / "conf/switch/criterion/still.yaml").write_text(yaml)
+    small = ["data=digits", "model=digits", "log=quiet", "log.figures=false", "epochs=1"]
+    run = ["monitor.window=10", "switch/criterion=still", "hydra.run.dir=run"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "switchlora.train", "--config-dir", "conf", *small, *run],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "some target still moves" in shown.stdout + shown.stderr

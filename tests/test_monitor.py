@@ -42,7 +42,7 @@ def test_statistics_agree_with_scipy(split_qkv):
         ]:
             S = scipy.linalg.svdvals(matrix.numpy())
             assert norm == pytest.approx(math.sqrt((S**2).sum()), rel=1e-5)
-            assert rank == pytest.approx((S**2).sum() / S[0] ** 2, rel=0.01)
+            assert rank == pytest.approx((S**2).sum() / S[0] ** 2, rel=0.02)
         assert stats.relative_update_norm == stats.update_norm / stats.weight_norm
 
 
