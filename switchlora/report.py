@@ -125,7 +125,7 @@ def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for label, key, form in rows:
         values: list[Any] = [phase.get(key) for phase in phases.values()]
         cells = ["-" if value is None else form(value) for value in values]
-        if len(values) == 2 and all(values):
+        if len(values) == 2 and all(values) and key not in ("num_updates", "val_top1"):
             cells.append(f"{values[1] / values[0]:.2f}")
         lines.append(f"{label:<20}" + "".join(f"{cell:>16}" for cell in cells))
     return lines
