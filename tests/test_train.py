@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import wandb
 from conf_yamls import composed
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from switchlora.finish import finish
@@ -147,6 +149,9 @@ def test_wandb_reads_its_own_offline_run_back(finished):
 
 
 def wandb_records(folder):
+    """Records of the offline run by ``wandb leet inspect``, W&B's own reader since 0.31."""
+    if Version(wandb.__version__) < Version("0.31"):
+        pytest.skip("this W&B has no `wandb leet inspect`")
     (run,) = (folder / "wandb").glob("offline-run-*")
     reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
     found = subprocess.run(reader, capture_output=True, text=True, check=True)
@@ -353,22 +358,21 @@ def test_two_jobs_of_one_multirun_have_their_own_summary_and_wandb_run(tmp_path,
 
 
 def test_golden_losses_have_not_moved(tmp_path):
-    """Bit for bit where they were recorded; elsewhere as close as other kernels allow.
+    """Bit for bit on the processor that recorded them; on another, the full phase to rounding.
 
     After a change that is meant to move them: delete the file, run this test, commit both.
     """
     make_run(tmp_path, *BY_DATE)
-    found = {"machine": machine(), "losses": [loss.hex() for loss in losses(tmp_path)]}
+    versions = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    found = [loss.hex() for loss in losses(tmp_path)]
     if not GOLDEN.exists():
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        recorded = {"versions": versions, "machine": machine, "losses": found}
+        GOLDEN.write_text(json.dumps(recorded, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())
-    if golden["machine"] == found["machine"]:
-        assert found["losses"] == golden["losses"]
-    values = [[float.fromhex(x) for x in run["losses"]] for run in (found, golden)]
-    assert values[0] == pytest.approx(values[1], rel=2e-3)
-
-
-def machine():
-    """What the bits of a loss depend on besides the code."""
-    kernels = torch.backends.cpu.get_cpu_capability()
-    return f"{cpu_name()}, torch {torch.__version__}, {kernels}, {torch.get_num_threads()} threads"
+    if golden["versions"] != versions:
+        pytest.skip(f"recorded with {golden['versions']}, whose initial weights may differ")
+    if golden["machine"] == machine:
+        assert found == golden["losses"]
+    full = [[float.fromhex(x) for x in run[:30]] for run in (found, golden["losses"])]
+    assert full[0] == pytest.approx(full[1], rel=2e-3)
