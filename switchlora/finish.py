@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from switchlora.engine import evaluate
 from switchlora.export import save_adapter, save_merged
 from switchlora.figures import draw_figures
 from switchlora.provenance import environment
@@ -34,10 +33,7 @@ def finish(run: Run, status: str, folder: Path, seed: int) -> dict[str, Any]:
 
 def evaluate_on_test(run: Run) -> dict[str, float]:
     """Metrics on the official test split, which nothing was chosen on: a 'test' event."""
-    metrics = evaluate(run.model, run.data.test, run.recipe.precision)
-    if run.ema is not None:
-        averaged = evaluate(run.ema.model, run.data.test, run.recipe.precision)
-        metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+    metrics = run.evaluate(run.data.test)
     named = {f"test/{name}": value for name, value in metrics.items()}
     run.log.event("test", run.state.num_updates, float(run.state.epoch), **named)
     return metrics

@@ -11,10 +11,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from timm.utils import random_seed
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from switchlora.criteria import Verdict, never
 from switchlora.data import Data
 from switchlora.ema import WeightEMA
+from switchlora.engine import evaluate
 from switchlora.errors import NothingMeasured
 from switchlora.learner import Learner, Recipe, build_learner
 from switchlora.monitor import UpdateMonitor
@@ -68,6 +70,14 @@ class Run:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    def evaluate(self, loader: DataLoader) -> dict[str, float]:
+        """Metrics of the model over ``loader``, and under ``ema_`` names those of its average."""
+        metrics = evaluate(self.model, loader, self.recipe.precision)
+        if self.ema is not None:
+            averaged = evaluate(self.ema.model, loader, self.recipe.precision)
+            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+        return metrics
+
     def phase_summary(self) -> dict[str, Any]:
         """Throughput, memory and trained parameters of the present phase."""
         return self.stopwatch.summary(self.batch_size, len(self.data.train)) | {
@@ -96,6 +106,7 @@ def prepare(config: DictConfig, folder: Path) -> Run:
         config.data, seed=config.seed, workers=system.workers, pin_memory=system.pin_memory
     )
     total_updates = config.epochs * len(data.train)
+    last_update = min(total_updates, config.max_updates or total_updates)
     window = _window(config.monitor.window, len(data.train), total_updates)
     model = build(config.model).to(device)
     policy = build(config.switch)
@@ -110,7 +121,7 @@ def prepare(config: DictConfig, folder: Path) -> Run:
     log = RunLog(
         folder,
         as_plain(config),
-        total_updates=min(total_updates, config.max_updates or total_updates),
+        total_updates=last_update,
         wandb=_wandb_options(config),
         progress=config.log.progress,
     )
@@ -129,7 +140,7 @@ def prepare(config: DictConfig, folder: Path) -> Run:
         batch_size=config.data.batch_size,
         epochs=config.epochs,
         total_updates=total_updates,
-        last_update=min(total_updates, config.max_updates or total_updates),
+        last_update=last_update,
         max_skipped=config.max_skipped,
         log_every=config.log.every,
         figures=config.log.figures,
@@ -181,9 +192,8 @@ def _check_switch(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor
         return
     with nullcontext() if policy.decide([]).fires else suppress(NothingMeasured):
         choose_ranks(model, policy, monitor, [])
-        for name, update in monitor.updates().items():
-            policy.init(monitor.targets[name].weight(model), update, 1)
-            break
+        name, update = next(iter(monitor.updates().items()))
+        policy.init(monitor.targets[name].weight(model), update, 1)
 
 
 def _first_learner(model: nn.Module, recipe: Recipe, total_updates: int) -> Learner:

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from switchlora.criteria import Verdict
-from switchlora.engine import evaluate
 from switchlora.errors import SwitchFailed, TrainingStopped, near
 from switchlora.finish import finish
 from switchlora.learner import Learner, Update, build_learner
@@ -146,7 +145,7 @@ def consider_switch(run: Run, epoch: float) -> None:
             release_memory(run.device)
     if switched:
         run.stopwatch.start_phase()
-    else:
+    elif history:
         with run.stopwatch.paused(monitor=True):
             run.monitor.start_window(run.state.num_updates)
 
@@ -198,10 +197,7 @@ def evaluate_epoch(run: Run) -> None:
     """Validation metrics after an epoch: an 'eval' event and a line."""
     state = run.state
     with run.stopwatch.paused():
-        metrics = evaluate(run.model, run.data.val, run.recipe.precision)
-        if run.ema is not None:
-            averaged = evaluate(run.ema.model, run.data.val, run.recipe.precision)
-            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+        metrics = run.evaluate(run.data.val)
         speed = run.stopwatch.summary(run.batch_size, len(run.data.train))
         state.best_top1 = max(state.best_top1, metrics["top1"])
         run.last_eval = metrics
