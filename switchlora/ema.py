@@ -1,9 +1,10 @@
 """Exponential moving average of the effective weights, continuous through the switch."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from switchlora.layers import AdaptedLinear
 from switchlora.surgery import adapted_modules
@@ -34,6 +35,14 @@ class WeightEMA:
                 average.copy_(present[name])
         for name, module in adapted_modules(model).items():
             self._add_adapters(f"{name}.weight", module, new)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Become the average that ``state_dict`` came from."""
+        self.model.load_state_dict(state)
 
     def _add_adapters(self, name: str, module: AdaptedLinear, new: float) -> None:
         average = self.model.get_parameter(name)

@@ -6,13 +6,17 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from switchlora.distributed import total
 from switchlora.learner import autocast
 from switchlora.models import eval_mode
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> dict[str, float]:
-    """Mean cross-entropy 'loss', 'top1' and (from 5 classes on) 'top5' in % over all images."""
+    """Mean cross-entropy 'loss', 'top1' and (from 5 classes on) 'top5' in % over all images.
+
+    Each rank passes its share of them; all get the same means.
+    """
     device = next(model.parameters()).device
     totals, images_seen = torch.zeros(3, dtype=torch.float64), 0
     with eval_mode(model):
@@ -21,8 +25,9 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> d
                 logits = model(images.to(device))
             totals += _batch_totals(logits.float(), targets.to(device))
             images_seen += len(images)
+    *sums, count = total([*totals.tolist(), images_seen])
     names = ("loss", "top1", "top5") if logits.shape[1] >= 5 else ("loss", "top1")
-    return dict(zip(names, (totals / images_seen).tolist(), strict=False))
+    return {name: value / count for name, value in zip(names, sums, strict=False)}
 
 
 def _batch_totals(logits: Tensor, targets: Tensor) -> Tensor:

@@ -17,6 +17,22 @@ class SwitchFailed(RuntimeError):
     """The switch was undone: model and optimizer are as they were before it."""
 
 
+class CheckpointUnusable(ValueError):
+    """A checkpoint is damaged, of another version or of another model; the message says which."""
+
+
+class RanksDisagree(RuntimeError):
+    """Tensors that all processes must share differ between them."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop; what was done is saved. No error, so nothing catches it."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 def near(name: str, candidates: Iterable[str]) -> str:
     """A hint with up to five of ``candidates`` that resemble ``name``; all of a short list."""
     names = sorted(set(candidates))

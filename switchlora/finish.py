@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from switchlora.distributed import is_primary, together
 from switchlora.export import save_adapter, save_merged
 from switchlora.figures import draw_figures
 from switchlora.provenance import environment
@@ -12,23 +15,32 @@ from switchlora.state import Phase
 from switchlora.surgery import adapted_modules
 
 
-def finish(run: Run, status: str, folder: Path, seed: int) -> dict[str, Any]:
+def finish(run: Run, status: str) -> dict[str, Any]:
     """Write everything that a finished, or stopped, run leaves behind; return its summary."""
-    run.phases[run.state.phase] = run.phase_summary()
-    save_merged(run.model, folder / "model.safetensors")
-    if run.ema is not None:
-        save_merged(run.ema.model, folder / "model_ema.safetensors")
-    if adapted_modules(run.model):
-        save_adapter(run.model, folder / "adapter")
+    folder = run.log.folder
+    run.state.phases[run.state.phase] = run.phase_summary()
     test = evaluate_on_test(run) if status == "finished" else None
-    summary = summarise(run, status, test, seed)
-    run.log.summary(summary)
-    if run.figures:
-        run.log.images(draw_figures(folder))
+    summary = summarise(run, status, test)
+    model = run.learner.plain()
+    with together():
+        if is_primary():
+            save_models(run, model, folder)
+            run.log.summary(summary)
+            if run.config["log"]["figures"]:
+                run.log.images(draw_figures(folder))
     run.log.end_progress()
     for line in closing_lines(run, status, test, folder):
         run.log.line(line)
     return summary
+
+
+def save_models(run: Run, model: nn.Module, folder: Path) -> None:
+    """Merged weights of ``model`` and of its average, and the adapter alone."""
+    save_merged(model, folder / "model.safetensors")
+    if run.ema is not None:
+        save_merged(run.ema.model, folder / "model_ema.safetensors")
+    if adapted_modules(model):
+        save_adapter(model, folder / "adapter")
 
 
 def evaluate_on_test(run: Run) -> dict[str, float]:
@@ -39,14 +51,14 @@ def evaluate_on_test(run: Run) -> dict[str, float]:
     return metrics
 
 
-def summarise(run: Run, status: str, test: dict[str, float] | None, seed: int) -> dict[str, Any]:
+def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str, Any]:
     """The content of ``summary.json``."""
-    state, report = run.state, run.switch_report
+    state, report = run.state, run.state.switch_report
     switch: dict[str, Any] = {
         "fired": report is not None,
         "num_updates": state.switch_update,
         "epoch": state.switch_epoch,
-        "reason": run.verdict.reason if run.verdict else None,
+        "reason": state.verdict.reason if state.verdict else None,
         "failures": state.failed_switches,
     }
     if report is not None:
@@ -55,28 +67,29 @@ def summarise(run: Run, status: str, test: dict[str, float] | None, seed: int) -
         "status": status,
         "num_updates": state.num_updates,
         "skipped_updates": state.skipped_updates,
-        "val": {**(run.last_eval or {}), "best_top1": state.best_top1},
+        "val": {**(state.last_eval or {}), "best_top1": state.best_top1},
         "test": test,
         "switch": switch,
-        "phases": run.phases,
+        "phases": state.phases,
         "monitor": {"time_share": run.stopwatch.monitor_share},
-        "environment": environment(run.device, seed),
+        "environment": environment(run.device, run.config["seed"]),
     }
 
 
 def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: Path) -> list[str]:
     """The final table, what the switch did or why it never came, and where everything is."""
-    lines = ["", *final_table({str(p): figures for p, figures in run.phases.items()}), ""]
-    if run.state.phase is Phase.FULL and run.verdict is not None:
-        failures = run.state.failed_switches
-        lines += never_switched_lines(run.verdict, len(run.state.history), failures)
+    lines = ["", *final_table({str(p): figures for p, figures in run.state.phases.items()}), ""]
+    state = run.state
+    if state.phase is Phase.FULL and state.verdict is not None:
+        failures = state.failed_switches
+        lines += never_switched_lines(state.verdict, len(state.history), failures)
     if test is not None:
         average = f" (EMA {test['ema_top1']:.2f} %)" if "ema_top1" in test else ""
         lines.append(f"test top1 {test['top1']:.2f} %{average}, loss {test['loss']:.4f}")
     share = run.stopwatch.monitor_share
     lines.append(f"the monitor took {share:.2%} of the training time")
     names = ["model.safetensors", "summary.json", "metrics.jsonl"]
-    names += ["figures/"] if run.figures else []
+    names += ["figures/"] if run.config["log"]["figures"] else []
     names += ["adapter/"] if adapted_modules(run.model) else []
     lines.append(f"{status}; everything is in {folder}: {', '.join(names)}")
     return lines

@@ -1,22 +1,28 @@
 """Recipe, Learner, build_learner(): what is rebuilt when the set of trained tensors changes."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from switchlora.distributed import full, like, total, world_size
 from switchlora.errors import check_choice, check_range
-from switchlora.layers import is_factor
-from switchlora.surgery import adapted_modules
+from switchlora.layers import Adapter, is_factor
+from switchlora.sharding import gathered, is_sharded, shard, skeleton
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+Moments = Mapping[str, Mapping[str, Any]]  # optimizer state by parameter name
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARALLEL = ("ddp", "fsdp")
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq",)
 
@@ -56,46 +62,54 @@ class Update:
     """Outcome of one optimizer update; not ``applied`` when loss or gradient was not finite."""
 
     loss: float
+    """mean over the batch and all ranks"""
     grad_norm: float
     lr: float
     applied: bool
+    overflow: bool = False
+    """a finite loss whose scaled fp16 gradient was too large: the scaler lowers its scale"""
 
 
 @dataclass
 class Learner:
-    """A plain model with the disposable things around it. Build it with ``build_learner``."""
+    """A model with the disposable things around it. Build it with ``build_learner``."""
 
     model: nn.Module
+    """the plain module, or the sharded one"""
     forward: Callable[[Tensor], Tensor]
-    """the model or its compiled form"""
+    """the model, or what DDP and torch.compile make of it"""
     optimizer: Optimizer
     scheduler: Scheduler
     recipe: Recipe
     start: int
     """update at which this learner took over"""
+    scaler: GradScaler | None = None
+    """of the loss, in fp16"""
+    bones: nn.Module | None = field(default=None, repr=False)
+    """what a plain copy of a sharded model is made from"""
 
     def update(
         self, images: Tensor, targets: Tensor, loss_fn: nn.Module, num_updates: int
     ) -> Update:
         """One optimizer update on a batch: (B, C, H, W) images, class indices or soft targets.
 
-        The batch is split into ``accumulation`` micro-batches. Gradients stay in place
-        afterwards, clipped, for the monitor to read.
+        The batch is this rank's share; it is split into ``accumulation`` micro-batches, and ranks
+        exchange gradients after the last. Gradients stay in place afterwards, unscaled and
+        clipped, for the monitor to read.
         """
         lr = self.set_lr(num_updates)
         self.optimizer.zero_grad(set_to_none=True)
         device = next(self.model.parameters()).device
         loss = torch.zeros((), device=device)
-        for part, label in zip(
-            images.chunk(self.recipe.accumulation),
-            targets.chunk(self.recipe.accumulation),
-            strict=True,
-        ):
-            with autocast(device.type, self.recipe.precision):
-                output = self.forward(part.to(device, non_blocking=True))
-                share = loss_fn(output, label.to(device, non_blocking=True))
-            share = share * (len(part) / len(images))
-            share.backward()
+        parts = images.chunk(self.recipe.accumulation)
+        labels = targets.chunk(self.recipe.accumulation)
+        for number, (part, label) in enumerate(zip(parts, labels, strict=True), start=1):
+            with self._exchange(number == len(parts)):
+                with autocast(device.type, self.recipe.precision):
+                    output = self.forward(part.to(device, non_blocking=True))
+                    share = loss_fn(output, label.to(device, non_blocking=True))
+                share = share * (len(part) / len(images))
+                (share if self.scaler is None else self.scaler.scale(share)).backward()
             loss += share.detach()
         return self._step(loss, lr)
 
@@ -114,34 +128,85 @@ class Learner:
         """lr * weight decay of one update where the decay is decoupled from the gradient."""
         return lr * self.recipe.weight_decay if self.recipe.decoupled_weight_decay else 0.0
 
+    def plain(self) -> nn.Module:
+        """The plain model: the live one, or a copy on the CPU of one that is sharded."""
+        return self.model if self.bones is None else gathered(self.model, self.bones)
+
+    def _exchange(self, now: bool) -> AbstractContextManager:
+        if is_sharded(self.model):
+            self.model.set_requires_gradient_sync(now)  # type: ignore[operator]
+        wrapped = getattr(self.forward, "_orig_mod", self.forward)
+        if now or not isinstance(wrapped, DistributedDataParallel):
+            return nullcontext()
+        return wrapped.no_sync()
+
     def _step(self, loss: Tensor, lr: float) -> Update:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm(p.grad for p in parameters if p.grad is not None)
+        norm = full(get_total_norm(p.grad for p in parameters if p.grad is not None))
         loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
-        finite = abs(loss_value) < float("inf") and norm_value < float("inf")
-        if finite:
+        (loss_value,) = (value / world_size() for value in total([loss_value]))
+        applied = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if applied:
             if self.recipe.clip_grad is not None:
                 clip_grads_with_norm_(parameters, self.recipe.clip_grad, norm)
             self.optimizer.step()
-        return Update(loss_value, norm_value, lr, finite)
+        overflow = False
+        if self.scaler is not None:
+            self.scaler.update()
+            overflow = not applied and math.isfinite(loss_value) and self.scaler.get_scale() > 1
+        return Update(loss_value, norm_value, lr, applied, overflow)
 
 
 def autocast(device_type: str, precision: str) -> AbstractContextManager:
-    """The context of a precision: nothing for fp32, autocast for bf16."""
+    """The context of a precision: nothing for fp32, autocast for bf16 and fp16."""
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
 
 
-def build_learner(model: nn.Module, recipe: Recipe, total_updates: int, start: int = 0) -> Learner:
-    """Fresh optimizer, schedule and compiled form for what trains in ``model`` now."""
+def build_learner(
+    model: nn.Module,
+    recipe: Recipe,
+    total_updates: int,
+    start: int = 0,
+    parallel: str = "ddp",
+    scaler: GradScaler | None = None,
+) -> Learner:
+    """Fresh optimizer, schedule and wrappers for what trains in the plain ``model`` now.
+
+    With several processes gradients are averaged by DDP, or ``parallel='fsdp'`` shards the model
+    in place. ``scaler`` is the one before, whose loss scale goes on.
+    """
+    bones = None
+    if parallel == "fsdp":
+        bones = skeleton(model)
+        model = shard(model)
     optimizer = recipe.optimizer(parameter_groups(model, recipe))
     scheduler = recipe.scheduler(optimizer, t_initial=total_updates)
+    learner = Learner(model, _wrapped(model, recipe), optimizer, scheduler, recipe, start)
+    learner.bones, learner.scaler = bones, _scaler(model, recipe)
+    if learner.scaler is not None and scaler is not None:
+        learner.scaler.load_state_dict(scaler.state_dict())
+    return learner
+
+
+def _wrapped(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    forward = model
+    if world_size() > 1 and not is_sharded(model):
+        forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if recipe.compile is None:
-        forward: Callable = model
-    else:
-        torch.compiler.reset()
-        forward = torch.compile(model, **recipe.compile)
-    return Learner(model, forward, optimizer, scheduler, recipe, start)
+        return forward
+    torch.compiler.reset()
+    return cast(Callable, torch.compile(forward, **recipe.compile))
+
+
+def _scaler(model: nn.Module, recipe: Recipe) -> GradScaler | None:
+    if recipe.precision != "fp16":
+        return None
+    if is_sharded(model):
+        raise ValueError("precision=fp16 does not go with system.parallel=fsdp: use bf16")
+    return GradScaler(next(model.parameters()).device.type)
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -163,41 +228,53 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def carry_moments(old: Optimizer, new: Optimizer) -> int:
-    """Hand the state of surviving tensors from ``old`` to ``new``; return how many were carried.
+def moments_of(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """The optimizer's state of each tensor that it has stepped, by name; nothing is copied."""
+    return {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
 
-    Between optimizers of different classes nothing is carried.
+
+def load_moments(model: nn.Module, optimizer: Optimizer, moments: Moments) -> int:
+    """Give each tensor that ``optimizer`` trains its state in ``moments``; return how many got it.
+
+    A state is shared, unless it has to move to another device or be sharded first.
     """
-    if type(old) is not type(new):
-        return 0
-    survivors = [p for group in new.param_groups for p in group["params"] if p in old.state]
-    for parameter in survivors:
-        new.state[parameter] = old.state[parameter]
-    return len(survivors)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    found = {n: p for n, p in model.named_parameters() if n in moments and id(p) in groups}
+    for name, parameter in found.items():
+        on_device = any(groups[id(parameter)].get(key) for key in ("fused", "capturable"))
+        optimizer.state[parameter] = {
+            key: like(value, parameter)
+            if isinstance(value, Tensor) and (value.ndim or on_device)
+            else value
+            for key, value in moments[name].items()
+        }
+    return len(found)
 
 
 @torch.no_grad()
-def carry_factor_moments(
-    model: nn.Module, old: Optimizer, new: Optimizer, weights: Mapping[str, Tensor]
-) -> int:
-    """Project the moments of the replaced ``weights`` (by module name) into the factors' basis.
+def factor_moments(
+    adapters: Mapping[str, Mapping[str, Adapter]], moments: Moments
+) -> dict[str, dict[str, Any]]:
+    """Moments of the factors, projected from those of the weights they replace.
 
-    Gradients obey g_A = s B^T g_W and g_B = s g_W A^T, so first moments map exactly: m_A = s B^T
-    m_W, m_B = s m_W A^T. For second moments the entries of g_W are taken as uncorrelated: v_A =
-    s^2 (B*B)^T v_W, v_B = s^2 v_W (A*A)^T. Factors whose images would be zero (B = 0) keep a fresh
-    state.
+    ``adapters`` are those of each module by row slice. Gradients obey g_A = s B^T g_W and g_B = s
+    g_W A^T, so first moments map exactly: m_A = s B^T m_W, m_B = s m_W A^T. For second moments the
+    entries of g_W are taken as uncorrelated: v_A = s^2 (B*B)^T v_W, v_B = s^2 v_W (A*A)^T. Factors
+    whose images would be zero (B = 0) keep a fresh state.
     """
-    if type(old) is not type(new):
-        return 0
-    carried = 0
-    for name, module in adapted_modules(model).items():
-        state = old.state.get(weights[name], {})
-        for A, B, rows, s in module.adapters().values():
+    projected = {}
+    for name, parts in adapters.items():
+        state = moments.get(f"{name}.weight", {})
+        for part, (A, B, rows, s) in parts.items():
             if state and A.any() and B.any():
-                new.state[A] = {k: _project_A(k, v, B, rows, s) for k, v in state.items()}
-                new.state[B] = {k: _project_B(k, v, A, rows, s) for k, v in state.items()}
-                carried += 2
-    return carried
+                end = f".{part}" if part else ""
+                projected[f"{name}.lora_A{end}"] = {
+                    k: _project_A(k, v, B, rows, s) for k, v in state.items()
+                }
+                projected[f"{name}.lora_B{end}"] = {
+                    k: _project_B(k, v, A, rows, s) for k, v in state.items()
+                }
+    return projected
 
 
 def _project_A(key: str, value: Any, B: Tensor, rows: slice, s: float) -> Any:

@@ -136,10 +136,13 @@ class UpdateMonitor:
         loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
         return Measurement(num_updates, epoch, loss, layers)
 
-    def updates(self, without_decay: bool = False) -> Updates:
-        """The movement of the weights over the window, with or without weight decay's share."""
+    def updates(self, without_decay: bool = False, of: nn.Module | None = None) -> Updates:
+        """The movement of the weights over the window, with or without weight decay's share.
+
+        ``of`` is a copy of the model to read the present weights from.
+        """
         decay = self._decay if without_decay else 0.0
-        return Updates(self.model, self.targets, self.references, decay)
+        return Updates(of or self.model, self.targets, self.references, decay)
 
     @torch.no_grad()
     def start_window(self, num_updates: int) -> None:
@@ -152,6 +155,29 @@ class UpdateMonitor:
         self._losses.clear()
         self._decay = 0.0
         self._window_start = num_updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next measurement depends on: plain types and tensors."""
+        return {
+            "references": self.references,
+            "initial_stable_ranks": self.initial_stable_ranks,
+            "vectors": self._vectors,
+            "losses": self._losses,
+            "decay": self._decay,
+            "window_start": self._window_start,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become the monitor that ``state_dict`` came from; ValueError for other targets."""
+        if set(state["references"]) != set(self.references):
+            raise ValueError("the checkpoint measured other switch.targets: give the same")
+        for name, reference in state["references"].items():
+            self.references[name].copy_(reference)
+        self.initial_stable_ranks = dict(state["initial_stable_ranks"])
+        device = next(self.model.parameters()).device
+        self._vectors = {key: vector.to(device) for key, vector in state["vectors"].items()}
+        self._losses, self._decay = list(state["losses"]), state["decay"]
+        self._window_start = state["window_start"]
 
     def _items(self) -> list[tuple[str, Target]]:
         return list(self.targets.items())

@@ -37,6 +37,11 @@ def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:
         "switch/left_full": list(report.left_full),
         **{f"switch/rank/{name}": rank for name, rank in report.ranks.items()},
         **{f"switch/captured_energy/{name}": e for name, e in report.captured_energy.items()},
+        "switch/checksum": report.checksum,
+        "switch/ranks": {
+            "columns": ["target", "rank", "captured_energy"],
+            "data": [[n, rank, report.captured_energy[n]] for n, rank in report.ranks.items()],
+        },
     }
 
 

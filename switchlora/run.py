@@ -1,5 +1,6 @@
 """Everything one run works with, built from its configuration and checked before it starts."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -7,23 +8,41 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from switchlora.criteria import Verdict, never
+from switchlora import distributed
+from switchlora.checkpoint import (
+    SaveSchedule,
+    learner_state,
+    load_tensors,
+    random_states,
+    set_random_states,
+)
+from switchlora.criteria import never
 from switchlora.data import Data
 from switchlora.ema import WeightEMA
 from switchlora.engine import evaluate
-from switchlora.errors import NothingMeasured
-from switchlora.learner import Learner, Recipe, build_learner
+from switchlora.errors import NothingMeasured, check_choice
+from switchlora.interrupt import Interruption
+from switchlora.learner import PARALLEL, Learner, Recipe, build_learner
 from switchlora.monitor import UpdateMonitor
+from switchlora.resume import Found, find
 from switchlora.runlog import RunLog
+from switchlora.sharding import is_sharded
 from switchlora.state import Phase, TrainState
-from switchlora.surgery import check_targets_are_called, count_parameters
-from switchlora.switch import SwitchPolicy, SwitchReport, choose_ranks
+from switchlora.surgery import (
+    adapter_layout,
+    check_targets_are_called,
+    count_parameters,
+    inject_empty,
+    merged_state_dict,
+)
+from switchlora.switch import SwitchPolicy, choose_ranks, trained_tensors
 from switchlora.throughput import Stopwatch
 
 PROBE_IMAGES = 16
@@ -33,32 +52,47 @@ build = partial(instantiate, _convert_="all")
 
 @dataclass
 class Run:
-    """Everything one run works with. Only ``learner``, ``monitor`` and the records change."""
+    """Everything one run works with. Only ``learner``, ``monitor`` and the state change."""
 
+    config: dict[str, Any]
     data: Data
-    model: nn.Module
     policy: SwitchPolicy
     recipes: dict[Phase, Recipe]
     learner: Learner
     monitor: UpdateMonitor | None
     state: TrainState
     stopwatch: Stopwatch
+    saves: SaveSchedule
     log: RunLog
     ema: WeightEMA | None
-    batch_size: int
-    epochs: int
     total_updates: int
     """updates of all epochs, which the schedule is drawn over"""
     last_update: int
     """where max_updates ends the run"""
-    max_skipped: int
-    log_every: int
-    figures: bool
-    phases: dict[Phase, dict[str, Any]] = field(default_factory=dict)
-    """figures of each phase that has ended"""
-    verdict: Verdict | None = None
-    switch_report: SwitchReport | None = None
-    last_eval: dict[str, float] | None = None
+    interruption: Interruption = field(default_factory=Interruption)
+    last_checkpoint: Path | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it trains: plain, or sharded over the ranks."""
+        return self.learner.model
+
+    @property
+    def batch_size(self) -> int:
+        """Images of one update over all ranks."""
+        return self.config["data"]["batch_size"]
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, a fraction in the middle of one."""
+        return self.state.epoch + self.state.position / len(self.data.train)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to train and to evaluate."""
+        state = self.state
+        cut = state.num_updates >= self.last_update and state.position == 0
+        return cut or state.epoch >= self.config["epochs"]
 
     @property
     def probe(self) -> Tensor:
@@ -80,9 +114,10 @@ class Run:
 
     def phase_summary(self) -> dict[str, Any]:
         """Throughput, memory and trained parameters of the present phase."""
+        last = self.state.last_eval
         return self.stopwatch.summary(self.batch_size, len(self.data.train)) | {
             "trainable_parameters": count_parameters(self.model, trainable=True),
-            "val_top1": None if self.last_eval is None else self.last_eval["top1"],
+            "val_top1": None if last is None else last["top1"],
         }
 
     @property
@@ -90,61 +125,112 @@ class Run:
         """The recipe of the present phase."""
         return self.recipes[self.state.phase]
 
+    def build_learner(self, model: nn.Module, phase: Phase) -> Learner:
+        """A fresh learner of ``phase`` for the plain ``model``; the loss scale goes on."""
+        return build_learner(
+            model,
+            self.recipes[phase],
+            self.total_updates,
+            start=self.state.num_updates,
+            parallel=self.config["system"]["parallel"],
+            scaler=self.learner.scaler,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors that, with those of the learner, make the run go on exactly.
+
+        All ranks call it.
+        """
+        return {
+            "config": self.config,
+            "train": self.state.state_dict(),
+            "adapters": adapter_layout(self.model),
+            "start": self.learner.start,
+            "monitor": self.monitor and self.monitor.state_dict(),
+            "ema": self.ema and self.ema.state_dict(),
+            "stopwatch": self.stopwatch.state_dict(),
+            "log": self.log.position(),
+            "random": distributed.gather(random_states()),
+            **learner_state(self.learner),
+        }
+
+    def load(self, found: Found) -> None:
+        """Become the run that ``found`` was saved by; the model has its adapters already."""
+        saved = found.state
+        load_tensors(found.path, saved, self.learner)
+        if self.ema is not None:
+            self.ema.load_state_dict(saved["ema"] or merged_state_dict(self.model))
+        self.stopwatch.load_state_dict(saved["stopwatch"])
+        self.saves.done(self.state.num_updates)
+        self.last_checkpoint = found.path
+        _set_random_states(saved["random"], self.config["seed"] + self.state.num_updates)
+        for line in found.lines:
+            self.log.line(line)
+        self.log.line(
+            f"resumed from {found.path}: {self.state.phase} phase, update {self.state.num_updates}"
+        )
+        if distributed.world_size() > 1 and not is_sharded(self.model):
+            same = distributed.agreed_checksum(trained_tensors(self.model))
+            self.log.line(f"all {distributed.world_size()} ranks train the same tensors ({same})")
+
 
 def prepare(config: DictConfig, folder: Path) -> Run:
-    """Build data, model, policy, recipes and the first learner; check what can be checked."""
-    for key, least in {"epochs": 1, "seed": 0, "max_skipped": 0, "log.every": 1}.items():
-        check_whole(config, key, least)
-    if config.max_updates is not None:
-        check_whole(config, "max_updates", 1)
+    """Build data, model, policy, recipes and learner; check what can be checked; resume."""
+    plain = as_plain(config)
+    _check_config(config)
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     device = _device(config.system.device)
-    system = config.system
-    data = build(
-        config.data, seed=config.seed, workers=system.workers, pin_memory=system.pin_memory
-    )
+    data = _build_data(config)
     total_updates = config.epochs * len(data.train)
     last_update = min(total_updates, config.max_updates or total_updates)
     window = _window(config.monitor.window, len(data.train), total_updates)
-    model = build(config.model).to(device)
+    sharded = config.system.parallel == "fsdp"
+    model = build(config.model).to("cpu" if sharded else device)
     policy = build(config.switch)
     recipes = {Phase.FULL: build(config.full), Phase.ADAPTER: build(config.adapter)}
     targets = policy.find_targets(model)
-    check_targets_are_called(model, targets.values(), probe_images(data, device))
+    check_targets_are_called(model, targets.values(), probe_images(data, _device_of(model)))
     _device(config.monitor.device)
     monitor = UpdateMonitor(model, targets, **{**config.monitor, "window": window})
     _check_switch(model, policy, monitor)
-    learner = _first_learner(model, recipes[Phase.FULL], total_updates)
+    saves = SaveSchedule(**config.checkpoint)
     ema = WeightEMA(model, config.ema) if config.ema else None
+    found = find(config.resume, folder, plain, model)
+    state = _restore_parts(found, model, monitor)
+    learner = _first_learner(model, recipes, total_updates, found, state, config.system.parallel)
     log = RunLog(
         folder,
-        as_plain(config),
+        plain,
         total_updates=last_update,
         wandb=_wandb_options(config),
         progress=config.log.progress,
+        position=found.state["log"] if found else None,
+        source=found.source if found else None,
     )
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    return Run(
+    run = Run(
+        config=plain,
         data=data,
-        model=model,
         policy=policy,
         recipes=recipes,
         learner=learner,
-        monitor=monitor,
-        state=TrainState(),
+        monitor=monitor if state.phase is Phase.FULL else None,
+        state=state,
         stopwatch=Stopwatch(device),
+        saves=saves,
         log=log,
         ema=ema,
-        batch_size=config.data.batch_size,
-        epochs=config.epochs,
         total_updates=total_updates,
         last_update=last_update,
-        max_skipped=config.max_skipped,
-        log_every=config.log.every,
-        figures=config.log.figures,
     )
+    if distributed.is_primary():
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    if found:
+        run.load(found)
+    elif distributed.rank():
+        random_seed(config.seed, distributed.rank())
+    return run
 
 
 def as_plain(config: DictConfig) -> dict[str, Any]:
@@ -165,14 +251,43 @@ def check_whole(config: DictConfig, key: str, least: int) -> None:
         raise ValueError(f"{key} is {value!r}: give a whole number of at least {least}")
 
 
+def _check_config(config: DictConfig) -> None:
+    for key, least in {"epochs": 1, "seed": 0, "max_skipped": 0, "log.every": 1}.items():
+        check_whole(config, key, least)
+    if config.max_updates is not None:
+        check_whole(config, "max_updates", 1)
+    check_choice("system.parallel", config.system.parallel, PARALLEL)
+    if config.system.parallel == "fsdp":
+        if not dist.is_initialized():
+            raise ValueError("system.parallel=fsdp shards over processes: start it with torchrun")
+        if config.ema:
+            raise ValueError("ema does not go with system.parallel=fsdp: its copy is not sharded")
+
+
+def _build_data(config: DictConfig) -> Data:
+    return build(
+        config.data,
+        seed=config.seed,
+        workers=config.system.workers,
+        pin_memory=config.system.pin_memory,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = torch.device("cuda", distributed.local_rank())
+        return gpu if torch.cuda.is_available() else torch.device("cpu")
     try:
         return torch.zeros((), device=name).device
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device '{name}' cannot be used: {reason}") from error
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _window(window: int | str, updates_per_epoch: int, total_updates: int) -> int:
@@ -196,11 +311,42 @@ def _check_switch(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor
         policy.init(monitor.targets[name].weight(model), update, 1)
 
 
-def _first_learner(model: nn.Module, recipe: Recipe, total_updates: int) -> Learner:
+def _restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor) -> TrainState:
+    """The state of the run; ``model`` gets its adapters and flags, ``monitor`` its window."""
+    state = TrainState()
+    if found is None:
+        return state
+    state.load_state_dict(found.state["train"])
+    inject_empty(model, found.state["adapters"])
+    trained = set(found.state["trained"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    if state.phase is Phase.FULL:
+        monitor.load_state_dict(found.state["monitor"])
+    return state
+
+
+def _first_learner(
+    model: nn.Module,
+    recipes: Mapping[Phase, Recipe],
+    total_updates: int,
+    found: Found | None,
+    state: TrainState,
+    parallel: str,
+) -> Learner:
+    start = found.state["start"] if found else 0
     try:
-        return build_learner(model, recipe, total_updates)
+        return build_learner(model, recipes[state.phase], total_updates, start, parallel)
     except TypeError as error:
         raise ValueError(f"full.optimizer or full.scheduler: {error}") from error
+
+
+def _set_random_states(states: list[dict[str, Any]], seed: int) -> None:
+    """This rank's generators as they were; those of a rank that was not there start anew."""
+    if distributed.rank() < len(states):
+        set_random_states(states[distributed.rank()])
+    else:
+        random_seed(seed, distributed.rank())
 
 
 def _wandb_options(config: DictConfig) -> dict[str, Any] | None:

@@ -1,21 +1,51 @@
 """What a run writes while it goes on: metrics.jsonl always, W&B when asked, the terminal."""
 
+import fcntl
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from switchlora.distributed import is_primary, together
+
 METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+
+
+class FolderLock:
+    """Holds a run folder for one run at a time; ValueError where another one has it.
+
+    The primary rank holds it. The system gives the lock back when the process ends, however it
+    ends. A context manager.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file: TextIO | None = None
+        with together():
+            if is_primary():
+                self._file = _locked(folder)
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class RunLog:
     """One run's log; a context manager that ends the W&B run with the right exit code.
 
     Every event is one JSON object a line in ``metrics.jsonl``, the source of truth, and one W&B
-    step with the same keys. ValueError for a folder that holds a run already or cannot be written.
+    step with the same keys. Only the primary rank writes and talks. A resumed run passes
+    ``position``, what ``RunLog.position`` said in the checkpoint: later lines, whose updates come
+    again, are cut off. ``source`` is the folder to take the lines before from, where it is not
+    this one.
     """
 
     def __init__(
@@ -25,15 +55,29 @@ class RunLog:
         total_updates: int,
         wandb: Mapping[str, Any] | None = None,
         progress: bool = True,
+        position: Mapping[str, Any] | None = None,
+        source: Path | None = None,
     ) -> None:
         self.folder = folder
-        if (folder / METRICS).exists():
-            raise ValueError(f"{folder} already holds a run; choose another hydra.run.dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._wandb = _start_wandb(folder, config, wandb) if wandb else None
-        self._file = (folder / METRICS).open("x", buffering=1)  # noqa: SIM115
+        self._talks = is_primary()
+        self._wandb = None
+        path = folder / METRICS if self._talks else Path(os.devnull)
+        if self._talks:
+            folder.mkdir(parents=True, exist_ok=True)
+            _cut(path, (source or folder) / METRICS, position["bytes"] if position else 0)
+        self._file = path.open("a", buffering=1)  # noqa: SIM115
+        if self._talks and wandb:
+            known = position["wandb_id"] if position and source in (None, folder) else None
+            self._wandb = _start_wandb(folder, config, wandb, known)
+            self._first_step = self._wandb.starting_step
+            for step, record in enumerate(read_events(folder)):
+                self._to_wandb(step, record)
+        self._step = sum(1 for _ in path.open()) if self._talks else 0
         self._bar = tqdm(
-            total=total_updates, unit="update", dynamic_ncols=True, disable=not progress
+            total=total_updates,
+            unit="update",
+            dynamic_ncols=True,
+            disable=not (progress and self._talks),
         )
 
     def __enter__(self) -> "RunLog":
@@ -45,33 +89,42 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
+    def position(self) -> dict[str, Any]:
+        """Where ``metrics.jsonl`` stands, safely on disk, and the id of the W&B run."""
+        self._file.flush()
+        if self._talks:
+            os.fsync(self._file.fileno())
+        return {
+            "bytes": self._file.tell(),
+            "wandb_id": None if self._wandb is None else self._wandb.id,
+        }
+
     def event(self, event: str, num_updates: int, epoch: float, **metrics: Any) -> None:
-        """Record one event; keys as in the README, values numbers, strings, lists or mappings."""
-        record = {"event": event, "num_updates": num_updates, "epoch": round(epoch, 6), **metrics}
-        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
-        if self._wandb is not None:
-            numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-            self._wandb.log({"num_updates": num_updates, "epoch": epoch, **numbers})
+        """Record one event; keys as in the README.
+
+        Values are numbers, strings, lists or mappings; one with 'columns' and 'data' is a table.
+        """
+        if not self._talks:
+            return
+        place = {"event": event, "num_updates": num_updates, "epoch": round(epoch, 6)}
+        record = _plain({**place, **metrics})
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._to_wandb(self._step, record)
+        self._step += 1
 
     def line(self, text: str) -> None:
         """One line on the terminal, above the progress bar."""
-        self._bar.write(text)
+        if self._talks:
+            self._bar.write(text)
 
-    def progress(self, **postfix: str) -> None:
-        """One more update on the progress bar."""
+    def progress(self, num_updates: int, **postfix: str) -> None:
+        """Set the progress bar to ``num_updates``."""
         self._bar.set_postfix(postfix, refresh=False)
-        self._bar.update()
+        self._bar.update(num_updates - self._bar.n)
 
     def end_progress(self) -> None:
         """Close the progress bar, so that what follows stands below it."""
         self._bar.close()
-
-    def table(self, key: str, columns: list[str | int], rows: list[list[Any]]) -> None:
-        """A table in W&B."""
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({key: wandb.Table(columns=columns, data=rows)})
 
     def images(self, paths: list[Path]) -> None:
         """Pictures in W&B, under ``figures/<name>``."""
@@ -81,11 +134,28 @@ class RunLog:
             self._wandb.log({f"figures/{p.stem}": wandb.Image(str(p)) for p in paths})
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Values of the whole run: ``summary.json`` and W&B's summary."""
+        """Values of the whole run: ``summary.json``, whole or not at all, and W&B's summary."""
+        if not self._talks:
+            return
         text = json.dumps(_plain(values), indent=2, allow_nan=False)
-        (self.folder / "summary.json").write_text(text + "\n")
+        part = self.folder / f".{SUMMARY}"
+        part.write_text(text + "\n")
+        part.replace(self.folder / SUMMARY)
         if self._wandb is not None:
             self._wandb.summary.update(_plain(values))
+
+    def _to_wandb(self, step: int, record: Mapping[str, Any]) -> None:
+        if self._wandb is None or step < self._first_step:
+            return
+        import wandb
+
+        values: dict[str, Any] = {}
+        for key, value in record.items():
+            if isinstance(value, int | float):
+                values[key] = value
+            elif isinstance(value, Mapping) and set(value) == {"columns", "data"}:
+                values[key] = wandb.Table(columns=value["columns"], data=value["data"])
+        self._wandb.log(values, step=step)
 
 
 def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
@@ -97,19 +167,61 @@ def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, An
                 yield record
 
 
-def _start_wandb(folder: Path, config: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+def _locked(folder: Path) -> TextIO:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another process is running in {folder}; choose another hydra.run.dir"
+        ) from error
+    return file
+
+
+def _cut(path: Path, source: Path, size: int) -> None:
+    if size and (not source.exists() or source.stat().st_size < size):
+        raise ValueError(
+            f"{source} is missing or shorter than the checkpoint knows it: {size:,} bytes"
+        )
+    if source != path and size:
+        shutil.copyfile(source, path)
+    path.touch()
+    os.truncate(path, size)
+
+
+def _start_wandb(
+    folder: Path, config: Mapping[str, Any], options: Mapping[str, Any], known: str | None
+) -> Any:
+    """A W&B run, or the ``known`` one again.
+
+    An offline run cannot be reopened: it is written anew, whole, from metrics.jsonl, and what the
+    interrupted process left is put aside, so that one offline folder holds everything.
+    """
     import wandb
 
+    offline = options["mode"] == "offline"
+    if offline:
+        _put_aside(folder / "wandb")
     run = wandb.init(
         dir=str(folder),
         config=dict(config),
         reinit="create_new",
+        id=known,
+        resume="allow" if known and not offline else None,
         settings=wandb.Settings(silent=True, console="off"),
         **options,
     )
     run.define_metric("num_updates")
     run.define_metric("*", step_metric="num_updates")
     return run
+
+
+def _put_aside(folder: Path) -> None:
+    for left in folder.glob("offline-run-*"):
+        aside = folder / "interrupted"
+        aside.mkdir(exist_ok=True)
+        left.rename(aside / left.name)
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,13 @@
-"""What a run is in the middle of: counters, phase, history."""
+"""What a run is in the middle of: counters, phase, history, what has been decided."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
-from switchlora.monitor import Measurement
+from switchlora.criteria import Verdict
+from switchlora.monitor import LayerStats, Measurement
+from switchlora.switch import SwitchReport
 
 
 class Phase(StrEnum):
@@ -15,15 +19,20 @@ class Phase(StrEnum):
 
 @dataclass
 class TrainState:
-    """The run's position; everything else is weights, moments or configuration."""
+    """The run's position and record; everything else is weights, moments or configuration."""
 
     num_updates: int = 0
     """optimizer updates made; the learning rate is a function of it"""
     epoch: int = 0
+    position: int = 0
+    """batches of the epoch that were taken, skipped ones included"""
     phase: Phase = Phase.FULL
+    undecided: bool = True
+    """whether the criterion has yet to be asked about the last measurement, or the start"""
     history: list[Measurement] = field(default_factory=list)
-    best_top1: float = 0.0
-    """on the validation split, in %"""
+    verdict: Verdict | None = None
+    """what the criterion said last"""
+    switch_report: SwitchReport | None = None
     switch_update: int | None = None
     switch_epoch: float | None = None
     failed_switches: list[str] = field(default_factory=list)
@@ -31,3 +40,33 @@ class TrainState:
     skipped_updates: int = 0
     """updates left out because loss or gradient was not finite"""
     skipped_in_a_row: int = 0
+    last_eval: dict[str, float] | None = None
+    best_top1: float = 0.0
+    """on the validation split, in %"""
+    best_update: int | None = None
+    """updates made when ``best_top1`` was reached"""
+    phases: dict[Phase, dict[str, Any]] = field(default_factory=dict)
+    """figures of each phase that has ended"""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        plain = asdict(self)
+        plain["phase"] = str(self.phase)
+        plain["phases"] = {str(phase): figures for phase, figures in self.phases.items()}
+        return plain
+
+    def load_state_dict(self, plain: Mapping[str, Any]) -> None:
+        """Become the state that ``state_dict`` came from."""
+        for item in fields(self):
+            setattr(self, item.name, plain[item.name])
+        self.phase = Phase(plain["phase"])
+        self.phases = {Phase(phase): figures for phase, figures in plain["phases"].items()}
+        self.history = [_measurement(measured) for measured in plain["history"]]
+        self.verdict = Verdict(**plain["verdict"]) if plain["verdict"] else None
+        report = plain["switch_report"]
+        self.switch_report = SwitchReport(**report) if report else None
+
+
+def _measurement(plain: Mapping[str, Any]) -> Measurement:
+    layers = {name: LayerStats(**stats) for name, stats in plain["layers"].items()}
+    return Measurement(**{**plain, "layers": layers})

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from switchlora.distributed import full
 from switchlora.errors import near
 from switchlora.initializers import Factors
 from switchlora.layers import AdaptedLinear, Adapter, adapted_linear, add_adapters, is_factor
@@ -20,7 +21,8 @@ QKV = ("q", "k", "v")
 class Target:
     """A linear, or some rows of a fused one, that is measured and gets an adapter.
 
-    ``name`` is the module's name, with '.q', '.k' or '.v' behind it for a row slice.
+    ``name`` is the module's name, with '.q', '.k' or '.v' behind it for a row slice. In a sharded
+    model, ``weight`` and ``grad`` are gathered: all ranks must ask for them.
     """
 
     name: str
@@ -30,12 +32,12 @@ class Target:
 
     def weight(self, model: nn.Module) -> Tensor:
         """The target's weight in ``model``: a detached view (out, in)."""
-        return self._parameter(model).detach()[self.rows]
+        return full(self._parameter(model).detach())[self.rows]
 
     def grad(self, model: nn.Module) -> Tensor | None:
         """The gradient of the target's weight (out, in), None where it has none."""
         grad = self._parameter(model).grad
-        return None if grad is None else grad[self.rows]
+        return None if grad is None else full(grad)[self.rows]
 
     def _parameter(self, model: nn.Module) -> nn.Parameter:
         return model.get_submodule(self.module).weight  # type: ignore[return-value]
@@ -119,6 +121,34 @@ def inject(
     for name, module in adapted.items():
         model.set_submodule(name, module)
     return linears
+
+
+def adapter_layout(model: nn.Module) -> dict[str, dict[str, dict[str, float]]]:
+    """Rank and scaling of each adapter by module and row slice: what ``inject_empty`` needs."""
+    return {
+        name: {
+            part: {"rank": len(adapter.A), "scaling": adapter.scaling}
+            for part, adapter in module.adapters().items()
+        }
+        for name, module in adapted_modules(model).items()
+    }
+
+
+def inject_empty(
+    model: nn.Module, layout: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> None:
+    """Give a plain model the adapters of ``adapter_layout``, all zero: weights are loaded next."""
+    for name, parts in layout.items():
+        linear = cast(nn.Linear, model.get_submodule(name))
+        rows = linear.out_features // len(parts)
+        adapters = {}
+        for i, (part, values) in enumerate(parts.items()):
+            rank = int(values["rank"])
+            A = linear.weight.new_zeros(rank, linear.in_features)
+            B = linear.weight.new_zeros(rows, rank)
+            place = slice(i * rows, (i + 1) * rows)
+            adapters[part] = Adapter(A, B, place, values["scaling"])
+        model.set_submodule(name, adapted_linear(linear, adapters))
 
 
 def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:

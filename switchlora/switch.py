@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from switchlora.criteria import SwitchCriterion, Verdict
+from switchlora.distributed import agreed_checksum, from_primary, full, together
 from switchlora.errors import SwitchFailed, check_choice, check_patterns, near
 from switchlora.initializers import AdapterInit, Factors, empty_factors
-from switchlora.layers import scaling_one
-from switchlora.learner import Learner, carry_factor_moments, carry_moments
+from switchlora.layers import Adapter, scaling_one
+from switchlora.learner import Learner, factor_moments, load_moments, moments_of
 from switchlora.models import eval_mode
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.ranks import RankPolicy, SwitchContext, saves_parameters
 from switchlora.spectral import captured_energy
 from switchlora.surgery import (
     Target,
+    adapted_modules,
     applied_ranks,
     count_parameters,
     find_targets,
@@ -99,6 +101,8 @@ class SwitchReport:
     """share of the recent update's energy in the adapter's row space; NaN where nothing moved"""
     drift: float
     """largest absolute change of a logit on the probe images, in float32"""
+    checksum: str
+    """of all trained tensors, the same on all ranks"""
     moments_carried: int
     parameters: int
     """of the model before the switch, which adapters do not add to"""
@@ -107,37 +111,58 @@ class SwitchReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What the primary rank has chosen, on the CPU.
+
+    Factors are contiguous: products of transposed ones would round in another way than those of
+    the tensors that a checkpoint gives back.
+    """
+
+    ranks: dict[str, int]
+    left_full: list[str]
+    factors: dict[str, Factors]
+    captured_energy: dict[str, float]
+
+
 def switch(
     learner: Learner,
     policy: SwitchPolicy,
     monitor: UpdateMonitor,
     history: Sequence[Measurement],
     probe: Tensor,
-    rebuild: Callable[[], Learner],
+    rebuild: Callable[[nn.Module], Learner],
 ) -> tuple[Learner, SwitchReport]:
-    """Replace the targets by adapters and the learner by ``rebuild()``; return it with a report.
+    """Replace the targets by adapters and the learner by ``rebuild(model)``; report on it.
 
-    All or nothing: when anything raises, modules and flags are put back, the optimizer has not
-    been touched, and SwitchFailed says why. The global RNG is left where it was. ``probe`` (N, C,
-    H, W) are the images on which the drift of the logits is measured.
+    All or nothing, on all ranks: when anything raises on any of them, modules and flags are put
+    back, the optimizer has not been touched, and SwitchFailed says why. The primary rank chooses
+    ranks and factors. The global RNG is left where it was. ``probe`` (N, C, H, W) are the images
+    on which the drift of the logits is measured. A sharded model is gathered and stays as it is.
     """
     begin = time.perf_counter()
-    model = learner.model
+    learner.optimizer.zero_grad(set_to_none=True)
+    moments = _whole(moments_of(learner.model, learner.optimizer))
+    model = learner.plain()
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     parameters, before = count_parameters(model), count_parameters(model, trainable=True)
     replaced: dict[str, nn.Linear] = {}
-    learner.optimizer.zero_grad(set_to_none=True)
     with torch.random.fork_rng():
         try:
-            logits = _logits(model, probe)
-            ranks, left_full = choose_ranks(model, policy, monitor, history)
-            factors, captured = _choose_factors(model, policy, monitor, ranks)
-            replaced.update(inject(model, monitor.targets, factors, policy.scaling))
-            assert applied_ranks(model, monitor.targets, factors) == ranks
-            train_only(model, *_frozen_and_kept(policy, monitor.targets, ranks, left_full))
-            drift = _checked_drift(logits, _logits(model, probe), policy.max_drift)
-            new = rebuild()
-            carried = _carry(model, policy.moments, learner, new, replaced)
+            with together():
+                logits = _logits(model, probe)
+                plan = from_primary(lambda: make_plan(model, policy, monitor, history))
+                factors = _placed(plan.factors, model)
+                replaced.update(inject(model, monitor.targets, factors, policy.scaling))
+                assert applied_ranks(model, monitor.targets, factors) == plan.ranks
+                train_only(model, *_frozen_and_kept(policy, monitor.targets, plan))
+                drift = _checked_drift(logits, _logits(model, probe), policy.max_drift)
+                after = count_parameters(model, trainable=True)
+                checksum = agreed_checksum(trained_tensors(model))
+                adapters = {n: m.adapters() for n, m in adapted_modules(model).items()}
+            with together():
+                new = rebuild(model)
+                carried = _carry(policy.moments, moments, adapters, learner, new)
         except BaseException as error:
             restore(model, replaced)
             for name, parameter in model.named_parameters():
@@ -146,16 +171,36 @@ def switch(
                 raise SwitchFailed(f"{type(error).__name__}: {error}") from error
             raise
     return new, SwitchReport(
-        ranks=ranks,
-        left_full=left_full,
-        captured_energy=captured,
+        ranks=plan.ranks,
+        left_full=plan.left_full,
+        captured_energy=plan.captured_energy,
         drift=drift,
+        checksum=checksum,
         moments_carried=carried,
         parameters=parameters,
         trainable_before=before,
-        trainable_after=count_parameters(model, trainable=True),
+        trainable_after=after,
         seconds=time.perf_counter() - begin,
     )
+
+
+def make_plan(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    monitor: UpdateMonitor,
+    history: Sequence[Measurement],
+) -> Plan:
+    """Ranks and factors of every target, from the recent updates of ``model``, a plain one."""
+    ranks, left_full = choose_ranks(model, policy, monitor, history)
+    updates = monitor.updates(policy.remove_weight_decay, of=model)
+    factors, captured = {}, {}
+    for name, rank in ranks.items():
+        weight, update = monitor.targets[name].weight(model), updates[name]
+        s = policy.scaling(rank)
+        chosen = policy.init(weight / s, update / s, rank) if rank else empty_factors(weight)
+        factors[name] = Factors(*(factor.cpu().contiguous() for factor in chosen))
+        captured[name] = captured_energy(update, chosen.A) if rank else 0.0
+    return Plan(ranks, left_full, factors, captured)
 
 
 def choose_ranks(
@@ -172,7 +217,7 @@ def choose_ranks(
     kept = kept_parameters(model, {t.module for t in targets.values()}, policy.keep)
     context = SwitchContext(
         history,
-        monitor.updates(policy.remove_weight_decay),
+        monitor.updates(policy.remove_weight_decay, of=model),
         monitor.initial_stable_ranks,
         total_parameters=count_parameters(model),
         other_trainable=sum(parameter.numel() for parameter in kept.values()),
@@ -196,52 +241,49 @@ def choose_ranks(
     return {n: r for n, r in wanted.items() if n not in left_full}, left_full
 
 
-def _choose_factors(
-    model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor, ranks: Mapping[str, int]
-) -> tuple[dict[str, Factors], dict[str, float]]:
-    updates = monitor.updates(policy.remove_weight_decay)
-    factors, captured = {}, {}
-    for name, rank in ranks.items():
-        weight, update = monitor.targets[name].weight(model), updates[name]
-        s = policy.scaling(rank)
-        factors[name] = (
-            policy.init(weight / s, update / s, rank) if rank else empty_factors(weight)
-        )
-        captured[name] = captured_energy(update, factors[name].A) if rank else 0.0
-    return factors, captured
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that train, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _whole(moments: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
+    return {
+        name: {k: full(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+        for name, state in moments.items()
+    }
+
+
+def _placed(factors: Mapping[str, Factors], model: nn.Module) -> dict[str, Factors]:
+    device = next(model.parameters()).device
+    return {name: Factors(A.to(device), B.to(device)) for name, (A, B) in factors.items()}
 
 
 def _frozen_and_kept(
-    policy: SwitchPolicy,
-    targets: Mapping[str, Target],
-    ranks: Mapping[str, int],
-    left_full: Sequence[str],
+    policy: SwitchPolicy, targets: Mapping[str, Target], plan: Plan
 ) -> tuple[set[str], list[str]]:
-    full = sorted({targets[name].module for name in left_full})
-    kept = [*policy.keep, *(rf"^{re.escape(module)}\." for module in full)]
-    return {targets[name].module for name in ranks}, kept
+    full_modules = sorted({targets[name].module for name in plan.left_full})
+    kept = [*policy.keep, *(rf"^{re.escape(module)}\." for module in full_modules)]
+    return {targets[name].module for name in plan.ranks}, kept
 
 
 def _carry(
-    model: nn.Module,
-    moments: str,
+    how: str,
+    moments: Mapping[str, Mapping[str, object]],
+    adapters: Mapping[str, Mapping[str, Adapter]],
     old: Learner,
     new: Learner,
-    replaced: Mapping[str, nn.Linear],
 ) -> int:
-    if moments == "reset":
+    if how == "reset" or type(old.optimizer) is not type(new.optimizer):
         return 0
-    carried = carry_moments(old.optimizer, new.optimizer)
-    if moments == "factors":
-        weights = {name: linear.weight for name, linear in replaced.items()}
-        carried += carry_factor_moments(model, old.optimizer, new.optimizer, weights)
-    return carried
+    if how == "factors":
+        moments = {**moments, **factor_moments(adapters, moments)}
+    return load_moments(new.model, new.optimizer, moments)
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, probe: Tensor) -> Tensor:
     with eval_mode(model):
-        return model(probe).float()
+        return model(probe.to(next(model.parameters()).device)).float()
 
 
 def _checked_drift(before: Tensor, after: Tensor, limit: float) -> float:

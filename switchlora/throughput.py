@@ -1,7 +1,7 @@
 """Throughput, epoch time and peak memory of each phase."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import Any
@@ -15,8 +15,9 @@ STATUS = "/proc/self/status"
 class Stopwatch:
     """Times updates of one phase; what runs under ``paused`` does not count.
 
-    The first ``WARMUP_UPDATES`` updates of a phase are dropped: allocators, caches and compilers
-    settle in them. ``monitor_share`` tells how much of the time of all updates the monitor took.
+    The first ``WARMUP_UPDATES`` updates of a phase, and those after a resume, are dropped:
+    allocators, caches and compilers settle in them. ``monitor_share`` tells how much of the time
+    of all updates the monitor took.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,6 +29,9 @@ class Stopwatch:
     def start_phase(self) -> None:
         """Forget the laps and reset the peak of the memory counters."""
         self._laps: list[float] = []
+        self._settling = WARMUP_UPDATES
+        self._num_updates = 0
+        self._earlier_peak = 0
         reset_peak_memory(self.device)
         self.resume()
 
@@ -38,7 +42,11 @@ class Stopwatch:
     def lap(self) -> None:
         """One update is done."""
         now = time.perf_counter()
-        self._laps.append(now - self._mark)
+        if self._settling:
+            self._settling -= 1
+        else:
+            self._laps.append(now - self._mark)
+        self._num_updates += 1
         self.train_seconds += now - self._mark
         self._mark = now
 
@@ -64,17 +72,35 @@ class Stopwatch:
 
     def summary(self, batch_size: int, updates_per_epoch: int) -> dict[str, Any]:
         """Medians of the phase; None where too few updates were made to say."""
-        counted = self._laps[WARMUP_UPDATES:]
+        counted = self._laps
         typical = median(counted) if counted else None
+        peak = peak_memory(self.device)
         return {
             "images_per_second": batch_size / typical if typical else None,
             "images_per_second_quartiles": [batch_size / q for q in quantiles(counted)[::-2]]
             if len(counted) > 3
             else None,
             "epoch_seconds": typical * updates_per_epoch if typical else None,
-            "peak_memory_bytes": peak_memory(self.device),
-            "num_updates": len(self._laps),
+            "peak_memory_bytes": peak and max(peak, self._earlier_peak),
+            "num_updates": self._num_updates,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Times and peak of the phase so far."""
+        return {
+            "laps": self._laps,
+            "num_updates": self._num_updates,
+            "peak": max(peak_memory(self.device) or 0, self._earlier_peak),
+            "monitor_seconds": self.monitor_seconds,
+            "train_seconds": self.train_seconds,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the times and the peak of ``state_dict``."""
+        self.start_phase()
+        self._laps = list(state["laps"])
+        self._num_updates, self._earlier_peak = state["num_updates"], state["peak"]
+        self.monitor_seconds, self.train_seconds = state["monitor_seconds"], state["train_seconds"]
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -2,8 +2,13 @@
 
 import gc
 import os
+import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 import torch
@@ -12,11 +17,14 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
+from switchlora import checkpoint, distributed
 from switchlora.criteria import Verdict
-from switchlora.errors import SwitchFailed, TrainingStopped, near
+from switchlora.errors import Interrupted, SwitchFailed, TrainingStopped, near
 from switchlora.finish import finish
-from switchlora.learner import Learner, Update, build_learner
+from switchlora.interrupt import Interruption
+from switchlora.learner import Update
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.report import (
     eval_line,
@@ -25,7 +33,9 @@ from switchlora.report import (
     switch_lines,
     switch_metrics,
 )
+from switchlora.resume import finished_summary
 from switchlora.run import Run, prepare
+from switchlora.runlog import FolderLock
 from switchlora.state import Phase
 from switchlora.surgery import count_parameters
 from switchlora.switch import switch
@@ -42,52 +52,86 @@ USER_ERRORS = (
 
 
 def train(config: DictConfig, folder: Path) -> dict:
-    """Run the experiment of ``config`` in ``folder`` and return its summary."""
-    run = prepare(config, folder)
+    """Run the experiment of ``config`` in ``folder``, from the start or on; return its summary."""
+    distributed.join()
+    folder = distributed.from_primary(lambda: folder)
+    interruption = Interruption()
+    try:
+        with FolderLock(folder), interruption:
+            if (summary := finished_summary(config.resume, folder)) is not None:
+                print(f"{folder} holds a finished run; nothing to do")
+                return summary
+            run = prepare(config, folder)
+            run.interruption = interruption
+            return train_and_finish(run)
+    except Interrupted:
+        interruption.hand_over()
+        raise
+
+
+def train_and_finish(run: Run) -> dict:
+    """All epochs, then everything that a run leaves behind; that also when training must stop."""
     with run.log:
-        status = "stopped"
         try:
             fit(run)
-            status = "finished"
-        except TrainingStopped as stop:
-            status = f"stopped: {stop}"
+        except Exception as error:
+            if isinstance(error, TrainingStopped) or distributed.world_size() == 1:
+                with suppress(OSError):
+                    finish(run, f"stopped: {one_line(error)}")
             raise
-        finally:
-            summary = finish(run, status, folder, int(config.seed))
-    return summary
+        return finish(run, "finished")
 
 
 def fit(run: Run) -> None:
     """All epochs, with the switch wherever the criterion fires."""
-    consider_switch(run, epoch=0.0)
-    while run.state.epoch < run.epochs and run.state.num_updates < run.last_update:
+    if run.state.undecided:
+        consider_switch(run)
+    while not run.over:
         train_epoch(run)
         evaluate_epoch(run)
+        save(run)
+        leave_if_asked(run)
 
 
 def train_epoch(run: Run) -> None:
-    """One pass over the training split; measures, and perhaps switches, as windows complete."""
+    """The rest of a pass over the training split; measures, and perhaps switches, on the way."""
     state = run.state
-    run.data.set_epoch(state.epoch)
+    run.data.set_epoch(state.epoch, start=state.position)
     run.stopwatch.resume()
-    for position, (images, targets) in enumerate(run.data.train, start=1):
+    if state.num_updates == run.last_update:
+        return
+    for images, targets in batches(run):
         if run.data.mixup is not None:
             images, targets = run.data.mixup(images, targets)
         update = run.learner.update(images, targets, run.data.loss, state.num_updates)
+        state.position += 1
         if not keep(run, update):
             continue
         run.stopwatch.lap()
         state.num_updates += 1
-        epoch = state.epoch + position / len(run.data.train)
-        record_update(run, update, epoch)
+        record_update(run, update)
         if run.monitor is not None:
             run.monitor.observe(update.loss, run.learner.decay(update.lr))
             if run.monitor.due(state.num_updates):
-                measure(run, run.monitor, epoch)
-                consider_switch(run, epoch)
+                measure(run, run.monitor)
+                consider_switch(run)
         if state.num_updates == run.last_update:
             break
-    state.epoch += 1
+        save_or_leave(run)
+
+
+def batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of the epoch; TrainingStopped when a process that loads them dies."""
+    try:
+        yield from run.data.train
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingStopped(
+            f"a process that loads images died after update {run.state.num_updates}: "
+            f"{one_line(error)} (memory, or system.workers={run.config['system']['workers']} too "
+            f"many?); {how_to_go_on(run)}"
+        ) from error
 
 
 def keep(run: Run, update: Update) -> bool:
@@ -97,57 +141,66 @@ def keep(run: Run, update: Update) -> bool:
         state.skipped_in_a_row = 0
         return True
     state.skipped_updates += 1
-    state.skipped_in_a_row += 1
+    state.skipped_in_a_row += not update.overflow
+    why = "fp16 overflow, the loss scale was lowered: " if update.overflow else ""
     run.log.line(
-        f"skipped an update after {state.num_updates}: "
+        f"skipped an update after {state.num_updates}: {why}"
         f"loss {update.loss:g}, gradient norm {update.grad_norm:g}"
     )
-    if state.skipped_in_a_row > run.max_skipped:
+    if state.skipped_in_a_row > run.config["max_skipped"]:
         raise TrainingStopped(
             f"loss or gradient was not finite in {state.skipped_in_a_row} updates in a row after "
             f"update {state.num_updates}; lower the learning rate (full.optimizer.lr, "
-            f"{update.lr:.2g} here) or check the data"
+            f"{update.lr:.2g} here) or check the data; {how_to_go_on(run)}"
         )
     return False
 
 
-def record_update(run: Run, update: Update, epoch: float) -> None:
+def record_update(run: Run, update: Update) -> None:
     """EMA, progress bar, and every ``log.every`` updates a 'train' event."""
     if run.ema is not None:
         run.ema.update(run.model)
-    run.log.progress(phase=run.state.phase, loss=f"{update.loss:.3f}")
-    if run.state.num_updates % run.log_every == 0 or run.state.num_updates == 1:
+    num_updates = run.state.num_updates
+    run.log.progress(num_updates, phase=run.state.phase, loss=f"{update.loss:.3f}")
+    if num_updates % run.config["log"]["every"] == 0 or num_updates == 1:
         metrics = {
             "train/loss": update.loss,
             "train/lr": update.lr,
             "train/grad_norm": update.grad_norm,
             "train/phase": run.state.phase,
         }
-        run.log.event("train", run.state.num_updates, epoch, **metrics)
+        run.log.event("train", num_updates, run.epoch, **metrics)
 
 
-def measure(run: Run, monitor: UpdateMonitor, epoch: float) -> None:
-    """Add the finished window to the history."""
+def measure(run: Run, monitor: UpdateMonitor) -> None:
+    """Add the finished window to the history: the primary rank's measurement."""
     with run.stopwatch.paused(monitor=True):
-        run.state.history.append(monitor.measure(run.state.num_updates, epoch))
+        measured = monitor.measure(run.state.num_updates, run.epoch)
+        run.state.history.append(distributed.from_primary(lambda: measured))
+        run.state.undecided = True
 
 
-def consider_switch(run: Run, epoch: float) -> None:
+def consider_switch(run: Run) -> None:
     """Ask the criterion; when it fires, switch; when that fails, go on in the full phase."""
     assert run.monitor is not None
-    history = run.state.history
-    run.verdict = run.policy.decide(history)
+    state = run.state
+    verdict = distributed.from_primary(lambda: run.policy.decide(state.history))
+    state.verdict = verdict
+    if verdict.fires:
+        save(run)
     with run.stopwatch.paused():
-        if history:
-            report_measurement(run, history[-1], run.verdict)
-        switched = run.verdict.fires and try_switch(run, epoch)
+        if state.history:
+            report_measurement(run, state.history[-1], verdict)
+        switched = verdict.fires and try_switch(run, verdict)
+        state.undecided = False
         if switched:
             release_memory(run.device)
     if switched:
         run.stopwatch.start_phase()
-    elif history:
+        save(run)
+    elif state.history:
         with run.stopwatch.paused(monitor=True):
-            run.monitor.start_window(run.state.num_updates)
+            run.monitor.start_window(state.num_updates)
 
 
 def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> None:
@@ -161,50 +214,50 @@ def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> 
     run.log.line(measurement_line(measurement, verdict))
 
 
-def try_switch(run: Run, epoch: float) -> bool:
+def try_switch(run: Run, verdict: Verdict) -> bool:
     """Switch to the adapter phase: new learner, no monitor. Whether it worked."""
-    assert run.monitor is not None and run.verdict is not None
+    assert run.monitor is not None
     state = run.state
     full_phase = run.phase_summary()
-
-    def rebuild() -> Learner:
-        recipe = run.recipes[Phase.ADAPTER]
-        return build_learner(run.model, recipe, run.total_updates, start=state.num_updates)
-
     try:
         run.learner, report = switch(
-            run.learner, run.policy, run.monitor, state.history, run.probe, rebuild
+            run.learner,
+            run.policy,
+            run.monitor,
+            state.history,
+            run.probe,
+            lambda model: run.build_learner(model, Phase.ADAPTER),
         )
     except SwitchFailed as failure:
         run.log.line(f"the switch failed and was undone, full training goes on: {failure}")
-        run.log.event("switch_failed", state.num_updates, epoch, reason=str(failure))
+        run.log.event("switch_failed", state.num_updates, run.epoch, reason=str(failure))
         state.failed_switches.append(str(failure))
         return False
-    run.switch_report, run.monitor = report, None
-    run.phases[Phase.FULL] = full_phase
+    run.monitor = None
+    state.switch_report = report
+    state.phases[Phase.FULL] = full_phase
     state.phase = Phase.ADAPTER
-    state.switch_update, state.switch_epoch = state.num_updates, epoch
-    for line in switch_lines(report, run.verdict, state.num_updates, epoch):
+    state.switch_update, state.switch_epoch = state.num_updates, run.epoch
+    for line in switch_lines(report, verdict, state.num_updates, run.epoch):
         run.log.line(line)
-    metrics = switch_metrics(report, run.verdict)
-    run.log.event("switch", state.num_updates, epoch, **metrics)
-    rows = [[name, rank, report.captured_energy[name]] for name, rank in report.ranks.items()]
-    run.log.table("switch/ranks", ["target", "rank", "captured_energy"], rows)
+    run.log.event("switch", state.num_updates, run.epoch, **switch_metrics(report, verdict))
     return True
 
 
 def evaluate_epoch(run: Run) -> None:
-    """Validation metrics after an epoch: an 'eval' event and a line."""
+    """Validation metrics after an epoch, which is then done: an 'eval' event and a line."""
     state = run.state
     with run.stopwatch.paused():
         metrics = run.evaluate(run.data.val)
         speed = run.stopwatch.summary(run.batch_size, len(run.data.train))
-        state.best_top1 = max(state.best_top1, metrics["top1"])
-        run.last_eval = metrics
+        if metrics["top1"] > state.best_top1:
+            state.best_top1, state.best_update = metrics["top1"], state.num_updates
+        state.last_eval = metrics
+        state.epoch, state.position = state.epoch + 1, 0
         run.log.event(
             "eval",
             state.num_updates,
-            float(state.epoch),
+            run.epoch,
             **{f"val/{name}": value for name, value in metrics.items()},
             **{
                 "train/images_per_second": speed["images_per_second"],
@@ -216,6 +269,59 @@ def evaluate_epoch(run: Run) -> None:
             },
         )
     run.log.line(eval_line(state.epoch, state.phase, metrics))
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the run as it is; remove those that are too many."""
+    if not run.saves.keep:
+        return
+    state, folder = run.state, run.log.folder
+    with run.stopwatch.paused():
+        place = checkpoint.write(folder, state.num_updates, run.state_dict(), run.learner)
+        run.last_checkpoint = place
+        run.saves.done(state.num_updates)
+        if distributed.is_primary():
+            checkpoint.prune(folder, run.saves.keep, state.best_update)
+
+
+def save_or_leave(run: Run) -> None:
+    """Between two updates: save when it is time, and leave when a signal came to any rank."""
+    due, asked = distributed.any_rank(
+        run.saves.due(run.state.num_updates), run.interruption.received is not None
+    )
+    if due or asked:
+        save(run)
+    if asked:
+        leave(run)
+
+
+def leave_if_asked(run: Run) -> None:
+    """Leave when a signal came to any rank; everything is saved."""
+    if any(distributed.any_rank(run.interruption.received is not None)):
+        leave(run)
+
+
+def leave(run: Run) -> NoReturn:
+    """Raise Interrupted with a line that says how to go on."""
+    number = run.interruption.received or signal.SIGTERM
+    raise Interrupted(
+        f"interrupted by {number.name} after update {run.state.num_updates}; {how_to_go_on(run)}",
+        number,
+    )
+
+
+def how_to_go_on(run: Run) -> str:
+    """The last checkpoint, and the command that goes on from it."""
+    if run.last_checkpoint is None:
+        return "there is no checkpoint yet"
+    launcher = ["switchlora"]
+    if distributed.world_size() > 1:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", str(distributed.world_size()))
+        launcher = ["torchrun", "--nproc-per-node", processes, "-m", "switchlora"]
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    kept = [word for word in given if not word.startswith("resume=")]
+    words = [*launcher, *kept, f"hydra.run.dir={run.log.folder}", "resume=auto"]
+    return f"saved in {run.last_checkpoint}; go on with: {shlex.join(words)}"
 
 
 def release_memory(device: torch.device) -> None:
@@ -238,10 +344,10 @@ def _hydra_main(config: DictConfig) -> float:
     hydra_config = HydraConfig.get()
     try:
         summary = train(config, Path(hydra_config.runtime.output_dir))
-    except USER_ERRORS as error:
-        if hydra_config.mode is RunMode.MULTIRUN or SHOW_TRACEBACK in os.environ:
+    except Exception as error:
+        if hydra_config.mode is RunMode.MULTIRUN:
             raise
-        sys.exit(f"switchlora: {one_line(error)}")
+        exit_with_one_line(error)
     return summary["val"]["top1"]
 
 
@@ -252,13 +358,33 @@ def main() -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
     try:
+        distributed.join()
         _hydra_main()
-    except USER_ERRORS as error:
-        if SHOW_TRACEBACK in os.environ:
-            raise
-        sys.exit(f"switchlora: {one_line(error)}")
+        distributed.leave()
+    except Interrupted as stop:
+        if distributed.is_primary():
+            print(f"switchlora: {stop}", file=sys.stderr, flush=True)
+        sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
-        sys.exit("switchlora: interrupted; everything computed so far is kept")
+        sys.exit("switchlora: interrupted before anything was trained")
+    except Exception as error:
+        exit_with_one_line(error)
+
+
+def exit_with_one_line(error: Exception) -> NoReturn:
+    """Exit with a line that tells a user's mistake or a fault; any other error goes on.
+
+    A mistake that every rank meets is told by the primary rank alone.
+    """
+    line = distributed.lost_rank(error)
+    if line is None and isinstance(error, USER_ERRORS):
+        line = one_line(error)
+    if line is None or SHOW_TRACEBACK in os.environ:
+        raise error
+    if distributed.is_primary():
+        sys.exit(f"switchlora: {line}")
+    name = f"switchlora, rank {distributed.rank()}"
+    sys.exit(1 if isinstance(error, ValueError) else f"{name}: {line}")
 
 
 def one_line(error: BaseException) -> str:

@@ -58,8 +58,8 @@ class Trial:
             assert result.applied
             self.done += 1
 
-    def rebuild(self):
-        return build_learner(self.model, self.adapter, TOTAL, start=self.done)
+    def rebuild(self, model):
+        return build_learner(model, self.adapter, TOTAL, start=self.done)
 
     def switch(self, rebuild=None):
         self.learner, report = switch(
@@ -147,7 +147,7 @@ def test_the_optimizer_state_round_trips_after_the_switch_with_its_groups():
     assert [g["weight_decay"] for g in groups] == [0.0, 0.05, 0.0]
     assert [g["lr_scale"] for g in groups] == [1.0, 1.0, trial.adapter.factor_lr_scale]
     saved = trial.learner.optimizer.state_dict()
-    fresh = trial.rebuild().optimizer
+    fresh = trial.rebuild(trial.model).optimizer
     fresh.load_state_dict(saved)
     again = fresh.state_dict()
     assert again["param_groups"] == saved["param_groups"]
@@ -193,7 +193,7 @@ def test_the_learning_rate_after_the_switch_is_the_plans_also_after_a_restart():
     trial = Trial("adapter.factor_lr_scale=3")
     plan = build_learner(tiny_vit(), trial.full, TOTAL)
     trial.switch()
-    for restarted in (trial.learner, trial.rebuild()):
+    for restarted in (trial.learner, trial.rebuild(trial.model)):
         for n in (SWITCH_AT, SWITCH_AT + 1, TOTAL - 1):
             assert restarted.set_lr(n) == pytest.approx(plan.set_lr(n))
             assert restarted.optimizer.param_groups[-1]["lr"] == pytest.approx(3 * plan.set_lr(n))
@@ -415,7 +415,7 @@ def test_other_transformers_train_and_switch(name, options):
         monitor,
         [monitor.measure(2, 1.0)],
         images,
-        lambda: build_learner(model, adapter, TOTAL, start=2),
+        lambda model: build_learner(model, adapter, TOTAL, start=2),
     )
     assert report.drift <= 1e-5 and len(report.ranks) == len(monitor.targets)
     losses = [learner.update(images, labels, LOSS, n + 5).loss for n in range(2, 8)]

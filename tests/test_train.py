@@ -60,7 +60,7 @@ def finished(tmp_path_factory):
     references = weakref.WeakSet(run.monitor.references.values())
     with run.log:
         fit(run)
-        summary = finish(run, "finished", folder, seed=0)
+        summary = finish(run, "finished")
     assert not references, "the monitor's reference copy outlives the full phase"
     with eval_mode(run.model), torch.no_grad():
         return folder, summary, run.model(IMAGES)

@@ -1,0 +1,178 @@
+"""Several processes: join the group once, sum over ranks, let the primary rank decide.
+
+In a single process every function here returns what it was given.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from switchlora.errors import RanksDisagree
+
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=15)
+BROKEN = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+
+
+def join() -> None:
+    """Join the group that torchrun or submitit describes in the environment, once a process.
+
+    NCCL carries tensors on GPUs, gloo those on CPUs and all plain values.
+    """
+    if dist.is_initialized() or not _launched_as_one_of_several():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Leave the group, where one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is also that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_primary() -> bool:
+    """Whether this is the process that decides, writes and talks."""
+    return rank() == 0
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """Sum of each value over all ranks, in float64."""
+    if world_size() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """Whether each flag is set on at least one rank."""
+    return [count > 0 for count in total([float(flag) for flag in flags])]
+
+
+def gather(value: T) -> list[T]:
+    """The picklable ``value`` of every rank, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def from_primary(compute: Callable[[], T]) -> T:
+    """``compute()`` of the primary rank, the only one that calls it; RuntimeError if it raises."""
+    if world_size() == 1:
+        return compute()
+    result: list[Any] = [None, None]
+    error = None
+    if is_primary():
+        try:
+            result[0] = compute()
+        except Exception as caught:
+            error = caught
+            result[1] = f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise RuntimeError(result[1]) from error
+    return result[0]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All ranks get through the block, or an exception is raised on all of them."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    messages = gather(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"rank {number}: {message}")
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, the first 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def agreed_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of ``tensors``; RanksDisagree unless it is the same on all ranks."""
+    sums = gather(checksum(tensors))
+    if len(set(sums)) > 1:
+        raise RanksDisagree(f"ranks hold different tensors: checksums {', '.join(sums)}")
+    return sums[0]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every rank; any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """``tensor`` on the device of ``model``, and sharded as it is where shapes agree."""
+    tensor = tensor.to(model.device)
+    if not isinstance(model, DTensor) or tensor.shape != model.shape:
+        return tensor
+    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """A line on an error that comes from another rank's end; None for any other error."""
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return None
+    text = " ".join(str(error).split())
+    if not isinstance(error, dist.DistError) and not any(word in text for word in BROKEN):
+        return None
+    return f"another rank is gone: {text[:120]}"
+
+
+def _launched_as_one_of_several() -> bool:
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        return True
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return False
+    from submitit.helpers import TorchDistributedEnvironment
+
+    environment = TorchDistributedEnvironment()
+    if environment.world_size > 1:
+        environment.export(set_cuda_visible_devices=False)
+    return environment.world_size > 1

@@ -1,0 +1,51 @@
+"""Signals that ask a run to finish its update, save and leave."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REQUEUE = signal.SIGUSR2
+
+
+class Interruption:
+    """Notes the first SIGTERM or SIGINT instead of dying of it; a second SIGINT kills at once.
+
+    Where a job launcher (submitit) handles SIGUSR2, which a cluster sends before it takes the
+    machine away, its handler, which puts the job back into the queue, is called by ``hand_over``
+    after the run has saved; its own handler of SIGTERM stays. A context manager; outside the main
+    thread, where Python has no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for number in (*SIGNALS, REQUEUE):
+                if self._is_ours(number):
+                    self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def hand_over(self) -> None:
+        """Let the launcher's handler of the signal that came have it, if there is one."""
+        handler = self._previous.get(self.received) if self.received else None
+        if self.received is REQUEUE and callable(handler):
+            handler(self.received, None)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    @staticmethod
+    def _is_ours(number: signal.Signals) -> bool:
+        handler = signal.getsignal(number)
+        unhandled = handler in (signal.SIG_DFL, signal.default_int_handler)
+        return not unhandled if number is REQUEUE else unhandled

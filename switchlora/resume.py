@@ -1,0 +1,144 @@
+"""Find where a run left off, and refuse to go on with something else than what it was."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from switchlora import checkpoint
+from switchlora.distributed import from_primary
+from switchlora.errors import CheckpointUnusable
+from switchlora.runlog import METRICS, SUMMARY
+
+AUTO = "auto"
+FREE = ("name", "resume", "max_updates", "max_skipped", "system", "log", "checkpoint")
+SHOWN = 3
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from."""
+
+    path: Path
+    source: Path
+    """the run folder it belongs to, whose metrics.jsonl goes on"""
+    lines: list[str]
+    """what the user should know: which checkpoints could not be used, and which one is"""
+    state: dict[str, Any] = field(repr=False)
+
+
+def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> Found | None:
+    """The newest usable checkpoint; None to start from the beginning.
+
+    ``resume`` is None, 'auto' for the run in ``folder`` if there is one, or the path of a
+    checkpoint or of a run folder elsewhere, which this run then branches off from. ``model`` is
+    the plain model that the configuration builds. ValueError when ``folder`` holds another run,
+    when nothing usable is there, or when 'auto' meets a configuration that makes another run.
+    """
+    place = from_primary(lambda: _choose(resume, folder, config, model))
+    if place is None:
+        return None
+    path, source, lines = place
+    return Found(path, source, lines, checkpoint.load(path))
+
+
+def finished_summary(resume: str | None, folder: Path) -> dict[str, Any] | None:
+    """The summary of the run in ``folder``, if 'auto' finds that it is finished."""
+    path = folder / SUMMARY
+    if resume != AUTO or not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    return summary if summary["status"] == "finished" else None
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Keys that shape results and differ, as 'key: old there, new here'."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key}: {before.get(key)} there, {after.get(key)} here"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not _is_free(key)
+    ]
+
+
+def _choose(
+    resume: str | None, folder: Path, config: Config, model: nn.Module
+) -> tuple[Path, Path, list[str]] | None:
+    begun = (folder / METRICS).exists()
+    if resume is None and begun:
+        raise ValueError(
+            f"{folder} already holds a run; go on with it by resume=auto, or choose another "
+            "hydra.run.dir"
+        )
+    if resume is None:
+        return None
+    if resume == AUTO:
+        candidates, source = checkpoint.find_all(folder), folder
+        if not candidates:
+            return None
+    else:
+        candidates, source = _elsewhere(Path(resume), folder, begun)
+    path, state, lines = _newest_usable(candidates, model)
+    changed = differences(state["config"], config)
+    if changed and resume == AUTO:
+        raise ValueError(
+            f"{folder} holds a run with another configuration ({_some(changed)}); give the same, "
+            f"or branch off in another folder with resume={folder}"
+        )
+    if changed:
+        lines.append(f"branches off with {_some(changed)}")
+    return path, source, lines
+
+
+def _elsewhere(path: Path, folder: Path, begun: bool) -> tuple[list[Path], Path]:
+    if (path / checkpoint.STATE).exists():
+        candidates, source = [path], path.resolve().parent.parent
+    else:
+        candidates, source = checkpoint.find_all(path), path
+    if not candidates:
+        raise ValueError(f"resume={path}: there is no checkpoint and no run folder with one")
+    if begun:
+        raise ValueError(
+            f"{folder} already holds a run; resume=auto goes on with it from its newest "
+            "checkpoint; to branch off from another one, choose another hydra.run.dir"
+        )
+    return candidates, source
+
+
+def _newest_usable(
+    candidates: list[Path], model: nn.Module
+) -> tuple[Path, dict[str, Any], list[str]]:
+    reasons = []
+    for path in candidates:
+        try:
+            state = checkpoint.read(path)
+            checkpoint.check_model(path, state, model)
+        except CheckpointUnusable as error:
+            reasons.append(str(error))
+            continue
+        for unusable in candidates[: candidates.index(path)]:
+            checkpoint.set_aside(unusable)
+        lines = [f"{reason}; the one before it is used" for reason in reasons]
+        return path, state, lines
+    raise ValueError(f"no checkpoint can be used: {reasons[0]}")
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, config
+
+
+def _is_free(key: str) -> bool:
+    return key.split(".")[0] in FREE or key.endswith("root")
+
+
+def _some(changed: list[str]) -> str:
+    rest = len(changed) - SHOWN
+    return ", ".join(changed[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
