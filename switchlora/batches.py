@@ -5,6 +5,7 @@ of that image follows from its draw alone. So neither the number of workers, nor
 processes, nor who drew random numbers before changes a batch.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,9 +51,18 @@ class EpochSampler(Sampler[Key]):
 
 
 def eval_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Key]:
-    """Every ``world_size``-th row from ``rank`` on, in order and without draws."""
+    """Every ``world_size``-th row from ``rank`` on, in order and without draws.
+
+    All ranks get the same number of batches, since a sharded model computes them together.
+    ValueError for fewer rows than ranks.
+    """
+    if size < world_size:
+        raise ValueError(f"{size} images cannot be shared by {world_size} processes")
     rows = torch.arange(size)[rank::world_size]
-    return [(part, None) for part in rows.split(batch_size) if len(part)]
+    if world_size == 1:
+        return [(part, None) for part in rows.split(batch_size)]
+    number = min(math.ceil(size / (world_size * batch_size)), size // world_size)
+    return [(part, None) for part in rows.tensor_split(number)]
 
 
 class InMemory(Dataset[Batch]):

@@ -45,6 +45,8 @@ def write(folder: Path, num_updates: int, state: Mapping[str, Any], learner: Lea
     part = folder / FOLDER / f".writing-{num_updates:08d}"
     with distributed.together():
         if distributed.is_primary():
+            if not folder.is_dir():
+                raise FileNotFoundError(f"the run folder {folder} is gone: nothing can be saved")
             part.parent.mkdir(exist_ok=True)
             remove_unfinished(folder)
             part.mkdir()

@@ -159,10 +159,10 @@ def lost_rank(error: BaseException) -> str | None:
     """A line on an error that comes from another rank's end; None for any other error."""
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return None
-    text = " ".join(str(error).split())
-    if not isinstance(error, dist.DistError) and not any(word in text for word in BROKEN):
+    if not isinstance(error, dist.DistError) and not any(w in str(error) for w in BROKEN):
         return None
-    return f"another rank is gone: {text[:120]}"
+    reason = " ".join(str(error).split())[:100]
+    return f"another process of this run is gone ({reason})"
 
 
 def _launched_as_one_of_several() -> bool:

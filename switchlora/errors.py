@@ -21,6 +21,10 @@ class CheckpointUnusable(ValueError):
     """A checkpoint is damaged, of another version or of another model; the message says which."""
 
 
+class RankLost(RuntimeError):
+    """Another process of the run has ended."""
+
+
 class RanksDisagree(RuntimeError):
     """Tensors that all processes must share differ between them."""
 

@@ -82,7 +82,10 @@ def _choose(
             return None
     else:
         candidates, source = _elsewhere(Path(resume), folder, begun)
-    path, state, lines = _newest_usable(candidates, model)
+    path, state, lines, unusable = _newest_usable(candidates, model)
+    if resume == AUTO:
+        for left in unusable:
+            checkpoint.set_aside(left)
     changed = differences(state["config"], config)
     if changed and resume == AUTO:
         raise ValueError(
@@ -111,19 +114,17 @@ def _elsewhere(path: Path, folder: Path, begun: bool) -> tuple[list[Path], Path]
 
 def _newest_usable(
     candidates: list[Path], model: nn.Module
-) -> tuple[Path, dict[str, Any], list[str]]:
+) -> tuple[Path, dict[str, Any], list[str], list[Path]]:
     reasons = []
-    for path in candidates:
+    for number, path in enumerate(candidates):
         try:
             state = checkpoint.read(path)
             checkpoint.check_model(path, state, model)
         except CheckpointUnusable as error:
             reasons.append(str(error))
             continue
-        for unusable in candidates[: candidates.index(path)]:
-            checkpoint.set_aside(unusable)
         lines = [f"{reason}; the one before it is used" for reason in reasons]
-        return path, state, lines
+        return path, state, lines, candidates[:number]
     raise ValueError(f"no checkpoint can be used: {reasons[0]}")
 
 

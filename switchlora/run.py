@@ -228,8 +228,8 @@ def prepare(config: DictConfig, folder: Path) -> Run:
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
     if found:
         run.load(found)
-    elif distributed.rank():
-        random_seed(config.seed, distributed.rank())
+    else:
+        random_seed(config.seed, distributed.rank())  # whatever was drawn on the way
     return run
 
 

@@ -3,10 +3,11 @@
 import gc
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,11 +18,10 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 
 from switchlora import checkpoint, distributed
 from switchlora.criteria import Verdict
-from switchlora.errors import Interrupted, SwitchFailed, TrainingStopped, near
+from switchlora.errors import Interrupted, RankLost, SwitchFailed, TrainingStopped, near
 from switchlora.finish import finish
 from switchlora.interrupt import Interruption
 from switchlora.learner import Update
@@ -44,6 +44,7 @@ SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
 USER_ERRORS = (
     ValueError,
     TrainingStopped,
+    RankLost,
     OSError,
     torch.OutOfMemoryError,
     HydraException,
@@ -59,7 +60,8 @@ def train(config: DictConfig, folder: Path) -> dict:
     try:
         with FolderLock(folder), interruption:
             if (summary := finished_summary(config.resume, folder)) is not None:
-                print(f"{folder} holds a finished run; nothing to do")
+                if distributed.is_primary():
+                    print(f"{folder} holds a finished run; nothing to do")
                 return summary
             run = prepare(config, folder)
             run.interruption = interruption
@@ -73,13 +75,31 @@ def train_and_finish(run: Run) -> dict:
     """All epochs, then everything that a run leaves behind; that also when training must stop."""
     with run.log:
         try:
-            fit(run)
+            with faults_explained(run):
+                fit(run)
         except Exception as error:
             if isinstance(error, TrainingStopped) or distributed.world_size() == 1:
-                with suppress(OSError):
+                with suppress(Exception):  # the first error is the one to tell
                     finish(run, f"stopped: {one_line(error)}")
             raise
         return finish(run, "finished")
+
+
+@contextmanager
+def faults_explained(run: Run) -> Iterator[None]:
+    """Say what died, and how to go on, where torch has only an error of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        where = f"after update {run.state.num_updates}"
+        if "DataLoader worker" in str(error):
+            raise TrainingStopped(
+                f"a process that loads images died {where} (too little memory, or too many "
+                f"system.workers?): {one_line(error)} {how_to_go_on(run)}"
+            ) from error
+        if (lost := distributed.lost_rank(error)) is not None:
+            raise RankLost(f"{lost} {where}; {how_to_go_on(run)}") from error
+        raise
 
 
 def fit(run: Run) -> None:
@@ -100,7 +120,7 @@ def train_epoch(run: Run) -> None:
     run.stopwatch.resume()
     if state.num_updates == run.last_update:
         return
-    for images, targets in batches(run):
+    for images, targets in run.data.train:
         if run.data.mixup is not None:
             images, targets = run.data.mixup(images, targets)
         update = run.learner.update(images, targets, run.data.loss, state.num_updates)
@@ -118,20 +138,6 @@ def train_epoch(run: Run) -> None:
         if state.num_updates == run.last_update:
             break
         save_or_leave(run)
-
-
-def batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of the epoch; TrainingStopped when a process that loads them dies."""
-    try:
-        yield from run.data.train
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingStopped(
-            f"a process that loads images died after update {run.state.num_updates}: "
-            f"{one_line(error)} (memory, or system.workers={run.config['system']['workers']} too "
-            f"many?); {how_to_go_on(run)}"
-        ) from error
 
 
 def keep(run: Run, update: Update) -> bool:
@@ -303,17 +309,16 @@ def leave_if_asked(run: Run) -> None:
 
 def leave(run: Run) -> NoReturn:
     """Raise Interrupted with a line that says how to go on."""
-    number = run.interruption.received or signal.SIGTERM
-    raise Interrupted(
-        f"interrupted by {number.name} after update {run.state.num_updates}; {how_to_go_on(run)}",
-        number,
-    )
+    number = next(n for n in distributed.gather(run.interruption.received) if n is not None)
+    run.interruption.received = number
+    where = f"interrupted by {number.name} after update {run.state.num_updates}"
+    raise Interrupted(f"{where}; {how_to_go_on(run)}", number)
 
 
 def how_to_go_on(run: Run) -> str:
     """The last checkpoint, and the command that goes on from it."""
     if run.last_checkpoint is None:
-        return "there is no checkpoint yet"
+        return "there is no checkpoint"
     launcher = ["switchlora"]
     if distributed.world_size() > 1:
         processes = os.environ.get("LOCAL_WORLD_SIZE", str(distributed.world_size()))
@@ -321,7 +326,7 @@ def how_to_go_on(run: Run) -> str:
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     kept = [word for word in given if not word.startswith("resume=")]
     words = [*launcher, *kept, f"hydra.run.dir={run.log.folder}", "resume=auto"]
-    return f"saved in {run.last_checkpoint}; go on with: {shlex.join(words)}"
+    return f"the last checkpoint is {run.last_checkpoint}; go on with: {shlex.join(words)}"
 
 
 def release_memory(device: torch.device) -> None:
@@ -336,7 +341,14 @@ def _folder_of(name: str) -> Path:
     return next(p for p in (beside / name, beside.parent / name) if p.is_dir())
 
 
+@cache
+def start_time() -> datetime:
+    """When the primary rank started: all ranks must name the same folder."""
+    return distributed.from_primary(datetime.now)
+
+
 OmegaConf.register_new_resolver("switchlora_root", lambda: str(_folder_of("experiments").parent))
+OmegaConf.register_new_resolver("switchlora_start", lambda form: start_time().strftime(form))
 
 
 @hydra.main(version_base="1.3", config_path=str(_folder_of("conf")), config_name="config")

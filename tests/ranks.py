@@ -1,0 +1,88 @@
+"""What every rank of ``test_distributed.py`` does under torchrun: one run, then a look around."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conf_yamls import composed
+
+from runs import SHORT
+from switchlora import distributed
+from switchlora.finish import finish
+from switchlora.run import prepare
+from switchlora.switch import trained_tensors
+from switchlora.train import fit
+
+
+def spread(tensors):
+    """The largest difference of an element between two ranks."""
+    worst = 0.0
+    for tensor in tensors:
+        most, least = tensor.detach().clone(), tensor.detach().clone()
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        worst = max(worst, float((most - least).abs().max()))
+    return worst
+
+
+def raised(block):
+    """The message of what ``block`` raises, '' if nothing."""
+    try:
+        block()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def fail_on(number):
+    if distributed.rank() == number:
+        raise ValueError(f"broken on rank {number}")
+
+
+def in_step(block):
+    with distributed.together():
+        block()
+
+
+def look_around():
+    """How the helpers behave on this rank."""
+    return {
+        "sum": distributed.total([1.0, distributed.rank()]),
+        "any": distributed.any_rank(distributed.rank() == 1, False),
+        "primary": distributed.from_primary(distributed.rank),
+        "primary fails": raised(lambda: distributed.from_primary(lambda: fail_on(0))),
+        "one fails": raised(lambda: in_step(lambda: fail_on(1))),
+        "all well": raised(lambda: in_step(lambda: fail_on(-1))),
+        "same": distributed.agreed_checksum({"x": torch.ones(3, 1)}),
+        "different": raised(
+            lambda: distributed.agreed_checksum({"x": torch.full((2,), distributed.rank())})
+        ),
+    }
+
+
+def main():
+    folder, *overrides = sys.argv[1:]
+    distributed.join()
+    run = prepare(composed(*SHORT, *overrides), Path(folder))
+    with run.log:
+        fit(run)
+        finish(run, "finished")
+    plain = run.learner.plain()
+    found = {
+        "spread": spread(plain.state_dict().values()),
+        "trained": len(trained_tensors(plain)),
+        "ranks": distributed.gather(look_around()),
+        "local": sum(
+            (p.to_local() if hasattr(p, "to_local") else p).numel() for p in run.model.parameters()
+        ),
+        "total": sum(p.numel() for p in run.model.parameters()),
+    }
+    if distributed.is_primary():
+        (Path(folder) / "ranks.json").write_text(json.dumps(found))
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Real processes under torchrun: they agree, they repeat, and others can go on from them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runs import SHORT, assert_same_run, make_run
+from switchlora.checkpoint import STATE, find_all
+from switchlora.runlog import read_events
+
+PLATEAU = (
+    "switch/criterion=loss_plateau",
+    "switch.criterion.tolerance=6",
+    "switch.criterion.patience=1",
+    "checkpoint.keep=99",
+    "full.accumulation=2",
+)
+RANKS = str(Path(__file__).with_name("ranks.py"))
+
+
+def torchrun(processes, *command):
+    """The command line that starts ``command`` on several gloo ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(processes), *command]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_ranks(processes, folder, *overrides):
+    """A run on several ranks that also looks around; what it found."""
+    command = torchrun(processes, RANKS, str(folder), *overrides)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((Path(folder) / "ranks.json").read_text())
+
+
+def losses(folder):
+    return [e["train/loss"] for e in read_events(folder, "train")]
+
+
+def switched_at(folder):
+    return [e["num_updates"] for e in read_events(folder, "switch")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    make_run(folder, *PLATEAU)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    return folder, run_ranks(2, folder, *PLATEAU)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    return folder, run_ranks(2, folder, *PLATEAU, "system.parallel=fsdp")
+
+
+def assert_like(alone, folder):
+    """The same losses to fp32 accuracy, the same switch, each update once."""
+    assert switched_at(folder) == switched_at(alone) == [20]
+    assert losses(folder) == pytest.approx(losses(alone), rel=2e-5)
+    counts = [e["num_updates"] for e in read_events(folder, "train")]
+    assert counts == list(range(1, 61))
+
+
+def test_two_ranks_make_the_run_of_one_process(alone, pair):
+    assert_like(alone, pair[0])
+
+
+def test_every_tensor_is_the_same_on_all_ranks(pair):
+    _, found = pair
+    assert found["spread"] == 0.0 and found["trained"] > 0
+
+
+def test_the_summary_shows_the_checksum_of_the_trained_tensors(pair):
+    summary = json.loads((pair[0] / "summary.json").read_text())
+    assert len(summary["switch"]["checksum"]) == 16
+
+
+def test_sharded_ranks_make_the_run_of_one_process(alone, sharded):
+    folder, found = sharded
+    assert_like(alone, folder)
+    assert found["local"] < 0.6 * found["total"]
+
+
+def test_ranks_agree_on_values_and_on_failures(pair):
+    for seen in pair[1]["ranks"]:
+        assert seen["sum"] == [2.0, 1.0] and seen["any"] == [True, False]
+        assert seen["primary"] == 0 and seen["all well"] == ""
+        assert "broken on rank 0" in seen["primary fails"]
+        assert "broken on rank 1" in seen["one fails"]
+        assert "ranks hold different tensors" in seen["different"]
+    assert len({seen["same"] for seen in pair[1]["ranks"]}) == 1
+
+
+def checkpoint_at(folder, name):
+    return folder / "checkpoints" / name
+
+
+@pytest.mark.parametrize("name", ["update-00000020", "update-00000040"])
+def test_one_process_goes_on_from_the_checkpoint_of_two(alone, pair, name, tmp_path):
+    make_run(tmp_path, *PLATEAU, f"resume={checkpoint_at(pair[0], name)}")
+    assert_like(alone, tmp_path)
+
+
+def test_one_process_goes_on_from_a_sharded_checkpoint(alone, sharded, tmp_path):
+    folder = checkpoint_at(sharded[0], "update-00000040")
+    assert (folder / "tensors" / ".metadata").exists() and (folder / STATE).exists()
+    make_run(tmp_path, *PLATEAU, f"resume={folder}")
+    assert_like(alone, tmp_path)
+
+
+def test_four_ranks_go_on_from_the_checkpoint_of_two(alone, pair, tmp_path):
+    found = run_ranks(4, tmp_path, *PLATEAU, f"resume={checkpoint_at(pair[0], 'update-00000020')}")
+    assert found["spread"] == 0.0
+    assert_like(alone, tmp_path)
+
+
+def test_two_ranks_that_resume_are_bit_identical_to_two_that_did_not(pair, tmp_path):
+    run_ranks(2, tmp_path, *PLATEAU, f"resume={checkpoint_at(pair[0], 'update-00000040')}")
+    assert_same_run(pair[0], tmp_path)
+
+
+def test_sharded_ranks_go_on_from_the_checkpoint_of_replicas(alone, pair, tmp_path):
+    path = checkpoint_at(pair[0], "update-00000020")
+    run_ranks(2, tmp_path, *PLATEAU, "system.parallel=fsdp", f"resume={path}")
+    assert_like(alone, tmp_path)
+
+
+def children(pid):
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(number) for number in text.split()]
+
+
+def rank_of(pid):
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((v.removeprefix(b"RANK=") for v in variables if v.startswith(b"RANK=")), None)
+
+
+def test_a_rank_killed_at_the_switch_ends_the_run_and_one_process_goes_on(alone, tmp_path):
+    folder = tmp_path / "run"
+    command = torchrun(2, "-m", "switchlora", *SHORT, *PLATEAU, f"hydra.run.dir={folder}")
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment())
+        while not checkpoint_at(folder, "update-00000020").exists():
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.001)
+        (victim,) = [pid for pid in children(process.pid) if rank_of(pid) == b"1"]
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(timeout=120) != 0
+    assert "Traceback" not in (tmp_path / "said").read_text().split("torch.distributed.elastic")[0]
+    assert find_all(folder)
+    make_run(folder, *PLATEAU, "resume=auto")
+    assert_like(alone, folder)

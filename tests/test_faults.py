@@ -1,0 +1,116 @@
+"""What breaks around a run: one line, a non-zero exit status, and a checkpoint that is valid."""
+
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from runs import BY_DATE, SHORT, make_run
+from switchlora.checkpoint import find_all, read
+from switchlora.errors import TrainingStopped
+from switchlora.learner import Learner
+
+
+@pytest.fixture
+def at_update(monkeypatch):
+    """Do something while the run makes a given update."""
+    update = Learner.update
+
+    def when(number, act):
+        def acting(self, images, targets, loss_fn, num_updates):
+            if num_updates + 1 == number:
+                images = act(images)
+            return update(self, images, targets, loss_fn, num_updates)
+
+        monkeypatch.setattr(Learner, "update", acting)
+
+    return when
+
+
+def test_a_full_disk_stops_the_run_with_one_line_and_a_valid_checkpoint(tmp_path):
+    """The system's limit on the size of a file stands for the disk: the switch needs less."""
+    options = [*SHORT, *BY_DATE, f"hydra.run.dir={tmp_path / 'run'}", "checkpoint.every_updates=4"]
+    first = [sys.executable, "-m", "switchlora", *options, "max_updates=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(first, check=True, capture_output=True, env=environment)
+    (tmp_path / "run" / "summary.json").unlink()
+    size = max(p.stat().st_size for p in find_all(tmp_path / "run")[0].iterdir())
+    limited = f"ulimit -f {size // 2048}; exec {sys.executable} -m switchlora resume=auto "
+    limited += " ".join(f"'{option}'" for option in options)
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    (line,) = [x for x in done.stderr.splitlines() if x]
+    assert re.match("switchlora: no checkpoint could be written to .*: .*too large", line), line
+    assert read(find_all(tmp_path / "run")[0])["train"]["num_updates"] == 4
+    assert not list((tmp_path / "run" / "checkpoints").glob(".writing*"))
+
+
+def test_a_run_folder_that_is_gone_is_told(tmp_path, at_update):
+    folder = tmp_path / "run"
+
+    def remove(images):
+        shutil.rmtree(folder)
+        return images
+
+    at_update(6, remove)
+    with pytest.raises(OSError, match=f"the run folder {folder} is gone: nothing can be saved"):
+        make_run(folder, "checkpoint.every_updates=3")
+
+
+def test_a_loader_worker_that_dies_is_told_with_the_way_to_go_on(tmp_path, at_update):
+    def kill_worker(images):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        return images
+
+    at_update(12, kill_worker)
+    options = (
+        "data.train_transform={no_aug: true}",
+        "data.eval_transform={}",
+        "system.workers=1",
+        "checkpoint.every_updates=5",
+    )
+    with pytest.raises(TrainingStopped, match="loads images died.*update-000000.*resume=auto"):
+        make_run(tmp_path, *options)
+    at_update(None, None)
+    assert make_run(tmp_path, *options, "resume=auto", "max_updates=30")["num_updates"] == 30
+
+
+def test_bad_losses_stop_the_run_and_name_the_last_good_checkpoint(tmp_path, monkeypatch):
+    update = Learner.update
+
+    def spoiled(self, images, targets, loss_fn, num_updates):
+        images = images * math.nan if num_updates >= 12 else images
+        return update(self, images, targets, loss_fn, num_updates)
+
+    monkeypatch.setattr(Learner, "update", spoiled)
+    with pytest.raises(TrainingStopped, match="not finite.*last checkpoint is .*update-00000010"):
+        make_run(tmp_path, "checkpoint.every_updates=5")
+    weights = read(find_all(tmp_path)[0])["weights"]
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_an_fp16_overflow_lowers_the_scale_and_does_not_stop_the_run(tmp_path, monkeypatch):
+    update, scales = Learner.update, []
+
+    def scaled(self, images, targets, loss_fn, num_updates):
+        if self.scaler.get_scale() == 2.0**16 and not scales:
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": 2.0**40})
+        found = update(self, images, targets, loss_fn, num_updates)
+        scales.append((self.scaler.get_scale(), found.applied, found.overflow))
+        return found
+
+    monkeypatch.setattr(Learner, "update", scaled)
+    options = (*BY_DATE, "full.precision=fp16", "max_skipped=3", "max_updates=12")
+    summary = make_run(tmp_path, *options, "switch.criterion.epoch=0.5")
+    skipped = [overflow for _, applied, overflow in scales if not applied]
+    assert len(skipped) == summary["skipped_updates"] > 3 and all(skipped)
+    assert summary["num_updates"] == 12 and summary["switch"]["fired"]
+    kept = [scale for scale, *_ in scales]
+    assert kept[-1] == min(kept) < 2.0**40

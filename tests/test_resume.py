@@ -1,0 +1,313 @@
+"""A run that is interrupted anywhere goes on as if it had not been."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+from conf_yamls import composed
+
+from runs import (
+    BY_DATE,
+    SHORT,
+    assert_same_run,
+    differences,
+    events_without_times,
+    last_state,
+    make_run,
+)
+from switchlora.checkpoint import FORMAT, STATE, SUMS, _digest, find_all, read
+from switchlora.errors import Interrupted
+from switchlora.learner import Learner
+from switchlora.run import prepare
+from switchlora.runlog import read_events
+
+EVERYTHING = (
+    *BY_DATE,
+    "ema=0.9",
+    "data.mixup_alpha=0.2",
+    "full.accumulation=2",
+    "+model.drop_path_rate=0.3",
+    "switch.split_qkv=true",
+)
+WORKERS = (
+    *BY_DATE,
+    "data.train_transform={auto_augment: rand-m9-mstd0.5, re_prob: 0.2}",
+    "data.eval_transform={}",
+    "system.workers=2",
+    "max_updates=45",
+)
+KINDS = {
+    "everything": EVERYTHING,
+    "workers": WORKERS,
+    "sgd": (*BY_DATE, "recipe@full=sgd", "switch.moments=factors", "adapter.rewarmup_updates=8"),
+    "lion": (*BY_DATE, "recipe@full=lion", "switch.moments=reset", "full.precision=bf16"),
+    "fp16": (*BY_DATE, "full.precision=fp16", "switch.moments=factors", "max_updates=34"),
+    "criterion": (
+        "switch/criterion=update_norm",
+        "switch.criterion.patience=1",
+        "switch.criterion.fraction=0.95",
+        "switch/rank=energy",
+        "monitor.exact=true",
+        "switch.remove_weight_decay=true",
+    ),
+    "start": (
+        "switch/criterion=at_start",
+        "switch/init=zero_b",
+        "switch/rank=fixed",
+        "switch.rank.rank=4",
+    ),
+    "never": ("switch/criterion=never",),
+}
+STOPS = (7, 20, 30, 31)
+"""in the middle of an epoch and at its end, at the switch and after it"""
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Send this process a real signal while it makes a given update."""
+    update = Learner.update
+
+    def send(number, at):
+        def sending(self, images, targets, loss_fn, num_updates):
+            if num_updates + 1 == at:
+                os.kill(os.getpid(), number)
+            return update(self, images, targets, loss_fn, num_updates)
+
+        monkeypatch.setattr(Learner, "update", sending)
+
+    return send
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopping_anywhere_and_resuming_is_bit_identical(kind, tmp_path, signal_at):
+    options = KINDS[kind]
+    make_run(tmp_path / "whole", *options)
+    for stop in STOPS:
+        signal_at(signal.SIGTERM, stop)
+        with pytest.raises(Interrupted, match=f"SIGTERM after update {stop}; the last checkpoint"):
+            make_run(tmp_path / "stopped", *options, "resume=auto")
+    signal_at(signal.SIGTERM, None)
+    make_run(tmp_path / "stopped", *options, "resume=auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A run of everything that keeps all its checkpoints."""
+    folder = tmp_path_factory.mktemp("kept")
+    make_run(folder, *EVERYTHING, "checkpoint.keep=99", "checkpoint.every_updates=13")
+    return folder
+
+
+def test_there_is_a_checkpoint_at_every_interval_epoch_and_around_the_switch(kept):
+    names = [path.name for path in reversed(find_all(kept))]
+    updates = [name.removeprefix("update-").lstrip("0") for name in names]
+    assert updates == ["13", "20", "30", "30.1", "40", "53", "60"]
+
+
+@pytest.mark.parametrize("place", [1, 2, 3, 5])
+def test_a_run_that_branches_off_at_any_checkpoint_ends_the_same(kept, place, tmp_path):
+    path = list(reversed(find_all(kept)))[place]
+    make_run(tmp_path, *EVERYTHING, f"resume={path}")
+    assert_same_run(kept, tmp_path)
+
+
+def test_checkpoints_hold_plain_types_and_rebuild_the_adapted_module(kept):
+    before, after = (
+        read(kept / "checkpoints" / f"update-{n}") for n in ("00000030", "00000030.1")
+    )
+    assert before["train"]["phase"] == "full" and before["adapters"] == {}
+    assert after["train"]["phase"] == "adapter" and after["monitor"] is None
+    frozen = set(after["weights"]) - set(after["trained"])
+    assert "blocks.0.attn.qkv.weight" in frozen and not frozen & set(after["moments"])
+    ranks = {
+        part: values["rank"] for part, values in after["adapters"]["blocks.0.attn.qkv"].items()
+    }
+    assert ranks == {
+        part: len(after["weights"][f"blocks.0.attn.qkv.lora_A.{part}"]) for part in "qkv"
+    }
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    make_run(tmp_path, *BY_DATE, "checkpoint.every_updates=5", "checkpoint.keep=2")
+    best = last_state(tmp_path)["train"]["best_update"]
+    names = [path.name for path in find_all(tmp_path)]
+    assert names[:2] == ["update-00000060.1", "update-00000060"]
+    assert all(name.startswith(f"update-{best:08d}") for name in names[2:])
+    assert any(name.startswith(f"update-{best:08d}") for name in names)
+
+
+def test_no_checkpoints_when_none_are_kept(tmp_path):
+    make_run(tmp_path, *BY_DATE, "checkpoint.keep=0", "max_updates=25")
+    assert find_all(tmp_path) == []
+
+
+def damage(path, kind):
+    state_file = path / STATE
+    if kind == "truncated":
+        os.truncate(state_file, state_file.stat().st_size // 2)
+    elif kind == "empty":
+        os.truncate(state_file, 0)
+    elif kind == "flipped":
+        content = bytearray(state_file.read_bytes())
+        content[len(content) // 2] ^= 1
+        state_file.write_bytes(content)
+    elif kind == "state missing":
+        state_file.unlink()
+    elif kind == "sums missing":
+        (path / SUMS).unlink()
+    elif kind == "sums cut":
+        (path / SUMS).write_text("1234")
+    else:
+        state = torch.load(state_file, weights_only=True)
+        if kind == "version":
+            state["format"] = FORMAT + 1
+        else:
+            state["shapes"]["head.weight"] = (10, 32)
+        torch.save(state, state_file)
+        (path / SUMS).write_text(f"{_digest(state_file)}  {STATE}\n")
+
+
+@pytest.mark.parametrize(
+    "kind,words",
+    [
+        ("truncated", "is damaged: state.pt does not match its checksum"),
+        ("empty", "is damaged: state.pt does not match its checksum"),
+        ("flipped", "is damaged: state.pt does not match its checksum"),
+        ("state missing", "is not whole: state.pt cannot be read"),
+        ("sums missing", "is not whole: SHA256SUMS cannot be read"),
+        ("sums cut", "is not whole: SHA256SUMS cannot be read"),
+        ("version", f"has format {FORMAT + 1}, this version of switchlora reads {FORMAT}"),
+        (
+            "other model",
+            r"is another model's: head.weight is \(10, 32\) there and \(10, 64\) here",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    kind, words, tmp_path, capsys
+):
+    make_run(tmp_path, "checkpoint.every_updates=4", "max_updates=10")
+    (tmp_path / "summary.json").unlink()
+    newest, before = find_all(tmp_path)
+    damage(newest, kind)
+    make_run(tmp_path, "resume=auto", "checkpoint.every_updates=4", "max_updates=10")
+    said = capsys.readouterr().out
+    assert re.search(rf"{newest.name} {words}; the one before it is used", said)
+    assert f"resumed from {before}" in said
+    counts = [e["num_updates"] for e in read_events(tmp_path, "train")]
+    assert counts == list(range(1, 11))
+    assert newest.with_name(f"unusable-{newest.name}").exists()
+
+
+def test_a_run_without_a_usable_checkpoint_does_not_start_over(tmp_path):
+    make_run(tmp_path, "max_updates=25")
+    (tmp_path / "summary.json").unlink()
+    for path in find_all(tmp_path):
+        damage(path, "truncated")
+    with pytest.raises(ValueError, match="no checkpoint can be used: .* is damaged"):
+        make_run(tmp_path, "resume=auto", "max_updates=25")
+    assert len(list(read_events(tmp_path, "train"))) == 25
+
+
+def test_unfinished_writes_are_not_taken_for_checkpoints_and_are_removed(tmp_path):
+    make_run(tmp_path, "max_updates=10")
+    (tmp_path / "summary.json").unlink()
+    left = tmp_path / "checkpoints" / ".writing-00000011"
+    left.mkdir()
+    make_run(tmp_path, "resume=auto", "max_updates=20")
+    assert not left.exists()
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capsys):
+    summary = make_run(tmp_path, "max_updates=10")
+    again = make_run(tmp_path, "max_updates=10", "resume=auto")
+    assert again["num_updates"] == summary["num_updates"] == 10
+    assert "holds a finished run; nothing to do" in capsys.readouterr().out
+
+
+def test_auto_starts_from_the_beginning_where_there_is_nothing(tmp_path):
+    assert make_run(tmp_path / "new", "resume=auto", "max_updates=5")["num_updates"] == 5
+
+
+@pytest.fixture
+def stopped(tmp_path, signal_at):
+    """A run that was interrupted after update 12."""
+    signal_at(signal.SIGTERM, 12)
+    with pytest.raises(Interrupted):
+        make_run(tmp_path / "stopped")
+    signal_at(signal.SIGTERM, None)
+    return tmp_path / "stopped"
+
+
+def test_another_configuration_is_refused_in_place_and_named(stopped):
+    with pytest.raises(ValueError, match="full.optimizer.lr: 0.001 there, 0.01 here.*resume=/"):
+        make_run(stopped, "resume=auto", "full.optimizer.lr=0.01")
+
+
+def test_what_does_not_shape_results_may_change(stopped):
+    summary = make_run(stopped, "resume=auto", "max_updates=15", "system.workers=1", "name=other")
+    assert summary["num_updates"] == 15
+
+
+def test_a_branch_keeps_the_history_and_says_what_differs(stopped, tmp_path, capsys):
+    make_run(tmp_path / "branch", f"resume={stopped}", "full.optimizer.lr=0.01", "max_updates=20")
+    said = capsys.readouterr().out
+    assert "branches off with" in said and "full.optimizer.lr: 0.001 there, 0.01 here" in said
+    before = events_without_times(stopped)
+    branch = events_without_times(tmp_path / "branch")
+    assert branch[: len(before)] == before
+    rates = [e["train/lr"] for e in branch if e["event"] == "train"]
+    assert rates[12] > 5 * rates[11]
+
+
+def test_a_branch_into_a_folder_that_holds_a_run_is_refused(stopped):
+    with pytest.raises(ValueError, match="already holds a run; resume=auto goes on"):
+        make_run(stopped, f"resume={stopped}")
+
+
+def test_a_path_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no checkpoint and no run folder with one"):
+        make_run(tmp_path / "run", f"resume={tmp_path / 'nowhere'}")
+
+
+def test_metrics_that_were_cut_are_noticed(stopped):
+    os.truncate(stopped / "metrics.jsonl", 100)
+    with pytest.raises(ValueError, match="missing or shorter than the checkpoint knows"):
+        make_run(stopped, "resume=auto")
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    from switchlora.runlog import FolderLock
+
+    with FolderLock(tmp_path), pytest.raises(ValueError, match="another process is running in"):
+        make_run(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_average_that_starts_in_a_branch_starts_at_the_present_weights(stopped, tmp_path):
+    config = composed(*SHORT, f"resume={stopped}", "ema=0.9")
+    run = prepare(config, tmp_path / "branch")
+    with run.log:
+        plain = run.model.state_dict()
+        assert differences(dict(run.ema.model.state_dict()), dict(plain)) == []
+
+
+def test_a_second_interrupt_kills_at_once_and_the_first_is_kept(stopped):
+    handler = signal.getsignal(signal.SIGINT)
+    from switchlora.interrupt import Interruption
+
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.received is signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_the_summary_of_a_resumed_run_counts_all_updates(stopped):
+    summary = make_run(stopped, "resume=auto")
+    assert sum(phase["num_updates"] for phase in summary["phases"].values()) == 60
+    assert json.loads((stopped / "summary.json").read_text())["num_updates"] == 60
