@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
@@ -29,6 +30,7 @@ from switchlora.errors import CheckpointUnusable, check_range
 from switchlora.layers import is_factor
 from switchlora.learner import Learner, load_moments, moments_of
 from switchlora.sharding import is_sharded
+from switchlora.surgery import inject_empty
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -116,6 +118,18 @@ def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
             raise CheckpointUnusable(
                 f"{path} is another model's: {name} is {other} there and {shape} here"
             )
+
+
+def load_model(path: Path) -> nn.Module:
+    """The model of a checkpoint, with its adapters, from the checkpoint alone."""
+    state = read(path)
+    model: nn.Module = instantiate(state["config"]["model"], _convert_="all")
+    inject_empty(model, state["adapters"])
+    weights = state["weights"]
+    if weights is None:
+        weights, _ = _load_sharded(path / TENSORS, {}, model, only="weights")
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def find_all(folder: Path) -> list[Path]:
@@ -262,13 +276,15 @@ def _write_sharded(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load_sharded(
-    folder: Path, plain: Mapping[str, Mapping[str, Any]], model: nn.Module
+    folder: Path, plain: Mapping[str, Mapping[str, Any]], model: nn.Module, only: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Weights and moments, each rank its part where ``model`` is sharded."""
+    """Weights and moments (``only`` one of them), each rank its part of a sharded ``model``."""
     reader = dcp.FileSystemReader(folder)
     parameters = model.state_dict()
     tensors: dict[str, Tensor] = {}
     for key, saved in reader.read_metadata().state_dict_metadata.items():
+        if not key.startswith(only):
+            continue
         assert isinstance(saved, TensorStorageMetadata)
         parameter = parameters[key.split("/")[1]]
         whole = tuple(saved.size) == tuple(parameter.shape)

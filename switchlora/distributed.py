@@ -5,6 +5,7 @@ In a single process every function here returns what it was given.
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,7 +31,7 @@ def join() -> None:
     if dist.is_initialized() or not _launched_as_one_of_several():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
 
@@ -47,7 +48,7 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is also that of its GPU."""
+    """This process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -161,18 +162,16 @@ def lost_rank(error: BaseException) -> str | None:
         return None
     if not isinstance(error, dist.DistError) and not any(w in str(error) for w in BROKEN):
         return None
-    reason = " ".join(str(error).split())[:100]
+    reason = re.sub(r"\[[^]]*\]:?\S*", "", str(error)).strip().split(". ")[0]
     return f"another process of this run is gone ({reason})"
 
 
 def _launched_as_one_of_several() -> bool:
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        return True
     if "SUBMITIT_EXECUTOR" not in os.environ:
-        return False
+        return "RANK" in os.environ and "MASTER_ADDR" in os.environ
     from submitit.helpers import TorchDistributedEnvironment
 
     environment = TorchDistributedEnvironment()
     if environment.world_size > 1:
-        environment.export(set_cuda_visible_devices=False)
+        environment.export(set_cuda_visible_devices=False, overwrite=True)
     return environment.world_size > 1

@@ -1,6 +1,7 @@
 """Recipe, Learner, build_learner(): what is rebuilt when the set of trained tensors changes."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -194,6 +195,7 @@ def build_learner(
 def _wrapped(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
     forward = model
     if world_size() > 1 and not is_sharded(model):
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if recipe.compile is None:
         return forward

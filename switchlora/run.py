@@ -277,8 +277,9 @@ def _build_data(config: DictConfig) -> Data:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        gpu = torch.device("cuda", distributed.local_rank())
-        return gpu if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
     try:
         return torch.zeros((), device=name).device
     except RuntimeError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlora.criteria import SwitchCriterion, Verdict
-from switchlora.distributed import agreed_checksum, from_primary, full, together
+from switchlora.distributed import agreed_checksum, from_primary, full, lost_rank, together
 from switchlora.errors import SwitchFailed, check_choice, check_patterns, near
 from switchlora.initializers import AdapterInit, Factors, empty_factors
 from switchlora.layers import Adapter, scaling_one
@@ -167,7 +167,7 @@ def switch(
             restore(model, replaced)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags[name])
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and lost_rank(error) is None:
                 raise SwitchFailed(f"{type(error).__name__}: {error}") from error
             raise
     return new, SwitchReport(

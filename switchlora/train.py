@@ -4,6 +4,7 @@ import gc
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -292,10 +293,13 @@ def save(run: Run) -> None:
 
 def save_or_leave(run: Run) -> None:
     """Between two updates: save when it is time, and leave when a signal came to any rank."""
+    interruption = run.interruption
     due, asked = distributed.any_rank(
-        run.saves.due(run.state.num_updates), run.interruption.received is not None
+        run.saves.due(run.state.num_updates) or interruption.warned,
+        interruption.received is not None,
     )
     if due or asked:
+        interruption.warned = False
         save(run)
     if asked:
         leave(run)
@@ -378,7 +382,7 @@ def main() -> None:
             print(f"switchlora: {stop}", file=sys.stderr, flush=True)
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
-        sys.exit("switchlora: interrupted before anything was trained")
+        sys.exit("switchlora: interrupted; everything that was saved is kept")
     except Exception as error:
         exit_with_one_line(error)
 
@@ -388,15 +392,20 @@ def exit_with_one_line(error: Exception) -> NoReturn:
 
     A mistake that every rank meets is told by the primary rank alone.
     """
-    line = distributed.lost_rank(error)
-    if line is None and isinstance(error, USER_ERRORS):
-        line = one_line(error)
+    told = isinstance(error, USER_ERRORS) or from_launcher(error)
+    line = one_line(error) if told else distributed.lost_rank(error)
     if line is None or SHOW_TRACEBACK in os.environ:
         raise error
     if distributed.is_primary():
         sys.exit(f"switchlora: {line}")
     name = f"switchlora, rank {distributed.rank()}"
     sys.exit(1 if isinstance(error, ValueError) else f"{name}: {line}")
+
+
+def from_launcher(error: Exception) -> bool:
+    """Whether submitit raised it: no Slurm here, an unknown partition, a job that died."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return "submitit" in Path(frames[-1].filename).parts
 
 
 def one_line(error: BaseException) -> str:

@@ -1,10 +1,15 @@
 """Whole runs on real digits that many tests make, and the comparison of two of them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
+import wandb
 from conf_yamls import composed
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from switchlora.checkpoint import find_all, read
@@ -42,6 +47,21 @@ def last_state(folder):
     if state["train"]["switch_report"]:
         state["train"]["switch_report"].pop("seconds")
     return state
+
+
+def wandb_records(folder):
+    """Records of the offline run by ``wandb leet inspect``, W&B's own reader since 0.31."""
+    if Version(wandb.__version__) < Version("0.31"):
+        pytest.skip("this W&B has no `wandb leet inspect`")
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    found = subprocess.run(reader, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def history_row(record):
+    """One step of W&B as a dict."""
+    return record["history"]["item"]
 
 
 def differences(one, other, path="state"):

@@ -107,7 +107,7 @@ def test_an_fp16_overflow_lowers_the_scale_and_does_not_stop_the_run(tmp_path, m
         return found
 
     monkeypatch.setattr(Learner, "update", scaled)
-    options = (*BY_DATE, "full.precision=fp16", "max_skipped=3", "max_updates=12")
+    options = (*BY_DATE, "full.precision=fp16", "max_skipped=3", "max_updates=12", "model.depth=1")
     summary = make_run(tmp_path, *options, "switch.criterion.epoch=0.5")
     skipped = [overflow for _, applied, overflow in scales if not applied]
     assert len(skipped) == summary["skipped_updates"] > 3 and all(skipped)

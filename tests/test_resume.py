@@ -8,21 +8,27 @@ import signal
 import pytest
 import torch
 from conf_yamls import composed
+from safetensors.torch import load_file
 
 from runs import (
     BY_DATE,
+    DIGITS,
     SHORT,
     assert_same_run,
     differences,
     events_without_times,
+    history_row,
     last_state,
     make_run,
+    wandb_records,
 )
-from switchlora.checkpoint import FORMAT, STATE, SUMS, _digest, find_all, read
+from switchlora.checkpoint import FORMAT, STATE, SUMS, _digest, find_all, load_model, read
 from switchlora.errors import Interrupted
+from switchlora.interrupt import Interruption
 from switchlora.learner import Learner
-from switchlora.run import prepare
-from switchlora.runlog import read_events
+from switchlora.run import build, prepare
+from switchlora.runlog import FolderLock, read_events
+from switchlora.surgery import adapted_modules
 
 EVERYTHING = (
     *BY_DATE,
@@ -44,7 +50,7 @@ KINDS = {
     "workers": WORKERS,
     "sgd": (*BY_DATE, "recipe@full=sgd", "switch.moments=factors", "adapter.rewarmup_updates=8"),
     "lion": (*BY_DATE, "recipe@full=lion", "switch.moments=reset", "full.precision=bf16"),
-    "fp16": (*BY_DATE, "full.precision=fp16", "switch.moments=factors", "max_updates=34"),
+    "fp16": (*BY_DATE, "full.precision=fp16", "model.depth=1", "max_updates=34"),
     "criterion": (
         "switch/criterion=update_norm",
         "switch.criterion.patience=1",
@@ -131,11 +137,20 @@ def test_checkpoints_hold_plain_types_and_rebuild_the_adapted_module(kept):
     }
 
 
+def test_a_model_is_rebuilt_from_a_checkpoint_alone(kept):
+    images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    adapted = load_model(find_all(kept)[0])
+    assert adapted_modules(adapted)
+    plain = build(composed(*DIGITS).model).eval()
+    plain.load_state_dict(load_file(kept / "model.safetensors"))
+    assert (adapted(images) - plain(images)).abs().max() <= 1e-5
+
+
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     make_run(tmp_path, *BY_DATE, "checkpoint.every_updates=5", "checkpoint.keep=2")
     best = last_state(tmp_path)["train"]["best_update"]
     names = [path.name for path in find_all(tmp_path)]
-    assert names[:2] == ["update-00000060.1", "update-00000060"]
+    assert names[:2] == ["update-00000060", "update-00000055"]
     assert all(name.startswith(f"update-{best:08d}") for name in names[2:])
     assert any(name.startswith(f"update-{best:08d}") for name in names)
 
@@ -243,6 +258,25 @@ def stopped(tmp_path, signal_at):
     return tmp_path / "stopped"
 
 
+def test_wandb_goes_on_without_a_gap_or_a_double_step(tmp_path, signal_at):
+    for stop in (12, 33):
+        signal_at(signal.SIGTERM, stop)
+        with pytest.raises(Interrupted):
+            make_run(tmp_path, *BY_DATE, "log.wandb.mode=offline", "resume=auto")
+    signal_at(signal.SIGTERM, None)
+    make_run(tmp_path, *BY_DATE, "log.wandb.mode=offline", "resume=auto")
+    ids = {path.name[-8:] for path in tmp_path.glob("wandb/**/offline-run-*")}
+    assert len(ids) == 1 and len(list(tmp_path.glob("wandb/interrupted/*"))) == 2
+    records = wandb_records(tmp_path)
+    rows = [history_row(r) for r in records if r["type"] == "history"]
+    steps = [r["num_updates"] for r in rows if "train/loss" in r]
+    assert steps == list(range(1, 61))
+    logged = [r["train/loss"] for r in rows if "train/loss" in r]
+    assert logged == [e["train/loss"] for e in read_events(tmp_path, "train")]
+    assert [row["_step"] for row in rows] == list(range(len(list(read_events(tmp_path)))))
+    assert sum(any("switch/ranks" in key for key in row) for row in rows) == 1
+
+
 def test_another_configuration_is_refused_in_place_and_named(stopped):
     with pytest.raises(ValueError, match="full.optimizer.lr: 0.001 there, 0.01 here.*resume=/"):
         make_run(stopped, "resume=auto", "full.optimizer.lr=0.01")
@@ -281,8 +315,6 @@ def test_metrics_that_were_cut_are_noticed(stopped):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    from switchlora.runlog import FolderLock
-
     with FolderLock(tmp_path), pytest.raises(ValueError, match="another process is running in"):
         make_run(tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -298,8 +330,6 @@ def test_an_average_that_starts_in_a_branch_starts_at_the_present_weights(stoppe
 
 def test_a_second_interrupt_kills_at_once_and_the_first_is_kept(stopped):
     handler = signal.getsignal(signal.SIGINT)
-    from switchlora.interrupt import Interruption
-
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.received is signal.SIGINT

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -12,11 +11,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import wandb
 from conf_yamls import composed
-from packaging.version import Version
 from safetensors.torch import load_file
 
+from runs import BY_DATE, DIGITS, history_row, wandb_records
+from runs import SHORT as THREE_EPOCHS
 from switchlora.finish import finish
 from switchlora.learner import Learner
 from switchlora.models import eval_mode
@@ -25,9 +24,7 @@ from switchlora.run import build, prepare
 from switchlora.runlog import read_events
 from switchlora.train import fit, main, train
 
-DIGITS = ("data=digits", "model=digits", "log=quiet", "log.figures=false")
-SHORT = (*DIGITS, "epochs=4", "full.scheduler.warmup_t=10", "monitor.window=10", "log.every=1")
-BY_DATE = ("switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
+SHORT = (*THREE_EPOCHS, "epochs=4")
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
@@ -146,20 +143,6 @@ def test_wandb_reads_its_own_offline_run_back(finished):
     assert logged == [(e["num_updates"], e[key]) for e in read_events(folder, "measure")]
     keys = {key.split(".")[0] for row in rows for key in row}
     assert {"switch/drift", "switch/ranks", "figures/update_norms", "val/top1"} <= keys
-
-
-def wandb_records(folder):
-    """Records of the offline run by ``wandb leet inspect``, W&B's own reader since 0.31."""
-    if Version(wandb.__version__) < Version("0.31"):
-        pytest.skip("this W&B has no `wandb leet inspect`")
-    (run,) = (folder / "wandb").glob("offline-run-*")
-    reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
-    found = subprocess.run(reader, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in found.stdout.splitlines()]
-
-
-def history_row(record):
-    return record["history"]["item"]
 
 
 def test_a_run_repeats_bit_for_bit(tmp_path):

@@ -1,0 +1,136 @@
+"""Jobs through Hydra's submitit launcher, whose local executor takes Slurm's part here.
+
+Pickles, signal handlers and restarts are those of a Slurm job; only the queue is missing.
+"""
+
+import glob
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+from conf_yamls import CONF, names
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+from runs import events_without_times
+from switchlora.runlog import read_events
+
+pytest.importorskip(
+    "hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed"
+)
+
+DIGITS = ("data=digits", "model=digits", "log=quiet", "log.figures=false", "log.every=1")
+SHORT = (*DIGITS, "data.train_size=640", "epochs=4", "full.scheduler.warmup_t=5")
+BY_DATE = ("monitor.window=5", "switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
+PATIENCE = 120
+
+
+class Launched:
+    """``switchlora -m +launch=local`` in a session of its own, all of which ends with the test."""
+
+    def __init__(self, folder, *overrides):
+        self.folder = folder
+        words = ["-m", "+launch=local", *SHORT, *BY_DATE, f"hydra.sweep.dir={folder}", *overrides]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "switchlora", *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def wait_for_updates(self, folder, count):
+        """Until ``metrics.jsonl`` of a run folder has ``count`` lines."""
+        end = time.monotonic() + PATIENCE
+        metrics = folder / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
+            assert time.monotonic() < end and self.process.poll() is None, self.said()
+            time.sleep(0.02)
+
+    def finish(self):
+        """Wait for the launcher, which waits for its jobs."""
+        said, _ = self.process.communicate(timeout=PATIENCE)
+        assert self.process.returncode == 0, said + self.said()
+
+    def said(self):
+        """What all tasks of all jobs wrote, those before a restart too."""
+        logs = sorted((self.folder / ".submitit").glob("*/*_log.*"))
+        return "\n".join(path.read_text() for path in logs)
+
+
+def tasks(job):
+    """The processes that submitit started for a job, one a rank."""
+    return [pid for pid in _processes() if f"SUBMITIT_LOCAL_JOB_ID={job}" in _environment(pid)]
+
+
+def job_of(folder):
+    """The submitit job that runs in a folder: the one whose process has its lock open."""
+    lock = str(folder / ".lock")
+    for link in glob.glob("/proc/[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(link) == lock:
+                words = _environment(int(link.split("/")[2]))
+                return next(w.split("=")[1] for w in words if "SUBMITIT_LOCAL_JOB_ID=" in w)
+    raise AssertionError(f"no process runs in {folder}")
+
+
+def _processes():
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _environment(pid):
+    with suppress(OSError), open(f"/proc/{pid}/environ") as file:
+        return file.read().split("\0")
+    return []
+
+
+@pytest.mark.slow
+def test_a_job_that_is_put_back_ends_as_one_that_was_left_alone(tmp_path):
+    preempted, alone = tmp_path / "0", tmp_path / "1"
+    with Launched(tmp_path, "seed=0,0") as launched:
+        launched.wait_for_updates(preempted, 25)
+        (task,) = tasks(job_of(preempted))
+        os.kill(task, signal.SIGUSR2)
+        launched.finish()
+        said = launched.said()
+    assert said.count("resumed from") == 1, said
+    assert events_without_times(preempted) == events_without_times(alone)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (preempted, alone)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_two_tasks_of_a_job_train_one_run_and_are_put_back_together(tmp_path):
+    with Launched(tmp_path, "seed=0", "hydra.launcher.tasks_per_node=2") as launched:
+        run = tmp_path / "0"
+        launched.wait_for_updates(run, 25)
+        both = tasks(job_of(run))
+        assert len(both) == 2
+        for task in both:
+            os.kill(task, signal.SIGUSR2)
+        launched.finish()
+        said = launched.said()
+    assert said.count("resumed from") == said.count("all 2 ranks train the same") == 1, said
+    updates = [event["num_updates"] for event in read_events(run, "train")]
+    assert updates == list(range(1, 41))
+    assert (run / "summary.json").exists() and load_file(run / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", names("launch"))
+def test_every_launch_config_composes_and_goes_on_where_a_job_left_off(name):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides=[f"+launch={name}"], return_hydra_config=True)
+    assert config.resume == "auto"
+    assert config.hydra.launcher["_target_"].endswith(f".{name.title()}Launcher")
