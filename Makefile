@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test killtest check format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,6 +23,9 @@ demo: .venv/.installed  ## train a small ViT on Fashion-MNIST, switch, and show 
 
 test: .venv/.installed  ## run the tests
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile
+
+killtest: .venv/.installed  ## kill a run 30 times and compare with an uninterrupted one
+	$(TEST_ENV) $(BIN)/python scripts/killtest.py
 
 check: .venv/.installed  ## lint, formatting and types
 	$(BIN)/ruff check

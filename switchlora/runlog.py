@@ -176,6 +176,7 @@ def _locked(folder: Path) -> TextIO:
         raise ValueError(
             f"another process is running in {folder}; choose another hydra.run.dir"
         ) from error
+    os.register_at_fork(after_in_child=file.close)  # loader workers may outlive a killed run
     return file
 
 

@@ -6,25 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import wandb
 from conf_yamls import composed
 from packaging.version import Version
-from safetensors.torch import load_file
 
-from switchlora.checkpoint import find_all, read
 from switchlora.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from compare import TIMED, differences
 
 DIGITS = ("data=digits", "model=digits", "log=quiet", "log.figures=false")
 SHORT = (*DIGITS, "epochs=3", "full.scheduler.warmup_t=10", "monitor.window=10", "log.every=1")
 BY_DATE = ("switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
-TIMES = {
-    "train/images_per_second",
-    "train/epoch_seconds",
-    "memory/peak_bytes",
-    "monitor/time_share",
-    "switch/seconds",
-}
 
 
 def make_run(folder, *overrides):
@@ -35,18 +28,7 @@ def make_run(folder, *overrides):
 def events_without_times(folder):
     """Lines of metrics.jsonl, without what a clock or the memory says."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k not in TIMES} for x in lines]
-
-
-def last_state(folder):
-    """The newest checkpoint of a run, without times and places."""
-    state = read(find_all(Path(folder))[0])
-    for key in ("stopwatch", "log", "config"):
-        state.pop(key)
-    state["train"].pop("phases")
-    if state["train"]["switch_report"]:
-        state["train"]["switch_report"].pop("seconds")
-    return state
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
 
 
 def wandb_records(folder):
@@ -64,29 +46,7 @@ def history_row(record):
     return record["history"]["item"]
 
 
-def differences(one, other, path="state"):
-    """Paths at which two nested plain structures with tensors differ."""
-    if isinstance(one, dict):
-        if not isinstance(other, dict) or one.keys() != other.keys():
-            return [path]
-        return [d for key in one for d in differences(one[key], other[key], f"{path}/{key}")]
-    if isinstance(one, list | tuple):
-        if len(one) != len(other):
-            return [path]
-        pairs = enumerate(zip(one, other, strict=True))
-        return [d for i, (a, b) in pairs for d in differences(a, b, f"{path}/{i}")]
-    if isinstance(one, torch.Tensor):
-        return [] if torch.equal(one, other) else [path]
-    return [] if one == other or (one != one and other != other) else [path]
-
-
 def assert_same_run(one, other):
-    """Both runs ended bit-equal: weights, moments, average, generators, history and metrics."""
-    found = differences(last_state(one), last_state(other))
+    """Both runs ended bit-equal, as ``scripts/compare.py`` sees it."""
+    found = differences(Path(one), Path(other))
     assert not found, found
-    assert events_without_times(one) == events_without_times(other)
-    for name in ("model.safetensors", "model_ema.safetensors"):
-        paths = [Path(folder) / name for folder in (one, other)]
-        assert len({path.exists() for path in paths}) == 1
-        if paths[0].exists():
-            assert differences(*[load_file(path) for path in paths]) == []

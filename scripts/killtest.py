@@ -1,0 +1,460 @@
+"""Kill a run at many moments, resume it each time, compare it with an uninterrupted one.
+
+``python scripts/killtest.py`` works in rounds. A round is one run that the same command starts
+again and again with ``resume=auto``; SIGKILL ends its whole session at moments drawn from a seed,
+the last start ends by itself. What it leaves must then be that of a run that nobody touched, bit
+for bit, but for times. Linux only.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import differences, told
+from tqdm import tqdm
+
+from switchlora.checkpoint import FOLDER, find_all
+from switchlora.provenance import environment
+from switchlora.runlog import METRICS
+
+FULL, ADAPTER, WRITE = "full phase", "adapter phase", "inside a checkpoint write"
+SWITCH, EPOCH, START = "at the switch", "epoch end", "start-up"
+KINDS = (FULL, ADAPTER, WRITE, SWITCH, EPOCH, START)
+DELAYS = {FULL: 0.1, ADAPTER: 0.1, WRITE: 0.06, SWITCH: 0.3, EPOCH: 0.4}  # seconds, at most
+RUN = (
+    *("data=digits", "model=digits", "log=quiet", "log.figures=false", "log.every=1"),
+    *("monitor.window=10", "full.scheduler.warmup_t=10", "full.accumulation=2", "ema=0.9"),
+    *("switch/criterion=at_epoch", "data.mixup_alpha=0.2", "+model.drop_path_rate=0.2"),
+    *("checkpoint.every_updates=7", "system.threads=1", "resume=auto"),
+)
+LONG = ("epochs=4", "switch.criterion.epoch=2.3", "log.wandb.mode=offline")
+PIPELINES = {
+    "workers": (
+        "system.workers=2",
+        "data.train_transform={scale: [0.5, 1.0], interpolation: bicubic}",
+        "data.eval_transform={interpolation: bicubic, crop_pct: 1.0}",
+    ),
+    "memory": ("data.crop_padding=1", "data.hflip=0.5"),
+}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+PRELOADED = ["switchlora.train", "wandb", "sklearn.datasets", "sklearn.model_selection"]
+PATIENCE = 300  # seconds that one start may take
+
+
+class Trouble(Exception):
+    """A run did not come to its end."""
+
+
+@dataclass(frozen=True)
+class Child:
+    """A started run; ``exit_code`` gives None while it runs."""
+
+    pid: int
+    exit_code: Callable[[], int | None]
+
+
+Starter = Callable[[Sequence[str], Path], Child]
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Where an uninterrupted run has its switch, its ends of epochs and its end, in updates."""
+
+    switch: int
+    epochs: list[int]
+    last: int
+    start_seconds: float
+    """from the start of the process to the first update"""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to kill: ``delay`` seconds after ``update`` was reached in the sense of ``kind``."""
+
+    kind: str
+    update: int
+    delay: float
+
+
+@dataclass
+class Kill:
+    """One kill and what was found right after it."""
+
+    round: int
+    pipeline: str
+    kind: str
+    aimed_at: int
+    delay: float
+    phase: str
+    num_updates: int
+    last_event: str | None
+    newest_checkpoint: str | None
+    unfinished_write: dict[str, int] | None
+    """bytes of each file in the folder of a checkpoint that was being written"""
+    between_switch_checkpoints: bool
+    """the checkpoint just before the switch was there, the one just after it was not"""
+    resumed_from: str | None = None
+    recovered: bool = False
+
+
+def main() -> None:
+    """Kill, compare, write the result; exit with one line that names the first difference."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("experiments/killtest.json"))
+    parser.add_argument("--folder", type=Path, help="for the runs; by default a temporary one")
+    options = parser.parse_args()
+    folder = (options.folder or Path(tempfile.mkdtemp(prefix="killtest-"))).resolve()
+    if folder.is_dir() and any(folder.iterdir()):
+        sys.exit(f"killtest: {folder} is not empty")
+    try:
+        result = killtest(folder, options.kills, options.seed)
+    except Trouble as error:
+        sys.exit(f"killtest: {error}")
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(result["total"])
+    if result["troubles"]:
+        sys.exit(f"killtest: {result['troubles'][0]} (the runs are in {folder})")
+    if options.folder is None:
+        shutil.rmtree(folder)
+
+
+def start_program(words: Sequence[str], output: Path) -> Child:
+    """``python -m switchlora`` in a session of its own."""
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "switchlora", *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | ENVIRONMENT,
+        )
+    return Child(process.pid, process.poll)
+
+
+def start_fork(words: Sequence[str], output: Path) -> Child:
+    """The same command in a fork of a process that has imported it: saves seconds a start."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_enter, args=(list(words), output))
+    process.start()
+    assert process.pid is not None
+    return Child(process.pid, lambda: process.exitcode)
+
+
+def _enter(words: list[str], output: Path) -> None:
+    from switchlora.train import main
+
+    os.setsid()
+    tqdm.set_lock(threading.RLock())  # its own would be told as leaked after a kill
+    with output.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.argv = ["switchlora", *words]
+    main()
+
+
+def killtest(
+    folder: Path,
+    number: int,
+    seed: int,
+    words: Sequence[str] = LONG,
+    pipelines: Mapping[str, Sequence[str]] = PIPELINES,
+    start: Starter = start_program,
+) -> dict[str, Any]:
+    """Rounds of at most one kill of each kind until there are ``number`` kills; the result."""
+    begin = time.perf_counter()
+    kills: list[Kill] = []
+    troubles: list[str] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(seed)
+    references: dict[str, Marks] = {}
+    rounds = 0
+    while len(kills) < number:
+        name = list(pipelines)[rounds % len(pipelines)]
+        command = (*RUN, *words, *pipelines[name])
+        if name not in references:
+            references[name] = reference(folder / name, command, start)
+        rounds += 1
+        moments = plan(next_kinds(kills, number), references[name], chance)
+        killed, trouble = one_round(rounds, name, folder, command, moments, start, len(kills))
+        kills += killed
+        troubles += [trouble] if trouble else []
+        if not killed:
+            troubles.append(f"round-{rounds} ended before it could be killed")
+            break
+    return {
+        "total": total_line(kills),
+        "inside_writes": sum(kill.unfinished_write is not None for kill in kills),
+        "between_switch_checkpoints": sum(kill.between_switch_checkpoints for kill in kills),
+        "rounds": rounds,
+        "seconds": round(time.perf_counter() - begin),
+        "troubles": troubles,
+        "starts": start.__name__.removeprefix("start_"),
+        "run": ["switchlora", *RUN, *words],
+        "pipelines": {name: list(pipelines[name]) for name in references},
+        "environment": environment(torch.device("cpu"), seed),
+        "kills": [asdict(kill) for kill in kills],
+    }
+
+
+def total_line(kills: Sequence[Kill]) -> str:
+    """How many kills were recovered, and of which kinds they were."""
+    recovered = sum(kill.recovered for kill in kills)
+    counts = Counter(kill.kind for kill in kills)
+    kinds = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+    return f"{recovered} of {len(kills)} kills recovered bit-equal ({kinds})"
+
+
+def next_kinds(kills: Sequence[Kill], number: int) -> list[str]:
+    """The kinds of the next round, the rarest so far first."""
+    counts = Counter(kill.kind for kill in kills)
+    return sorted(KINDS, key=lambda kind: counts[kind])[: number - len(kills)]
+
+
+def plan(kinds: Sequence[str], marks: Marks, chance: random.Random) -> list[Moment]:
+    """A random moment of each kind, in the order in which one run comes by them."""
+    updates = {
+        FULL: range(1, marks.switch),
+        ADAPTER: range(marks.switch + 1, marks.last),
+        WRITE: range(1, marks.last),
+        SWITCH: [marks.switch],
+        EPOCH: marks.epochs,
+        START: range(marks.last),
+    }
+    delays = {**DELAYS, START: marks.start_seconds}
+    moments = [
+        Moment(kind, chance.choice(updates[kind]), round(chance.uniform(0, delays[kind]), 4))
+        for kind in kinds
+    ]
+    return sorted(moments, key=lambda moment: moment.update)
+
+
+def reference(folder: Path, command: Sequence[str], start: Starter) -> Marks:
+    """Make the uninterrupted run in ``folder``."""
+    begin, output = time.perf_counter(), folder.with_name(f"{folder.name}.log")
+    watch = Watch(folder, output)
+    child = start([*command, f"hydra.run.dir={folder}"], output)
+    wait(child, output, lambda: watch.num_updates() > 0)
+    start_seconds = time.perf_counter() - begin
+    wait(child, output)
+    events = complete_events(folder)
+    by_kind = {
+        kind: [event["num_updates"] for event in events if event["event"] == kind]
+        for kind in ("switch", "eval", "test")
+    }
+    print(f"{folder.name}: uninterrupted in {time.perf_counter() - begin:.0f} s", flush=True)
+    return Marks(by_kind["switch"][0], by_kind["eval"], by_kind["test"][0], start_seconds)
+
+
+def one_round(
+    number: int,
+    pipeline: str,
+    folder: Path,
+    command: Sequence[str],
+    moments: Sequence[Moment],
+    start: Starter,
+    before: int,
+) -> tuple[list[Kill], str | None]:
+    """Kill one run at all ``moments``, let it end, compare it; the kills and what went wrong."""
+    place = folder / f"round-{number}"
+    command = [*command, f"hydra.run.dir={place}"]
+    kills: list[Kill] = []
+    try:
+        for moment in (*moments, None):
+            output = folder / f"{place.name}-start-{len(kills) + 1}.log"
+            watch = Watch(place, output)
+            child = start(command, output)
+            until = partial(watch.reached, moment) if moment else None
+            killed = wait(child, output, until) and moment and stop(child, output, moment.delay)
+            note_resume(kills, watch)
+            if not killed or moment is None:
+                break
+            kills.append(watch.found(number, pipeline, moment))
+            print(f"{before + len(kills):3} {kill_line(kills[-1])}", flush=True)
+        trouble = told(differences(folder / pipeline, place))
+    except Trouble as error:
+        trouble = str(error)
+    for each in kills:
+        each.recovered = trouble is None
+    resumed = ", ".join(str(each.resumed_from) for each in kills)
+    print(f"{place.name}: {trouble or 'bit-equal'}; resumed from {resumed}", flush=True)
+    return kills, trouble and f"{place.name}: {trouble}"
+
+
+def wait(child: Child, output: Path, until: Callable[[], bool] | None = None) -> bool:
+    """Wait until the condition holds, True, or the child ends well, False; else Trouble."""
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while (code := child.exit_code()) is None:
+            if until is not None and until():
+                return True
+            if time.monotonic() > deadline:
+                raise Trouble(f"{output.name}: not done in {PATIENCE} s")
+            time.sleep(0.0005)
+    except BaseException:  # also a KeyboardInterrupt: nothing goes on behind our back
+        kill(child)
+        raise
+    if code != 0:
+        said = output.read_text().strip().splitlines() if output.exists() else []
+        raise Trouble(f"{output.name}: ended with status {code}: {said[-1] if said else ''}")
+    return False
+
+
+def stop(child: Child, output: Path, delay: float) -> bool:
+    """Kill the child after ``delay``; False when it ended well before."""
+    time.sleep(delay)
+    return kill(child) == -signal.SIGKILL or wait(child, output)
+
+
+def kill(child: Child) -> int:
+    """SIGKILL the child's whole session, wait until nothing of it is left; the exit code."""
+    for call in (os.killpg, os.kill):
+        with suppress(ProcessLookupError):
+            call(child.pid, signal.SIGKILL)
+    while (code := child.exit_code()) is None:
+        time.sleep(0.001)
+    while left := session_of(child.pid):
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
+    return code
+
+
+def session_of(leader: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state not in "ZX":
+                found.append(int(path.parent.name))
+    return found
+
+
+class Watch:
+    """Sees from outside what a child that starts in ``folder`` has done since."""
+
+    def __init__(self, folder: Path, output: Path) -> None:
+        self.folder, self.output = folder, output
+        self._size = self._metrics_size()
+        self._old_writes = set(self._writes())
+        self._old_checkpoints = set(find_all(folder))
+        self._begun = False
+        self._last: tuple[int, int] = (-1, 0)
+
+    def reached(self, moment: Moment) -> bool:
+        """Whether the moment has come, but for its delay."""
+        if moment.kind == START:
+            return True
+        if moment.kind == WRITE:
+            new = set(self._writes()) - self._old_writes
+            return any(int(name.split("-")[1]) >= moment.update for name, _ in new)
+        if moment.kind == SWITCH:
+            return bool(self._new_checkpoints_at(moment.update))
+        return self.num_updates() >= moment.update
+
+    def resumed_from(self) -> str | None:
+        """The checkpoint that the child said it goes on from, 'the start' for none, or None."""
+        said = self.output.read_text() if self.output.exists() else ""
+        if match := re.search(r"resumed from \S*/(\S+):", said):
+            return match[1]
+        return "the start" if not self._old_checkpoints and self._has_begun() else None
+
+    def num_updates(self) -> int:
+        """Updates in metrics.jsonl, 0 until the child has cut off what an earlier one left."""
+        if not self._has_begun():
+            return 0
+        if (size := self._metrics_size()) != self._last[0]:
+            events = complete_events(self.folder)
+            self._last = size, events[-1]["num_updates"] if events else 0
+        return self._last[1]
+
+    def found(self, number: int, pipeline: str, moment: Moment) -> Kill:
+        """What is there now that the child was killed."""
+        events = complete_events(self.folder)
+        phases = [event["train/phase"] for event in events if "train/phase" in event]
+        switched = any(event["event"] == "switch" for event in events)
+        new = [self.folder / FOLDER / name for name, _ in set(self._writes()) - self._old_writes]
+        files = {path.name: path.stat().st_size for place in new for path in place.iterdir()}
+        checkpoints = find_all(self.folder)
+        between = moment.kind == SWITCH and len(self._new_checkpoints_at(moment.update)) == 1
+        return Kill(
+            *(number, pipeline, moment.kind, moment.update, moment.delay),
+            phase="adapter" if switched else phases[-1] if phases else "full",
+            num_updates=events[-1]["num_updates"] if events else 0,
+            last_event=events[-1]["event"] if events else None,
+            newest_checkpoint=checkpoints[0].name if checkpoints else None,
+            unfinished_write=files if new else None,
+            between_switch_checkpoints=between,
+        )
+
+    def _has_begun(self) -> bool:
+        if not self._begun:
+            size = self._metrics_size()
+            if self._old_checkpoints:
+                said = self.output.read_bytes() if self.output.exists() else b""
+                self._begun = b"resumed from" in said
+            else:
+                self._begun = size < self._size or (size > 0 and not self._size)
+        return self._begun
+
+    def _metrics_size(self) -> int:
+        path = self.folder / METRICS
+        return path.stat().st_size if path.exists() else 0
+
+    def _writes(self) -> Iterator[tuple[str, int]]:
+        with suppress(FileNotFoundError):
+            for entry in os.scandir(self.folder / FOLDER):
+                if entry.name.startswith(".writing-"):
+                    yield entry.name, entry.stat().st_mtime_ns
+
+    def _new_checkpoints_at(self, update: int) -> list[Path]:
+        new = set(find_all(self.folder)) - self._old_checkpoints
+        return [path for path in new if path.name.startswith(f"update-{update:08d}")]
+
+
+def kill_line(kill: Kill) -> str:
+    """One line about a kill."""
+    where = f"update {kill.num_updates:3}, {kill.phase} phase, after '{kill.last_event}'"
+    inside = "; inside a write" if kill.unfinished_write is not None else ""
+    between = "; between the switch's checkpoints" if kill.between_switch_checkpoints else ""
+    return f"round {kill.round} {kill.pipeline:7}  {kill.kind:25} {where}{inside}{between}"
+
+
+def note_resume(kills: Sequence[Kill], watch: Watch) -> None:
+    """Tell the kills that nobody has resumed after yet where this start went on from."""
+    for kill in kills:
+        kill.resumed_from = kill.resumed_from or watch.resumed_from()
+
+
+def complete_events(folder: Path) -> list[dict[str, Any]]:
+    """The events of metrics.jsonl, without a last line that is not complete."""
+    path = folder / METRICS
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+if __name__ == "__main__":
+    main()
