@@ -321,9 +321,12 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
 
 
 def test_a_child_that_outlives_a_run_does_not_hold_its_folder(tmp_path):
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    child = context.Process(target=lambda: (begun.set(), time.sleep(60)))
     with FolderLock(tmp_path):
         child.start()
+        begun.wait()
     try:
         with FolderLock(tmp_path):
             assert child.is_alive()
