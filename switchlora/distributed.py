@@ -143,6 +143,11 @@ def agreed_checksum(tensors: Mapping[str, Tensor]) -> str:
     return sums[0]
 
 
+def agreement_line(agreed: str) -> str:
+    """What an agreed checksum means, for the user."""
+    return f"all {world_size()} ranks train the same tensors (SHA-256 {agreed}...)"
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank; any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

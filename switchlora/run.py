@@ -171,7 +171,7 @@ class Run:
         )
         if distributed.world_size() > 1 and not is_sharded(self.model):
             same = distributed.agreed_checksum(trained_tensors(self.model))
-            self.log.line(f"all {distributed.world_size()} ranks train the same tensors ({same})")
+            self.log.line(distributed.agreement_line(same))
 
 
 def prepare(config: DictConfig, folder: Path) -> Run:

@@ -247,6 +247,8 @@ def try_switch(run: Run, verdict: Verdict) -> bool:
     state.switch_update, state.switch_epoch = state.num_updates, run.epoch
     for line in switch_lines(report, verdict, state.num_updates, run.epoch):
         run.log.line(line)
+    if distributed.world_size() > 1:
+        run.log.line(f"  {distributed.agreement_line(report.checksum)}")
     run.log.event("switch", state.num_updates, run.epoch, **switch_metrics(report, verdict))
     return True
 
