@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,7 +294,9 @@ def _load_sharded(
             if whole
             else torch.zeros(saved.size, dtype=saved.properties.dtype)
         )
-    dcp.load(tensors, storage_reader=reader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader)
     weights: dict[str, Tensor] = {}
     moments = {name: dict(values) for name, values in plain.items()}
     for key, tensor in tensors.items():

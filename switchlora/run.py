@@ -70,7 +70,6 @@ class Run:
     last_update: int
     """where max_updates ends the run"""
     interruption: Interruption = field(default_factory=Interruption)
-    last_checkpoint: Path | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -162,7 +161,6 @@ class Run:
             self.ema.load_state_dict(saved["ema"] or merged_state_dict(self.model))
         self.stopwatch.load_state_dict(saved["stopwatch"])
         self.saves.done(self.state.num_updates)
-        self.last_checkpoint = found.path
         _set_random_states(saved["random"], self.config["seed"] + self.state.num_updates)
         for line in found.lines:
             self.log.line(line)

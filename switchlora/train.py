@@ -286,8 +286,7 @@ def save(run: Run) -> None:
         return
     state, folder = run.state, run.log.folder
     with run.stopwatch.paused():
-        place = checkpoint.write(folder, state.num_updates, run.state_dict(), run.learner)
-        run.last_checkpoint = place
+        checkpoint.write(folder, state.num_updates, run.state_dict(), run.learner)
         run.saves.done(state.num_updates)
         if distributed.is_primary():
             checkpoint.prune(folder, run.saves.keep, state.best_update)
@@ -323,7 +322,8 @@ def leave(run: Run) -> NoReturn:
 
 def how_to_go_on(run: Run) -> str:
     """The last checkpoint, and the command that goes on from it."""
-    if run.last_checkpoint is None:
+    found = checkpoint.find_all(run.log.folder)
+    if not found:
         return "there is no checkpoint"
     launcher = ["switchlora"]
     if distributed.world_size() > 1:
@@ -332,7 +332,7 @@ def how_to_go_on(run: Run) -> str:
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     kept = [word for word in given if not word.startswith("resume=")]
     words = [*launcher, *kept, f"hydra.run.dir={run.log.folder}", "resume=auto"]
-    return f"the last checkpoint is {run.last_checkpoint}; go on with: {shlex.join(words)}"
+    return f"the last checkpoint is {found[0]}; go on with: {shlex.join(words)}"
 
 
 def release_memory(device: torch.device) -> None:
