@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from switchlora.criteria import SwitchCriterion, Verdict
 from switchlora.distributed import agreed_checksum, from_primary, full, lost_rank, together
@@ -247,8 +248,9 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(moments: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
+    """Sharded moments whole and on the CPU, one at a time on the device; others as they are."""
     return {
-        name: {k: full(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+        name: {k: full(v).cpu() if isinstance(v, DTensor) else v for k, v in state.items()}
         for name, state in moments.items()
     }
 
