@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hydra.utils import instantiate
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
@@ -58,7 +59,12 @@ def write(folder: Path, num_updates: int, state: Mapping[str, Any], learner: Lea
         "moments": moments_of(learner.model, learner.optimizer),
     }
     if is_sharded(learner.model):
-        tensors = _write_sharded(part / TENSORS, tensors)
+        try:
+            tensors = _write_sharded(part / TENSORS, tensors)
+        except CheckpointException as error:  # no Exception, and many lines long
+            shutil.rmtree(part, ignore_errors=True)
+            reason = next(iter(error.failures.values()))[0]
+            raise OSError(f"no checkpoint could be written to {part.parent}: {reason}") from error
     state = {"format": FORMAT, **state, **tensors}
     return distributed.from_primary(lambda: _finish_writing(part, state, num_updates))
 
@@ -164,11 +170,13 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def load_tensors(path: Path, state: Mapping[str, Any], learner: Learner) -> None:
+def load_tensors(
+    path: Path, state: Mapping[str, Any], learner: Learner, branches: bool
+) -> list[str]:
     """Give model, optimizer and scaler of ``learner`` the values of a checkpoint, in place.
 
     The adapters must be there already. The checkpoint may come from another number of processes,
-    sharded or not.
+    sharded or not. Returns lines on what could not be taken over by a run that ``branches`` off.
     """
     weights, moments = state["weights"], state["moments"]
     if weights is None:
@@ -176,10 +184,16 @@ def load_tensors(path: Path, state: Mapping[str, Any], learner: Learner) -> None
     with torch.no_grad():
         for name, tensor in learner.model.state_dict().items():
             tensor.copy_(distributed.like(weights[name], tensor))
-    load_moments(learner.model, learner.optimizer, moments)
-    load_group_values(learner.optimizer, state["groups"])
     if learner.scaler is not None and state["scaler"]:
         learner.scaler.load_state_dict(state["scaler"])
+    before, now = state["optimizer"], _kind(learner.optimizer)
+    if before != now:
+        return [f"moments start anew: the optimizer was {before}, it is {now}"]
+    load_moments(learner.model, learner.optimizer, moments)
+    if not branches:
+        for group, saved in zip(learner.optimizer.param_groups, state["groups"], strict=True):
+            group.update(saved)
+    return []
 
 
 @dataclass
@@ -217,6 +231,7 @@ class SaveSchedule:
 def learner_state(learner: Learner) -> dict[str, Any]:
     """What of a learner is no large tensor: loss scale, values in groups, names, shapes."""
     return {
+        "optimizer": _kind(learner.optimizer),
         "scaler": learner.scaler.state_dict() if learner.scaler else None,
         "groups": [
             {key: value for key, value in group.items() if key != "params"}
@@ -231,13 +246,9 @@ def learner_state(learner: Learner) -> dict[str, Any]:
     }
 
 
-def load_group_values(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Values that the optimizer adds to its groups while it steps, such as timm's ``step``.
-
-    The rest is the recipe's, which may have changed on purpose.
-    """
-    for group, saved in zip(optimizer.param_groups, groups, strict=False):
-        group.update({key: value for key, value in saved.items() if key not in group})
+def _kind(optimizer: Optimizer) -> str:
+    options = [key for key in ("amsgrad", "momentum") if optimizer.defaults.get(key)]
+    return " with ".join([type(optimizer).__name__, *options])
 
 
 def random_states() -> dict[str, Any]:

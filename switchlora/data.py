@@ -1,5 +1,6 @@
 """Loaders from a data config: splits, transforms, Mixup and the loss that goes with it."""
 
+import signal
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -186,7 +187,17 @@ def load(
         persistent_workers=workers > 0 and isinstance(order, EpochSampler),
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # leaves torch's own generator alone
+        worker_init_fn=leave_signals_to_the_run if workers else None,
     )
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Let a loader worker live through a signal to all processes: the run still needs it to save.
+
+    It ends with the run.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_labels(targets: Tensor | None, num_classes: int) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from switchlora.errors import RanksDisagree
+from switchlora.errors import OtherRankFailed, RanksDisagree
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=15)
@@ -86,7 +86,10 @@ def gather(value: T) -> list[T]:
 
 
 def from_primary(compute: Callable[[], T]) -> T:
-    """``compute()`` of the primary rank, the only one that calls it; RuntimeError if it raises."""
+    """``compute()`` of the primary rank, the only one that calls it, on every rank.
+
+    When it raises, so does every other rank: OtherRankFailed.
+    """
     if world_size() == 1:
         return compute()
     result: list[Any] = [None, None]
@@ -98,14 +101,19 @@ def from_primary(compute: Callable[[], T]) -> T:
             error = caught
             result[1] = f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(result)
+    if error is not None:
+        raise error
     if result[1] is not None:
-        raise RuntimeError(result[1]) from error
+        raise OtherRankFailed(result[1])
     return result[0]
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """All ranks get through the block, or an exception is raised on all of them."""
+    """All ranks get through the block, or an exception is raised on all of them.
+
+    The block must not talk to other ranks: one that fails in it would leave them waiting.
+    """
     error = None
     try:
         yield
@@ -116,13 +124,7 @@ def together() -> Iterator[None]:
         raise error
     for number, message in enumerate(messages):
         if message is not None:
-            raise RuntimeError(f"rank {number}: {message}")
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if world_size() > 1:
-        dist.barrier()
+            raise OtherRankFailed(f"rank {number}: {message}")
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -21,6 +21,14 @@ class CheckpointUnusable(ValueError):
     """A checkpoint is damaged, of another version or of another model; the message says which."""
 
 
+class LoaderDied(RuntimeError):
+    """A process that loads images has ended."""
+
+
+class OtherRankFailed(RuntimeError):
+    """Another process of the run raised; its own message says why."""
+
+
 class RankLost(RuntimeError):
     """Another process of the run has ended."""
 

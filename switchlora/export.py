@@ -1,9 +1,11 @@
 """Files that other libraries load: the merged model for timm, the adapter alone for PEFT."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ PEFT_PREFIX = "base_model.model."
 
 def save_merged(model: nn.Module, path: Path) -> Path:
     """Weights of the plain model, adapters merged, for timm's ``checkpoint_path=``."""
-    save_file({n: t.contiguous().cpu() for n, t in merged_state_dict(model).items()}, path)
+    _save(merged_state_dict(model), path)
     return path
 
 
@@ -33,12 +35,17 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
         ranks[name] = alphas[name] = len(A)
     residual = {n: t for n, t in model.state_dict().items() if not is_factor(n)}
-    save_file(
-        {n: t.contiguous().cpu() for n, t in residual.items()}, folder / "residual.safetensors"
-    )
-    save_file(tensors, folder / "adapter_model.safetensors")
+    _save(residual, folder / "residual.safetensors")
+    _save(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(_peft_config(ranks, alphas), indent=2))
     return folder
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _stacked(adapters: dict[str, Adapter], out_features: int) -> tuple[Tensor, Tensor]:

@@ -61,5 +61,7 @@ class Interruption:
     @staticmethod
     def _is_ours(number: signal.Signals) -> bool:
         handler = signal.getsignal(number)
+        if handler is None:
+            return False
         unhandled = handler in (signal.SIG_DFL, signal.default_int_handler)
         return not unhandled if number is REQUEUE else unhandled

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import nn
 
 from switchlora import checkpoint
 from switchlora.distributed import from_primary
 from switchlora.errors import CheckpointUnusable
-from switchlora.runlog import METRICS, SUMMARY
+from switchlora.runlog import CONFIG, METRICS, SUMMARY
 
 AUTO = "auto"
-FREE = ("name", "resume", "max_updates", "max_skipped", "system", "log", "checkpoint")
+FREE = ("name", "resume", "max_skipped", "system", "log", "checkpoint")
 SHOWN = 3
 Config = Mapping[str, Any]
 
@@ -28,6 +29,8 @@ class Found:
     """the run folder it belongs to, whose metrics.jsonl goes on"""
     lines: list[str]
     """what the user should know: which checkpoints could not be used, and which one is"""
+    branches: bool
+    """whether another run goes on from here, in another folder"""
     state: dict[str, Any] = field(repr=False)
 
 
@@ -43,16 +46,15 @@ def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> 
     if place is None:
         return None
     path, source, lines = place
-    return Found(path, source, lines, checkpoint.load(path))
+    return Found(path, source, lines, resume != AUTO, checkpoint.load(path))
 
 
-def finished_summary(resume: str | None, folder: Path) -> dict[str, Any] | None:
-    """The summary of the run in ``folder``, if 'auto' finds that it is finished."""
-    path = folder / SUMMARY
-    if resume != AUTO or not path.exists():
-        return None
-    summary = json.loads(path.read_text())
-    return summary if summary["status"] == "finished" else None
+def finished_summary(resume: str | None, folder: Path, config: Config) -> dict[str, Any] | None:
+    """The summary of the run in ``folder``, if 'auto' finds that it is finished.
+
+    ValueError when that run had another configuration.
+    """
+    return from_primary(lambda: _finished_summary(folder, config)) if resume == AUTO else None
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -65,10 +67,29 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
+def _finished_summary(folder: Path, config: Config) -> dict[str, Any] | None:
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    if summary["status"] != "finished":
+        return None
+    _refuse_another(folder, OmegaConf.to_container(OmegaConf.load(folder / CONFIG)), config)
+    return summary
+
+
+def _refuse_another(folder: Path, old: Any, new: Config) -> None:
+    if changed := differences(old, new):
+        raise ValueError(
+            f"{folder} holds a run with another configuration ({_some(changed)}); give the same, "
+            f"or branch off in another folder with resume={folder}"
+        )
+
+
 def _choose(
     resume: str | None, folder: Path, config: Config, model: nn.Module
 ) -> tuple[Path, Path, list[str]] | None:
-    begun = (folder / METRICS).exists()
+    begun = (folder / METRICS).exists() and bool(resume is None or checkpoint.find_all(folder))
     if resume is None and begun:
         raise ValueError(
             f"{folder} already holds a run; go on with it by resume=auto, or choose another "
@@ -84,13 +105,15 @@ def _choose(
         candidates, source = _elsewhere(Path(resume), folder, begun)
     path, state, lines, unusable = _newest_usable(candidates, model)
     if resume == AUTO:
+        _refuse_another(folder, state["config"], config)
         for left in unusable:
             checkpoint.set_aside(left)
+        return path, source, lines
     changed = differences(state["config"], config)
-    if changed and resume == AUTO:
+    if state["train"]["position"] and any(line.startswith("data.") for line in changed):
         raise ValueError(
-            f"{folder} holds a run with another configuration ({_some(changed)}); give the same, "
-            f"or branch off in another folder with resume={folder}"
+            f"{path} is in the middle of an epoch of other data ({_some(changed)}): choose a "
+            "checkpoint from the end of an epoch"
         )
     if changed:
         lines.append(f"branches off with {_some(changed)}")

@@ -32,13 +32,14 @@ from switchlora.interrupt import Interruption
 from switchlora.learner import PARALLEL, Learner, Recipe, build_learner
 from switchlora.monitor import UpdateMonitor
 from switchlora.resume import Found, find
-from switchlora.runlog import RunLog
+from switchlora.runlog import CONFIG, RunLog
 from switchlora.sharding import is_sharded
 from switchlora.state import Phase, TrainState
 from switchlora.surgery import (
     adapter_layout,
     check_targets_are_called,
     count_parameters,
+    freeze_unused,
     inject_empty,
     merged_state_dict,
 )
@@ -70,6 +71,8 @@ class Run:
     last_update: int
     """where max_updates ends the run"""
     interruption: Interruption = field(default_factory=Interruption)
+    branched: bool = False
+    """whether this run goes on from another one's checkpoint and has none of its own yet"""
 
     @property
     def model(self) -> nn.Module:
@@ -95,8 +98,9 @@ class Run:
 
     @property
     def probe(self) -> Tensor:
-        """A few validation images, on which the drift of the switch is measured."""
-        return probe_images(self.data, self.device)
+        """A few validation images, the same on all ranks, to measure the switch's drift on."""
+        images = distributed.from_primary(lambda: probe_images(self.data, torch.device("cpu")))
+        return images.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -156,13 +160,14 @@ class Run:
     def load(self, found: Found) -> None:
         """Become the run that ``found`` was saved by; the model has its adapters already."""
         saved = found.state
-        load_tensors(found.path, saved, self.learner)
+        self.branched = found.branches
+        lines = [*found.lines, *load_tensors(found.path, saved, self.learner, found.branches)]
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"] or merged_state_dict(self.model))
         self.stopwatch.load_state_dict(saved["stopwatch"])
         self.saves.done(self.state.num_updates)
         _set_random_states(saved["random"], self.config["seed"] + self.state.num_updates)
-        for line in found.lines:
+        for line in lines:
             self.log.line(line)
         self.log.line(
             f"resumed from {found.path}: {self.state.phase} phase, update {self.state.num_updates}"
@@ -197,6 +202,8 @@ def prepare(config: DictConfig, folder: Path) -> Run:
     ema = WeightEMA(model, config.ema) if config.ema else None
     found = find(config.resume, folder, plain, model)
     state = _restore_parts(found, model, monitor)
+    replicated = distributed.world_size() > 1 and not sharded
+    unused = freeze_unused(model, probe_images(data, device)) if replicated else []
     learner = _first_learner(model, recipes, total_updates, found, state, config.system.parallel)
     log = RunLog(
         folder,
@@ -223,7 +230,9 @@ def prepare(config: DictConfig, folder: Path) -> Run:
         last_update=last_update,
     )
     if distributed.is_primary():
-        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        OmegaConf.save(config, folder / CONFIG, resolve=True)
+    if unused:
+        log.line(f"frozen, since no gradient reaches them: {', '.join(unused)}")
     if found:
         run.load(found)
     else:
@@ -279,7 +288,10 @@ def _device(name: str) -> torch.device:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
     try:
-        return torch.zeros((), device=name).device
+        device = torch.zeros((), device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device '{name}' cannot be used: {reason}") from error

@@ -15,6 +15,7 @@ from switchlora.distributed import is_primary, together
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+CONFIG = "config.yaml"
 
 
 class FolderLock:
@@ -72,7 +73,7 @@ class RunLog:
             self._first_step = self._wandb.starting_step
             for step, record in enumerate(read_events(folder)):
                 self._to_wandb(step, record)
-        self._step = sum(1 for _ in path.open()) if self._talks else 0
+        self._step = len(path.read_text().splitlines()) if self._talks else 0
         self._bar = tqdm(
             total=total_updates,
             unit="update",
@@ -139,7 +140,10 @@ class RunLog:
             return
         text = json.dumps(_plain(values), indent=2, allow_nan=False)
         part = self.folder / f".{SUMMARY}"
-        part.write_text(text + "\n")
+        with part.open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(self.folder / SUMMARY)
         if self._wandb is not None:
             self._wandb.summary.update(_plain(values))
@@ -186,7 +190,10 @@ def _cut(path: Path, source: Path, size: int) -> None:
             f"{source} is missing or shorter than the checkpoint knows it: {size:,} bytes"
         )
     if source != path and size:
-        shutil.copyfile(source, path)
+        part = path.with_name(f".{path.name}")
+        shutil.copyfile(source, part)
+        os.truncate(part, size)
+        part.replace(path)
     path.touch()
     os.truncate(path, size)
 

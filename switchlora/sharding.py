@@ -15,6 +15,8 @@ def shard(model: nn.Module) -> nn.Module:
 
     Adapters cannot be added to a sharded model: take ``gathered``, change that, shard it.
     """
+    if len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False))):
+        raise ValueError("system.parallel=fsdp does not go with parameters that modules share")
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)

@@ -96,6 +96,20 @@ def check_targets_are_called(model: nn.Module, targets: Iterable[Target], images
         )
 
 
+def freeze_unused(model: nn.Module, images: Tensor) -> list[str]:
+    """Freeze the parameters that get no gradient from a backward pass of ``images``; their names.
+
+    One process leaves them where they are; several would wait for their gradients for ever.
+    """
+    with torch.enable_grad(), eval_mode(model):
+        model(images).sum().backward()
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in unused)
+        parameter.grad = None
+    return unused
+
+
 def inject(
     model: nn.Module,
     targets: Mapping[str, Target],
@@ -182,7 +196,7 @@ def train_only(model: nn.Module, frozen_modules: Iterable[str], keep: Sequence[s
     """
     kept = kept_parameters(model, frozen_modules, keep)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in kept or is_factor(name))
+        parameter.requires_grad_(name in kept or (is_factor(name) and parameter.numel() > 0))
         if not parameter.requires_grad:
             parameter.grad = None
 

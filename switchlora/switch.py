@@ -139,30 +139,32 @@ def switch(
     All or nothing, on all ranks: when anything raises on any of them, modules and flags are put
     back, the optimizer has not been touched, and SwitchFailed says why. The primary rank chooses
     ranks and factors. The global RNG is left where it was. ``probe`` (N, C, H, W) are the images
-    on which the drift of the logits is measured. A sharded model is gathered and stays as it is.
+    on which the drift of the logits is measured, the same on all ranks. A sharded model is
+    gathered and stays as it is.
     """
     begin = time.perf_counter()
     learner.optimizer.zero_grad(set_to_none=True)
-    moments = _whole(moments_of(learner.model, learner.optimizer))
+    moments = {} if policy.moments == "reset" else _whole(learner)
     model = learner.plain()
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     parameters, before = count_parameters(model), count_parameters(model, trainable=True)
     replaced: dict[str, nn.Linear] = {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([probe.device] if probe.is_cuda else []):
         try:
             with together():
                 logits = _logits(model, probe)
-                plan = from_primary(lambda: make_plan(model, policy, monitor, history))
+            plan = from_primary(lambda: make_plan(model, policy, monitor, history))
+            with together():
                 factors = _placed(plan.factors, model)
                 replaced.update(inject(model, monitor.targets, factors, policy.scaling))
                 assert applied_ranks(model, monitor.targets, factors) == plan.ranks
                 train_only(model, *_frozen_and_kept(policy, monitor.targets, plan))
                 drift = _checked_drift(logits, _logits(model, probe), policy.max_drift)
-                after = count_parameters(model, trainable=True)
-                checksum = agreed_checksum(trained_tensors(model))
-                adapters = {n: m.adapters() for n, m in adapted_modules(model).items()}
+            after = count_parameters(model, trainable=True)
+            checksum = agreed_checksum(trained_tensors(model))
+            adapters = _snapshot(model)
+            new = rebuild(model)
             with together():
-                new = rebuild(model)
                 carried = _carry(policy.moments, moments, adapters, learner, new)
         except BaseException as error:
             restore(model, replaced)
@@ -247,11 +249,22 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _whole(moments: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
-    """Sharded moments whole and on the CPU, one at a time on the device; others as they are."""
+def _whole(learner: Learner) -> dict[str, dict[str, object]]:
+    """Moments by name; sharded ones whole and on the CPU, one at a time on the device."""
     return {
         name: {k: full(v).cpu() if isinstance(v, DTensor) else v for k, v in state.items()}
-        for name, state in moments.items()
+        for name, state in moments_of(learner.model, learner.optimizer).items()
+    }
+
+
+def _snapshot(model: nn.Module) -> dict[str, dict[str, Adapter]]:
+    """The adapters where they are now: sharding moves the parameters themselves."""
+    return {
+        name: {
+            part: a._replace(A=a.A.detach(), B=a.B.detach())
+            for part, a in module.adapters().items()
+        }
+        for name, module in adapted_modules(model).items()
     }
 
 

@@ -2,27 +2,22 @@
 
 import gc
 import os
-import shlex
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from switchlora import checkpoint, distributed
+from switchlora import distributed
 from switchlora.criteria import Verdict
-from switchlora.errors import Interrupted, RankLost, SwitchFailed, TrainingStopped, near
+from switchlora.errors import Interrupted, SwitchFailed, TrainingStopped
+from switchlora.exits import exit_with_one_line, one_line
 from switchlora.finish import finish
 from switchlora.interrupt import Interruption
 from switchlora.learner import Update
@@ -35,22 +30,18 @@ from switchlora.report import (
     switch_metrics,
 )
 from switchlora.resume import finished_summary
-from switchlora.run import Run, prepare
+from switchlora.run import Run, as_plain, prepare
 from switchlora.runlog import FolderLock
+from switchlora.saves import (
+    faults_explained,
+    how_to_go_on,
+    leave_if_asked,
+    save,
+    save_or_leave,
+)
 from switchlora.state import Phase
 from switchlora.surgery import count_parameters
 from switchlora.switch import switch
-
-SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
-USER_ERRORS = (
-    ValueError,
-    TrainingStopped,
-    RankLost,
-    OSError,
-    torch.OutOfMemoryError,
-    HydraException,
-    OmegaConfBaseException,
-)
 
 
 def train(config: DictConfig, folder: Path) -> dict:
@@ -60,7 +51,8 @@ def train(config: DictConfig, folder: Path) -> dict:
     interruption = Interruption()
     try:
         with FolderLock(folder), interruption:
-            if (summary := finished_summary(config.resume, folder)) is not None:
+            summary = finished_summary(config.resume, folder, as_plain(config))
+            if summary is not None:
                 if distributed.is_primary():
                     print(f"{folder} holds a finished run; nothing to do")
                 return summary
@@ -78,33 +70,18 @@ def train_and_finish(run: Run) -> dict:
         try:
             with faults_explained(run):
                 fit(run)
+                return finish(run, "finished")
         except Exception as error:
             if isinstance(error, TrainingStopped) or distributed.world_size() == 1:
                 with suppress(Exception):  # the first error is the one to tell
                     finish(run, f"stopped: {one_line(error)}")
             raise
-        return finish(run, "finished")
-
-
-@contextmanager
-def faults_explained(run: Run) -> Iterator[None]:
-    """Say what died, and how to go on, where torch has only an error of its own."""
-    try:
-        yield
-    except RuntimeError as error:
-        where = f"after update {run.state.num_updates}"
-        if "DataLoader worker" in str(error):
-            raise TrainingStopped(
-                f"a process that loads images died {where} (too little memory, or too many "
-                f"system.workers?): {one_line(error)} {how_to_go_on(run)}"
-            ) from error
-        if (lost := distributed.lost_rank(error)) is not None:
-            raise RankLost(f"{lost} {where}; {how_to_go_on(run)}") from error
-        raise
 
 
 def fit(run: Run) -> None:
     """All epochs, with the switch wherever the criterion fires."""
+    if run.branched:
+        save(run)
     if run.state.undecided:
         consider_switch(run)
     while not run.over:
@@ -119,26 +96,30 @@ def train_epoch(run: Run) -> None:
     state = run.state
     run.data.set_epoch(state.epoch, start=state.position)
     run.stopwatch.resume()
-    if state.num_updates == run.last_update:
+    if state.num_updates >= run.last_update:
         return
     for images, targets in run.data.train:
         if run.data.mixup is not None:
             images, targets = run.data.mixup(images, targets)
         update = run.learner.update(images, targets, run.data.loss, state.num_updates)
         state.position += 1
-        if not keep(run, update):
-            continue
-        run.stopwatch.lap()
-        state.num_updates += 1
-        record_update(run, update)
-        if run.monitor is not None:
-            run.monitor.observe(update.loss, run.learner.decay(update.lr))
-            if run.monitor.due(state.num_updates):
-                measure(run, run.monitor)
-                consider_switch(run)
-        if state.num_updates == run.last_update:
+        if keep(run, update):
+            count_update(run, update)
+        if state.num_updates >= run.last_update:
             break
         save_or_leave(run)
+
+
+def count_update(run: Run, update: Update) -> None:
+    """One more update is made: record it, and measure when a window is complete."""
+    run.stopwatch.lap()
+    run.state.num_updates += 1
+    record_update(run, update)
+    if run.monitor is not None:
+        run.monitor.observe(update.loss, run.learner.decay(update.lr))
+        if run.monitor.due(run.state.num_updates):
+            measure(run, run.monitor)
+            consider_switch(run)
 
 
 def keep(run: Run, update: Update) -> bool:
@@ -280,61 +261,6 @@ def evaluate_epoch(run: Run) -> None:
     run.log.line(eval_line(state.epoch, state.phase, metrics))
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint of the run as it is; remove those that are too many."""
-    if not run.saves.keep:
-        return
-    state, folder = run.state, run.log.folder
-    with run.stopwatch.paused():
-        checkpoint.write(folder, state.num_updates, run.state_dict(), run.learner)
-        run.saves.done(state.num_updates)
-        if distributed.is_primary():
-            checkpoint.prune(folder, run.saves.keep, state.best_update)
-
-
-def save_or_leave(run: Run) -> None:
-    """Between two updates: save when it is time, and leave when a signal came to any rank."""
-    interruption = run.interruption
-    due, asked = distributed.any_rank(
-        run.saves.due(run.state.num_updates) or interruption.warned,
-        interruption.received is not None,
-    )
-    if due or asked:
-        interruption.warned = False
-        save(run)
-    if asked:
-        leave(run)
-
-
-def leave_if_asked(run: Run) -> None:
-    """Leave when a signal came to any rank; everything is saved."""
-    if any(distributed.any_rank(run.interruption.received is not None)):
-        leave(run)
-
-
-def leave(run: Run) -> NoReturn:
-    """Raise Interrupted with a line that says how to go on."""
-    number = next(n for n in distributed.gather(run.interruption.received) if n is not None)
-    run.interruption.received = number
-    where = f"interrupted by {number.name} after update {run.state.num_updates}"
-    raise Interrupted(f"{where}; {how_to_go_on(run)}", number)
-
-
-def how_to_go_on(run: Run) -> str:
-    """The last checkpoint, and the command that goes on from it."""
-    found = checkpoint.find_all(run.log.folder)
-    if not found:
-        return "there is no checkpoint"
-    launcher = ["switchlora"]
-    if distributed.world_size() > 1:
-        processes = os.environ.get("LOCAL_WORLD_SIZE", str(distributed.world_size()))
-        launcher = ["torchrun", "--nproc-per-node", processes, "-m", "switchlora"]
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    kept = [word for word in given if not word.startswith("resume=")]
-    words = [*launcher, *kept, f"hydra.run.dir={run.log.folder}", "resume=auto"]
-    return f"the last checkpoint is {found[0]}; go on with: {shlex.join(words)}"
-
-
 def release_memory(device: torch.device) -> None:
     """Return what the full phase held: optimizer state, gradients, replaced weights."""
     gc.collect()
@@ -387,38 +313,6 @@ def main() -> None:
         sys.exit("switchlora: interrupted; everything that was saved is kept")
     except Exception as error:
         exit_with_one_line(error)
-
-
-def exit_with_one_line(error: Exception) -> NoReturn:
-    """Exit with a line that tells a user's mistake or a fault; any other error goes on.
-
-    A mistake that every rank meets is told by the primary rank alone.
-    """
-    told = isinstance(error, USER_ERRORS) or from_launcher(error)
-    line = one_line(error) if told else distributed.lost_rank(error)
-    if line is None or SHOW_TRACEBACK in os.environ:
-        raise error
-    if distributed.is_primary():
-        sys.exit(f"switchlora: {line}")
-    name = f"switchlora, rank {distributed.rank()}"
-    sys.exit(1 if isinstance(error, ValueError) else f"{name}: {line}")
-
-
-def from_launcher(error: Exception) -> bool:
-    """Whether submitit raised it: no Slurm here, an unknown partition, a job that died."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return "submitit" in Path(frames[-1].filename).parts
-
-
-def one_line(error: BaseException) -> str:
-    """The message that matters of an error and its causes, on one line."""
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
-        return one_line(error.__cause__)
-    message = str(error)
-    cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None:
-        message += f"; {near(str(cause.key), map(str, cause.parent_node))}"
-    return " ".join(message.split("Config search path")[0].split())
 
 
 if __name__ == "__main__":

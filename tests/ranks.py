@@ -1,6 +1,7 @@
 """What every rank of ``test_distributed.py`` does under torchrun: one run, then a look around."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from conf_yamls import composed
 
+import switchlora.switch
 from runs import SHORT
 from switchlora import distributed
 from switchlora.finish import finish
@@ -62,9 +64,23 @@ def look_around():
     }
 
 
+def break_the_first_switch():
+    """Let the injection fail once, on rank 1 only."""
+    inject = switchlora.switch.inject
+
+    def failing(*arguments):
+        switchlora.switch.inject = inject
+        fail_on(1)
+        return inject(*arguments)
+
+    switchlora.switch.inject = failing
+
+
 def main():
     folder, *overrides = sys.argv[1:]
     distributed.join()
+    if "BREAK_THE_FIRST_SWITCH" in os.environ:
+        break_the_first_switch()
     run = prepare(composed(*SHORT, *overrides), Path(folder))
     with run.log:
         fit(run)

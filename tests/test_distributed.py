@@ -141,6 +141,15 @@ def test_sharded_ranks_go_on_from_the_checkpoint_of_replicas(alone, pair, tmp_pa
     assert_like(alone, tmp_path)
 
 
+def test_a_switch_that_fails_on_one_rank_is_undone_on_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("BREAK_THE_FIRST_SWITCH", "1")
+    found = run_ranks(2, tmp_path, *PLATEAU, "full.accumulation=1")
+    assert found["spread"] == 0.0
+    (failed,) = read_events(tmp_path, "switch_failed")
+    assert failed["num_updates"] == 20 and "broken on rank 1" in failed["reason"]
+    assert switched_at(tmp_path) and switched_at(tmp_path)[0] > 20
+
+
 def children(pid):
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(number) for number in text.split()]
@@ -166,5 +175,11 @@ def test_a_rank_killed_at_the_switch_ends_the_run_and_one_process_goes_on(alone,
     assert "switchlora: another process of this run is gone" in said, said
     assert "go on with: torchrun" in said and 'switchlora/train.py", line' not in said, said
     assert find_all(folder)
+    refused = subprocess.run(
+        [*command, "resume=auto", "seed=1"], capture_output=True, text=True, env=environment()
+    )
+    lines = [x for x in refused.stderr.splitlines() if x.startswith("switchlora") and ":" in x]
+    assert len(lines) == 1 and "another configuration (seed: 0 there, 1 here)" in lines[0], lines
+    assert 'switchlora/train.py", line' not in refused.stderr
     make_run(folder, *PLATEAU, "resume=auto")
     assert_like(alone, folder)

@@ -8,13 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from runs import BY_DATE, SHORT, make_run
 from switchlora.checkpoint import find_all, read
-from switchlora.errors import TrainingStopped
+from switchlora.errors import LoaderDied, TrainingStopped
 from switchlora.learner import Learner
+from switchlora.runlog import read_events
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -36,14 +40,16 @@ def at_update(monkeypatch):
 def test_a_full_disk_stops_the_run_with_one_line_and_a_valid_checkpoint(tmp_path):
     """The system's limit on the size of a file stands for the disk: the switch needs less."""
     options = [*SHORT, *BY_DATE, f"hydra.run.dir={tmp_path / 'run'}", "checkpoint.every_updates=4"]
-    first = [sys.executable, "-m", "switchlora", *options, "max_updates=4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(first, check=True, capture_output=True, env=environment)
+    options += ["max_updates=8", "checkpoint.keep=9"]
+    first = [sys.executable, "-m", "switchlora", *options]
+    subprocess.run(first, check=True, capture_output=True, env=ENVIRONMENT)
     (tmp_path / "run" / "summary.json").unlink()
+    for later in find_all(tmp_path / "run")[:-1]:
+        shutil.rmtree(later)
     size = max(p.stat().st_size for p in find_all(tmp_path / "run")[0].iterdir())
     limited = f"ulimit -f {size // 2048}; exec {sys.executable} -m switchlora resume=auto "
     limited += " ".join(f"'{option}'" for option in options)
-    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=environment)
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1
     (line,) = [x for x in done.stderr.splitlines() if x]
     assert re.match("switchlora: no checkpoint could be written to .*: .*too large", line), line
@@ -76,10 +82,34 @@ def test_a_loader_worker_that_dies_is_told_with_the_way_to_go_on(tmp_path, at_up
         "system.workers=1",
         "checkpoint.every_updates=5",
     )
-    with pytest.raises(TrainingStopped, match="loads images died.*update-000000.*resume=auto"):
+    with pytest.raises(LoaderDied, match="loads images died.*update-000000.*resume=auto"):
         make_run(tmp_path, *options)
     at_update(None, None)
-    assert make_run(tmp_path, *options, "resume=auto", "max_updates=30")["num_updates"] == 30
+    assert make_run(tmp_path, *options, "resume=auto")["num_updates"] == 60
+
+
+def test_a_signal_to_all_processes_saves_although_it_meets_loader_workers(tmp_path):
+    folder = tmp_path / "run"
+    options = (
+        "data.train_transform={no_aug: true}",
+        "data.eval_transform={}",
+        "system.workers=2",
+        "full.optimizer.lr=1e-4",
+        "epochs=30",
+    )
+    command = [sys.executable, "-m", "switchlora", *SHORT, *options, f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=ENVIRONMENT
+    )
+    while not (folder / "metrics.jsonl").exists() or not list(read_events(folder, "train")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert re.search(r"switchlora: interrupted by SIGTERM after update \d+; the last", said), said
+    number = int(re.search(r"after update (\d+)", said)[1])
+    assert read(find_all(folder)[0])["train"]["num_updates"] == number
 
 
 def test_bad_losses_stop_the_run_and_name_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -233,8 +234,15 @@ def test_unfinished_writes_are_not_taken_for_checkpoints_and_are_removed(tmp_pat
     (tmp_path / "summary.json").unlink()
     left = tmp_path / "checkpoints" / ".writing-00000011"
     left.mkdir()
-    make_run(tmp_path, "resume=auto", "max_updates=20")
-    assert not left.exists()
+    make_run(tmp_path / "branch", f"resume={tmp_path}", "max_updates=20")
+    assert left.exists(), "another run's folder is left alone"
+    (tmp_path / "branch" / "summary.json").unlink()
+    left.rename(tmp_path / "branch" / "checkpoints" / left.name)
+    shutil.rmtree(find_all(tmp_path / "branch")[0])
+    make_run(tmp_path / "branch", "resume=auto", "max_updates=20")
+    assert [path.name[:7] for path in (tmp_path / "branch/checkpoints").iterdir()] == [
+        "update-"
+    ] * 2
 
 
 def test_a_finished_run_is_left_alone(tmp_path, capsys):
@@ -242,6 +250,39 @@ def test_a_finished_run_is_left_alone(tmp_path, capsys):
     again = make_run(tmp_path, "max_updates=10", "resume=auto")
     assert again["num_updates"] == summary["num_updates"] == 10
     assert "holds a finished run; nothing to do" in capsys.readouterr().out
+
+
+def test_a_finished_run_with_another_configuration_is_refused(tmp_path):
+    make_run(tmp_path, "max_updates=10")
+    with pytest.raises(ValueError, match="another configuration .*max_updates: 10 there, 20 here"):
+        make_run(tmp_path, "max_updates=20", "resume=auto")
+
+
+def test_a_branch_owns_a_checkpoint_before_its_first_update(stopped, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Learner, "update", fail)
+    with pytest.raises(KeyboardInterrupt):
+        make_run(tmp_path / "branch", f"resume={stopped}", "seed=1")
+    assert [path.name for path in find_all(tmp_path / "branch")] == ["update-00000012"]
+    before = list(read_events(tmp_path / "branch", "train"))
+    monkeypatch.undo()
+    make_run(tmp_path / "branch", "resume=auto", "seed=1", f"resume={stopped}", "resume=auto")
+    assert list(read_events(tmp_path / "branch", "train"))[: len(before)] == before
+
+
+def test_a_branch_with_another_optimizer_starts_its_moments_anew_and_says_so(
+    stopped, tmp_path, capsys
+):
+    make_run(tmp_path / "branch", f"resume={stopped}", "recipe@full=sgd", "max_updates=15")
+    said = capsys.readouterr().out
+    assert "moments start anew: the optimizer was AdamW, it is SGD with momentum" in said
+
+
+def test_a_branch_with_other_data_in_the_middle_of_an_epoch_is_refused(stopped, tmp_path):
+    with pytest.raises(ValueError, match="in the middle of an epoch of other data .*batch_size"):
+        make_run(tmp_path / "branch", f"resume={stopped}", "data.batch_size=32")
 
 
 def test_auto_starts_from_the_beginning_where_there_is_nothing(tmp_path):
@@ -283,8 +324,8 @@ def test_another_configuration_is_refused_in_place_and_named(stopped):
 
 
 def test_what_does_not_shape_results_may_change(stopped):
-    summary = make_run(stopped, "resume=auto", "max_updates=15", "system.workers=1", "name=other")
-    assert summary["num_updates"] == 15
+    summary = make_run(stopped, "resume=auto", "max_skipped=9", "system.workers=1", "name=other")
+    assert summary["num_updates"] == 60
 
 
 def test_a_branch_keeps_the_history_and_says_what_differs(stopped, tmp_path, capsys):

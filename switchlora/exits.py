@@ -1,0 +1,60 @@
+"""How the program ends early: one line for a user's mistake or a fault, a traceback for a bug."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from hydra.errors import HydraException, InstantiationException
+from omegaconf.errors import OmegaConfBaseException
+
+from switchlora import distributed
+from switchlora.errors import LoaderDied, OtherRankFailed, RankLost, TrainingStopped, near
+
+SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
+USER_ERRORS = (
+    ValueError,
+    TrainingStopped,
+    LoaderDied,
+    OtherRankFailed,
+    RankLost,
+    OSError,
+    torch.OutOfMemoryError,
+    HydraException,
+    OmegaConfBaseException,
+)
+
+
+def exit_with_one_line(error: Exception) -> NoReturn:
+    """Exit with a line that tells a user's mistake or a fault; any other error goes on.
+
+    A mistake that every rank meets is told by the primary rank alone.
+    """
+    told = isinstance(error, USER_ERRORS) or from_launcher(error)
+    line = one_line(error) if told else distributed.lost_rank(error)
+    if line is None or SHOW_TRACEBACK in os.environ:
+        raise error
+    if distributed.is_primary():
+        sys.exit(f"switchlora: {line}")
+    name = f"switchlora, rank {distributed.rank()}"
+    known = isinstance(error, ValueError | OtherRankFailed)
+    sys.exit(1 if known else f"{name}: {line}")
+
+
+def from_launcher(error: Exception) -> bool:
+    """Whether submitit raised it: no Slurm here, an unknown partition, a job that died."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return "submitit" in Path(frames[-1].filename).parts
+
+
+def one_line(error: BaseException) -> str:
+    """The message that matters of an error and its causes, on one line."""
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
+        return one_line(error.__cause__)
+    message = str(error)
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None:
+        message += f"; {near(str(cause.key), map(str, cause.parent_node))}"
+    return " ".join(message.split("Config search path")[0].split())

@@ -1,0 +1,86 @@
+"""When a run saves, how it leaves when it is asked to, and how to go on from there."""
+
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+
+from switchlora import checkpoint, distributed
+from switchlora.errors import Interrupted, LoaderDied, RankLost
+from switchlora.exits import one_line
+from switchlora.run import Run
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the run as it is; remove those that are too many."""
+    if not run.saves.keep:
+        return
+    state, folder = run.state, run.log.folder
+    with run.stopwatch.paused():
+        checkpoint.write(folder, state.num_updates, run.state_dict(), run.learner)
+        run.saves.done(state.num_updates)
+        if distributed.is_primary():
+            checkpoint.prune(folder, run.saves.keep, state.best_update)
+
+
+def save_or_leave(run: Run) -> None:
+    """Between two updates: save when it is time, and leave when a signal came to any rank."""
+    interruption = run.interruption
+    due, asked = distributed.any_rank(
+        run.saves.due(run.state.num_updates) or interruption.warned,
+        interruption.received is not None,
+    )
+    if due or asked:
+        interruption.warned = False
+        save(run)
+    if asked:
+        leave(run)
+
+
+def leave_if_asked(run: Run) -> None:
+    """Leave when a signal came to any rank; everything is saved."""
+    if any(distributed.any_rank(run.interruption.received is not None)):
+        leave(run)
+
+
+def leave(run: Run) -> NoReturn:
+    """Raise Interrupted with a line that says how to go on."""
+    number = next(n for n in distributed.gather(run.interruption.received) if n is not None)
+    run.interruption.received = number
+    where = f"interrupted by {number.name} after update {run.state.num_updates}"
+    raise Interrupted(f"{where}; {how_to_go_on(run)}", number)
+
+
+def how_to_go_on(run: Run) -> str:
+    """The last checkpoint, and the command that goes on from it."""
+    found = checkpoint.find_all(run.log.folder)
+    if not found:
+        return "there is no checkpoint"
+    launcher = ["switchlora"]
+    if distributed.world_size() > 1:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", str(distributed.world_size()))
+        launcher = ["torchrun", "--nproc-per-node", processes, "-m", "switchlora"]
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    kept = [word for word in given if not word.startswith("resume=")]
+    words = [*launcher, *kept, f"hydra.run.dir={run.log.folder}", "resume=auto"]
+    return f"the last checkpoint is {found[0]}; go on with: {shlex.join(words)}"
+
+
+@contextmanager
+def faults_explained(run: Run) -> Iterator[None]:
+    """Say what died, and how to go on, where torch has only an error of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        where = f"after update {run.state.num_updates}"
+        if "DataLoader worker" in str(error):
+            raise LoaderDied(
+                f"a process that loads images died {where} (too little memory, or too many "
+                f"system.workers?): {one_line(error)} {how_to_go_on(run)}"
+            ) from error
+        if (lost := distributed.lost_rank(error)) is not None:
+            raise RankLost(f"{lost} {where}; {how_to_go_on(run)}") from error
+        raise
