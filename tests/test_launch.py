@@ -12,12 +12,13 @@ import time
 from contextlib import suppress
 
 import pytest
-from conf_yamls import CONF, names
+from conf_yamls import CONF, composed, names
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from runs import events_without_times
 from switchlora.runlog import read_events
+from switchlora.train import train
 
 pytest.importorskip(
     "hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed"
@@ -98,14 +99,15 @@ def _environment(pid):
 
 @pytest.mark.slow
 def test_a_job_that_is_put_back_ends_as_one_that_was_left_alone(tmp_path):
-    preempted, alone = tmp_path / "0", tmp_path / "1"
-    with Launched(tmp_path, "seed=0,0") as launched:
+    preempted, alone = tmp_path / "0", tmp_path / "alone"
+    with Launched(tmp_path, "seed=0", "system.threads=1") as launched:
         launched.wait_for_updates(preempted, 25)
         (task,) = tasks(job_of(preempted))
         os.kill(task, signal.SIGUSR2)
         launched.finish()
         said = launched.said()
     assert said.count("resumed from") == 1, said
+    train(composed(*SHORT, *BY_DATE, "system.threads=1"), alone)
     assert events_without_times(preempted) == events_without_times(alone)
     weights = [(folder / "model.safetensors").read_bytes() for folder in (preempted, alone)]
     assert weights[0] == weights[1]

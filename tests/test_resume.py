@@ -240,9 +240,8 @@ def test_unfinished_writes_are_not_taken_for_checkpoints_and_are_removed(tmp_pat
     left.rename(tmp_path / "branch" / "checkpoints" / left.name)
     shutil.rmtree(find_all(tmp_path / "branch")[0])
     make_run(tmp_path / "branch", "resume=auto", "max_updates=20")
-    assert [path.name[:7] for path in (tmp_path / "branch/checkpoints").iterdir()] == [
-        "update-"
-    ] * 2
+    names = [path.name for path in (tmp_path / "branch" / "checkpoints").iterdir()]
+    assert len(names) == 2 and all(name.startswith("update-") for name in names)
 
 
 def test_a_finished_run_is_left_alone(tmp_path, capsys):
@@ -268,7 +267,7 @@ def test_a_branch_owns_a_checkpoint_before_its_first_update(stopped, tmp_path, m
     assert [path.name for path in find_all(tmp_path / "branch")] == ["update-00000012"]
     before = list(read_events(tmp_path / "branch", "train"))
     monkeypatch.undo()
-    make_run(tmp_path / "branch", "resume=auto", "seed=1", f"resume={stopped}", "resume=auto")
+    make_run(tmp_path / "branch", "resume=auto", "seed=1")
     assert list(read_events(tmp_path / "branch", "train"))[: len(before)] == before
 
 
