@@ -22,8 +22,9 @@ def save(run: Run) -> None:
     with run.stopwatch.paused():
         checkpoint.write(folder, state.num_updates, run.state_dict(), run.learner)
         run.saves.done(state.num_updates)
-        if distributed.is_primary():
-            checkpoint.prune(folder, run.saves.keep, state.best_update)
+        distributed.from_primary(
+            lambda: checkpoint.prune(folder, run.saves.keep, state.best_update)
+        )
 
 
 def save_or_leave(run: Run) -> None:
