@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+from switchlora.learner import Learner
 from switchlora.monitor import LayerStats, Measurement
 
 
@@ -25,6 +26,23 @@ def vit():
 def images():
     """Eight images for the tiny ViT."""
     return torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def at_update(monkeypatch):
+    """Do something to the images, or to the world, while a run makes a given update."""
+
+    update = Learner.update
+
+    def when(number, act):
+        def acting(self, images, targets, loss_fn, num_updates):
+            if num_updates + 1 == number:
+                images = act(images)
+            return update(self, images, targets, loss_fn, num_updates)
+
+        monkeypatch.setattr(Learner, "update", acting)
+
+    return when
 
 
 def stats(weight_norm=1.0, update_norm=0.1, weight_rank=4.0, update_rank=2.0, grad_norm=1.0):

@@ -21,22 +21,6 @@ from switchlora.runlog import read_events
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture
-def at_update(monkeypatch):
-    """Do something while the run makes a given update."""
-    update = Learner.update
-
-    def when(number, act):
-        def acting(self, images, targets, loss_fn, num_updates):
-            if num_updates + 1 == number:
-                images = act(images)
-            return update(self, images, targets, loss_fn, num_updates)
-
-        monkeypatch.setattr(Learner, "update", acting)
-
-    return when
-
-
 def test_a_full_disk_stops_the_run_with_one_line_and_a_valid_checkpoint(tmp_path):
     """The system's limit on the size of a file stands for the disk: the switch needs less."""
     options = [*SHORT, *BY_DATE, f"hydra.run.dir={tmp_path / 'run'}", "checkpoint.every_updates=4"]

@@ -73,17 +73,15 @@ STOPS = (7, 20, 30, 31)
 
 
 @pytest.fixture
-def signal_at(monkeypatch):
+def signal_at(at_update):
     """Send this process a real signal while it makes a given update."""
-    update = Learner.update
 
-    def send(number, at):
-        def sending(self, images, targets, loss_fn, num_updates):
-            if num_updates + 1 == at:
-                os.kill(os.getpid(), number)
-            return update(self, images, targets, loss_fn, num_updates)
+    def send(number, update):
+        def kill(images):
+            os.kill(os.getpid(), number)
+            return images
 
-        monkeypatch.setattr(Learner, "update", sending)
+        at_update(update, kill)
 
     return send
 
