@@ -101,7 +101,7 @@ def read(path: Path) -> dict[str, Any]:
                 raise CheckpointUnusable(f"{path} is damaged: {name} does not match its checksum")
         except OSError as error:
             raise CheckpointUnusable(f"{path} is not whole: {name} cannot be read") from error
-    state = load(path)
+    state = load(path, mmap=True)
     if state.get("format") != FORMAT:
         raise CheckpointUnusable(
             f"{path} has format {state.get('format')}, this version of switchlora reads {FORMAT}"
@@ -109,9 +109,12 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint that was read, and so checked, before."""
-    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+def load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The state of a checkpoint that was read, and so checked, before.
+
+    With ``mmap`` tensors are read from the file when they are looked at.
+    """
+    return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:

@@ -89,20 +89,25 @@ def _refuse_another(folder: Path, old: Any, new: Config) -> None:
 def _choose(
     resume: str | None, folder: Path, config: Config, model: nn.Module
 ) -> tuple[Path, Path, list[str]] | None:
-    begun = (folder / METRICS).exists() and bool(resume is None or checkpoint.find_all(folder))
-    if resume is None and begun:
-        raise ValueError(
-            f"{folder} already holds a run; go on with it by resume=auto, or choose another "
-            "hydra.run.dir"
-        )
+    begun = (folder / METRICS).exists()
     if resume is None:
+        if begun:
+            raise ValueError(
+                f"{folder} already holds a run; go on with it by resume=auto, or choose another "
+                "hydra.run.dir"
+            )
         return None
     if resume == AUTO:
         candidates, source = checkpoint.find_all(folder), folder
         if not candidates:
             return None
     else:
-        candidates, source = _elsewhere(Path(resume), folder, begun)
+        candidates, source = _elsewhere(Path(resume))
+        if begun and checkpoint.find_all(folder):
+            raise ValueError(
+                f"{folder} already holds a run; resume=auto goes on with it from its newest "
+                "checkpoint; to branch off from another one, choose another hydra.run.dir"
+            )
     path, state, lines, unusable = _newest_usable(candidates, model)
     if resume == AUTO:
         _refuse_another(folder, state["config"], config)
@@ -120,18 +125,13 @@ def _choose(
     return path, source, lines
 
 
-def _elsewhere(path: Path, folder: Path, begun: bool) -> tuple[list[Path], Path]:
+def _elsewhere(path: Path) -> tuple[list[Path], Path]:
     if (path / checkpoint.STATE).exists():
         candidates, source = [path], path.resolve().parent.parent
     else:
         candidates, source = checkpoint.find_all(path), path
     if not candidates:
         raise ValueError(f"resume={path}: there is no checkpoint and no run folder with one")
-    if begun:
-        raise ValueError(
-            f"{folder} already holds a run; resume=auto goes on with it from its newest "
-            "checkpoint; to branch off from another one, choose another hydra.run.dir"
-        )
     return candidates, source
 
 

@@ -288,7 +288,7 @@ def _carry(
     old: Learner,
     new: Learner,
 ) -> int:
-    if how == "reset" or type(old.optimizer) is not type(new.optimizer):
+    if type(old.optimizer) is not type(new.optimizer):
         return 0
     if how == "factors":
         moments = {**moments, **factor_moments(adapters, moments)}

@@ -16,7 +16,7 @@ from conf_yamls import CONF, composed, names
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from runs import events_without_times
+from runs import DIGITS, events_without_times
 from switchlora.runlog import read_events
 from switchlora.train import train
 
@@ -24,8 +24,7 @@ pytest.importorskip(
     "hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed"
 )
 
-DIGITS = ("data=digits", "model=digits", "log=quiet", "log.figures=false", "log.every=1")
-SHORT = (*DIGITS, "data.train_size=640", "epochs=4", "full.scheduler.warmup_t=5")
+SHORT = (*DIGITS, "log.every=1", "data.train_size=640", "epochs=4", "full.scheduler.warmup_t=5")
 BY_DATE = ("monitor.window=5", "switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
 PATIENCE = 120
 
