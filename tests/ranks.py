@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conf_yamls import composed
 
 import switchlora.switch
+from conf_yamls import composed
 from runs import SHORT
 from switchlora import distributed
 from switchlora.finish import finish

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import wandb
-from conf_yamls import composed
 from packaging.version import Version
 
+from conf_yamls import composed
 from switchlora.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

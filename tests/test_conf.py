@@ -7,9 +7,9 @@ import sys
 import zipfile
 
 import pytest
-from conf_yamls import CONF, build, composed, names
 from torch import nn
 
+from conf_yamls import CONF, build, composed, names
 from switchlora.learner import Recipe
 from switchlora.switch import DEFAULT_TARGETS, SwitchPolicy
 

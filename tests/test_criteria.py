@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from conf_yamls import build_yaml, names
 from conftest import history, stats
-
 from switchlora.criteria import (
     LOSS,
     AllOf,

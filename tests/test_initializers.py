@@ -3,9 +3,9 @@
 import pytest
 import scipy.linalg
 import torch
+
 from conf_yamls import build_yaml, names
 from conftest import tiny_vit
-
 from switchlora.errors import NothingMeasured
 from switchlora.initializers import UpdateSVD, WeightSVD
 from switchlora.layers import alpha_over_rank, scaling_one

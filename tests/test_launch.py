@@ -12,10 +12,10 @@ import time
 from contextlib import suppress
 
 import pytest
-from conf_yamls import CONF, composed, names
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
+from conf_yamls import CONF, composed, names
 from runs import DIGITS, events_without_times
 from switchlora.runlog import read_events
 from switchlora.train import train

@@ -5,8 +5,8 @@ import math
 import pytest
 import scipy.linalg
 import torch
-from conftest import tiny_vit
 
+from conftest import tiny_vit
 from switchlora.monitor import UpdateMonitor
 from switchlora.surgery import find_targets
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+
 from conf_yamls import build_yaml, names
 from conftest import history, stats
-
 from switchlora.errors import NothingMeasured
 from switchlora.ranks import (
     Budget,

@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
-from conf_yamls import composed
 from safetensors.torch import load_file
 
+from conf_yamls import composed
 from runs import (
     BY_DATE,
     DIGITS,

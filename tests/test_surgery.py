@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conf_yamls import composed
-from conftest import tiny_vit
 from torch import nn
 
+from conf_yamls import composed
+from conftest import tiny_vit
 from switchlora.initializers import Factors
 from switchlora.layers import Adapter, adapted_linear, alpha_over_rank, scaling_one
 from switchlora.models import create_model

@@ -7,10 +7,10 @@ import pytest
 import scipy.linalg
 import timm.optim
 import torch
-from conf_yamls import build, composed, names
-from conftest import tiny_vit
 from torch import nn
 
+from conf_yamls import build, composed, names
+from conftest import tiny_vit
 from switchlora.ema import WeightEMA
 from switchlora.errors import SwitchFailed
 from switchlora.layers import adapted_linear, is_factor

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conf_yamls import composed
 from safetensors.torch import load_file
 
+from conf_yamls import composed
 from runs import BY_DATE, DIGITS, history_row, wandb_records
 from runs import SHORT as THREE_EPOCHS
 from switchlora.finish import finish
