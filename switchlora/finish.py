@@ -8,6 +8,7 @@ from torch import nn
 from switchlora.distributed import is_primary, together
 from switchlora.export import save_adapter, save_merged
 from switchlora.figures import draw_figures
+from switchlora.memory import memory_lines
 from switchlora.provenance import environment
 from switchlora.report import final_table, never_switched_lines
 from switchlora.run import Run
@@ -70,7 +71,10 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
         "val": {**(state.last_eval or {}), "best_top1": state.best_top1},
         "test": test,
         "switch": switch,
-        "phases": state.phases,
+        "phases": {
+            phase: {**figures, "memory": state.memory.get(phase)}
+            for phase, figures in state.phases.items()
+        },
         "monitor": {"time_share": run.stopwatch.monitor_share},
         "environment": environment(run.device, run.config["seed"]),
     }
@@ -78,8 +82,10 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
 
 def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: Path) -> list[str]:
     """The final table, what the switch did or why it never came, and where everything is."""
-    lines = ["", *final_table({str(p): figures for p, figures in run.state.phases.items()}), ""]
     state = run.state
+    lines = ["", *final_table({str(p): figures for p, figures in state.phases.items()}), ""]
+    if state.phase is Phase.ADAPTER and Phase.ADAPTER not in state.memory:
+        lines += [*memory_lines(run), ""]
     if state.phase is Phase.FULL and state.verdict is not None:
         failures = state.failed_switches
         lines += never_switched_lines(state.verdict, len(state.history), failures)

@@ -1,12 +1,18 @@
 """Linear layers with low-rank adapters on a frozen residual weight."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+FACTORS = ("A", "B")
+REFORMED_FROM = 8192
+"""tokens from which an effective weight is formed again in the backward pass: that costs about
+r / T of a product, and keeping it the memory of the weight"""
 
 
 class Adapter(NamedTuple):
@@ -18,33 +24,96 @@ class Adapter(NamedTuple):
     scaling: float
 
 
-def effective_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """W_res + s B A (out, in), summed in at least float32."""
-    total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    for A, B, rows, scaling in adapters:
-        total[rows].addmm_(B, A, alpha=scaling)
-    return total
+def cheaper_form(tokens: int, in_features: int, out_features: int, trains_A: bool = True) -> str:
+    """'merged' or 'split', whichever costs less for ``tokens`` inputs; only shapes decide.
 
-
-def factor_gradients(inputs: Tensor, grad: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """Gradients of A and B from the inputs X (T, in) and the outputs' gradient G (T, out).
-
-    g_A = s (G B)^T X and g_B = s G^T (X A^T), on the adapter's rows: no dense (out, in) product.
+    Forming W_res + s B A takes r in out multiply-adds once; apart, the low-rank path adds
+    T r (in + out), and T r out more where A is frozen, whose gradient would need that product
+    anyway. Bytes read and written compare in the same way, so r cancels out.
     """
-    A, B, rows, scaling = adapter
-    grad = grad[:, rows]
-    grad_A = scaling * ((grad @ B).mT @ inputs)
-    grad_B = scaling * ((inputs @ A.mT).mT @ grad).mT  # G stays the wide, untransposed operand
-    return grad_A, grad_B
+    apart = in_features + out_features * (1 if trains_A else 2)
+    return "merged" if tokens * apart >= in_features * out_features else "split"
+
+
+def effective_weight(weight: Tensor, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
+    """W_res + s B A (out, in) in ``dtype``, summed in at least float32 and rounded once.
+
+    Factors enter a product of lower precision rounded, as under autocast.
+    """
+    exact = dtype if weight.dtype == dtype else torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to(exact, copy=True)
+    for A, B, rows, scaling in adapters:
+        total[rows].addmm_(B.to(exact), A.to(exact), alpha=scaling)
+    return total.to(dtype)
+
+
+def adapted_forward(
+    inputs: Tensor, operand: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], form: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Outputs (..., out) of X (..., in), and X A^T (T, r) of each adapter, for B's gradient.
+
+    ``operand`` is the effective weight in the merged form, W_res in the split one, where
+    s (X A^T) B^T is added in place.
+    """
+    outputs = F.linear(inputs, operand, bias)
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    projected = [flat @ adapter.A.mT for adapter in adapters]
+    if form == "split":
+        columns = outputs.view(-1, outputs.shape[-1])
+        for (_, B, rows, scaling), low in zip(adapters, projected, strict=True):
+            columns[:, rows].addmm_(low, B.mT, alpha=scaling)
+    return outputs, projected
+
+
+def adapted_backward(
+    grad: Tensor,
+    operand: Tensor | None,
+    inputs: Tensor | None,
+    projected: Sequence[Tensor],
+    adapters: Sequence[Adapter],
+    form: str,
+) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
+    """Gradients of X, of the bias and of the factors from that of the outputs, G (T, out).
+
+    g_X = G (W_res + s B A), g_A = s (G B)^T X, g_B = s G^T (X A^T): no dense (out, in) product.
+    Without ``operand`` g_X is left out, without ``inputs`` g_A. The bias's gradient, the column
+    sums of G, comes out of the product that makes g_B: X A^T gets a column of ones.
+    """
+    grad_input = None if operand is None else grad @ operand
+    ones = grad.new_ones(len(grad), 1)
+    sums, found = [], []
+    for (A, B, rows, scaling), low in zip(adapters, projected, strict=True):
+        part = grad[:, rows]
+        grad_A = None
+        if inputs is not None or form == "split":
+            back = part @ B
+            if form == "split" and grad_input is not None:
+                grad_input.addmm_(back, A, alpha=scaling)
+            if inputs is not None:
+                grad_A = scaling * (back.mT @ inputs)
+        both = torch.cat([low, ones], dim=1).mT @ part  # G stays the wide, untransposed operand
+        found += [grad_A, scaling * both[:-1].mT]
+        sums.append(both[-1])
+    return grad_input, torch.cat(sums), found
+
+
+class Product(NamedTuple):
+    """How an adapted product is made, besides its tensors."""
+
+    form: str
+    layout: Sequence[tuple[slice, float]]
+    """rows and scaling of each adapter"""
+    gelu: str | None = None
+    """approximation of the gelu that made the inputs, where they are not kept"""
 
 
 class AdaptedProduct(torch.autograd.Function):
     """X (W_res + s B A)^T + b with gradients for X, b and the factors only.
 
-    The effective weight is formed once forward and once backward, which costs r / T of the product
-    with T tokens: one full-size product each way, where frozen and low-rank paths apart would also
-    read and write the outputs twice. Under autocast the sum is made in the weight's dtype and
-    rounded once, as a plain linear's weight is.
+    Merged, the effective weight is formed and used in one full-size product each way; split, the
+    low-rank path is added in place to the outputs and to the inputs' gradient. X is kept for the
+    backward pass only where A trains, the (T, r) projections always, and nothing twice: the
+    output of a gelu can be made again from ``source``, the input that gelu keeps for itself.
     """
 
     @staticmethod
@@ -53,38 +122,74 @@ class AdaptedProduct(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        layout: Sequence[tuple[slice, float]],
+        kept: Tensor | None,
+        source: Tensor | None,
+        how: Product,
         *factors: Tensor,
     ) -> Tensor:
-        """(..., in) -> (..., out); ``factors`` are A, B of each adapter in ``layout``."""
-        device = input.device.type
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        input = input.to(dtype)
-        ctx.save_for_backward(input, weight, *factors)
-        ctx.layout = layout
+        """(..., in) -> (..., out); ``factors`` are A, B of each adapter of ``how``.
+
+        ``kept`` is the operand when it was made before; it is then kept for the backward pass,
+        where it is made a second time otherwise.
+        """
+        device, dtype = input.device.type, compute_dtype(input.device.type, factors)
         with torch.autocast(device, enabled=False):
-            total = effective_weight(weight, _adapters(layout, factors)).to(dtype)
-            return F.linear(input, total, None if bias is None else bias.to(dtype))
+            adapters = _adapters(how.layout, factors)
+            operand = kept if kept is not None else _operand(weight, adapters, how.form, dtype)
+            input = input.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+            cast = _adapters(how.layout, [factor.to(dtype) for factor in factors])
+            outputs, projected = adapted_forward(input, operand, bias, cast, how.form)
+        ctx.how, ctx.dtype, ctx.shape = how, dtype, input.shape
+        inputs = input if source is None else source
+        trains_A = any(ctx.needs_input_grad[6::2])
+        needed = inputs if trains_A else None, kept, weight if kept is None else None
+        ctx.save_for_backward(*needed, *factors, *projected)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the arguments of ``forward``; None for the frozen weight."""
-        (grad,) = grads
-        input, weight, *factors = ctx.saved_tensors
-        adapters = _adapters(ctx.layout, factors)
-        with torch.autocast(input.device.type, enabled=False):
-            grad_input = None
-            if ctx.needs_input_grad[0]:
-                grad_input = grad @ effective_weight(weight, adapters).to(grad.dtype)
-            flat, flat_grad = input.flatten(0, -2), grad.flatten(0, -2)
-            grad_bias = flat_grad.sum(0) if ctx.needs_input_grad[2] else None
-            found: list[Tensor | None] = []
-            for A, B, rows, scaling in adapters:
-                cast = Adapter(A.to(grad.dtype), B.to(grad.dtype), rows, scaling)
-                found += factor_gradients(flat, flat_grad, cast)
-        return grad_input, None, grad_bias, None, *found
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        inputs, operand, weight, *rest = ctx.saved_tensors
+        form, layout, gelu = ctx.how
+        factors, projected = rest[: 2 * len(layout)], rest[2 * len(layout) :]
+        with torch.autocast(grad.device.type, enabled=False):
+            if inputs is not None:
+                inputs = inputs if gelu is None else F.gelu(inputs, approximate=gelu)
+                inputs = inputs.to(ctx.dtype).reshape(len(grad), -1)
+            adapters = _adapters(layout, factors)
+            if not ctx.needs_input_grad[0]:
+                operand = None
+            elif operand is None:
+                operand = _operand(weight, adapters, form, ctx.dtype)
+            cast = _adapters(layout, [factor.to(ctx.dtype) for factor in factors])
+            grad_input, grad_bias, found = adapted_backward(
+                grad, operand, inputs, projected, cast, form
+            )
+        if grad_input is not None:
+            grad_input = grad_input.view(ctx.shape)
+        bias = grad_bias if ctx.needs_input_grad[2] else None
+        return grad_input, None, bias, None, None, None, *found
+
+
+def gelu_input(outputs: Tensor) -> tuple[Tensor | None, str | None]:
+    """Z and the approximation where ``outputs`` = gelu(Z) comes fresh from a gelu, else None."""
+    node = None if torch.compiler.is_compiling() else outputs.grad_fn
+    if node is None or node.name() != "GeluBackward0":
+        return None, None
+    return node._saved_self.detach(), node._saved_approximate  # type: ignore[attr-defined]
+
+
+def compute_dtype(device: str, factors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on, the factors' otherwise."""
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return factors[0].dtype
+
+
+def _operand(weight: Tensor, adapters: Sequence[Adapter], form: str, dtype: torch.dtype) -> Tensor:
+    return effective_weight(weight, adapters, dtype) if form == "merged" else weight.to(dtype)
 
 
 def _adapters(layout: Sequence[tuple[slice, float]], factors: Sequence[Tensor]) -> list[Adapter]:
@@ -96,8 +201,14 @@ class AdaptedLinear(nn.Linear):
     """y = W_res x + b + s B A x with W_res frozen (Hu et al., arXiv 2106.09685).
 
     ``weight`` and ``bias`` stay where ``nn.Linear`` has them, so the names in state dicts,
-    optimizers and curves survive the switch. Subclasses say where the factors are.
+    optimizers and curves survive the switch. Subclasses say where the factors are. ``form`` is
+    'merged' or 'split', None leaves it to ``cheaper_form``. With ``recompute_gelu``, inputs that
+    come from a gelu are made again in the backward pass instead of kept.
     """
+
+    form: str | None = None
+    recompute_gelu = False
+    _kept: dict[tuple[str, torch.dtype], Tensor] | None = None
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -110,10 +221,28 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        adapters = self.adapters().values()
+        adapters = list(self.adapters().values())
         layout = [(adapter.rows, adapter.scaling) for adapter in adapters]
         factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
-        return AdaptedProduct.apply(input, self.weight, self.bias, layout, *factors)
+        tokens = input.shape[:-1].numel()
+        trains_A = any(adapter.A.requires_grad for adapter in adapters)
+        form = self.form or cheaper_form(tokens, self.in_features, self.out_features, trains_A)
+        dtype = compute_dtype(input.device.type, factors)
+        kept = self._kept_operand(adapters, form, dtype) if tokens < REFORMED_FROM else None
+        source, gelu = gelu_input(input) if self.recompute_gelu else (None, None)
+        how = Product(form, layout, gelu)
+        return AdaptedProduct.apply(input, self.weight, self.bias, kept, source, how, *factors)
+
+    @torch.no_grad()
+    def _kept_operand(
+        self, adapters: Sequence[Adapter], form: str, dtype: torch.dtype
+    ) -> Tensor | None:
+        if torch.compiler.is_compiling() or self._kept is None:
+            return None
+        if (form, dtype) not in self._kept:
+            with torch.autocast(self.weight.device.type, enabled=False):
+                self._kept[form, dtype] = _operand(self.weight, adapters, form, dtype)
+        return self._kept[form, dtype]
 
     def extra_repr(self) -> str:
         """Shapes and ranks."""
@@ -165,6 +294,23 @@ class SlicedLoRALinear(AdaptedLinear):
         return found
 
 
+@contextmanager
+def operands_kept(model: nn.Module) -> Iterator[None]:
+    """Within one update, effective weights are formed once and kept for the backward pass.
+
+    Factors must not change inside. Outside, each forward and each backward pass forms its own and
+    holds it no longer than a product takes.
+    """
+    modules = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    for module in modules:
+        module._kept = {}
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._kept = None
+
+
 def adapted_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> AdaptedLinear:
     """``linear`` with ``adapters`` on it: the same function, the bias shared, W left alone.
 
@@ -178,17 +324,22 @@ def adapted_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> Adapte
 
 @torch.no_grad()
 def add_adapters(weight: Tensor, adapters: Mapping[str, Adapter], sign: int = 1) -> Tensor:
-    """W + sign * s B A on the rows of each adapter: summed in float64, rounded once."""
+    """W + sign * s B A on the rows of each adapter: summed in float64, rounded once.
+
+    The result has the dtype of the factors where that is the finer one.
+    """
     total = weight.to(torch.float64, copy=True)
+    dtype = weight.dtype
     for adapter in adapters.values():
         product = adapter.B.double() @ adapter.A.double()
         total[adapter.rows].add_(product, alpha=sign * adapter.scaling)
-    return total.to(weight.dtype)
+        dtype = torch.promote_types(dtype, adapter.A.dtype)
+    return total.to(dtype)
 
 
-def is_factor(parameter_name: str) -> bool:
-    """Whether a parameter name belongs to an adapter's factors."""
-    return "lora_A" in parameter_name or "lora_B" in parameter_name
+def is_factor(parameter_name: str, which: Sequence[str] = FACTORS) -> bool:
+    """Whether a parameter name belongs to an adapter's factors, or to ``which`` of them."""
+    return any(f"lora_{factor}" in parameter_name for factor in which)
 
 
 def scaling_one(rank: int) -> float:

@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from switchlora.distributed import full, like, total, world_size
 from switchlora.errors import check_choice, check_range
-from switchlora.layers import Adapter, is_factor
+from switchlora.layers import AdaptedLinear, Adapter, is_factor, operands_kept
 from switchlora.sharding import gathered, is_sharded, shard, skeleton
+from switchlora.storages import SavedTensors
 
 Moments = Mapping[str, Mapping[str, Any]]  # optimizer state by parameter name
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,10 +53,16 @@ class Recipe:
     precision: str = "fp32"
     compile: Mapping[str, Any] | None = None
     """arguments of torch.compile; None leaves the model eager"""
+    activation_checkpointing: str | None = None
+    """what is computed again in the backward pass instead of kept: 'blocks', whole ones, or
+    'gelu', the inputs of adapted linears that come from a gelu"""
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, tuple(PRECISIONS))
         check_range("accumulation", self.accumulation, 1)
+        if self.activation_checkpointing is not None:
+            name, choices = "activation_checkpointing", ("blocks", "gelu")
+            check_choice(name, self.activation_checkpointing, choices)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,9 @@ class Learner:
     """of the loss, in fp16"""
     bones: nn.Module | None = field(default=None, repr=False)
     """what a plain copy of a sharded model is made from"""
+    activation_bytes: int | None = None
+    """what autograd kept for the backward pass of the first micro-batch, parameters apart; None
+    before, and with torch.compile"""
 
     def update(
         self, images: Tensor, targets: Tensor, loss_fn: nn.Module, num_updates: int
@@ -100,19 +110,24 @@ class Learner:
         """
         lr = self.set_lr(num_updates)
         self.optimizer.zero_grad(set_to_none=True)
+        with nullcontext() if is_sharded(self.model) else operands_kept(self.model):
+            loss = self._accumulate(images, targets, loss_fn)
+        return self._step(loss, lr)
+
+    def _accumulate(self, images: Tensor, targets: Tensor, loss_fn: nn.Module) -> Tensor:
         device = next(self.model.parameters()).device
         loss = torch.zeros((), device=device)
         parts = images.chunk(self.recipe.accumulation)
         labels = targets.chunk(self.recipe.accumulation)
         for number, (part, label) in enumerate(zip(parts, labels, strict=True), start=1):
             with self._exchange(number == len(parts)):
-                with autocast(device.type, self.recipe.precision):
+                with autocast(device.type, self.recipe.precision), self._activations_counted():
                     output = self.forward(part.to(device, non_blocking=True))
                     share = loss_fn(output, label.to(device, non_blocking=True))
                 share = share * (len(part) / len(images))
                 (share if self.scaler is None else self.scaler.scale(share)).backward()
             loss += share.detach()
-        return self._step(loss, lr)
+        return loss
 
     def set_lr(self, num_updates: int) -> float:
         """Set and return the plan's learning rate, a function of the update counter alone."""
@@ -132,6 +147,16 @@ class Learner:
     def plain(self) -> nn.Module:
         """The plain model: the live one, or a copy on the CPU of one that is sharded."""
         return self.model if self.bones is None else gathered(self.model, self.bones)
+
+    @contextmanager
+    def _activations_counted(self) -> Iterator[None]:
+        if self.activation_bytes is not None or self.recipe.compile is not None:
+            yield
+            return
+        saved = SavedTensors()
+        with saved:
+            yield
+        self.activation_bytes = saved.bytes_beside(self.model)
 
     def _exchange(self, now: bool) -> AbstractContextManager:
         if is_sharded(self.model):
@@ -179,6 +204,7 @@ def build_learner(
     With several processes gradients are averaged by DDP, or ``parallel='fsdp'`` shards the model
     in place. ``scaler`` is the one before, whose loss scale goes on.
     """
+    _checkpoint_activations(model, recipe.activation_checkpointing)
     bones = None
     if parallel == "fsdp":
         bones = skeleton(model)
@@ -201,6 +227,20 @@ def _wrapped(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
         return forward
     torch.compiler.reset()
     return cast(Callable, torch.compile(forward, **recipe.compile))
+
+
+def _checkpoint_activations(model: nn.Module, what: str | None) -> None:
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.recompute_gelu = what == "gelu"
+    try:
+        model.set_grad_checkpointing(what == "blocks")  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        if what == "blocks":
+            raise ValueError(
+                f"activation_checkpointing=blocks: {type(model).__name__} knows no checkpointing "
+                "of its blocks, as most of timm's models do"
+            ) from error
 
 
 def _scaler(model: nn.Module, recipe: Recipe) -> GradScaler | None:

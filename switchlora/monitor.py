@@ -1,8 +1,8 @@
 """How the weights move: one measurement of every target per window of optimizer updates."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class Measurement:
     """mean over the updates of the window"""
     layers: Mapping[str, LayerStats]
 
+    def only(self, targets: Collection[str]) -> "Measurement":
+        """The measurement of some of the targets."""
+        return replace(self, layers={n: s for n, s in self.layers.items() if n in targets})
+
 
 class Updates(Mapping[str, Tensor]):
     """W - W_ref of each target (out, in), float32, computed when it is asked for.
@@ -76,6 +80,11 @@ class Updates(Mapping[str, Tensor]):
         reference = self._references[name].to(weight)
         update = weight - reference
         return update.add_(weight + reference, alpha=self._decay / 2) if self._decay else update
+
+    def only(self, targets: Collection[str]) -> "Updates":
+        """The updates of some of the targets."""
+        some = {name: target for name, target in self._targets.items() if name in targets}
+        return Updates(self._model, some, self._references, self._decay)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from switchlora.errors import NothingMeasured, check_choice, check_range, check_share
+from switchlora.layers import FACTORS
 from switchlora.monitor import Measurement
 from switchlora.spectral import energies
 from switchlora.surgery import family
@@ -30,6 +31,7 @@ class SwitchContext:
     """of the model before the switch"""
     other_trainable: int
     """parameters that go on training besides the factors"""
+    train_factors: Sequence[str] = FACTORS
 
 
 RankPolicy = Callable[[SwitchContext], Mapping[str, int]]
@@ -170,7 +172,8 @@ class Budget:
     """The ranks that capture most energy of the updates with a given share of trained parameters.
 
     Maximises sum_i sum_{k <= r_i} S_ik^2 under sum_i r_i (out_i + in_i) + others <= ``share`` * P,
-    with P the model's parameters and 'others' what trains besides the factors. Singular values
+    with P the model's parameters and 'others' what trains besides the factors; in_i does not count
+    where A is frozen. Singular values
     descend, so buying them by energy per parameter is optimal up to the last one bought.
     ``relative`` counts energy as a share of the layer's own.
     """
@@ -186,7 +189,8 @@ class Budget:
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Rank per target; ValueError when even ``r_min`` everywhere is above the budget."""
-        costs = {name: sum(update.shape) for name, update in context.updates.items()}
+        updates = context.updates
+        costs = {name: _cost(update, context.train_factors) for name, update in updates.items()}
         left = int(self.share * context.total_parameters) - context.other_trainable
         left -= self.r_min * sum(costs.values())
         if left < 0:
@@ -214,6 +218,10 @@ class Budget:
 def saves_parameters(rank: int, shape: Sequence[int]) -> bool:
     """Whether factors of this rank are smaller than the weight (out, in) they stand for."""
     return rank * sum(shape) < math.prod(shape)
+
+
+def _cost(update: Tensor, train_factors: Sequence[str]) -> int:
+    return sum(n for factor, n in zip("BA", update.shape, strict=True) if factor in train_factors)
 
 
 def _energies(name: str, update: Tensor) -> Tensor:

@@ -12,6 +12,17 @@ from switchlora.switch import SwitchReport
 
 SHOWN_HOLDING_BACK = 3
 EXPECTED_DRIFT = 1e-5
+PHASES = ("full", "adapter")
+MEMORY_PARTS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "ema": "EMA",
+    "monitor_reference": "monitor reference ({reference})",
+    "ddp_buckets": "DDP buckets",
+    "activations": "activations",
+    "total": "total on {model}",
+}
 
 
 def measurement_metrics(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
@@ -30,6 +41,7 @@ def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:
         "switch/fired": True,
         "switch/reason": verdict.reason,
         "switch/drift": report.drift,
+        "switch/rounding_drift": report.rounding_drift,
         "switch/seconds": report.seconds,
         "switch/moments_carried": report.moments_carried,
         "params/trainable_before": report.trainable_before,
@@ -81,6 +93,10 @@ def switch_lines(
         f"captured energy {_captured(report)} | max logit drift {report.drift:.1e} | "
         f"{report.seconds:.2f} s"
     )
+    if report.rounding_drift is not None:
+        lines.append(
+            f"  residual weights rounded: the logits move by {report.rounding_drift:.1e} more"
+        )
     if report.drift > EXPECTED_DRIFT:
         lines.append(f"  warning: the logits moved by more than {EXPECTED_DRIFT:g}")
     return lines
@@ -133,6 +149,36 @@ def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if len(values) == 2 and all(values) and key not in ("num_updates", "val_top1"):
             cells.append(f"{values[1] / values[0]:.2f}")
         lines.append(f"{label:<20}" + "".join(f"{cell:>16}" for cell in cells))
+    return lines
+
+
+def memory_metrics(
+    measured: Mapping[str, int | None], predicted: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """Keys of a 'memory' event: ``memory/<part>`` and ``memory/<part>_predicted``, in bytes."""
+    return {
+        **{f"memory/{part}": size for part, size in measured.items()},
+        **{f"memory/{part}_predicted": predicted[part] for part in measured},
+    }
+
+
+def memory_table(
+    memory: Mapping[str, Mapping[str, Mapping[str, int | None]]], **devices: str
+) -> list[str]:
+    """MiB of each part in the full and in the adapter phase, '-' for what was not measured.
+
+    ``devices`` are those of the ``model``, whose total is shown, and of the monitor's
+    ``reference``, which may be elsewhere.
+    """
+    columns = [memory.get(p, {}).get(k, {}) for p in PHASES for k in ("measured", "predicted")]
+    titles = ("full", "predicted", "adapter", "predicted", "ratio")
+    lines = [f"  {'memory, MiB':<24}" + "".join(f"{title:>11}" for title in titles)]
+    for part, label in MEMORY_PARTS.items():
+        sizes = [column.get(part) for column in columns]
+        cells = ["-" if size is None else f"{size / 2**20:,.2f}" for size in sizes]
+        full, _, adapter, _ = sizes
+        cells.append(f"{adapter / full:.2f}" if full and adapter is not None else "-")
+        lines.append(f"  {label.format(**devices):<24}" + "".join(f"{c:>11}" for c in cells))
     return lines
 
 

@@ -47,12 +47,15 @@ class TrainState:
     """updates made when ``best_top1`` was reached"""
     phases: dict[Phase, dict[str, Any]] = field(default_factory=dict)
     """figures of each phase that has ended"""
+    memory: dict[Phase, dict[str, dict[str, int | None]]] = field(default_factory=dict)
+    """bytes after the first update of each phase by category, 'measured' and 'predicted'"""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only."""
         plain = asdict(self)
         plain["phase"] = str(self.phase)
         plain["phases"] = {str(phase): figures for phase, figures in self.phases.items()}
+        plain["memory"] = {str(phase): found for phase, found in self.memory.items()}
         return plain
 
     def load_state_dict(self, plain: Mapping[str, Any]) -> None:
@@ -61,6 +64,7 @@ class TrainState:
             setattr(self, item.name, plain[item.name])
         self.phase = Phase(plain["phase"])
         self.phases = {Phase(phase): figures for phase, figures in plain["phases"].items()}
+        self.memory = {Phase(phase): found for phase, found in plain["memory"].items()}
         self.history = [_measurement(measured) for measured in plain["history"]]
         self.verdict = Verdict(**plain["verdict"]) if plain["verdict"] else None
         report = plain["switch_report"]

@@ -1,9 +1,9 @@
 """Find target modules, inject adapters, undo it, choose what trains, read merged weights."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from switchlora.distributed import full
 from switchlora.errors import near
 from switchlora.initializers import Factors
-from switchlora.layers import AdaptedLinear, Adapter, adapted_linear, add_adapters, is_factor
+from switchlora.layers import (
+    FACTORS,
+    AdaptedLinear,
+    Adapter,
+    adapted_linear,
+    add_adapters,
+    is_factor,
+)
 from switchlora.models import eval_mode
 
 QKV = ("q", "k", "v")
@@ -137,38 +144,58 @@ def inject(
     return linears
 
 
-def adapter_layout(model: nn.Module) -> dict[str, dict[str, dict[str, float]]]:
-    """Rank and scaling of each adapter by module and row slice: what ``inject_empty`` needs."""
+def adapter_layout(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What ``inject_empty`` needs, by module: rank and scaling by row slice, and the dtype."""
     return {
         name: {
-            part: {"rank": len(adapter.A), "scaling": adapter.scaling}
-            for part, adapter in module.adapters().items()
+            "dtype": str(module.weight.dtype).removeprefix("torch."),
+            "parts": {
+                part: {"rank": len(adapter.A), "scaling": adapter.scaling}
+                for part, adapter in module.adapters().items()
+            },
         }
         for name, module in adapted_modules(model).items()
     }
 
 
-def inject_empty(
-    model: nn.Module, layout: Mapping[str, Mapping[str, Mapping[str, float]]]
-) -> None:
+def inject_empty(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> None:
     """Give a plain model the adapters of ``adapter_layout``, all zero: weights are loaded next."""
-    for name, parts in layout.items():
+    for name, kept in layout.items():
         linear = cast(nn.Linear, model.get_submodule(name))
-        rows = linear.out_features // len(parts)
+        rows = linear.out_features // len(kept["parts"])
         adapters = {}
-        for i, (part, values) in enumerate(parts.items()):
-            rank = int(values["rank"])
-            A = linear.weight.new_zeros(rank, linear.in_features)
-            B = linear.weight.new_zeros(rows, rank)
+        for i, (part, values) in enumerate(kept["parts"].items()):
+            A = linear.weight.new_zeros(values["rank"], linear.in_features)
+            B = linear.weight.new_zeros(rows, values["rank"])
             place = slice(i * rows, (i + 1) * rows)
             adapters[part] = Adapter(A, B, place, values["scaling"])
         model.set_submodule(name, adapted_linear(linear, adapters))
+        round_residual(model.get_submodule(name), getattr(torch, kept["dtype"]))
+
+
+def round_residual(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen weight of an adapted module in ``dtype``."""
+    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)  # type: ignore
 
 
 def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
     """Put back the linears that ``inject`` replaced."""
     for name, linear in linears.items():
         model.set_submodule(name, linear)
+
+
+def frozen_outright(
+    model: nn.Module, targets: Iterable[str], freeze: Sequence[str]
+) -> tuple[set[str], set[str]]:
+    """Parameters and targets in whose names ``freeze``, regular expressions, are found.
+
+    One that finds nothing is a ValueError.
+    """
+    parameters = [n for n, _ in model.named_parameters()]
+    targets = list(targets)
+    names = [*parameters, *targets]
+    found = set(_matching(freeze, names, "switch.freeze", "parameter", re.search))
+    return found & set(parameters), found & set(targets)
 
 
 def kept_parameters(
@@ -189,14 +216,14 @@ def kept_parameters(
     return {n: others[n] for n in found}
 
 
-def train_only(model: nn.Module, frozen_modules: Iterable[str], keep: Sequence[str]) -> None:
-    """Train factors and ``kept_parameters``; freeze the rest and drop its gradients.
+def train_only(model: nn.Module, kept: Container[str], factors: Sequence[str] = FACTORS) -> None:
+    """Train ``factors`` and the ``kept`` parameters; freeze the rest and drop its gradients.
 
     A frozen parameter would otherwise keep its last gradient allocated.
     """
-    kept = kept_parameters(model, frozen_modules, keep)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in kept or (is_factor(name) and parameter.numel() > 0))
+        factor = is_factor(name, factors) and parameter.numel() > 0
+        parameter.requires_grad_(name in kept or factor)
         if not parameter.requires_grad:
             parameter.grad = None
 

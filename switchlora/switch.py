@@ -13,7 +13,7 @@ from switchlora.criteria import SwitchCriterion, Verdict
 from switchlora.distributed import agreed_checksum, from_primary, full, lost_rank, together
 from switchlora.errors import SwitchFailed, check_choice, check_patterns, near
 from switchlora.initializers import AdapterInit, Factors, empty_factors
-from switchlora.layers import Adapter, scaling_one
+from switchlora.layers import FACTORS, Adapter, scaling_one
 from switchlora.learner import Learner, factor_moments, load_moments, moments_of
 from switchlora.models import eval_mode
 from switchlora.monitor import Measurement, UpdateMonitor
@@ -25,12 +25,15 @@ from switchlora.surgery import (
     applied_ranks,
     count_parameters,
     find_targets,
+    frozen_outright,
     inject,
     kept_parameters,
     restore,
+    round_residual,
     train_only,
 )
 
+RESIDUAL_DTYPES = {"bf16": torch.bfloat16}
 DEFAULT_TARGETS = (
     r"attn\.(qkv|[qkv]_proj)",
     r"attn\.proj",
@@ -63,11 +66,26 @@ class SwitchPolicy:
     """take decoupled weight decay's share out of the recent update"""
     max_drift: float = 1e-3
     """largest logit change that is accepted; a larger one undoes the switch"""
+    train_factors: Sequence[str] = FACTORS
+    """which factors train; with [B], A stays where the switch put it, and no layer keeps its
+    inputs for the backward pass"""
+    residual_dtype: str | None = None
+    """'bf16' halves the bytes of the frozen residual weights; their rounding moves the logits"""
+    freeze: Sequence[str] = ()
+    """what stops training without an adapter: regular expressions, searched in the names of
+    parameters and targets; frozen at the front of a model, it costs no backward pass"""
 
     def __post_init__(self) -> None:
         check_choice("switch.moments", self.moments, ("surviving", "factors", "reset"))
         check_patterns("switch.targets", self.targets)
         check_patterns("switch.keep", self.keep)
+        check_patterns("switch.freeze", self.freeze)
+        if self.residual_dtype is not None:
+            check_choice("switch.residual_dtype", self.residual_dtype, tuple(RESIDUAL_DTYPES))
+        if "B" not in self.train_factors or set(self.train_factors) - set(FACTORS):
+            raise ValueError(
+                f"switch.train_factors is {list(self.train_factors)}: give [A, B] or [B]"
+            )
         if self.latest is not None and self.latest < self.earliest:
             raise ValueError(
                 f"switch.latest {self.latest} is before switch.earliest {self.earliest}"
@@ -102,6 +120,8 @@ class SwitchReport:
     """share of the recent update's energy in the adapter's row space; NaN where nothing moved"""
     drift: float
     """largest absolute change of a logit on the probe images, in float32"""
+    rounding_drift: float | None
+    """the same from keeping the residual weights in fewer bytes"""
     checksum: str
     """of all trained tensors, the same on all ranks"""
     moments_carried: int
@@ -158,8 +178,10 @@ def switch(
                 factors = _placed(plan.factors, model)
                 replaced.update(inject(model, monitor.targets, factors, policy.scaling))
                 assert applied_ranks(model, monitor.targets, factors) == plan.ranks
-                train_only(model, *_frozen_and_kept(policy, monitor.targets, plan))
-                drift = _checked_drift(logits, _logits(model, probe), policy.max_drift)
+                train_only(model, _kept(model, policy, monitor, plan), policy.train_factors)
+                adapted = _logits(model, probe)
+                drift = _checked_drift(logits, adapted, policy.max_drift)
+                rounding = _round_residuals(model, policy, adapted, probe)
             after = count_parameters(model, trainable=True)
             checksum = agreed_checksum(trained_tensors(model))
             adapters = _snapshot(model)
@@ -178,6 +200,7 @@ def switch(
         left_full=plan.left_full,
         captured_energy=plan.captured_energy,
         drift=drift,
+        rounding_drift=rounding,
         checksum=checksum,
         moments_carried=carried,
         parameters=parameters,
@@ -216,14 +239,16 @@ def choose_ranks(
 
     A fused module switches whole: one row slice that saves nothing leaves all of it full.
     """
-    targets = monitor.targets
-    kept = kept_parameters(model, {t.module for t in targets.values()}, policy.keep)
+    kept = _kept(model, policy, monitor)
+    _, frozen = frozen_outright(model, monitor.targets, policy.freeze)
+    targets = {name: t for name, t in monitor.targets.items() if name not in frozen}
     context = SwitchContext(
-        history,
-        monitor.updates(policy.remove_weight_decay, of=model),
+        [measured.only(targets) for measured in history],
+        monitor.updates(policy.remove_weight_decay, of=model).only(targets),
         monitor.initial_stable_ranks,
         total_parameters=count_parameters(model),
         other_trainable=sum(parameter.numel() for parameter in kept.values()),
+        train_factors=policy.train_factors,
     )
     wanted = policy.rank(context)
     if odd := sorted(set(wanted) ^ set(targets)):
@@ -241,7 +266,8 @@ def choose_ranks(
     left_full = [name for name in wanted if targets[name].module in useless]
     if len(left_full) == len(wanted):
         raise ValueError("no rank saves parameters on any target: choose smaller ranks")
-    return {n: r for n, r in wanted.items() if n not in left_full}, left_full
+    ranks = {n: r for n, r in wanted.items() if n not in left_full} | dict.fromkeys(frozen, 0)
+    return {n: ranks[n] for n in monitor.targets if n in ranks}, left_full
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -273,12 +299,27 @@ def _placed(factors: Mapping[str, Factors], model: nn.Module) -> dict[str, Facto
     return {name: Factors(A.to(device), B.to(device)) for name, (A, B) in factors.items()}
 
 
-def _frozen_and_kept(
-    policy: SwitchPolicy, targets: Mapping[str, Target], plan: Plan
-) -> tuple[set[str], list[str]]:
-    full_modules = sorted({targets[name].module for name in plan.left_full})
-    kept = [*policy.keep, *(rf"^{re.escape(module)}\." for module in full_modules)]
-    return {targets[name].module for name in plan.ranks}, kept
+def _kept(
+    model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor, plan: Plan | None = None
+) -> dict[str, nn.Parameter]:
+    """What trains on besides the factors: with no plan yet, no target's weight is among it."""
+    targets = monitor.targets
+    full_modules = {targets[name].module for name in plan.left_full} if plan else set()
+    patterns = [*policy.keep, *(rf"^{re.escape(module)}\." for module in sorted(full_modules))]
+    adapted = {target.module for target in targets.values()} - full_modules
+    frozen, _ = frozen_outright(model, targets, policy.freeze)
+    kept = kept_parameters(model, adapted, patterns)
+    return {name: parameter for name, parameter in kept.items() if name not in frozen}
+
+
+def _round_residuals(
+    model: nn.Module, policy: SwitchPolicy, logits: Tensor, probe: Tensor
+) -> float | None:
+    if policy.residual_dtype is None:
+        return None
+    for module in adapted_modules(model).values():
+        round_residual(module, RESIDUAL_DTYPES[policy.residual_dtype])
+    return float((logits - _logits(model, probe)).abs().max())
 
 
 def _carry(

@@ -21,6 +21,7 @@ from switchlora.exits import exit_with_one_line, one_line
 from switchlora.finish import finish
 from switchlora.interrupt import Interruption
 from switchlora.learner import Update
+from switchlora.memory import record_memory
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.report import (
     eval_line,
@@ -115,6 +116,8 @@ def count_update(run: Run, update: Update) -> None:
     run.stopwatch.lap()
     run.state.num_updates += 1
     record_update(run, update)
+    if run.state.phase not in run.state.memory:
+        record_memory(run)
     if run.monitor is not None:
         run.monitor.observe(update.loss, run.learner.decay(update.lr))
         if run.monitor.due(run.state.num_updates):

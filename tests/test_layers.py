@@ -1,11 +1,21 @@
 """The adapted linear against its plain form, for whole and row-sliced adapters."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchlora.layers import AdaptedProduct, Adapter, adapted_linear
+from switchlora import layers
+from switchlora.layers import (
+    AdaptedProduct,
+    Adapter,
+    Product,
+    adapted_linear,
+    cheaper_form,
+    operands_kept,
+)
 
 SLICES = {
     "whole": {"": (slice(0, 12), 3, 1.0)},
@@ -37,8 +47,13 @@ def plain(module, x):
 
 @pytest.mark.parametrize("kind", SLICES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_outputs_and_gradients_equal_the_plain_form(kind, bias):
+@pytest.mark.parametrize("form", ["merged", "split"])
+@pytest.mark.parametrize("trained", ["AB", "B"])
+def test_outputs_and_gradients_equal_the_plain_form(kind, bias, form, trained):
     _, module = make(kind, bias)
+    module.form = form
+    for adapter in module.adapters().values():
+        adapter.A.requires_grad_("A" in trained)
     x = torch.randn(5, 7, 6, requires_grad=True)
     direction = torch.randn(5, 7, 12)
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -52,15 +67,24 @@ def test_outputs_and_gradients_equal_the_plain_form(kind, bias):
 
 
 @pytest.mark.parametrize("kind", SLICES)
-def test_gradcheck_in_double_precision(kind):
+@pytest.mark.parametrize("form", ["merged", "split"])
+@pytest.mark.parametrize("trained", ["AB", "B"])
+def test_gradcheck_in_double_precision(kind, form, trained):
     _, module = make(kind, dtype=torch.float64)
+    A_trains = trained == "AB"
     adapters = module.adapters().values()
     layout = [(a.rows, a.scaling) for a in adapters]
-    factors = [f.detach().clone().requires_grad_() for a in adapters for f in (a.A, a.B)]
+    factors = [
+        factor.detach().clone().requires_grad_(trains)
+        for adapter in adapters
+        for factor, trains in ((adapter.A, A_trains), (adapter.B, True))
+    ]
     x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
 
     def product(x, bias, *factors):
-        return AdaptedProduct.apply(x, module.weight, bias, layout, *factors)
+        return AdaptedProduct.apply(
+            x, module.weight, bias, None, None, Product(form, layout), *factors
+        )
 
     assert torch.autograd.gradcheck(product, (x, module.bias, *factors))
 
@@ -97,3 +121,102 @@ def test_it_compiles_without_graph_breaks():
     x = torch.randn(4, 6)
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x), module(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["merged", "split"])
+def test_in_compiled_code_both_forms_compute_the_same(form):
+    _, module = make("sliced")
+    module.form = form
+    x = torch.randn(4, 6, requires_grad=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    (mine,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    (theirs,) = torch.autograd.grad(module(x).square().sum(), x)
+    assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def saved_bytes(module, x, before=lambda x: x):
+    """Bytes that module(before(x)) keeps for its backward pass, parameters left out."""
+    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    found = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        module(before(x))
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("form", ["merged", "split"])
+def test_a_frozen_A_needs_no_inputs_only_the_narrow_projections(form):
+    _, module = make("whole")
+    module.form = form
+    x = torch.randn(50, 6, requires_grad=True)
+    narrow = 50 * 3 * 4
+    assert saved_bytes(module, x) == x.nbytes + narrow
+    module.lora_A.requires_grad_(False)
+    assert saved_bytes(module, x) == narrow
+
+
+def test_within_an_update_the_effective_weight_is_formed_once(monkeypatch):
+    _, module = make("scaled")
+    module.form, formed = "merged", []
+    form_it = layers.effective_weight
+    monkeypatch.setattr(
+        layers, "effective_weight", lambda *args: formed.append(1) or form_it(*args)
+    )
+    x = torch.randn(5, 6, requires_grad=True)
+    for scope, times in ((operands_kept(module), 1), (nullcontext(), 4)):
+        formed.clear()
+        with scope:
+            for _ in range(2):
+                module(x).sum().backward()
+        assert len(formed) == times
+
+
+def test_what_was_kept_in_one_update_is_not_used_in_the_next():
+    _, module = make("scaled")
+    module.form, x = "merged", torch.randn(5, 6)
+    with operands_kept(module):
+        before = module(x)
+    with torch.no_grad():
+        module.lora_B.zero_()
+    with operands_kept(module):
+        after = module(x)
+    assert torch.equal(after, F.linear(x, module.weight, module.bias))
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "tokens, width, out, expected",
+    [(3152, 384, 1536, "merged"), (394, 1024, 4096, "split"), (1576, 768, 768, "merged")],
+)
+def test_many_tokens_are_worth_an_effective_weight(tokens, width, out, expected):
+    assert cheaper_form(tokens, width, out) == expected
+
+
+def test_the_form_follows_the_shapes_where_none_is_given():
+    linear = nn.Linear(64, 64)
+    adapter = Adapter(torch.randn(2, 64), torch.randn(64, 2), slice(0, 64), 1.0)
+    module = adapted_linear(linear, {"": adapter})
+    used = set()
+    for tokens in (8, 512):
+        with operands_kept(module):
+            module(torch.randn(tokens, 64))
+            used |= {(tokens, form) for form, _ in module._kept}
+    assert used == {(8, "split"), (512, "merged")}
+
+
+def test_inputs_from_a_gelu_are_made_again_bit_by_bit():
+    _, module = make("whole")
+    z = torch.randn(50, 6, requires_grad=True)
+    results = []
+    for module.recompute_gelu in (False, True):
+        kept = saved_bytes(module, z, before=F.gelu)
+        trained = [z, module.lora_A, module.lora_B]
+        results.append((kept, torch.autograd.grad(module(F.gelu(z)).square().sum(), trained)))
+    (kept, grads), (kept_less, remade) = results
+    assert kept - kept_less == z.nbytes and all(map(torch.equal, grads, remade))

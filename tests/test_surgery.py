@@ -163,7 +163,7 @@ def test_rank_zero_freezes_a_target_without_an_adapter(vit):
     inject(vit, targets, random_factors(vit, targets, rank=0), scaling_one)
     assert not adapted_modules(vit)
     assert applied_ranks(vit, targets, targets) == dict.fromkeys(targets, 0)
-    train_only(vit, {t.module for t in targets.values()}, [".*"])
+    train_only(vit, kept_parameters(vit, {t.module for t in targets.values()}, [".*"]))
     assert not vit.get_parameter("blocks.0.mlp.fc1.weight").requires_grad
 
 
@@ -179,7 +179,7 @@ def test_rank_zero_freezes_a_target_without_an_adapter(vit):
 def test_keep_says_what_trains_besides_the_factors(vit, keep, extra):
     targets = find_targets(vit, DEFAULTS)
     inject(vit, targets, random_factors(vit, targets), scaling_one)
-    train_only(vit, targets, keep)
+    train_only(vit, kept_parameters(vit, targets, keep))
     for name, p in vit.named_parameters():
         frozen_weight = name.removesuffix(".weight") in targets
         wanted = any(part in name for part in extra) and not frozen_weight
@@ -193,7 +193,7 @@ def test_keep_that_matches_nothing_suggests_near_names(vit):
 
 def test_freezing_drops_the_gradient(vit, images):
     vit(images).sum().backward()
-    train_only(vit, ["blocks.0.mlp.fc1"], [".*"])
+    train_only(vit, kept_parameters(vit, ["blocks.0.mlp.fc1"], [".*"]))
     assert vit.get_parameter("blocks.0.mlp.fc1.weight").grad is None
     assert vit.get_parameter("blocks.0.mlp.fc2.weight").grad is not None
     assert count_parameters(vit) - count_parameters(vit, trainable=True) == 32 * 128

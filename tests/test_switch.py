@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import timm.optim
 import torch
+from hydra.errors import InstantiationException
 from torch import nn
 
 from conf_yamls import build, composed, names
@@ -429,3 +430,119 @@ def test_a_rank_policy_that_names_no_target_is_told_so():
         SwitchFailed, match="each target a rank, but 'blocks.0.attn.proj' is missing"
     ):
         trial.switch()
+
+
+def test_with_B_alone_A_stays_where_the_switch_put_it():
+    trial = Trial("switch.train_factors=[B]")
+    report = trial.switch()
+    before = snapshot(trial.model)
+    trial.train(3)
+    for name, p in trial.model.named_parameters():
+        assert p.requires_grad == (not is_factor(name, "A") and name in before_trained(trial))
+        assert p.requires_grad != torch.equal(p, before[name]), name
+    assert report.trainable_after < Trial().switch().trainable_after
+
+
+def before_trained(trial):
+    """Names that train after a switch: everything but A and the weights under adapters."""
+    weights = {f"{name}.weight" for name in adapted_modules(trial.model)}
+    return {name for name, _ in trial.model.named_parameters()} - weights
+
+
+def test_a_budget_counts_only_factors_that_train():
+    both, alone = (
+        ("switch/rank=budget", "switch.rank.share=0.4", f"switch.train_factors={factors}")
+        for factors in ("[A,B]", "[B]")
+    )
+    ranks = []
+    for overrides in (both, alone):
+        trial = Trial()
+        trial.policy = build(composed(*overrides).switch)
+        ranks.append(sum(trial.switch().ranks.values()))
+    assert ranks[1] > ranks[0]
+
+
+@pytest.mark.parametrize("factors", ["[A]", "[]", "[B,C]"])
+def test_factors_that_cannot_train_are_refused(factors):
+    with pytest.raises(
+        InstantiationException, match=r"switch\.train_factors.*give \[A, B\] or \[B\]"
+    ):
+        build(composed(f"switch.train_factors={factors}").switch)
+
+
+def test_a_residual_weight_in_bf16_has_half_the_bytes_and_says_how_far_the_logits_move():
+    trial, exact = Trial("switch.residual_dtype=bf16"), Trial()
+    report = trial.switch()
+    assert exact.switch().rounding_drift is None
+    assert report.drift <= 1e-5 and 0 < report.rounding_drift < 0.05
+    for module in adapted_modules(trial.model).values():
+        assert module.weight.dtype == torch.bfloat16 and module.lora_A.dtype == torch.float32
+    trial.train(3)
+    merged = merged_state_dict(trial.model)
+    assert all(t.dtype == torch.float32 for t in merged.values())
+
+
+def test_a_residual_weight_in_bf16_leaves_bf16_training_as_it_was():
+    losses = []
+    for residual in ("null", "bf16"):
+        trial = Trial("full.precision=bf16", f"switch.residual_dtype={residual}")
+        trial.switch()
+        losses.append([trial.learner.update(*batch(i), LOSS, i).loss for i in range(5)])
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+FRONT = r"switch.freeze=[patch_embed,pos_embed,cls_token,'blocks\.0\.']"
+
+
+def test_a_frozen_front_has_no_adapter_and_costs_no_backward_pass():
+    trial = Trial(FRONT)
+    report = trial.switch()
+    assert {n for n, rank in report.ranks.items() if not rank} == {
+        n for n in report.ranks if n.startswith("blocks.0.")
+    }
+    assert all(name.startswith("blocks.1.") for name in adapted_modules(trial.model))
+    outputs = {}
+    for i, block in enumerate(trial.model.blocks):
+        block.register_forward_hook(lambda *args, i=i: outputs.update({i: args[2]}))
+    before = snapshot(trial.model)
+    trial.train(2)
+    assert not outputs[0].requires_grad and outputs[1].requires_grad
+    for name, p in trial.model.named_parameters():
+        if name.startswith(("blocks.0.", "patch_embed", "pos_embed", "cls_token")):
+            assert torch.equal(p, before[name]) and p.grad is None, name
+
+
+@pytest.mark.parametrize("rank", names("switch/rank"))
+def test_every_rank_policy_leaves_a_frozen_front_out(rank):
+    options = {
+        "budget": ["switch.rank.share=0.4"],
+        "cuttlefish": ["switch.rank.multiplier=0.1"],
+        "prelora": ["switch.rank.r_min=1", "switch.rank.r_max=4"],
+    }
+    trial = Trial(FRONT)
+    overrides = [f"switch/rank={rank}", FRONT, *options.get(rank, [])]
+    trial.policy = build(composed(*overrides).switch)
+    report = trial.switch()
+    assert all(bool(r) == n.startswith("blocks.1.") for n, r in report.ranks.items())
+
+
+def test_freezing_nothing_by_mistake_is_told():
+    with pytest.raises(SwitchFailed, match=r"switch\.freeze.*'blcks'.* matches no parameter"):
+        Trial("switch.freeze=[blcks]").switch()
+
+
+@pytest.mark.parametrize(
+    "phase, what", [("full", "blocks"), ("adapter", "blocks"), ("adapter", "gelu")]
+)
+def test_activation_checkpointing_changes_no_loss_and_keeps_less(phase, what):
+    results = []
+    for on in ("null", what):
+        trial = Trial(f"full.activation_checkpointing={on}")
+        if phase == "adapter":
+            trial.switch()
+        trial.learner.activation_bytes = None
+        losses = [trial.learner.update(*batch(i), LOSS, i).loss for i in range(4)]
+        results.append((losses, trial.learner.activation_bytes))
+    (losses, kept), (checkpointed, kept_less) = results
+    assert losses == pytest.approx(checkpointed, abs=1e-6)
+    assert kept_less < (0.6 if what == "blocks" else 0.85) * kept

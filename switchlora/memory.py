@@ -1,0 +1,175 @@
+"""The memory proof: bytes of everything that training holds, measured beside predicted.
+
+The measurement reads this rank's live tensors, the prediction only the shapes of a model. Both are
+made once a phase, after its first update.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from switchlora.distributed import is_primary, world_size
+from switchlora.exits import one_line
+from switchlora.layers import is_factor, operands_kept
+from switchlora.learner import autocast, parameter_groups
+from switchlora.report import memory_metrics, memory_table
+from switchlora.run import Run
+from switchlora.sharding import is_sharded
+from switchlora.state import Phase
+from switchlora.storages import SavedTensors, held_bytes, local
+
+Bytes = dict[str, int | None]  # by part, None for what cannot be told
+
+
+def record_memory(run: Run) -> None:
+    """The bytes of a phase, after its first update, into the state, the log and the terminal.
+
+    All ranks measure, the primary one also predicts: it alone writes and talks.
+    """
+    state = run.state
+    with run.stopwatch.paused():
+        measured = measure_memory(run)
+        predicted = predict_memory(run) if is_primary() else dict.fromkeys(measured)
+        state.memory[state.phase] = {"measured": measured, "predicted": predicted}
+        metrics = memory_metrics(measured, predicted)
+        run.log.event("memory", state.num_updates, run.epoch, **metrics)
+        if state.phase is Phase.ADAPTER:
+            for line in memory_lines(run):
+                run.log.line(line)
+
+
+def memory_lines(run: Run) -> list[str]:
+    """The table of both phases."""
+    memory = {str(phase): found for phase, found in run.state.memory.items()}
+    return memory_table(memory, model=run.device.type, reference=_reference_device(run))
+
+
+def measure_memory(run: Run) -> Bytes:
+    """Bytes that this rank holds after an update, while its gradients are still in place.
+
+    'ddp_buckets' are what the gradients lie in beyond their own bytes, 'activations' what
+    autograd kept for the backward pass of one micro-batch.
+    """
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    gradient_bytes = sum(local(gradient).nbytes for gradient in gradients)
+    monitor = run.monitor
+    found = {
+        "parameters": held_bytes(_tensors(run.model)),
+        "gradients": gradient_bytes,
+        "optimizer_state": held_bytes(_moments(run.learner.optimizer)),
+        "ema": held_bytes(_tensors(run.ema.model)) if run.ema else 0,
+        "monitor_reference": held_bytes(monitor.references.values()) if monitor else 0,
+        "ddp_buckets": held_bytes(gradients) - gradient_bytes,
+        "activations": run.learner.activation_bytes,
+    }
+    return {**found, "total": _total(run, found)}
+
+
+def predict_memory(run: Run) -> Bytes:
+    """The same from shapes alone, if nothing that training is done with stays alive.
+
+    Gradients lie in DDP's buckets and nowhere else; shards have the mean size over all ranks.
+    """
+    model = run.learner.bones or run.model
+    shards = world_size() if is_sharded(run.model) else 1
+    trained = [p for p in model.parameters() if p.requires_grad]
+    targets = run.monitor.targets.values() if run.monitor else ()
+    moments = _attempted(run, "the optimizer's state", lambda: predict_moments(run, model))
+    found: Bytes = {
+        "parameters": held_bytes(_tensors(model)) // shards,
+        "gradients": sum(parameter.nbytes for parameter in trained) // shards,
+        "optimizer_state": moments and moments // shards,
+        "ema": _plain_bytes(model) if run.ema else 0,
+        "monitor_reference": sum(target.weight(model).nbytes for target in targets),
+        "ddp_buckets": 0,
+        "activations": _attempted(run, "activations", lambda: predict_activations(run, model)),
+    }
+    return {**found, "total": _total(run, found)}
+
+
+def predict_moments(run: Run, model: nn.Module) -> int:
+    """Bytes of the optimizer's state for ``model``: a step on tensors without content."""
+    model = _hollow(model, torch.device("meta"))
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    optimizer = run.recipe.optimizer(parameter_groups(model, run.recipe))
+    for group in optimizer.param_groups:  # they have kernels for real devices only
+        group.update(dict.fromkeys(group.keys() & {"fused", "capturable"}, False))
+    optimizer.step()
+    return held_bytes(_moments(optimizer))
+
+
+def predict_activations(run: Run, model: nn.Module) -> int:
+    """Bytes that autograd keeps of one micro-batch: a forward pass that computes shapes only."""
+    data, recipe, device = run.data, run.recipe, run.device
+    images = -(-run.batch_size // world_size() // recipe.accumulation)
+    saved = SavedTensors()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = _hollow(model, device)
+        shape = images, data.in_chans, data.image_size, data.image_size
+        inputs = torch.empty(shape, device=device)
+        labels = torch.empty(images, data.num_classes, device=device)
+        with (
+            nullcontext() if is_sharded(run.model) else operands_kept(model),
+            autocast(device.type, recipe.precision),
+            saved,
+        ):
+            loss = F.cross_entropy(model(inputs), labels)
+        kept = saved.bytes_beside(model)
+        del loss  # whose graph has kept it until here
+        return kept
+
+
+def _hollow(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of ``model`` whose parameters and buffers have no content yet, on ``device``."""
+    empty: dict[int, Tensor] = {id(b): torch.empty_like(b, device=device) for b in model.buffers()}
+    for parameter in model.parameters():
+        tensor = torch.empty_like(parameter, device=device)
+        empty[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, empty)
+
+
+def _attempted(run: Run, what: str, predict: Callable[[], int]) -> int | None:
+    """None, and a line, where code that is not ours needs numbers: no reason to end a run."""
+    try:
+        return predict()
+    except Exception as error:
+        run.log.line(f"the bytes of {what} cannot be predicted: {one_line(error)}")
+        return None
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _moments(optimizer: Optimizer) -> Iterable[Tensor]:
+    values = chain.from_iterable(state.values() for state in optimizer.state.values())
+    return (value for value in values if isinstance(value, Tensor))
+
+
+def _plain_bytes(model: nn.Module) -> int:
+    """Bytes of ``model`` without factors, with residual weights as they were before rounding."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return sum(
+        tensor.numel() * max(tensor.itemsize, 4 * tensor.is_floating_point())
+        for name, tensor in named
+        if not is_factor(name)
+    )
+
+
+def _total(run: Run, found: Bytes) -> int | None:
+    """On the model's device, where the monitor's reference may not be."""
+    elsewhere = _reference_device(run) != run.device.type
+    sizes = [n for part, n in found.items() if not (elsewhere and part == "monitor_reference")]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def _reference_device(run: Run) -> str:
+    return torch.device(run.config["monitor"]["device"]).type
