@@ -97,6 +97,24 @@ def test_sharded_ranks_make_the_run_of_one_process(alone, sharded):
     assert found["local"] < 0.6 * found["total"]
 
 
+def memory_of(folder, phase):
+    memory = json.loads((folder / "summary.json").read_text())["phases"][phase]["memory"]
+    return memory["measured"], memory["predicted"]
+
+
+@pytest.mark.parametrize("phase", ["full", "adapter"])
+def test_a_rank_holds_the_bytes_that_were_predicted_and_a_shard_its_part_of_them(
+    pair, sharded, phase
+):
+    measured, predicted = memory_of(pair[0], phase)
+    assert measured["ddp_buckets"] == 0 < measured["gradients"]
+    assert measured == pytest.approx(predicted, rel=0.01)
+    part, predicted = memory_of(sharded[0], phase)
+    assert part["activations"] == pytest.approx(predicted["activations"], rel=0.01)
+    for states in ("parameters", "gradients", "optimizer_state"):
+        assert measured[states] / 2 <= part[states] <= 0.6 * measured[states]
+
+
 def test_ranks_agree_on_values_and_on_failures(pair):
     for seen in pair[1]["ranks"]:
         assert seen["sum"] == [2.0, 1.0] and seen["any"] == [True, False]

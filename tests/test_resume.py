@@ -128,9 +128,8 @@ def test_checkpoints_hold_plain_types_and_rebuild_the_adapted_module(kept):
     assert after["train"]["phase"] == "adapter" and after["monitor"] is None
     frozen = set(after["weights"]) - set(after["trained"])
     assert "blocks.0.attn.qkv.weight" in frozen and not frozen & set(after["moments"])
-    ranks = {
-        part: values["rank"] for part, values in after["adapters"]["blocks.0.attn.qkv"].items()
-    }
+    parts = after["adapters"]["blocks.0.attn.qkv"]["parts"]
+    ranks = {part: values["rank"] for part, values in parts.items()}
     assert ranks == {
         part: len(after["weights"][f"blocks.0.attn.qkv.lora_A.{part}"]) for part in "qkv"
     }
