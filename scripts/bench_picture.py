@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
 from bench_arms import ARMS
 from bench_report import MIB, Result, predicted_ratio, ratio_to
@@ -13,6 +14,7 @@ RANKLESS = ("full", "frozen")
 COLORS = {"full": "#999999", "adapter": "#56b4e9", "peft": "#e69f00", "frozen": "#eeeeee"}
 HATCHES = {"adapter-merged": "//", "adapter-split": "..", "adapter-B": "xx"}
 BAR_INCHES = 0.24
+TITLE_LETTERS = 52  # on a line
 SPEED = "speed relative to full training (whiskers: quartiles)"
 PEAK = "peak memory, MiB"
 MARKER = {"color": "white", "markeredgecolor": "black", "markersize": 4.5}
@@ -66,7 +68,7 @@ def draw(results: Sequence[Result]) -> Figure:
         if label == SPEED:
             _mark_full(column)
     for axis, title in zip(axes[:, 0], panels, strict=True):
-        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_title(fill(title, TITLE_LETTERS), fontsize=9, loc="left")
     marker = axes[0][0].plot([], [], "D", **MARKER)
     figure.legend(
         marker,
@@ -139,6 +141,9 @@ def _draw_bars(axis: Axes, found: Sequence[Bar], form: str) -> None:
         end = max(bar.value, bar.high, bar.predicted or 0)
         text = {"fontsize": 8, "va": "center", "textcoords": "offset points"}
         axis.annotate(form.format(bar.value), (end, place), (7, 0), **text)
+    if not found:
+        axis.text(0.04, 0.5, "not measured", fontsize=8, transform=axis.transAxes)
+        axis.set_xticks([])
     axis.set_yticks(range(len(found)), [bar.label for bar in found], fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.16)

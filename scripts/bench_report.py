@@ -14,6 +14,11 @@ IMAGENET_IMAGES = 1_281_167
 MIB = 2**20
 RESULTS, TABLES = "bench.json", "bench.md"
 PARTS = ("forward", "backward", "optimizer")
+MEASURED = (
+    "Peak memory: fresh processes, three updates; allocated on a GPU, on a CPU resident beyond "
+    "what torch itself takes, with glibc told to return what is freed "
+    "(MALLOC_MMAP_THRESHOLD_=65536)."
+)
 REFERENCES = {"full": "vs full", "frozen": "of the limit", "peft": "vs PEFT"}
 
 Result = dict[str, Any]  # of one cell, as it stands in bench.json
@@ -121,6 +126,8 @@ def section(result: Result) -> str:
         f"micro-batch(es), {c['image_size']} pixels, dropout {c['dropout']}, frozen weights in "
         f"{c['residual_dtype'].replace('none', 'float32')}; model options {c['model_options']}."
     )
+    if any("peak_bytes" in arm for arm in result["arms"].values()):
+        notes.append(MEASURED)
     lines = [*notes, *result.get("against", []), _provenance(environment)]
     return "\n\n".join([head, *tables(result), "\n".join(f"- {line}" for line in lines)])
 
