@@ -42,10 +42,21 @@ from torch import nn
 from tqdm import tqdm
 
 from switchlora import distributed
-from switchlora.cost import Machine, Prediction, Trace, measure_machine, predict, trace_update
+from switchlora.cost import (
+    Machine,
+    Prediction,
+    Trace,
+    break_even_rank,
+    measure_machine,
+    predict,
+    speedup_parts,
+    trace_update,
+)
 from switchlora.errors import OtherRankFailed, check_range
+from switchlora.learner import PRECISIONS
 from switchlora.provenance import environment
-from switchlora.surgery import count_parameters
+from switchlora.surgery import count_parameters, family, find_targets
+from switchlora.switch import DEFAULT_TARGETS
 
 
 def main() -> None:
@@ -147,9 +158,12 @@ def measure(cell: Cell, options: argparse.Namespace, result: Result) -> None:
     earlier = options.against and earlier_cell(options.against, result["conditions"])
     machine = machine_of(cell.precision)
     result["machine"] = asdict(machine)
-    for name, trace in traces.items():
-        prediction = predict(trace, machine, distributed.world_size())
-        result["arms"][name]["predicted"] = plain(prediction, trace)
+    predictions = {n: predict(t, machine, distributed.world_size()) for n, t in traces.items()}
+    for name, prediction in predictions.items():
+        result["arms"][name]["predicted"] = plain(prediction, traces[name])
+    if {"full", "adapter"} <= set(predictions):
+        result["speedup"] = speedup_parts(predictions["full"], predictions["adapter"])
+        result["layers"] = layers_of(base, cell, machine, predictions)
     if options.memory:
         measure_memory(cell, traces, result)
     if not options.no_time:
@@ -204,6 +218,52 @@ def predicted_peak(trace: Trace) -> int:
     if distributed.world_size() == 1:
         return trace.peak_bytes
     return max(trace.peak_bytes, sum(trace.memory.values()))
+
+
+def layers_of(
+    base: nn.Module, cell: Cell, machine: Machine, predictions: dict[str, Prediction]
+) -> list[dict[str, Any]]:
+    """By family of targets: shapes, predicted seconds in each arm, break-even ranks."""
+    families: dict[str, list[str]] = {}
+    for name in find_targets(base, DEFAULT_TARGETS):
+        families.setdefault(family(name), []).append(name)
+    tokens, found = tokens_of(base, cell), []
+    for shared, names in families.items():
+        linear = base.get_submodule(names[0])
+        shape = (tokens[names[0]], linear.in_features, linear.out_features)
+        size = (PRECISIONS[cell.precision] or torch.float32).itemsize
+        ranks = [
+            break_even_rank(*shape, size, machine, factors, distributed.world_size())
+            for factors in (("A", "B"), ("B",))
+        ]
+        seconds = {
+            arm: sum(predictions[arm].modules.get(name, 0.0) for name in names)
+            for arm in ("full", "adapter", "adapter-B")
+            if arm in predictions
+        }
+        found.append(
+            {"family": shared, "shape": shape, "seconds": seconds, "break_even_ranks": ranks}
+        )
+    return found
+
+
+@torch.no_grad()
+def tokens_of(base: nn.Module, cell: Cell) -> dict[str, int]:
+    """Tokens that each linear sees in one micro-batch."""
+    images, tokens = cell.share // cell.accumulation, {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: tokens.update(
+                {name: images * inputs[0].shape[:-1].numel()}
+            )
+        )
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    base(torch.zeros(1, *images_shape(cell)[1:], device=device_of_benchmark()))
+    for hook in hooks:
+        hook.remove()
+    return tokens
 
 
 def measure_memory(cell: Cell, traces: dict[str, Trace], result: Result) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -144,7 +145,27 @@ def _provenance(environment: Mapping[str, Any]) -> str:
 def tables(result: Result) -> list[str]:
     """The tables of a cell: speed where it was timed, and what it takes."""
     timed = any(times(result, name) for name in result["arms"])
-    return [*([speed_table(result)] if timed else []), cost_table(result)]
+    foreseen = [layer_table(result), speedup_line(result)] if "layers" in result else []
+    return [*([speed_table(result)] if timed else []), cost_table(result), *foreseen]
+
+
+def layer_table(result: Result) -> str:
+    """What the cost model says of each family of linears, and up to which rank an adapter pays."""
+    arms = list(result["layers"][0]["seconds"])
+    head = ("layers", "tokens, in, out", *(f"{arm} ms, predicted" for arm in arms))
+    rows = []
+    for layer in result["layers"]:
+        seconds = [f"{1000 * layer['seconds'][arm]:,.1f}" for arm in arms]
+        ranks = [str(rank) for rank in layer["break_even_ranks"]]
+        rows.append([layer["family"], ", ".join(map(str, layer["shape"])), *seconds, *ranks])
+    return markdown([[*head, "break-even rank", "break-even rank, B alone"], *rows])
+
+
+def speedup_line(result: Result) -> str:
+    """The predicted speed-up of the adapter and its factors."""
+    whole = prod(result["speedup"].values())
+    parts = " x ".join(f"{name} {ratio:.2f}" for name, ratio in result["speedup"].items())
+    return f"Predicted speed of the adapter's update: {whole:.2f} = {parts}"
 
 
 def speed_table(result: Result) -> str:

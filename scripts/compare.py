@@ -30,6 +30,7 @@ TIMED = {
         "time_share",
     ),
     *("images_per_second", "images_per_second_quartiles", "train/images_per_second"),
+    *("speedup/arithmetic", "speedup/optimizer", "speedup/communication"),
     *("epoch_seconds", "train/epoch_seconds", "peak_memory_bytes", "memory/peak_bytes"),
 }
 

@@ -102,6 +102,13 @@ def switch_lines(
     return lines
 
 
+def speedup_lines(parts: Mapping[str, float], warning: str | None) -> list[str]:
+    """How much faster the cost model expects updates to be, and from where; its warning."""
+    shown = " x ".join(f"{name} {part:.2f}" for name, part in parts.items())
+    lines = [f"  predicted speed of an update: {math.prod(parts.values()):.2f} = {shown}"]
+    return lines + ([f"  warning: {warning}"] if warning else [])
+
+
 def _captured(report: SwitchReport) -> str:
     found = [e for name, e in report.captured_energy.items() if report.ranks[name]]
     if any(math.isnan(e) for e in found):

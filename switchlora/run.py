@@ -85,6 +85,12 @@ class Run:
         return self.config["data"]["batch_size"]
 
     @property
+    def images_shape(self) -> tuple[int, int, int, int]:
+        """(B, C, H, W) of one rank's share of a batch."""
+        share = -(-self.batch_size // distributed.world_size())
+        return share, self.data.in_chans, self.data.image_size, self.data.image_size
+
+    @property
     def epoch(self) -> float:
         """Epochs done, a fraction in the middle of one."""
         return self.state.epoch + self.state.position / len(self.data.train)

@@ -15,10 +15,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from switchlora import distributed
+from switchlora.cost import speedup_parts, warning
 from switchlora.criteria import Verdict
 from switchlora.errors import Interrupted, SwitchFailed, TrainingStopped
 from switchlora.exits import exit_with_one_line, one_line
 from switchlora.finish import finish
+from switchlora.forecast import predicted_update
 from switchlora.interrupt import Interruption
 from switchlora.learner import Update
 from switchlora.memory import record_memory
@@ -27,6 +29,7 @@ from switchlora.report import (
     eval_line,
     measurement_line,
     measurement_metrics,
+    speedup_lines,
     switch_lines,
     switch_metrics,
 )
@@ -209,7 +212,7 @@ def try_switch(run: Run, verdict: Verdict) -> bool:
     """Switch to the adapter phase: new learner, no monitor. Whether it worked."""
     assert run.monitor is not None
     state = run.state
-    full_phase = run.phase_summary()
+    full_phase, expected = run.phase_summary(), predicted_update(run)
     try:
         run.learner, report = switch(
             run.learner,
@@ -233,7 +236,13 @@ def try_switch(run: Run, verdict: Verdict) -> bool:
         run.log.line(line)
     if distributed.world_size() > 1:
         run.log.line(f"  {distributed.agreement_line(report.checksum)}")
-    run.log.event("switch", state.num_updates, run.epoch, **switch_metrics(report, verdict))
+    speedup = {}
+    if expected is not None and (adapter := predicted_update(run)) is not None:
+        speedup = speedup_parts(expected, adapter)
+        for line in speedup_lines(speedup, warning(expected, adapter)):
+            run.log.line(line)
+    metrics = switch_metrics(report, verdict) | {f"speedup/{k}": v for k, v in speedup.items()}
+    run.log.event("switch", state.num_updates, run.epoch, **metrics)
     return True
 
 

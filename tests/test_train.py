@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import weakref
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -359,3 +360,15 @@ def test_golden_losses_have_not_moved(tmp_path):
         assert found == golden["losses"]
     full = [[float.fromhex(x) for x in run[:30]] for run in (found, golden["losses"])]
     assert full[0] == pytest.approx(full[1], rel=2e-3)
+
+
+def test_the_switch_tells_how_much_faster_updates_should_be_and_warns_where_they_are_not(
+    tmp_path, capsys
+):
+    fit(prepare(composed(*SHORT, *BY_DATE, "log.cost_model=true", "epochs=2"), tmp_path))
+    (event,) = [e for e in read_events(tmp_path) if e["event"] == "switch"]
+    parts = [event[f"speedup/{part}"] for part in ("arithmetic", "optimizer", "communication")]
+    assert parts[2] == 1.0 and all(0.2 < part < 5 for part in parts)
+    said = capsys.readouterr().out
+    assert "predicted speed of an update" in said
+    assert ("the adapter phase will not be faster" in said) == (prod(parts) <= 1 / 0.98)
