@@ -14,8 +14,9 @@ import gc
 import signal
 import sys
 from ast import literal_eval
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from bench_arms import (
     ARMS,
+    LEANER,
     RESIDUAL_DTYPES,
     Cell,
     base_model,
@@ -85,7 +87,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--batch", type=int, default=16, help="images of one update, over all processes")
     add("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     add("--rank", type=int, nargs="+", default=[16])
-    add("--arms", nargs="+", default=ARMS, choices=ARMS, metavar="ARM", help=", ".join(ARMS))
+    add("--arms", nargs="+", default=ARMS, metavar="ARM", help=", ".join([*ARMS, *LEANER]))
     add("--rounds", type=int, default=8)
     add("--warmup", type=int, default=2, help="rounds before those that count")
     add("--accumulation", type=int, default=1)
@@ -94,6 +96,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--image-size", type=int, default=224)
     add("--memory", action="store_true", help="measure peak memory too")
     add("--no-time", action="store_true", help="do not measure times")
+    add("--fit", type=float, metavar="GIB", help="the largest batch that full training fits there")
     add("--out", type=Path, default=Path("runs/bench"))
     add("--against", type=Path, help="bench.json of an earlier run to compare with")
     options = parser.parse_args(words)
@@ -114,7 +117,8 @@ def bench(options: argparse.Namespace) -> None:
         try:
             measure(cell, options, result)
         finally:
-            if distributed.is_primary() and any(map(measured, result["arms"].values())):
+            asked = options.memory or not options.no_time
+            if distributed.is_primary() and any(known(a, asked) for a in result["arms"].values()):
                 keep(result, options.out)
         release_memory(device)
 
@@ -152,8 +156,10 @@ def model_options(words: Sequence[str]) -> dict[str, Any]:
 
 def measure(cell: Cell, options: argparse.Namespace, result: Result) -> None:
     """Fill ``result`` with what the options ask for; what is there stays when it is stopped."""
-    say(f"{cell}: batch {cell.batch}")
     base = base_model(cell)
+    if options.fit:
+        cell = replace(cell, batch=largest_batch(cell, base, options.fit))
+    say(f"{cell}: batch {cell.batch}")
     traces = describe(cell, options.arms, base, result)
     earlier = options.against and earlier_cell(options.against, result["conditions"])
     machine = machine_of(cell.precision)
@@ -197,6 +203,21 @@ def describe(
         "processes": distributed.world_size(),
     }
     return traces
+
+
+def largest_batch(cell: Cell, base: nn.Module, gib: float) -> int:
+    """The largest batch at which full training is predicted to need no more than ``gib`` GiB."""
+    step = cell.accumulation * distributed.world_size()
+    arm = make_arm("full", copy.deepcopy(base), replace(cell, batch=step))
+
+    def peak(steps: int) -> int:
+        shape = images_shape(replace(cell, batch=steps * step))
+        return trace_update(arm.model, arm.learner.recipe, shape, base.num_classes).peak_bytes
+
+    steps = bisect_right(range(1, 4096), gib * 2**30, key=peak)
+    if not steps:
+        raise ValueError(f"--fit {gib:g}: not even a batch of {step} fits there")
+    return steps * step
 
 
 @cache
@@ -300,9 +321,9 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measured(arm: dict[str, Any]) -> bool:
-    """Whether an arm has a time or a peak."""
-    return "seconds" in arm or "peak_bytes" in arm
+def known(arm: dict[str, Any], measured: bool) -> bool:
+    """Whether an arm has a time or a peak; a prediction, where nothing is to be ``measured``."""
+    return bool(({"seconds", "peak_bytes"} if measured else {"predicted"}) & set(arm))
 
 
 def keep(result: Result, folder: Path) -> None:

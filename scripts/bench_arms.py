@@ -35,6 +35,7 @@ from switchlora.switch import DEFAULT_TARGETS
 
 T = TypeVar("T")
 ARMS = ("full", "adapter", "adapter-merged", "adapter-split", "adapter-B", "peft", "frozen")
+LEANER = ("adapter-gelu", "adapter-B-blocks")  # with activation checkpointing; on demand only
 RESIDUAL_DTYPES = {"none": None, "bf16": torch.bfloat16}
 TOTAL_UPDATES = 10_000  # of the schedule; no benchmark comes to its end
 EVERYTHING = (".*",)
@@ -166,8 +167,8 @@ def base_model(cell: Cell) -> nn.Module:
     return create_model(cell.model, **options).to(device_of_benchmark()).train()
 
 
-def bench_recipe(cell: Cell) -> Recipe:
-    """AdamW under a cosine schedule, clipped to norm 1."""
+def bench_recipe(cell: Cell, name: str = "full") -> Recipe:
+    """AdamW under a cosine schedule, clipped to norm 1; checkpointing as the arm's name says."""
     scheduler = partial(
         CosineLRScheduler, t_in_epochs=False, warmup_t=100, warmup_lr_init=1e-6, lr_min=1e-5
     )
@@ -177,6 +178,7 @@ def bench_recipe(cell: Cell) -> Recipe:
         clip_grad=1.0,
         accumulation=cell.accumulation,
         precision=cell.precision,
+        activation_checkpointing=name.split("-")[-1] if name in LEANER else None,
     )
 
 
@@ -193,14 +195,14 @@ def make_arm(name: str, model: nn.Module, cell: Cell) -> Arm:
     generator = torch.Generator().manual_seed(distributed.rank())
     images = torch.randn(images_shape(cell), generator=generator)
     labels = torch.randint(model.num_classes, (len(images),), generator=generator)
-    learner = build_learner(model, bench_recipe(cell), TOTAL_UPDATES)
+    learner = build_learner(model, bench_recipe(cell, name), TOTAL_UPDATES)
     clock = Clock(learner, device)
     return Arm(name, learner, images.to(device), labels.to(device), clock, notes)
 
 
 def become(name: str, model: nn.Module, cell: Cell) -> list[str]:
     """Give ``model`` the adapters and the trained tensors of an arm; what did not work out."""
-    check_choice("--arms", name, ARMS)
+    check_choice("--arms", name, (*ARMS, *LEANER))
     targets = find_targets(model, DEFAULT_TARGETS)
     if name == "frozen":
         freeze(model, targets)
@@ -211,7 +213,7 @@ def become(name: str, model: nn.Module, cell: Cell) -> list[str]:
     for module_name, module in adapted_modules(model).items():
         if name in ("adapter-merged", "adapter-split"):
             module.form = name.removeprefix("adapter-")
-        elif name == "adapter-B":
+        elif name.startswith("adapter-B"):
             model.get_parameter(f"{module_name}.lora_A").requires_grad_(False)
     dtype = RESIDUAL_DTYPES[cell.residual_dtype]
     return [] if dtype is None else cast_frozen_weights(model, cell, dtype)

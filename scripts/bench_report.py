@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -13,6 +13,7 @@ from bench_arms import refuse_difference
 
 IMAGENET_IMAGES = 1_281_167
 MIB = 2**20
+PRELORA_SPEEDUP = 3.0  # reported for ViT-Large (arXiv 2509.21619)
 RESULTS, TABLES = "bench.json", "bench.md"
 PARTS = ("forward", "backward", "optimizer")
 MEASURED = (
@@ -165,7 +166,35 @@ def speedup_line(result: Result) -> str:
     """The predicted speed-up of the adapter and its factors."""
     whole = prod(result["speedup"].values())
     parts = " x ".join(f"{name} {ratio:.2f}" for name, ratio in result["speedup"].items())
-    return f"Predicted speed of the adapter's update: {whole:.2f} = {parts}"
+    line = f"Predicted speed of the adapter's update: {whole:.2f} = {parts}"
+    if result["conditions"]["processes"] == 1:
+        return line
+    here = result["machine"]["all_reduce"]
+    wanted = bandwidth_for(
+        PRELORA_SPEEDUP, *(result["arms"][n] for n in ("full", "adapter")), here
+    )
+    return (
+        f"{line}. Gradients are averaged at {here / 1e6:,.0f} MB/s here; at "
+        f"{wanted / 1e6:,.0f} MB/s the adapter would be {PRELORA_SPEEDUP:g} times as fast."
+    )
+
+
+def bandwidth_for(
+    speedup: float, full: Mapping[str, Any], adapter: Mapping[str, Any], all_reduce: float
+) -> float:
+    """Bytes/s of the exchange at which ``adapter`` is predicted ``speedup`` times as fast.
+
+    (c_f + n_f / x) = s (c_a + n_a / x) with seconds c without the exchange and n bytes in it, so
+    x = (n_f - s n_a) / (s c_a - c_f). ``all_reduce`` is the bandwidth of the predictions; inf
+    where the adapter is that fast without any exchange.
+    """
+    seconds, sizes = [], []
+    for arm in (full, adapter):
+        exchange = arm["predicted"]["communication"]
+        seconds.append(arm["predicted"]["total"] - exchange)
+        sizes.append(exchange * all_reduce)
+    missing = speedup * seconds[1] - seconds[0]
+    return (sizes[0] - speedup * sizes[1]) / missing if missing > 0 else inf
 
 
 def speed_table(result: Result) -> str:

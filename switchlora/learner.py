@@ -110,7 +110,7 @@ class Learner:
         """
         lr = self.set_lr(num_updates)
         self.optimizer.zero_grad(set_to_none=True)
-        with nullcontext() if is_sharded(self.model) else operands_kept(self.model):
+        with operands_within_update(self.model, self.recipe):
             loss = self._accumulate(images, targets, loss_fn)
         return self._step(loss, lr)
 
@@ -183,6 +183,14 @@ class Learner:
             self.scaler.update()
             overflow = not applied and math.isfinite(loss_value) and self.scaler.get_scale() > 1
         return Update(loss_value, norm_value, lr, applied, overflow)
+
+
+def operands_within_update(model: nn.Module, recipe: Recipe) -> AbstractContextManager:
+    """The context of an update: effective weights live on to the backward pass, where memory
+    allows it. Shards and checkpointed blocks form them again."""
+    if is_sharded(model) or recipe.activation_checkpointing == "blocks":
+        return nullcontext()
+    return operands_kept(model)
 
 
 def autocast(device_type: str, precision: str) -> AbstractContextManager:

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from switchlora.distributed import is_primary, world_size
 from switchlora.exits import one_line
-from switchlora.layers import is_factor, operands_kept
-from switchlora.learner import autocast, parameter_groups
+from switchlora.layers import is_factor
+from switchlora.learner import autocast, operands_within_update, parameter_groups
 from switchlora.report import memory_metrics, memory_table
 from switchlora.run import Run
 from switchlora.sharding import is_sharded
@@ -109,15 +109,15 @@ def predict_moments(run: Run, model: nn.Module) -> int:
 def predict_activations(run: Run, model: nn.Module) -> int:
     """Bytes that autograd keeps of one micro-batch: a forward pass that computes shapes only."""
     data, recipe, device = run.data, run.recipe, run.device
-    images = -(-run.batch_size // world_size() // recipe.accumulation)
+    share, *image = run.images_shape
+    images = -(-share // recipe.accumulation)
     saved = SavedTensors()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _hollow(model, device)
-        shape = images, data.in_chans, data.image_size, data.image_size
-        inputs = torch.empty(shape, device=device)
+        inputs = torch.empty(images, *image, device=device)
         labels = torch.empty(images, data.num_classes, device=device)
         with (
-            nullcontext() if is_sharded(run.model) else operands_kept(model),
+            nullcontext() if is_sharded(run.model) else operands_within_update(model, recipe),
             autocast(device.type, recipe.precision),
             saved,
         ):

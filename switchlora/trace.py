@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from switchlora.layers import operands_kept
-from switchlora.learner import Recipe, autocast, parameter_groups
+from switchlora.learner import Recipe, autocast, operands_within_update, parameter_groups
 from switchlora.storages import SavedTensors, held_bytes
 
 PARTS = ("forward", "backward", "optimizer")
@@ -166,7 +165,7 @@ def trace_update(
         recorder = Recorder(model, device)
         state = [v for s in optimizer.state.values() for v in _tensors(s)]
         recorder.hold([*model.parameters(), *model.buffers(), *state])
-        with recorder, operands_kept(model):
+        with recorder, operands_within_update(model, recipe):
             activations = _passes(model, recipe, images, num_classes, recorder)
             recorder.part = "optimizer"
             _step(model, recipe, optimizer)

@@ -230,3 +230,13 @@ def test_the_command_says_in_one_line_what_is_wrong(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--model", "vit_tiny_patch16_22"])
     with pytest.raises(SystemExit, match="bench: unknown model 'vit_tiny_patch16_22'; near"):
         bench.main()
+
+
+def test_the_bandwidth_that_makes_an_adapter_three_times_as_fast_does_so():
+    full = {"predicted": {"total": 9.0, "communication": 1.0}}
+    adapter = {"predicted": {"total": 5.1, "communication": 0.1}}
+    found = bench_report.bandwidth_for(3.0, full, adapter, all_reduce=1000.0)
+    times = [8.0 + 1000.0 / found, 5.0 + 100.0 / found]
+    assert times[0] / times[1] == pytest.approx(3.0)
+    fast = {"predicted": {"total": 2.1, "communication": 0.1}}
+    assert bench_report.bandwidth_for(3.0, full, fast, all_reduce=1000.0) == float("inf")
