@@ -56,6 +56,7 @@ from switchlora.cost import (
 )
 from switchlora.errors import OtherRankFailed, check_range
 from switchlora.learner import PRECISIONS
+from switchlora.models import eval_mode
 from switchlora.provenance import environment
 from switchlora.surgery import count_parameters, family, find_targets
 from switchlora.switch import DEFAULT_TARGETS
@@ -68,8 +69,9 @@ def main() -> None:
     distributed.join()
     try:
         bench(options)
-    except ValueError as error:
-        sys.exit(f"bench: {error}" if distributed.is_primary() else 1)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        why = str(error).splitlines()[0]
+        sys.exit(f"bench: {why}" if distributed.is_primary() else 1)
     except OtherRankFailed:
         sys.exit(1)
     except KeyboardInterrupt:
@@ -107,7 +109,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def bench(options: argparse.Namespace) -> None:
     """Measure one cell after the other; what one has measured is written however it ends."""
     check_range("--rounds", options.rounds, 1)
+    if options.fit is not None:
+        check_range("--fit", options.fit, 0.01)
     if options.threads is not None:
+        check_range("--threads", options.threads, 1)
         torch.set_num_threads(options.threads)
     device = device_of_benchmark()
     if options.memory and device.type == "cuda":
@@ -157,7 +162,7 @@ def model_options(words: Sequence[str]) -> dict[str, Any]:
 def measure(cell: Cell, options: argparse.Namespace, result: Result) -> None:
     """Fill ``result`` with what the options ask for; what is there stays when it is stopped."""
     base = base_model(cell)
-    if options.fit:
+    if options.fit is not None:
         cell = replace(cell, batch=largest_batch(cell, base, options.fit))
     say(f"{cell}: batch {cell.batch}")
     traces = describe(cell, options.arms, base, result)
@@ -212,7 +217,8 @@ def largest_batch(cell: Cell, base: nn.Module, gib: float) -> int:
 
     def peak(steps: int) -> int:
         shape = images_shape(replace(cell, batch=steps * step))
-        return trace_update(arm.model, arm.learner.recipe, shape, base.num_classes).peak_bytes
+        trace = trace_update(arm.model, arm.learner.recipe, shape, base.num_classes)
+        return predicted_peak(trace)
 
     steps = bisect_right(range(1, 4096), gib * 2**30, key=peak)
     if not steps:
@@ -245,13 +251,13 @@ def layers_of(
     base: nn.Module, cell: Cell, machine: Machine, predictions: dict[str, Prediction]
 ) -> list[dict[str, Any]]:
     """By family of targets: shapes, predicted seconds in each arm, break-even ranks."""
-    families: dict[str, list[str]] = {}
-    for name in find_targets(base, DEFAULT_TARGETS):
-        families.setdefault(family(name), []).append(name)
+    groups: dict[tuple[str, tuple[int, int, int]], list[str]] = {}
     tokens, found = tokens_of(base, cell), []
-    for shared, names in families.items():
-        linear = base.get_submodule(names[0])
-        shape = (tokens[names[0]], linear.in_features, linear.out_features)
+    for name in find_targets(base, DEFAULT_TARGETS):
+        linear = base.get_submodule(name)
+        shape = (tokens[name], linear.in_features, linear.out_features)
+        groups.setdefault((family(name), shape), []).append(name)
+    for (shared, shape), names in groups.items():
         size = (PRECISIONS[cell.precision] or torch.float32).itemsize
         ranks = [
             break_even_rank(*shape, size, machine, factors, distributed.world_size())
@@ -281,7 +287,8 @@ def tokens_of(base: nn.Module, cell: Cell) -> dict[str, int]:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    base(torch.zeros(1, *images_shape(cell)[1:], device=device_of_benchmark()))
+    with eval_mode(base):
+        base(torch.zeros(1, *images_shape(cell)[1:], device=device_of_benchmark()))
     for hook in hooks:
         hook.remove()
     return tokens
@@ -328,7 +335,8 @@ def known(arm: dict[str, Any], measured: bool) -> bool:
 
 def keep(result: Result, folder: Path) -> None:
     """Write the results with those that ``folder`` has already, and show the new ones."""
-    draw(append(folder, result)).savefig(folder / PICTURE, dpi=150)
+    if (picture := draw(append(folder, result))) is not None:
+        picture.savefig(folder / PICTURE, dpi=150)
     say("\n\n".join([*tables(result), *result.get("against", []), f"written to {folder}", ""]))
 
 

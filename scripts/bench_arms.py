@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from switchlora import distributed
-from switchlora.errors import check_choice
+from switchlora.errors import check_choice, check_range
 from switchlora.initializers import zero_b
 from switchlora.layers import is_factor, scaling_one
 from switchlora.learner import Learner, Recipe, autocast, build_learner
@@ -37,6 +37,7 @@ T = TypeVar("T")
 ARMS = ("full", "adapter", "adapter-merged", "adapter-split", "adapter-B", "peft", "frozen")
 LEANER = ("adapter-gelu", "adapter-B-blocks")  # with activation checkpointing; on demand only
 RESIDUAL_DTYPES = {"none": None, "bf16": torch.bfloat16}
+UPDATES_FOR_PEAK = 2  # the second has moments beside its activations
 TOTAL_UPDATES = 10_000  # of the schedule; no benchmark comes to its end
 EVERYTHING = (".*",)
 
@@ -60,6 +61,8 @@ class Cell:
     def __post_init__(self) -> None:
         check_choice("--precision", self.precision, ("fp32", "bf16"))
         check_choice("--residual-dtype", self.residual_dtype, tuple(RESIDUAL_DTYPES))
+        for name in ("batch", "rank", "accumulation", "image_size"):
+            check_range(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         parts = self.accumulation * distributed.world_size()
         if self.batch % parts:
             raise ValueError(

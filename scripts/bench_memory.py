@@ -10,12 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from bench_arms import Cell, base_model, device_of_benchmark, make_arm
+from bench_arms import UPDATES_FOR_PEAK, Cell, base_model, device_of_benchmark, make_arm
 
 from switchlora import distributed
 from switchlora.throughput import STATUS, peak_memory, reset_peak_memory
 
-UPDATES = 2  # the second has moments beside its activations
 FOREIGN_LIMIT = 256 * 2**20  # bytes that other processes may hold on a GPU
 MIB = 2**20
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -45,7 +44,7 @@ def peak_of_arm(name: str, cell: Cell) -> int:
     arm = make_arm(name, base_model(cell), cell)
     gc.collect()
     reset_peak_memory(device)
-    for _ in range(UPDATES):
+    for _ in range(UPDATES_FOR_PEAK):
         arm.lap()
     peak = peak_memory(device)
     assert peak is not None

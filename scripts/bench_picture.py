@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from textwrap import fill
 
-from bench_arms import ARMS
+from bench_arms import ARMS, LEANER
 from bench_report import MIB, Result, predicted_ratio, ratio_to
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +12,11 @@ from matplotlib.figure import Figure
 PICTURE = "bench.png"
 RANKLESS = ("full", "frozen")
 COLORS = {"full": "#999999", "adapter": "#56b4e9", "peft": "#e69f00", "frozen": "#eeeeee"}
-HATCHES = {"adapter-merged": "//", "adapter-split": "..", "adapter-B": "xx"}
+HATCHES = {
+    **{"adapter-merged": "//", "adapter-split": "..", "adapter-B": "xx"},
+    **{"adapter-gelu": "--", "adapter-B-blocks": "++"},
+}
+ORDER = (*ARMS, *LEANER)
 BAR_INCHES = 0.24
 TITLE_LETTERS = 52  # on a line
 SPEED = "speed relative to full training (whiskers: quartiles)"
@@ -47,8 +51,11 @@ class Bar:
         return name if self.arm in RANKLESS else f"{name} r{self.rank}"
 
 
-def draw(results: Sequence[Result]) -> Figure:
-    """A row of panels for each model, precision and batch: speed, and memory where measured."""
+def draw(results: Sequence[Result]) -> Figure | None:
+    """A row of panels for each model, precision and batch: speed, and memory where measured.
+
+    None where nothing is to be seen.
+    """
     panels: dict[str, list[Result]] = {}
     for result in results:
         panels.setdefault(_title(result), []).append(result)
@@ -57,6 +64,8 @@ def draw(results: Sequence[Result]) -> Figure:
         for label, bar in ((SPEED, speed_bar), (PEAK, peak_bar))
         if any((found := {title: bars(cells, bar) for title, cells in panels.items()}).values())
     }
+    if not columns:
+        return None
     sizes = [max(3, *(len(found[title]) for found in columns.values())) for title in panels]
     heights = [size * BAR_INCHES + 0.7 for size in sizes]
     figure = Figure(figsize=(4.6 * len(columns), sum(heights) + 0.4), layout="constrained")
@@ -94,7 +103,7 @@ def bars(cells: Sequence[Result], bar: Callable[[Result, str], Bar | None]) -> l
     for made in (bar(cell, name) for cell in cells for name in cell["arms"]):
         if made is not None:
             found[made.label] = made
-    return sorted(found.values(), key=lambda each: (ARMS.index(each.arm), each.rank))
+    return sorted(found.values(), key=lambda each: (ORDER.index(each.arm), each.rank))
 
 
 def speed_bar(result: Result, name: str) -> Bar | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bench_arms import refuse_difference
+from bench_arms import UPDATES_FOR_PEAK, refuse_difference
 
 IMAGENET_IMAGES = 1_281_167
 MIB = 2**20
@@ -17,8 +17,8 @@ PRELORA_SPEEDUP = 3.0  # reported for ViT-Large (arXiv 2509.21619)
 RESULTS, TABLES = "bench.json", "bench.md"
 PARTS = ("forward", "backward", "optimizer")
 MEASURED = (
-    "Peak memory: fresh processes, three updates; allocated on a GPU, on a CPU resident beyond "
-    "what torch itself takes, with glibc told to return what is freed "
+    f"Peak memory: fresh processes, {UPDATES_FOR_PEAK} updates; allocated on a GPU, on a CPU "
+    "resident beyond what torch itself takes, with glibc told to return what is freed "
     "(MALLOC_MMAP_THRESHOLD_=65536)."
 )
 REFERENCES = {"full": "vs full", "frozen": "of the limit", "peft": "vs PEFT"}

@@ -30,6 +30,7 @@ from bench_memory import TINY, proc_bytes
 from tqdm import tqdm
 
 from switchlora.criteria import at_start
+from switchlora.errors import check_range
 from switchlora.initializers import UpdateSVD
 from switchlora.learner import build_learner
 from switchlora.monitor import UpdateMonitor
@@ -44,8 +45,10 @@ MIB = 2**20
 def main() -> None:
     """Measure, say it in three lines and add the record to the file."""
     options = parse()
-    cell = Cell(options.model, options.precision, options.rank, options.batch)
     try:
+        check_range("--updates", options.updates, 2)
+        check_range("--window", options.window, 1)
+        cell = Cell(options.model, options.precision, options.rank, options.batch)
         record = measure(cell, options.updates, options.window)
     except ValueError as error:
         sys.exit(f"bench_switch: {error}")

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 from switchlora.cost import Machine, Prediction, measure_machine, predict, trace_update
-from switchlora.distributed import world_size
+from switchlora.distributed import any_rank, world_size
 from switchlora.exits import one_line
 from switchlora.run import Run
 from switchlora.sharding import is_sharded
@@ -14,17 +14,24 @@ from switchlora.sharding import is_sharded
 def predicted_update(run: Run) -> Prediction | None:
     """Seconds of an update in the present phase; None where ``log.cost_model`` is off.
 
-    All ranks call it: they measure their machine together. A sharded model is not predicted.
+    All ranks call it: they measure their machine together. A sharded model is not predicted, and
+    code that is not ours may need numbers, or memory run out: no reason to end a run.
     """
     if not run.config["log"]["cost_model"] or is_sharded(run.model):
         return None
-    machine = machine_of(run.device, run.recipe.precision)
+    trace, why = None, "another rank could not"
     try:
         trace = trace_update(run.model, run.recipe, run.images_shape, run.data.num_classes)
-    except Exception as error:  # code that is not ours may need numbers: no reason to end a run
-        run.log.line(f"  the time of an update cannot be predicted: {one_line(error)}")
-        return None
-    return predict(trace, machine, world_size())
+    except Exception as error:
+        why = one_line(error)
+    (failed,) = any_rank(trace is None)
+    if trace is not None and not failed:
+        try:
+            return predict(trace, machine_of(run.device, run.recipe.precision), world_size())
+        except torch.OutOfMemoryError as error:
+            why = one_line(error)
+    run.log.line(f"  the time of an update cannot be predicted: {why}")
+    return None
 
 
 @cache

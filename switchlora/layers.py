@@ -24,21 +24,24 @@ class Adapter(NamedTuple):
     scaling: float
 
 
-def cheaper_form(tokens: int, in_features: int, out_features: int, trains_A: bool = True) -> str:
+def cheaper_form(
+    tokens: int, in_features: int, out_features: int, trains_A: bool = True, slices: int = 1
+) -> str:
     """'merged' or 'split', whichever costs less for ``tokens`` inputs; only shapes decide.
 
     Forming W_res + s B A takes r in out multiply-adds once; apart, the low-rank path adds
-    T r (in + out), and T r out more where A is frozen, whose gradient would need that product
-    anyway. Bytes read and written compare in the same way, so r cancels out.
+    T r (n in + out) with n row slices, and T r out more where A is frozen, whose gradient would
+    need that product anyway. Bytes read and written compare in the same way, so r cancels out.
     """
-    apart = in_features + out_features * (1 if trains_A else 2)
+    apart = slices * in_features + out_features * (1 if trains_A else 2)
     return "merged" if tokens * apart >= in_features * out_features else "split"
 
 
 def effective_weight(weight: Tensor, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
-    """W_res + s B A (out, in) in ``dtype``, summed in at least float32 and rounded once.
+    """W_res + s B A (out, in) in ``dtype``.
 
-    Factors enter a product of lower precision rounded, as under autocast.
+    The sum is made in at least float32 and rounded once; where W_res has a lower precision
+    already, by the kernel of that precision, with rounded factors, as under autocast.
     """
     exact = dtype if weight.dtype == dtype else torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(exact, copy=True)
@@ -226,7 +229,8 @@ class AdaptedLinear(nn.Linear):
         factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
         tokens = input.shape[:-1].numel()
         trains_A = any(adapter.A.requires_grad for adapter in adapters)
-        form = self.form or cheaper_form(tokens, self.in_features, self.out_features, trains_A)
+        shape = (self.in_features, self.out_features)
+        form = self.form or cheaper_form(tokens, *shape, trains_A, len(adapters))
         dtype = compute_dtype(input.device.type, factors)
         kept = self._kept_operand(adapters, form, dtype) if tokens < REFORMED_FROM else None
         source, gelu = gelu_input(input) if self.recompute_gelu else (None, None)
@@ -298,8 +302,9 @@ class SlicedLoRALinear(AdaptedLinear):
 def operands_kept(model: nn.Module) -> Iterator[None]:
     """Within one update, effective weights are formed once and kept for the backward pass.
 
-    Factors must not change inside. Outside, each forward and each backward pass forms its own and
-    holds it no longer than a product takes.
+    Factors must not change inside. Outside, and where a pass sees ``REFORMED_FROM`` tokens or
+    more, each forward and each backward pass forms its own and holds it no longer than a product
+    takes.
     """
     modules = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     for module in modules:

@@ -55,7 +55,7 @@ class Recipe:
     """arguments of torch.compile; None leaves the model eager"""
     activation_checkpointing: str | None = None
     """what is computed again in the backward pass instead of kept: 'blocks', whole ones, or
-    'gelu', the inputs of adapted linears that come from a gelu"""
+    'gelu', the inputs of adapted linears that come straight from a gelu, not in compiled code"""
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, tuple(PRECISIONS))
@@ -63,6 +63,10 @@ class Recipe:
         if self.activation_checkpointing is not None:
             name, choices = "activation_checkpointing", ("blocks", "gelu")
             check_choice(name, self.activation_checkpointing, choices)
+        if self.activation_checkpointing == "gelu" and self.compile is not None:
+            raise ValueError(
+                "activation_checkpointing=gelu does not go with compile: leave one out"
+            )
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ def build_learner(
     With several processes gradients are averaged by DDP, or ``parallel='fsdp'`` shards the model
     in place. ``scaler`` is the one before, whose loss scale goes on.
     """
-    _checkpoint_activations(model, recipe.activation_checkpointing)
+    set_checkpointing(model, recipe.activation_checkpointing)
     bones = None
     if parallel == "fsdp":
         bones = skeleton(model)
@@ -237,7 +241,8 @@ def _wrapped(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
     return cast(Callable, torch.compile(forward, **recipe.compile))
 
 
-def _checkpoint_activations(model: nn.Module, what: str | None) -> None:
+def set_checkpointing(model: nn.Module, what: str | None) -> None:
+    """Tell ``model`` what of its activations is computed again: 'blocks', 'gelu' or nothing."""
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
             module.recompute_gelu = what == "gelu"

@@ -211,7 +211,8 @@ class Budget:
         for name, update in context.updates.items():
             energy = _energies(name, update)
             value = energy / energy.sum() if self.relative else energy
-            offers += [(e / costs[name], name) for e in value[self.r_min :].tolist()]
+            useful = (math.prod(update.shape) - 1) // sum(update.shape)  # see saves_parameters
+            offers += [(e / costs[name], name) for e in value[self.r_min : useful].tolist()]
         return offers
 
 

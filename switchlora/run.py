@@ -43,7 +43,7 @@ from switchlora.surgery import (
     inject_empty,
     merged_state_dict,
 )
-from switchlora.switch import SwitchPolicy, choose_ranks, trained_tensors
+from switchlora.switch import SwitchPolicy, check_start, choose_ranks, trained_tensors
 from switchlora.throughput import Stopwatch
 
 PROBE_IMAGES = 16
@@ -325,7 +325,7 @@ def _check_switch(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor
     with nullcontext() if policy.decide([]).fires else suppress(NothingMeasured):
         choose_ranks(model, policy, monitor, [])
         name, update = next(iter(monitor.updates().items()))
-        policy.init(monitor.targets[name].weight(model), update, 1)
+        check_start(policy, name, policy.init(monitor.targets[name].weight(model), update, 1))
 
 
 def _restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor) -> TrainState:

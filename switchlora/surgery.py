@@ -185,17 +185,20 @@ def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
 
 
 def frozen_outright(
-    model: nn.Module, targets: Iterable[str], freeze: Sequence[str]
+    model: nn.Module, targets: Mapping[str, Target], freeze: Sequence[str]
 ) -> tuple[set[str], set[str]]:
     """Parameters and targets in whose names ``freeze``, regular expressions, are found.
 
-    One that finds nothing is a ValueError.
+    A target counts when its weight does, and the bias of a module whose targets all do. A pattern
+    that finds nothing is a ValueError.
     """
     parameters = [n for n, _ in model.named_parameters()]
-    targets = list(targets)
     names = [*parameters, *targets]
     found = set(_matching(freeze, names, "switch.freeze", "parameter", re.search))
-    return found & set(parameters), found & set(targets)
+    frozen = {n for n, t in targets.items() if n in found or f"{t.module}.weight" in found}
+    adapted = {target.module for name, target in targets.items() if name not in frozen}
+    biases = {f"{targets[name].module}.bias" for name in frozen} - {f"{m}.bias" for m in adapted}
+    return (found | biases) & set(parameters), frozen
 
 
 def kept_parameters(

@@ -14,7 +14,13 @@ from switchlora.distributed import agreed_checksum, from_primary, full, lost_ran
 from switchlora.errors import SwitchFailed, check_choice, check_patterns, near
 from switchlora.initializers import AdapterInit, Factors, empty_factors
 from switchlora.layers import FACTORS, Adapter, scaling_one
-from switchlora.learner import Learner, factor_moments, load_moments, moments_of
+from switchlora.learner import (
+    Learner,
+    factor_moments,
+    load_moments,
+    moments_of,
+    set_checkpointing,
+)
 from switchlora.models import eval_mode
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.ranks import RankPolicy, SwitchContext, saves_parameters
@@ -70,10 +76,12 @@ class SwitchPolicy:
     """which factors train; with [B], A stays where the switch put it, and no layer keeps its
     inputs for the backward pass"""
     residual_dtype: str | None = None
-    """'bf16' halves the bytes of the frozen residual weights; their rounding moves the logits"""
+    """'bf16' halves the bytes of the frozen residual weights; their rounding moves the logits. Not
+    for starts at B = 0: a bf16 sum of the two would lose the adapter's first small steps"""
     freeze: Sequence[str] = ()
     """what stops training without an adapter: regular expressions, searched in the names of
-    parameters and targets; frozen at the front of a model, it costs no backward pass"""
+    parameters and targets, of whose modules the biases stop too; a frozen front of a model costs
+    no backward pass"""
 
     def __post_init__(self) -> None:
         check_choice("switch.moments", self.moments, ("surviving", "factors", "reset"))
@@ -190,6 +198,7 @@ def switch(
                 carried = _carry(policy.moments, moments, adapters, learner, new)
         except BaseException as error:
             restore(model, replaced)
+            set_checkpointing(model, learner.recipe.activation_checkpointing)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags[name])
             if isinstance(error, Exception) and lost_rank(error) is None:
@@ -224,9 +233,23 @@ def make_plan(
         weight, update = monitor.targets[name].weight(model), updates[name]
         s = policy.scaling(rank)
         chosen = policy.init(weight / s, update / s, rank) if rank else empty_factors(weight)
+        check_start(policy, name, chosen)
         factors[name] = Factors(*(factor.cpu().contiguous() for factor in chosen))
         captured[name] = captured_energy(update, chosen.A) if rank else 0.0
     return Plan(ranks, left_full, factors, captured)
+
+
+def check_start(policy: SwitchPolicy, name: str, factors: Factors) -> None:
+    """ValueError for an adapter at B = 0 beside a residual weight that is rounded.
+
+    W_res lies on the grid of bf16 numbers, so W_res + s B A is rounded back to it as long as the
+    adapter is smaller than half a step of the grid, and its first updates would do nothing.
+    """
+    if policy.residual_dtype is not None and len(factors.A) and not factors.B.any():
+        raise ValueError(
+            f"switch.residual_dtype={policy.residual_dtype} does not go with a start at B = 0, "
+            f"as {name} has: use switch/init=update_svd or residual_dtype=null"
+        )
 
 
 def choose_ranks(
@@ -250,6 +273,8 @@ def choose_ranks(
         other_trainable=sum(parameter.numel() for parameter in kept.values()),
         train_factors=policy.train_factors,
     )
+    if not targets:
+        raise ValueError("switch.freeze leaves no target, so nothing would adapt: freeze fewer")
     wanted = policy.rank(context)
     if odd := sorted(set(wanted) ^ set(targets)):
         raise ValueError(
@@ -264,6 +289,12 @@ def choose_ranks(
         if not saves_parameters(rank, targets[name].weight(model).shape)
     }
     left_full = [name for name in wanted if targets[name].module in useless]
+    for name in frozen:
+        if (module := monitor.targets[name].module) in useless:
+            raise ValueError(
+                f"switch.freeze freezes {name}, but {module} stays full, since ranks this large "
+                "save nothing: lower the ranks, or freeze all of it"
+            )
     if len(left_full) == len(wanted):
         raise ValueError("no rank saves parameters on any target: choose smaller ranks")
     ranks = {n: r for n, r in wanted.items() if n not in left_full} | dict.fromkeys(frozen, 0)

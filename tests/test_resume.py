@@ -51,6 +51,12 @@ KINDS = {
     "workers": WORKERS,
     "sgd": (*BY_DATE, "recipe@full=sgd", "switch.moments=factors", "adapter.rewarmup_updates=8"),
     "lion": (*BY_DATE, "recipe@full=lion", "switch.moments=reset", "full.precision=bf16"),
+    "lean": (
+        *BY_DATE,
+        *("full.precision=bf16", "switch.residual_dtype=bf16", "switch.train_factors=[B]"),
+        *(r"switch.freeze=[patch_embed,pos_embed,cls_token,'blocks\.0\.','blocks\.1.*\.q$']",),
+        *("switch.split_qkv=true", "adapter.activation_checkpointing=gelu", "ema=0.9"),
+    ),
     "fp16": (*BY_DATE, "full.precision=fp16", "model.depth=1", "max_updates=34"),
     "criterion": (
         "switch/criterion=update_norm",

@@ -438,27 +438,26 @@ def test_with_B_alone_A_stays_where_the_switch_put_it():
     before = snapshot(trial.model)
     trial.train(3)
     for name, p in trial.model.named_parameters():
-        assert p.requires_grad == (not is_factor(name, "A") and name in before_trained(trial))
+        assert p.requires_grad == (not is_factor(name, "A") and name not in frozen_weights(trial))
         assert p.requires_grad != torch.equal(p, before[name]), name
     assert report.trainable_after < Trial().switch().trainable_after
 
 
-def before_trained(trial):
-    """Names that train after a switch: everything but A and the weights under adapters."""
-    weights = {f"{name}.weight" for name in adapted_modules(trial.model)}
-    return {name for name, _ in trial.model.named_parameters()} - weights
+def frozen_weights(trial):
+    """Names of the weights under adapters."""
+    return {f"{name}.weight" for name in adapted_modules(trial.model)}
 
 
-def test_a_budget_counts_only_factors_that_train():
-    both, alone = (
-        ("switch/rank=budget", "switch.rank.share=0.4", f"switch.train_factors={factors}")
-        for factors in ("[A,B]", "[B]")
-    )
+@pytest.mark.parametrize("share", [0.4, 0.7, 0.8])
+def test_a_budget_counts_only_factors_that_train_and_is_kept(share):
     ranks = []
-    for overrides in (both, alone):
+    for factors in ("[A,B]", "[B]"):
         trial = Trial()
-        trial.policy = build(composed(*overrides).switch)
-        ranks.append(sum(trial.switch().ranks.values()))
+        overrides = ("switch/rank=budget", f"switch.rank.share={share}")
+        trial.policy = build(composed(*overrides, f"switch.train_factors={factors}").switch)
+        report = trial.switch()
+        assert report.trainable_after <= share * report.parameters and not report.left_full
+        ranks.append(sum(report.ranks.values()))
     assert ranks[1] > ranks[0]
 
 
@@ -480,6 +479,17 @@ def test_a_residual_weight_in_bf16_has_half_the_bytes_and_says_how_far_the_logit
     trial.train(3)
     merged = merged_state_dict(trial.model)
     assert all(t.dtype == torch.float32 for t in merged.values())
+    for name, module in adapted_modules(trial.model).items():
+        whole = module.weight.double() + module.lora_B.double() @ module.lora_A.double()
+        assert torch.allclose(merged[f"{name}.weight"].double(), whole, atol=1e-7)
+
+
+def test_a_start_at_zero_is_refused_beside_a_rounded_residual_weight():
+    trial = Trial("switch/init=zero_b", "switch.residual_dtype=bf16")
+    with pytest.raises(
+        SwitchFailed, match="does not go with a start at B = 0"
+    ):
+        trial.switch()
 
 
 def test_a_residual_weight_in_bf16_leaves_bf16_training_as_it_was():
@@ -524,6 +534,40 @@ def test_every_rank_policy_leaves_a_frozen_front_out(rank):
     trial.policy = build(composed(*overrides).switch)
     report = trial.switch()
     assert all(bool(r) == n.startswith("blocks.1.") for n, r in report.ranks.items())
+
+
+def test_a_target_is_frozen_by_its_weights_name_and_its_bias_with_it():
+    trial = Trial(r"switch.freeze=['blocks\.0\.attn\.qkv\.weight','mlp\.fc2$']")
+    report = trial.switch()
+    frozen = {"blocks.0.attn.qkv", "blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}
+    assert {name for name, rank in report.ranks.items() if not rank} == frozen
+    for name in frozen:
+        module = trial.model.get_submodule(name)
+        assert not module.weight.requires_grad and not module.bias.requires_grad
+
+
+def test_what_cannot_be_frozen_is_told():
+    with pytest.raises(SwitchFailed, match=r"switch\.freeze leaves no target"):
+        Trial("switch.freeze=[blocks]").switch()
+    part = r"switch.freeze=['blocks\.0\.attn\.qkv\.q$']"
+    with pytest.raises(SwitchFailed, match=r"freezes blocks\.0\.attn\.qkv\.q, but .* stays full"):
+        Trial("switch.split_qkv=true", part, "switch.rank.rank=20").switch()
+
+
+@pytest.mark.parametrize("full, adapter", [("blocks", "null"), ("null", "blocks")])
+def test_a_switch_that_is_undone_leaves_checkpointing_as_it_was(full, adapter):
+    recipes = [
+        f"{phase}.activation_checkpointing={what}"
+        for phase, what in (("full", full), ("adapter", adapter))
+    ]
+    trial = Trial(*recipes, "switch.moments=factors")
+    for state in trial.learner.optimizer.state.values():
+        state["unknown"] = torch.ones(3)
+    with pytest.raises(SwitchFailed, match="unknown"):
+        trial.switch()
+    assert trial.model.grad_checkpointing == (full == "blocks")
+    trial.learner.optimizer.state.clear()
+    trial.train(1)
 
 
 def test_freezing_nothing_by_mistake_is_told():
