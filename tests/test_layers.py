@@ -220,3 +220,8 @@ def test_inputs_from_a_gelu_are_made_again_bit_by_bit():
         results.append((kept, torch.autograd.grad(module(F.gelu(z)).square().sum(), trained)))
     (kept, grads), (kept_less, remade) = results
     assert kept - kept_less == z.nbytes and all(map(torch.equal, grads, remade))
+
+
+def test_row_slices_read_the_inputs_one_by_one_so_merging_pays_earlier():
+    assert cheaper_form(200, 384, 1152) == "split"
+    assert cheaper_form(200, 384, 1152, slices=3) == "merged"
