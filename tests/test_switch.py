@@ -486,9 +486,7 @@ def test_a_residual_weight_in_bf16_has_half_the_bytes_and_says_how_far_the_logit
 
 def test_a_start_at_zero_is_refused_beside_a_rounded_residual_weight():
     trial = Trial("switch/init=zero_b", "switch.residual_dtype=bf16")
-    with pytest.raises(
-        SwitchFailed, match="does not go with a start at B = 0"
-    ):
+    with pytest.raises(SwitchFailed, match="does not go with a start at B = 0"):
         trial.switch()
 
 
