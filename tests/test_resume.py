@@ -385,13 +385,17 @@ def test_an_average_that_starts_in_a_branch_starts_at_the_present_weights(stoppe
         assert all(torch.equal(average[name], weights[name]) for name in weights)
 
 
-def test_a_second_interrupt_kills_at_once_and_the_first_is_kept(stopped):
-    handler = signal.getsignal(signal.SIGINT)
-    with Interruption() as interruption:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.received is signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is handler
+def test_a_second_interrupt_kills_at_once_and_the_first_is_kept():
+    handler = signal.default_int_handler  # a shell starts background jobs with SIGINT ignored
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.received is signal.SIGINT
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_summary_of_a_resumed_run_counts_all_updates(stopped):
