@@ -211,14 +211,19 @@ class Budget:
         for name, update in context.updates.items():
             energy = _energies(name, update)
             value = energy / energy.sum() if self.relative else energy
-            useful = (math.prod(update.shape) - 1) // sum(update.shape)  # see saves_parameters
-            offers += [(e / costs[name], name) for e in value[self.r_min : useful].tolist()]
+            useful = value[self.r_min : largest_saving_rank(update.shape)]
+            offers += [(e / costs[name], name) for e in useful.tolist()]
         return offers
 
 
 def saves_parameters(rank: int, shape: Sequence[int]) -> bool:
     """Whether factors of this rank are smaller than the weight (out, in) they stand for."""
-    return rank * sum(shape) < math.prod(shape)
+    return rank <= largest_saving_rank(shape)
+
+
+def largest_saving_rank(shape: Sequence[int]) -> int:
+    """The largest r with r (out + in) < out in."""
+    return (math.prod(shape) - 1) // sum(shape)
 
 
 def _cost(update: Tensor, train_factors: Sequence[str]) -> int:
