@@ -4,7 +4,6 @@ The measurement reads this rank's live tensors, the prediction only the shapes o
 made once a phase, after its first update.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import chain
@@ -12,18 +11,18 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from switchlora.distributed import is_primary, world_size
 from switchlora.exits import one_line
 from switchlora.layers import is_factor
-from switchlora.learner import autocast, operands_within_update, parameter_groups
+from switchlora.learner import autocast, operands_within_update
 from switchlora.report import memory_metrics, memory_table
 from switchlora.run import Run
 from switchlora.sharding import is_sharded
 from switchlora.state import Phase
 from switchlora.storages import SavedTensors, held_bytes, local
+from switchlora.trace import stepped, without_content
 
 Bytes = dict[str, int | None]  # by part, None for what cannot be told
 
@@ -96,14 +95,8 @@ def predict_memory(run: Run) -> Bytes:
 
 def predict_moments(run: Run, model: nn.Module) -> int:
     """Bytes of the optimizer's state for ``model``: a step on tensors without content."""
-    model = _hollow(model, torch.device("meta"))
-    for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    optimizer = run.recipe.optimizer(parameter_groups(model, run.recipe))
-    for group in optimizer.param_groups:  # they have kernels for real devices only
-        group.update(dict.fromkeys(group.keys() & {"fused", "capturable"}, False))
-    optimizer.step()
-    return held_bytes(_moments(optimizer))
+    with without_content(model, run.device) as hollow:
+        return held_bytes(_moments(stepped(hollow, run.recipe)))
 
 
 def predict_activations(run: Run, model: nn.Module) -> int:
@@ -112,8 +105,7 @@ def predict_activations(run: Run, model: nn.Module) -> int:
     share, *image = run.images_shape
     images = -(-share // recipe.accumulation)
     saved = SavedTensors()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = _hollow(model, device)
+    with without_content(model, device) as model:
         inputs = torch.empty(images, *image, device=device)
         labels = torch.empty(images, data.num_classes, device=device)
         with (
@@ -125,15 +117,6 @@ def predict_activations(run: Run, model: nn.Module) -> int:
         kept = saved.bytes_beside(model)
         del loss  # whose graph has kept it until here
         return kept
-
-
-def _hollow(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of ``model`` whose parameters and buffers have no content yet, on ``device``."""
-    empty: dict[int, Tensor] = {id(b): torch.empty_like(b, device=device) for b in model.buffers()}
-    for parameter in model.parameters():
-        tensor = torch.empty_like(parameter, device=device)
-        empty[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, empty)
 
 
 def _attempted(run: Run, what: str, predict: Callable[[], int]) -> int | None:

@@ -6,7 +6,8 @@ Fake tensors have shapes, types and a device, but no content: nothing is compute
 import copy
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -157,11 +158,8 @@ def trace_update(
     the loss scaling of fp16 is left out.
     """
     device = next(model.parameters()).device
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with FakeCopyMode(fake):
-        model = copy.deepcopy(model)
-    with fake:
-        optimizer = _stepped(model, recipe)
+    with without_content(model, device) as model:
+        optimizer = stepped(model, recipe)
         recorder = Recorder(model, device)
         state = [v for s in optimizer.state.values() for v in _tensors(s)]
         recorder.hold([*model.parameters(), *model.buffers(), *state])
@@ -179,7 +177,24 @@ def trace_update(
     return Trace(tuple(recorder.operations), memory, recorder.peak, gradients)
 
 
-def _stepped(model: nn.Module, recipe: Recipe) -> Optimizer:
+@contextmanager
+def without_content(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """A copy of ``model`` on fake tensors of ``device``; what is made inside has shapes only."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        hollow: dict[int, Tensor] = {
+            id(tensor): torch.empty_like(tensor, device=device) for tensor in model.buffers()
+        }
+        for tensor in model.parameters():
+            empty = torch.empty_like(tensor, device=device)
+            hollow[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    with FakeCopyMode(fake):
+        model = copy.deepcopy(model, hollow)
+    with fake:
+        yield model
+
+
+def stepped(model: nn.Module, recipe: Recipe) -> Optimizer:
     """The recipe's optimizer after one step, so that it has its moments; no gradient is left."""
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
