@@ -1,7 +1,6 @@
 """Find where a run left off, and refuse to go on with something else than what it was."""
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from torch import nn
 from switchlora import checkpoint
 from switchlora.distributed import from_primary
 from switchlora.errors import CheckpointUnusable
+from switchlora.identity import Config, differences
 from switchlora.runlog import CONFIG, METRICS, SUMMARY
 
 AUTO = "auto"
-FREE = ("name", "resume", "max_skipped", "system", "log", "checkpoint")
 SHOWN = 3
-Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,16 +53,6 @@ def finished_summary(resume: str | None, folder: Path, config: Config) -> dict[s
     ValueError when that run had another configuration.
     """
     return from_primary(lambda: _finished_summary(folder, config)) if resume == AUTO else None
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """Keys that shape results and differ, as 'key: old there, new here'."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    return [
-        f"{key}: {before.get(key)} there, {after.get(key)} here"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not _is_free(key)
-    ]
 
 
 def _finished_summary(folder: Path, config: Config) -> dict[str, Any] | None:
@@ -149,18 +137,6 @@ def _newest_usable(
         lines = [f"{reason}; the one before it is used" for reason in reasons]
         return path, state, lines, candidates[:number]
     raise ValueError(f"no checkpoint can be used: {reasons[0]}")
-
-
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, config
-
-
-def _is_free(key: str) -> bool:
-    return key.split(".")[0] in FREE or key.endswith("root")
 
 
 def _some(changed: list[str]) -> str:

@@ -107,7 +107,7 @@ class RunLog:
         """
         if not self._talks:
             return
-        place = {"event": event, "num_updates": num_updates, "epoch": round(epoch, 6)}
+        place = {"event": event, "num_updates": num_updates, "epoch": epoch}
         record = _plain({**place, **metrics})
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._to_wandb(self._step, record)

@@ -1,0 +1,86 @@
+"""Runs as their folders tell of them, finished or not: configuration, events, summary."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from switchlora.monitor import LayerStats, Measurement
+from switchlora.runlog import CONFIG, METRICS, SUMMARY, read_events
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run folder."""
+
+    folder: Path
+    config: Mapping[str, Any] = field(repr=False)
+    summary: Mapping[str, Any] | None = field(repr=False)
+    """None of a run that goes on, or that was killed"""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return self.summary is not None and self.summary["status"] == "finished"
+
+    def events(self, event: str | None = None) -> Iterator[dict[str, Any]]:
+        """Events in order, those named ``event`` or all."""
+        return read_events(self.folder, event)
+
+    def history(self) -> list[Measurement]:
+        """What its monitor measured, bit for bit what its criterion read."""
+        return [measurement_of(event) for event in self.events("measure")]
+
+
+def read_record(folder: Path) -> Record:
+    """The run in ``folder``; ValueError where there is none."""
+    if not is_run(folder):
+        raise ValueError(f"{folder} holds no run: {CONFIG} or {METRICS} is missing")
+    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    summary = folder / SUMMARY
+    return Record(folder, config, json.loads(summary.read_text()) if summary.exists() else None)
+
+
+def find_records(paths: Iterable[Path]) -> list[Record]:
+    """The runs in ``paths``: run folders, or folders of run folders, such as a sweep's.
+
+    ValueError names a path without any.
+    """
+    found: dict[Path, Record] = {}
+    for path in paths:
+        folders = [path] if is_run(path) else sorted(p for p in path.glob("*") if is_run(p))
+        if not folders:
+            raise ValueError(f"{path} is no run folder and holds none: give runs or a sweep")
+        for folder in folders:
+            found.setdefault(folder.resolve(), read_record(folder))
+    return list(found.values())
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in ``folder``."""
+    return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
+
+
+def measurement_of(event: Mapping[str, Any]) -> Measurement:
+    """The measurement that a 'measure' event tells of."""
+    names = [key.removeprefix("weight_norm/") for key in event if key.startswith("weight_norm/")]
+    return Measurement(
+        num_updates=event["num_updates"],
+        epoch=event["epoch"],
+        train_loss=event["train/window_loss"],
+        layers={name: _layer(event, name) for name in names},
+    )
+
+
+def _layer(event: Mapping[str, Any], name: str) -> LayerStats:
+    stats: dict[str, Any] = {}
+    for item in fields(LayerStats):
+        value = event.get(f"{item.name}/{name}", item.default)
+        if value is None and item.default is MISSING:
+            value = math.nan  # which JSON has no number for
+        stats[item.name] = tuple(value) if isinstance(value, list) else value
+    return LayerStats(**stats)
