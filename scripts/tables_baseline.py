@@ -1,0 +1,188 @@
+"""Ratios to a baseline, and the refusal of those that would compare what is not alike."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import sub, truediv
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tables_columns import (
+    ACCURACY,
+    COST,
+    IMAGES,
+    PEAK,
+    Column,
+    Read,
+    cost_flops,
+    last_phase,
+    mean_epoch_seconds,
+    of_last_phase,
+    of_phase,
+    trainable_share,
+    val_top1,
+)
+from tables_rows import Row
+
+from switchlora.identity import shaping
+from switchlora.records import Record
+
+References = Mapping[Path, Sequence[Record]]
+"""by folder of a run: the baseline's runs that it is compared with"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which runs are compared with which, and what there is to say about it."""
+
+    references: References
+    notes: tuple[str, ...]
+
+
+def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
+    """Find each row's baseline: the row named ``baseline``, or the one that trains in full.
+
+    Of several that train in full, the only one under the row's own conditions. A row is compared
+    seed by seed where the baseline has all of its seeds, else with the baseline's mean.
+    ValueError for a ``baseline`` that no row has, or that a row cannot be compared with.
+    """
+    candidates = (
+        [r for r in rows if r.trains_in_full] if baseline is None else [named_row(rows, baseline)]
+    )
+    references: dict[Path, Sequence[Record]] = {}
+    notes = []
+    for row in (row for row in rows if row not in candidates and candidates):
+        found = choose(row, candidates)
+        if isinstance(found, str):
+            if baseline is not None:
+                raise ValueError(f"--baseline: {found}")
+            notes.append(f"{found}.")
+        else:
+            paired, note = pairs(row, found)
+            references |= paired
+            notes += note
+    return Comparison(references, (*_told(candidates), *notes))
+
+
+def named_row(rows: Sequence[Row], label: str) -> Row:
+    """The row with a label; ValueError lists the labels that there are."""
+    for row in rows:
+        if row.label == label:
+            return row
+    there = "; ".join(row.label for row in rows)
+    raise ValueError(f"--baseline '{label}' names no row: give one of: {there}")
+
+
+def choose(row: Row, candidates: Sequence[Row]) -> Row | str:
+    """The only baseline that ``row`` can be compared with, or one line why there is none."""
+    why = [next(row_differences(row, candidate), None) for candidate in candidates]
+    alike = [c for c, difference in zip(candidates, why, strict=True) if difference is None]
+    if len(alike) == 1:
+        return alike[0]
+    if alike:
+        there = " and ".join(f"'{c.label}'" for c in alike)
+        return f"{row.label}: no ratio, since {there} both could be its baseline: name one"
+    return f"{row.label}: no ratio to '{candidates[0].label}', where {why[0]}"
+
+
+def row_differences(row: Row, baseline: Row) -> Iterator[str]:
+    """Conditions in which some run of ``row`` differs from some run of ``baseline``."""
+    for record in row.records:
+        for reference in baseline.records:
+            here, there = conditions(record, reference)
+            for key in sorted(here.keys() | there.keys()):
+                if here.get(key) != there.get(key):
+                    yield f"{key} is {there.get(key)}, not {here.get(key)}"
+
+
+def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What must be the same for a ratio, of a run and of its reference.
+
+    Data with transforms and batch size, the model with its dropout, the device, and precision and
+    accumulation of each of the run's phases, beside those of the reference's last phase.
+    """
+    here, there = machine_and_task(record), machine_and_task(reference)
+    for key in ("precision", "accumulation"):
+        for phase in record.summary["phases"]:
+            here[f"{phase}.{key}"] = record.config[phase][key]
+            there[f"{phase}.{key}"] = reference.config[last_phase(reference)][key]
+    return here, there
+
+
+def machine_and_task(record: Record) -> dict[str, Any]:
+    """Device, threads, processes, and all keys of the data and the model."""
+    where = record.summary["environment"]
+    task = {k: v for k, v in shaping(record.config).items() if k.startswith(("data.", "model."))}
+    machine = {key: where[key] for key in ("device", "threads")}
+    return {**task, **machine, "world_size": where.get("world_size", 1)}
+
+
+def pairs(row: Row, baseline: Row) -> tuple[dict[Path, Sequence[Record]], list[str]]:
+    """The runs of ``baseline`` for each run of ``row``; a note where seeds are not shared."""
+    by_seed = {record.config["seed"]: record for record in baseline.records}
+    missing = [str(r.config["seed"]) for r in row.records if r.config["seed"] not in by_seed]
+    if not missing:
+        return {r.folder: [by_seed[r.config["seed"]]] for r in row.records}, []
+    note = (
+        f"{row.label}: compared with the mean of '{baseline.label}' over its own seeds, which "
+        f"lack {', '.join(missing)}."
+    )
+    return {record.folder: baseline.records for record in row.records}, [note]
+
+
+def ratio_columns(references: References) -> list[Column]:
+    """The columns that compare a run with its baseline."""
+    top1 = against(references, val_top1, val_top1, sub)
+    speed = against(references, of_phase("adapter", IMAGES), of_last_phase(IMAGES), truediv)
+    memory = against(references, of_phase("adapter", PEAK), of_last_phase(PEAK), truediv)
+    flops = against(references, cost_flops, cost_flops, truediv)
+    return [
+        Column("top1_difference", "top1 to baseline", "points", top1, signed, ACCURACY),
+        Column("speed_ratio", "speed ratio", "", speed, 2, COST, timed=True),
+        Column("cost_ratio", "cost ratio", "", flops, 2, COST),
+        Column("memory_ratio", "memory ratio", "", memory, 2, COST, timed=True),
+    ]
+
+
+def prelora_columns(references: References) -> list[Column]:
+    """The columns of PreLoRA's table (arXiv 2509.21619)."""
+    by_key = {column.key: column for column in ratio_columns(references)}
+    epoch = against(references, mean_epoch_seconds, mean_epoch_seconds, truediv)
+    return [
+        Column("trainable_share", "trainable", "%", trainable_share, 1),
+        by_key["speed_ratio"],
+        Column("epoch_ratio", "epoch time ratio", "", epoch, 2, timed=True),
+        by_key["memory_ratio"],
+        by_key["top1_difference"],
+    ]
+
+
+def against(
+    references: References, mine: Read, theirs: Read, combine: Callable[[float, float], float]
+) -> Read:
+    """Reads ``combine(mine(run), mean of theirs(baseline's runs))``; None where one is missing."""
+
+    def read(record: Record) -> float | None:
+        found = [theirs(reference) for reference in references.get(record.folder, ())]
+        value = mine(record)
+        if value is None or not found or None in found or not fmean(found):
+            return None
+        return combine(value, fmean(found))
+
+    return read
+
+
+def signed(value: float) -> str:
+    """A difference with its sign."""
+    return f"{value:+.2f}"
+
+
+def _told(candidates: Sequence[Row]) -> list[str]:
+    if not candidates:
+        return ["No baseline: no row trains in full to the end, and none was named."]
+    there = " or ".join(f"'{row.label}'" for row in candidates)
+    return [
+        f"Compared with {there}, the same seeds with each other: val top1 minus the baseline's; "
+        "images/s and peak memory of the adapter phase over those of the baseline's last phase; "
+        "FLOPs over FLOPs."
+    ]
