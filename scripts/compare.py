@@ -29,6 +29,7 @@ TIMED = {
         "monitor/time_share",
         "time_share",
     ),
+    *("train_seconds", "trunk", "reused", "branched_from"),
     *("images_per_second", "images_per_second_quartiles", "train/images_per_second"),
     *("speedup/arithmetic", "speedup/optimizer", "speedup/communication"),
     *("epoch_seconds", "train/epoch_seconds", "peak_memory_bytes", "memory/peak_bytes"),

@@ -34,7 +34,7 @@ from switchlora.learner import Learner, load_moments, moments_of
 from switchlora.sharding import is_sharded
 from switchlora.surgery import inject_empty
 
-FORMAT = 2
+FORMAT = 3
 FOLDER = "checkpoints"
 STATE, SUMS, TENSORS = "state.pt", "SHA256SUMS", "tensors"
 NAME = re.compile(r"update-(\d+)(?:\.(\d+))?")

@@ -72,11 +72,35 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
         "test": test,
         "switch": switch,
         "phases": {
-            phase: {**figures, "memory": state.memory.get(phase)}
+            phase: {
+                **figures,
+                "memory": state.memory.get(phase),
+                "flops_per_update": state.flops.get(phase),
+            }
             for phase, figures in state.phases.items()
         },
+        "cost": cost(run),
+        "trunk": state.reused,
         "monitor": {"time_share": run.stopwatch.monitor_share},
         "environment": environment(run.device, run.config["seed"]),
+    }
+
+
+def cost(run: Run) -> dict[str, Any]:
+    """What training cost in all: 'train_flops', None where they are not known, 'train_seconds'.
+
+    What was taken from a trunk counts as if this run had computed it.
+    """
+    phases = run.state.phases
+    flops = [
+        None if (one := run.state.flops.get(phase)) is None else one * figures["num_updates"]
+        for phase, figures in phases.items()
+        if figures["num_updates"]
+    ]
+    known = [count for count in flops if count is not None]
+    return {
+        "train_flops": sum(known) if len(known) == len(flops) else None,
+        "train_seconds": sum(figures["train_seconds"] for figures in phases.values()),
     }
 
 

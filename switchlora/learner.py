@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from switchlora.distributed import full, like, total, world_size
 from switchlora.errors import check_choice, check_range
+from switchlora.flops import FlopCounter
 from switchlora.layers import AdaptedLinear, Adapter, is_factor, operands_kept
 from switchlora.sharding import gathered, is_sharded, shard, skeleton
 from switchlora.storages import SavedTensors
@@ -102,6 +103,9 @@ class Learner:
     activation_bytes: int | None = None
     """what autograd kept for the backward pass of the first micro-batch, parameters apart; None
     before, and with torch.compile"""
+    flops: int | None = None
+    """of the first update on this rank, products and attention; None before, and with
+    torch.compile"""
 
     def update(
         self, images: Tensor, targets: Tensor, loss_fn: nn.Module, num_updates: int
@@ -114,7 +118,7 @@ class Learner:
         """
         lr = self.set_lr(num_updates)
         self.optimizer.zero_grad(set_to_none=True)
-        with operands_within_update(self.model, self.recipe):
+        with operands_within_update(self.model, self.recipe), self._flops_counted():
             loss = self._accumulate(images, targets, loss_fn)
         return self._step(loss, lr)
 
@@ -161,6 +165,15 @@ class Learner:
         with saved:
             yield
         self.activation_bytes = saved.bytes_beside(self.model)
+
+    @contextmanager
+    def _flops_counted(self) -> Iterator[None]:
+        if self.flops is not None or self.recipe.compile is not None:
+            yield
+            return
+        with FlopCounter() as counter:
+            yield
+        self.flops = counter.total
 
     def _exchange(self, now: bool) -> AbstractContextManager:
         if is_sharded(self.model):

@@ -121,6 +121,12 @@ class Run:
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
         return metrics
 
+    @property
+    def flops_per_update(self) -> int | None:
+        """Of the learner's first update, over all ranks; None with torch.compile."""
+        counted = distributed.gather(self.learner.flops)
+        return None if None in counted else sum(flops for flops in counted if flops is not None)
+
     def phase_summary(self) -> dict[str, Any]:
         """Throughput, memory and trained parameters of the present phase."""
         last = self.state.last_eval

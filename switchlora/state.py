@@ -49,6 +49,12 @@ class TrainState:
     """figures of each phase that has ended"""
     memory: dict[Phase, dict[str, dict[str, int | None]]] = field(default_factory=dict)
     """bytes after the first update of each phase by category, 'measured' and 'predicted'"""
+    flops: dict[Phase, int | None] = field(default_factory=dict)
+    """of one update of each phase over all ranks; None with torch.compile"""
+    reused: dict[str, Any] | None = None
+    """'folder', 'reused_updates' and 'reused_seconds' of the full phase that came from a trunk"""
+    branched_from: str | None = None
+    """checkpoint of another run that this one branched off from"""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only."""
@@ -56,6 +62,7 @@ class TrainState:
         plain["phase"] = str(self.phase)
         plain["phases"] = {str(phase): figures for phase, figures in self.phases.items()}
         plain["memory"] = {str(phase): found for phase, found in self.memory.items()}
+        plain["flops"] = {str(phase): flops for phase, flops in self.flops.items()}
         return plain
 
     def load_state_dict(self, plain: Mapping[str, Any]) -> None:
@@ -65,6 +72,7 @@ class TrainState:
         self.phase = Phase(plain["phase"])
         self.phases = {Phase(phase): figures for phase, figures in plain["phases"].items()}
         self.memory = {Phase(phase): found for phase, found in plain["memory"].items()}
+        self.flops = {Phase(phase): flops for phase, flops in plain["flops"].items()}
         self.history = [_measurement(measured) for measured in plain["history"]]
         self.verdict = Verdict(**plain["verdict"]) if plain["verdict"] else None
         report = plain["switch_report"]

@@ -31,6 +31,7 @@ class Stopwatch:
         self._laps: list[float] = []
         self._settling = WARMUP_UPDATES
         self._num_updates = 0
+        self._phase_seconds = 0.0
         self._earlier_peak = 0
         reset_peak_memory(self.device)
         self.resume()
@@ -48,6 +49,7 @@ class Stopwatch:
             self._laps.append(now - self._mark)
         self._num_updates += 1
         self.train_seconds += now - self._mark
+        self._phase_seconds += now - self._mark
         self._mark = now
 
     @contextmanager
@@ -71,7 +73,7 @@ class Stopwatch:
         return self.monitor_seconds / self.train_seconds if self.train_seconds else 0.0
 
     def summary(self, batch_size: int, updates_per_epoch: int) -> dict[str, Any]:
-        """Medians of the phase; None where too few updates were made to say."""
+        """Medians of the phase, and its seconds of all updates; None where too few were made."""
         counted = self._laps
         typical = median(counted) if counted else None
         peak = peak_memory(self.device)
@@ -83,6 +85,7 @@ class Stopwatch:
             "epoch_seconds": typical * updates_per_epoch if typical else None,
             "peak_memory_bytes": peak and max(peak, self._earlier_peak),
             "num_updates": self._num_updates,
+            "train_seconds": self._phase_seconds,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,6 +93,7 @@ class Stopwatch:
         return {
             "laps": self._laps,
             "num_updates": self._num_updates,
+            "phase_seconds": self._phase_seconds,
             "peak": max(peak_memory(self.device) or 0, self._earlier_peak),
             "monitor_seconds": self.monitor_seconds,
             "train_seconds": self.train_seconds,
@@ -100,6 +104,7 @@ class Stopwatch:
         self.start_phase()
         self._laps = list(state["laps"])
         self._num_updates, self._earlier_peak = state["num_updates"], state["peak"]
+        self._phase_seconds = state["phase_seconds"]
         self.monitor_seconds, self.train_seconds = state["monitor_seconds"], state["train_seconds"]
 
 

@@ -20,9 +20,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from switchlora.flops import flops_of
 from switchlora.learner import Recipe, autocast, operands_within_update, parameter_groups
 from switchlora.storages import SavedTensors, held_bytes
 
@@ -32,18 +32,6 @@ MOVES_NOTHING = {
     "_unsafe_view",
 }
 ONLY_WRITES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
-SAME_FORMULA = {
-    "addmm_": "addmm",
-    "baddbmm_": "baddbmm",
-    "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (
-        "_scaled_dot_product_flash_attention_backward"
-    ),
-}
-aten = torch.ops.aten
-FORMULAS = flop_registry | {
-    getattr(aten, name): flop_registry[getattr(aten, like)] for name, like in SAME_FORMULA.items()
-}
 
 
 @dataclass(frozen=True)
@@ -105,8 +93,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func.namespace != "prim":
-            formula = FORMULAS.get(func.overloadpacket)
-            flops = formula(*args, **kwargs, out_val=result) if formula else 0
+            flops = flops_of(func, args, kwargs, result)
             moved = _bytes_moved(func, _tensors((args, kwargs)), _tensors(result))
             name = str(func.overloadpacket)
             self.operations.append(Operation(name, self._module(), self.part, flops, moved))

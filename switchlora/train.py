@@ -121,6 +121,7 @@ def count_update(run: Run, update: Update) -> None:
     record_update(run, update)
     if run.state.phase not in run.state.memory:
         record_memory(run)
+        run.state.flops[run.state.phase] = run.flops_per_update
     if run.monitor is not None:
         run.monitor.observe(update.loss, run.learner.decay(update.lr))
         if run.monitor.due(run.state.num_updates):
