@@ -1,7 +1,8 @@
-"""Pictures of one run, drawn from its metrics.jsonl."""
+"""Pictures of one run, drawn from its metrics.jsonl, and what pictures of several share."""
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +19,98 @@ from switchlora.surgery import family
 Event = dict[str, Any]
 FULL_SHADE, ADAPTER_SHADE = "#dfe7f1", "#f6e6d3"
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#555555"
+RUN_COLORS = ("#0072b2", "#d55e00", "#000000", "#cc79a7", "#009e73", "#e69f00", "#56b4e9")
+"""of Okabe and Ito, who see red and green alike"""
+RUN_DASHES = ("-", "--", "-.", (0, (1, 1.2)))
+RUN_MARKERS = ("o", "s", "^", "D", "v")
+STATISTICS = {
+    "update_norms": ("relative_update_norm", "relative update norm, %", 100.0),
+    "stable_ranks": ("update_stable_rank", "stable rank of the update", 1.0),
+    "weight_stable_ranks": ("weight_stable_rank", "stable rank of the weight", 1.0),
+}
+"""by picture: key of the events, label, and what its values are multiplied with"""
 
 
 def draw_figures(folder: Path) -> list[Path]:
     """Draw what the run in ``folder`` measured into ``folder/figures``; return the files."""
     events = list(read_events(folder))
-    measured = [e for e in events if e["event"] == "measure"]
-    pictures: dict[str, Figure] = {}
-    if measured:
-        switch = _switch_update(events)
-        pictures = {
-            "update_norms": small_multiples(
-                measured, "relative_update_norm", "relative update norm, %", switch, 100
-            ),
-            "stable_ranks": small_multiples(
-                measured, "update_stable_rank", "stable rank of the update", switch
-            ),
-            "weight_stable_ranks": small_multiples(
-                measured, "weight_stable_rank", "stable rank of the weight", switch
-            ),
-            "update_norm_map": heat_map(measured, "relative_update_norm", switch),
-        }
+    pictures = layer_figures(events)
     if any(e["event"] in ("train", "eval") for e in events):
         pictures["training"] = training_curves(events)
     return [_save(figure, folder / "figures" / f"{name}.png") for name, figure in pictures.items()]
+
+
+def layer_figures(events: Sequence[Event]) -> dict[str, Figure]:
+    """Pictures, by name, of what the monitor measured in each layer; none where nothing was."""
+    measured = [e for e in events if e["event"] == "measure"]
+    if not measured:
+        return {}
+    switch = switch_update(events)
+    pictures = {
+        name: small_multiples(measured, key, label, switch, unit)
+        for name, (key, label, unit) in STATISTICS.items()
+    }
+    return pictures | {"update_norm_map": heat_map(measured, "relative_update_norm", switch)}
 
 
 def small_multiples(
     measured: Sequence[Event], key: str, label: str, switch: int | None, unit: float = 1.0
 ) -> Figure:
     """One panel per family with a line per layer, dark for the first block, light for the last."""
-    names = _targets(measured[0], key)
+    names = targets_of(measured[0], key)
     families = list(dict.fromkeys(family(name) for name in names))
-    columns = min(len(families), 2)
-    rows = math.ceil(len(families) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure, axes = family_panels(families)
     updates = [e["num_updates"] for e in measured]
-    for axis, name in zip(axes.flat, families, strict=False):
+    for name, axis in zip(families, axes.flat, strict=False):
         members = [n for n in names if family(n) == name]
         for place, member in enumerate(members):
             color = colormaps["viridis"](0.9 * place / max(len(members) - 1, 1))
-            values = [unit * _number(e.get(f"{key}/{member}")) for e in measured]
+            values = [unit * number(e.get(f"{key}/{member}")) for e in measured]
             axis.plot(updates, values, color=color, linewidth=1.4)
-        axis.set_title(name, fontsize=10)
         _mark_switch(axis, switch)
-        _tidy(axis)
-    for axis in list(axes.flat)[len(families) :]:
-        axis.set_visible(False)
     _label_blocks(figure, axes, len(names) // len(families))
     figure.supylabel(label, fontsize=10)
     figure.supxlabel("optimizer updates", fontsize=10)
     return figure
 
 
+def family_panels(families: Sequence[str]) -> tuple[Figure, np.ndarray]:
+    """A figure with one titled panel per family, in two columns on common axes."""
+    columns = min(len(families), 2)
+    rows = math.ceil(len(families) / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axis, name in zip(axes.flat, families, strict=False):
+        axis.set_title(name, fontsize=10)
+        tidy(axis)
+    for axis in list(axes.flat)[len(families) :]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def run_styles(count: int) -> list[dict[str, Any]]:
+    """Colour, dashes and marker of each of ``count`` runs: no two share all, also in grey."""
+    kinds = zip(cycle(RUN_COLORS), cycle(RUN_DASHES), cycle(RUN_MARKERS), strict=False)
+    return [
+        {"color": color, "linestyle": dashes, "marker": marker}
+        for color, dashes, marker in islice(kinds, count)
+    ]
+
+
+def run_labels(folders: Sequence[Path]) -> list[str]:
+    """Names of run folders, with as much of the path before them as tells all apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def heat_map(measured: Sequence[Event], key: str, switch: int | None) -> Figure:
     """Layers by time: the relative update norm of every target."""
-    names = sorted(_targets(measured[0], key), key=lambda n: (family(n), _depth(n)))
-    values = np.array([[100 * _number(e.get(f"{key}/{n}")) for e in measured] for n in names])
+    names = sorted(targets_of(measured[0], key), key=lambda n: (family(n), _depth(n)))
+    values = np.array([[100 * number(e.get(f"{key}/{n}")) for e in measured] for n in names])
     figure = Figure(figsize=(7.2, 1.2 + 0.16 * len(names)), layout="constrained")
     axis = figure.subplots()
     updates = [e["num_updates"] for e in measured]
@@ -96,7 +131,7 @@ def training_curves(events: Sequence[Event]) -> Figure:
     """Train and validation loss, and top1, with the full and the adapter phase shaded."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss, top1 = figure.subplots(1, 2)
-    switch, last = _switch_update(events), max(e["num_updates"] for e in events)
+    switch, last = switch_update(events), max(e["num_updates"] for e in events)
     series = _series(events)
     loss.plot(*series("train", "train/loss"), color=GREY, linewidth=0.6, label="train")
     loss.plot(*series("eval", "val/loss"), "o-", color=BLUE, markersize=3, label="validation")
@@ -109,23 +144,25 @@ def training_curves(events: Sequence[Event]) -> Figure:
         axis.set_xlabel("optimizer updates")
         axis.set_title(name, fontsize=10)
         axis.legend(fontsize=8, framealpha=1, edgecolor="none")
-        _tidy(axis)
+        tidy(axis)
     return figure
 
 
 def _series(events: Sequence[Event]) -> Callable[[str, str], tuple[list[int], list[float]]]:
     def points(event: str, key: str) -> tuple[list[int], list[float]]:
         found = [(e["num_updates"], e[key]) for e in events if e["event"] == event and key in e]
-        return [n for n, _ in found], [_number(value) for _, value in found]
+        return [n for n, _ in found], [number(value) for _, value in found]
 
     return points
 
 
-def _targets(event: Event, key: str) -> list[str]:
+def targets_of(event: Event, key: str) -> list[str]:
+    """Targets of which an event holds the statistic ``key``."""
     return [name.removeprefix(f"{key}/") for name in event if name.startswith(f"{key}/")]
 
 
-def _switch_update(events: Sequence[Event]) -> int | None:
+def switch_update(events: Sequence[Event]) -> int | None:
+    """Update at which a run switched."""
     return next((e["num_updates"] for e in events if e["event"] == "switch"), None)
 
 
@@ -165,11 +202,13 @@ def _depth(name: str) -> list[int]:
     return [int(part) for part in name.split(".") if part.isdigit()]
 
 
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
+    """NaN for what JSON has no number for."""
     return math.nan if value is None else value
 
 
-def _tidy(axis: Axes) -> None:
+def tidy(axis: Axes) -> None:
+    """No frame on top and right, small tick labels."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
 
