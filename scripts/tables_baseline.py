@@ -1,7 +1,7 @@
 """Ratios to a baseline, and the refusal of those that would compare what is not alike."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import sub, truediv
 from pathlib import Path
 from statistics import fmean
@@ -148,13 +148,14 @@ def prelora_columns(references: References) -> list[Column]:
     """The columns of PreLoRA's table (arXiv 2509.21619)."""
     by_key = {column.key: column for column in ratio_columns(references)}
     epoch = against(references, mean_epoch_seconds, mean_epoch_seconds, truediv)
-    return [
+    columns = [
         Column("trainable_share", "trainable", "%", trainable_share, 1),
         by_key["speed_ratio"],
         Column("epoch_ratio", "epoch time ratio", "", epoch, 2, timed=True),
         by_key["memory_ratio"],
         by_key["top1_difference"],
     ]
+    return [replace(column, group="") for column in columns]
 
 
 def against(
@@ -181,8 +182,4 @@ def _told(candidates: Sequence[Row]) -> list[str]:
     if not candidates:
         return ["No baseline: no row trains in full to the end, and none was named."]
     there = " or ".join(f"'{row.label}'" for row in candidates)
-    return [
-        f"Compared with {there}, the same seeds with each other: val top1 minus the baseline's; "
-        "images/s and peak memory of the adapter phase over those of the baseline's last phase; "
-        "FLOPs over FLOPs."
-    ]
+    return [f"Compared with {there}, run by run with the same seed."]

@@ -1,13 +1,14 @@
 """Accuracy against training cost, with the Pareto front."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 from tables_rows import Row, Table
 
@@ -15,12 +16,14 @@ from switchlora.figures import BLUE, GREY, ORANGE
 
 COST_KEY, ACCURACY_KEY = "cost_flops", "val_top1"
 MARKER = 6.0  # points
-RADII = (9, 18, 30, 44, 60, 80, 104)  # points from a label to its point
+DISTANCES = (6, 14, 24, 36, 50, 66, 84, 104)  # points from a point to its name
 ANGLES = (0, 180, 90, 270, 45, 135, 315, 225)  # degrees
-AWAY = 12  # points from which on a line leads to the label
+AWAY = 12  # points from which on a line leads to the name
+
+Point = tuple[float, float]
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+def pareto_front(points: Sequence[Point]) -> list[int]:
     """Indices of the (cost, accuracy) points that none beats: lower cost, higher accuracy.
 
     A point is beaten by one that is no worse in both and better in one; equal points stand
@@ -64,11 +67,11 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.16, 0.16)
     _draw_legend(axes)
-    place_labels(axes, points, [row.label for row in rows])
+    place_labels(axes, rows, points)
     return figure
 
 
-def _draw_point(axes: Axes, row: Row, point: tuple[float, float], on_front: bool) -> None:
+def _draw_point(axes: Axes, row: Row, point: Point, on_front: bool) -> None:
     color, face = (BLUE, BLUE) if on_front else (GREY, "white")
     axes.errorbar(
         *point,
@@ -92,46 +95,50 @@ def _draw_legend(axes: Axes) -> None:
     axes.figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
 
 
-def place_labels(
-    axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]
-) -> list[Annotation]:
-    """Name every point where no other name and no point lies; a thin line leads to far names."""
+def place_labels(axes: Axes, rows: Sequence[Row], points: Sequence[Point]) -> None:
+    """Name every point where no other name, no point and no error bar lies.
+
+    A thin line leads to names that are far from their points.
+    """
     figure = axes.figure
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    pixels = [axes.transData.transform(point) for point in points]
-    half = figure.dpi / 72 * MARKER / 2 + 1
-    taken = [Bbox([pixel - half, pixel + half]) for pixel in pixels]
-    placed = []
-    for point, label in zip(points, labels, strict=True):
-        note = _place(axes, point, label, taken)
-        taken.append(note.get_window_extent())
-        placed.append(note)
-    return placed
+    taken = [
+        box for row, point in zip(rows, points, strict=True) for box in _ink(axes, row, point)
+    ]
+    for row, point in zip(rows, points, strict=True):
+        note = axes.annotate(row.label, point, (0, 0), textcoords="offset points", fontsize=8)
+        size = note.get_window_extent().size
+        offset, box = _free_place(axes, axes.transData.transform(point), size, taken)
+        note.set_position(offset)
+        note.set(ha="center", va="center")
+        taken.append(box)
+        _lead(axes, point, box)
 
 
-def _place(
-    axes: Axes, point: tuple[float, float], label: str, taken: Sequence[Bbox]
-) -> Annotation:
-    """The label at the first place that is free, or at the last where none is."""
-    for radius, angle in _places():
-        x, y = radius * math.cos(angle), radius * math.sin(angle)
-        note = axes.annotate(
-            label,
-            point,
-            (x, y),
-            textcoords="offset points",
-            fontsize=8,
-            ha="left" if x > 1 else "right" if x < -1 else "center",
-            va="bottom" if y > 1 else "top" if y < -1 else "center",
-        )
-        box = note.get_window_extent()
+def _ink(axes: Axes, row: Row, point: Point) -> list[Bbox]:
+    """Pixels of a point and of its error bars."""
+    spread = [row.cells[key].std or 0 for key in (COST_KEY, ACCURACY_KEY)]
+    half = axes.figure.dpi / 72 * MARKER / 2 + 1
+    boxes = []
+    for reach in ((0, 0), (spread[0], 0), (0, spread[1])):
+        ends = axes.transData.transform(np.add(point, np.outer((-1, 1), reach)))
+        boxes.append(Bbox(ends + [[-half, -half], [half, half]]))
+    return boxes
+
+
+def _free_place(
+    axes: Axes, pixel: np.ndarray, size: np.ndarray, taken: Sequence[Bbox]
+) -> tuple[np.ndarray, Bbox]:
+    """Offset of a label's middle in points and its box: the first that is free, or the last."""
+    scale = axes.figure.dpi / 72
+    for distance, angle in product(DISTANCES, ANGLES):
+        direction = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
+        offset = direction * distance * scale + np.sign(direction.round(6)) * size / 2
+        box = Bbox([pixel + offset - size / 2, pixel + offset + size / 2])
         if _within(box, axes) and not any(box.overlaps(other) for other in taken):
-            if radius > AWAY:
-                _lead(axes, point, (x, y))
-            return note
-        note.remove()
-    return axes.annotate(label, point, (x, y), textcoords="offset points", fontsize=8)
+            break
+    return offset / scale, box
 
 
 def _within(box: Bbox, axes: Axes) -> bool:
@@ -141,10 +148,11 @@ def _within(box: Bbox, axes: Axes) -> bool:
     return inside and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
 
 
-def _places() -> Iterator[tuple[float, float]]:
-    return ((radius, math.radians(angle)) for radius in RADII for angle in ANGLES)
-
-
-def _lead(axes: Axes, point: tuple[float, float], offset: tuple[float, float]) -> None:
-    line = {"arrowstyle": "-", "color": ORANGE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-    axes.annotate("", point, offset, textcoords="offset points", arrowprops=line)
+def _lead(axes: Axes, point: Point, box: Bbox) -> None:
+    """A line from a point to the nearest edge of a name that is not beside it."""
+    pixel = axes.transData.transform(point)
+    end = np.clip(pixel, box.min, box.max)
+    if np.hypot(*(end - pixel)) > AWAY * axes.figure.dpi / 72:
+        line = {"arrowstyle": "-", "color": ORANGE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+        offset = (end - pixel) * 72 / axes.figure.dpi
+        axes.annotate("", point, offset, textcoords="offset points", arrowprops=line)
