@@ -13,7 +13,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tables_baseline import Comparison, compare_rows, prelora_columns, ratio_columns
+from tables_baseline import (
+    Comparison,
+    compare_rows,
+    mixed_machines,
+    prelora_columns,
+    ratio_columns,
+)
 from tables_columns import Cell, Column, make_cell, run_columns
 from tables_formats import csv_text, latex, markdown, shown
 from tables_picture import draw_pareto, pareto_front
@@ -34,8 +40,8 @@ __all__ = [
 ]
 PRESETS = ("default", "prelora")
 SPREAD = (
-    "Mean ± standard deviation over seeds (number of runs); of a single run its value, and "
-    "quartiles over its updates in square brackets."
+    "Mean ± standard deviation over seeds (number of runs), also in the picture; of a single run "
+    "its value, and quartiles over its updates in square brackets."
 )
 SWITCHING = (
     "At the switch: the last validation at or before it; right after: the first one after it. "
@@ -131,8 +137,8 @@ def make_table(
     rows = [replace(row, cells=_cells(columns, row.records)) for row in rows]
     general = [SPREAD, SWITCHING if preset == "default" else SOURCE, *([TIMES] if times else [])]
     general += [MEAN_EPOCH] if times and preset == "prelora" else []
-    reused = reused_notes(rows) if times else []
-    notes = [*general, *comparison.notes, *reused, *duplicates, *unfinished_notes(records)]
+    of_times = [*mixed_machines(rows), *reused_notes(rows)] if times else []
+    notes = [*general, *comparison.notes, *of_times, *duplicates, *unfinished_notes(records)]
     published = [published_row(columns)] if preset == "prelora" and rows else []
     return Table(tuple(columns), (*rows, *published), tuple(notes))
 
@@ -167,7 +173,7 @@ def reused_notes(rows: Sequence[Row]) -> list[str]:
             told = ", ".join(f"{n:,}" for n in reused)
             notes.append(
                 f"{row.label}: {told} updates of the full phase (by seed) were taken from a "
-                "shared trunk with their times, not made anew."
+                "shared trunk with their times, not made anew; costs and times count them."
             )
     return notes
 

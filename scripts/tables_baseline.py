@@ -27,6 +27,8 @@ from tables_rows import Row
 from switchlora.identity import shaping
 from switchlora.records import Record
 
+MACHINE = ("device", "threads", "world_size")
+
 References = Mapping[Path, Sequence[Record]]
 """by folder of a run: the baseline's runs that it is compared with"""
 
@@ -89,10 +91,7 @@ def row_differences(row: Row, baseline: Row) -> Iterator[str]:
     """Conditions in which some run of ``row`` differs from some run of ``baseline``."""
     for record in row.records:
         for reference in baseline.records:
-            here, there = conditions(record, reference)
-            for key in sorted(here.keys() | there.keys()):
-                if here.get(key) != there.get(key):
-                    yield f"{key} is {there.get(key)}, not {here.get(key)}"
+            yield from unlike(*conditions(record, reference))
 
 
 def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -111,10 +110,32 @@ def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[
 
 def machine_and_task(record: Record) -> dict[str, Any]:
     """Device, threads, processes, and all keys of the data and the model."""
-    where = record.summary["environment"]
     task = {k: v for k, v in shaping(record.config).items() if k.startswith(("data.", "model."))}
-    machine = {key: where[key] for key in ("device", "threads")}
-    return {**task, **machine, "world_size": where.get("world_size", 1)}
+    return task | machine(record)
+
+
+def machine(record: Record) -> dict[str, Any]:
+    """Device, threads of a process and number of processes."""
+    where = record.summary["environment"]
+    return {"world_size": 1, **{key: where[key] for key in MACHINE if key in where}}
+
+
+def mixed_machines(rows: Sequence[Row]) -> list[str]:
+    """Notes on rows whose runs were not made on the same machine."""
+    notes = []
+    for row in rows:
+        first, *others = map(machine, row.records)
+        told = next((line for other in others for line in unlike(other, first)), None)
+        if told is not None:
+            notes.append(f"{row.label}: runs on different machines ({told}): mind its times.")
+    return notes
+
+
+def unlike(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
+    """Keys with other values ``here`` than ``there``."""
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) != there.get(key):
+            yield f"{key} is {there.get(key)}, not {here.get(key)}"
 
 
 def pairs(row: Row, baseline: Row) -> tuple[dict[Path, Sequence[Record]], list[str]]:

@@ -94,8 +94,8 @@ def run_columns() -> list[Column]:
             for phase in ("full", "adapter")
         ),
         Column("trainable", "trainable", "parameters", trainable, 0, COST),
-        Column("trainable_share", "of the model", "%", trainable_share, 2, COST),
-        Column("cost_flops", "training cost", "FLOPs", cost_flops, "{:.3e}".format, COST),
+        Column("trainable_share", "trainable share", "%", trainable_share, 2, COST),
+        Column("cost_flops", "training cost", "FLOPs", cost_flops, "{:.4g}".format, COST),
         Column("cost_seconds", "training cost", "s", cost_seconds, 1, COST, timed=True),
     ]
 

@@ -11,6 +11,7 @@ from tables_columns import Cell, Column
 from tables_rows import Table
 
 MISSING = "–"
+FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 LATEX = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
@@ -77,21 +78,25 @@ def _padded(rows: Sequence[Sequence[str]]) -> str:
 
 def latex(table: Table) -> str:
     r"""A float for ``\input``: a booktabs tabular for each group of columns, and the notes."""
-    parts = ["% needs \\usepackage{booktabs}", r"\begin{table*}", r"\centering\footnotesize"]
-    parts.append(r"\setlength{\tabcolsep}{4pt}")
+    parts = [
+        "% needs \\usepackage{booktabs,graphicx}",
+        r"\begin{table*}",
+        r"\centering\footnotesize",
+    ]
     for name, columns in grouped(table.columns):
         heads = [
             [name, *(column.title for column in columns)],
             ["", *(column.unit for column in columns)],
         ]
         parts += [
+            FIT,
             rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
             r"\toprule",
             *map(_latex_row, heads),
             r"\midrule",
             *map(_latex_row, _lines(table, columns)),
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             r"\par\medskip",
         ]
     parts += [r"\begin{flushleft}\scriptsize", *(rf"{escaped(n)}\par" for n in table.notes)]
@@ -104,7 +109,8 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def escaped(text: str) -> str:
     """Text whose characters LaTeX does not take for commands."""
-    return re.sub(".", lambda found: LATEX.get(found[0], found[0]), text)
+    plain = re.sub(".", lambda found: LATEX.get(found[0], found[0]), text)
+    return re.sub(r"(?<!\S)-(?=\d)", "$-$", plain)
 
 
 def csv_text(table: Table) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from tables_rows import Row, Table
 
-from switchlora.figures import BLUE, GREY, ORANGE
+from switchlora.figures import BLUE, GREY
 
 COST_KEY, ACCURACY_KEY = "cost_flops", "val_top1"
 MARKER = 6.0  # points
 DISTANCES = (6, 14, 24, 36, 50, 66, 84, 104)  # points from a point to its name
 ANGLES = (0, 180, 90, 270, 45, 135, 315, 225)  # degrees
+MOST_NAMES = 8
+ON_FRONT = {"marker": "o", "linestyle": "", "color": BLUE, "markersize": MARKER}
+BEATEN = {**ON_FRONT, "marker": "s", "color": GREY, "markerfacecolor": "white"}
+STEPS = {"color": BLUE, "linewidth": 1, "linestyle": (0, (1, 1.5)), "zorder": 1}
 AWAY = 12  # points from which on a line leads to the name
 
 Point = tuple[float, float]
@@ -52,62 +56,90 @@ def draw_pareto(table: Table, path: Path) -> Path:
 
 
 def pareto_figure(rows: Sequence[Row]) -> Figure:
-    """Rows as points with error bars and names; the front is filled and joined by steps."""
-    points = [(row.cells[COST_KEY].mean, row.cells[ACCURACY_KEY].mean) for row in rows]
+    """Rows as points with error bars and names; the front is filled and joined by steps.
+
+    Many rows have numbers for names, in the order of cost, and a key beside the picture.
+    """
+    rows = sorted(rows, key=lambda row: _point(row)[0])
+    points = [_point(row) for row in rows]
     front = pareto_front(points)
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    numbered = len(rows) > MOST_NAMES
+    height = max(4.4, 1.2 + 0.165 * len(rows)) if numbered else 4.4
+    figure = Figure(figsize=(9.6 if numbered else 7.2, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for i, row in enumerate(rows):
         _draw_point(axes, row, points[i], i in front)
     steps = [points[i] for i in front]
-    axes.step(*zip(*steps, strict=True), where="post", color=BLUE, linewidth=1, zorder=1)
+    axes.step(*zip(*steps, strict=True), where="post", **STEPS)
     axes.set_xlabel("training cost, FLOPs")
     axes.set_ylabel("val top1, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.16, 0.16)
-    _draw_legend(axes)
-    place_labels(axes, rows, points)
+    _draw_legend(axes, beaten=len(front) < len(rows))
+    names = [str(i + 1) if numbered else row.label for i, row in enumerate(rows)]
+    if numbered:
+        _draw_key(axes, [f"{i + 1}: {row.label}" for i, row in enumerate(rows)])
+    place_names(axes, rows, names, steps)
     return figure
 
 
+def _point(row: Row) -> Point:
+    return row.cells[COST_KEY].mean, row.cells[ACCURACY_KEY].mean
+
+
 def _draw_point(axes: Axes, row: Row, point: Point, on_front: bool) -> None:
-    color, face = (BLUE, BLUE) if on_front else (GREY, "white")
     axes.errorbar(
         *point,
         xerr=row.cells[COST_KEY].std,
         yerr=row.cells[ACCURACY_KEY].std,
-        fmt="o" if on_front else "s",
-        color=color,
-        markerfacecolor=face,
-        markersize=MARKER,
+        **(ON_FRONT if on_front else BEATEN),
         elinewidth=0.9,
         capsize=2.5,
         zorder=3 if on_front else 2,
     )
 
 
-def _draw_legend(axes: Axes) -> None:
-    handles = [
-        axes.plot([], [], "o-", color=BLUE, linewidth=1, label="Pareto front")[0],
-        axes.plot([], [], "s", color=GREY, markerfacecolor="white", label="beaten")[0],
-    ]
-    axes.figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
+def _draw_legend(axes: Axes, beaten: bool) -> None:
+    """What the marks mean."""
+    handles = axes.plot([], [], label="Pareto front", **{**ON_FRONT, **STEPS})
+    if beaten:
+        handles += axes.plot([], [], label="beaten", **BEATEN)
+    axes.figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
 
 
-def place_labels(axes: Axes, rows: Sequence[Row], points: Sequence[Point]) -> None:
-    """Name every point where no other name, no point and no error bar lies.
+def _draw_key(axes: Axes, lines: Sequence[str]) -> None:
+    """The rows' labels behind their numbers, right of the picture."""
+    handles = [axes.plot([], [], " ", label=line)[0] for line in lines]
+    axes.figure.legend(
+        handles=handles,
+        loc="outside right center",
+        frameon=False,
+        fontsize=8,
+        handlelength=0,
+        handletextpad=0,
+        labelspacing=0.35,
+    )
+
+
+def place_names(
+    axes: Axes, rows: Sequence[Row], names: Sequence[str], steps: Sequence[Point]
+) -> None:
+    """Name every point where no other name, point, error bar or step of the front lies.
 
     A thin line leads to names that are far from their points.
     """
     figure = axes.figure
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    taken = [
-        box for row, point in zip(rows, points, strict=True) for box in _ink(axes, row, point)
-    ]
-    for row, point in zip(rows, points, strict=True):
-        note = axes.annotate(row.label, point, (0, 0), textcoords="offset points", fontsize=8)
+    ink = [ends for row in rows for ends in _spread(row)]
+    for (x, y), after in pairwise(steps):
+        ink += [((x, y), (after[0], y)), ((after[0], y), after)]
+    half = figure.dpi / 72 * MARKER / 2
+    taken = [_box(axes, ends).padded(half) for ends in ink]
+    for row, name in zip(rows, names, strict=True):
+        point = _point(row)
+        note = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8)
         size = note.get_window_extent().size
         offset, box = _free_place(axes, axes.transData.transform(point), size, taken)
         note.set_position(offset)
@@ -116,15 +148,15 @@ def place_labels(axes: Axes, rows: Sequence[Row], points: Sequence[Point]) -> No
         _lead(axes, point, box)
 
 
-def _ink(axes: Axes, row: Row, point: Point) -> list[Bbox]:
-    """Pixels of a point and of its error bars."""
-    spread = [row.cells[key].std or 0 for key in (COST_KEY, ACCURACY_KEY)]
-    half = axes.figure.dpi / 72 * MARKER / 2 + 1
-    boxes = []
-    for reach in ((0, 0), (spread[0], 0), (0, spread[1])):
-        ends = axes.transData.transform(np.add(point, np.outer((-1, 1), reach)))
-        boxes.append(Bbox(ends + [[-half, -half], [half, half]]))
-    return boxes
+def _spread(row: Row) -> list[tuple[Point, Point]]:
+    """Both ends of the error bars of a point; the point itself where it has none."""
+    (x, y), dx, dy = _point(row), *(row.cells[key].std or 0 for key in (COST_KEY, ACCURACY_KEY))
+    return [((x - dx, y), (x + dx, y)), ((x, y - dy), (x, y + dy))]
+
+
+def _box(axes: Axes, ends: tuple[Point, Point]) -> Bbox:
+    """The pixels of a line along an axis."""
+    return Bbox(np.sort(axes.transData.transform(ends), axis=0))
 
 
 def _free_place(
@@ -153,6 +185,6 @@ def _lead(axes: Axes, point: Point, box: Bbox) -> None:
     pixel = axes.transData.transform(point)
     end = np.clip(pixel, box.min, box.max)
     if np.hypot(*(end - pixel)) > AWAY * axes.figure.dpi / 72:
-        line = {"arrowstyle": "-", "color": ORANGE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
         offset = (end - pixel) * 72 / axes.figure.dpi
         axes.annotate("", point, offset, textcoords="offset points", arrowprops=line)

@@ -20,7 +20,7 @@ from runs import BY_DATE, SHORT, make_run
 from switchlora.records import find_records
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from tables import Cell, Column, draw_pareto, main, make_table, pareto_front, shown
+from tables import Cell, Column, Row, Table, draw_pareto, main, make_table, pareto_front, shown
 from tables_columns import NOT_RECOVERED
 from tables_formats import csv_text, escaped, latex, markdown
 from tables_picture import pareto_figure
@@ -339,6 +339,13 @@ def test_updates_taken_from_a_trunk_are_told(tmp_path):
     assert not any("trunk" in note for note in table_of(tmp_path, times=False)[0].notes)
 
 
+def test_a_row_over_several_machines_is_told(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seed=1, environment={**HERE, "threads": 8})
+    note = "update_norm: runs on different machines (threads is 1, not 8): mind its times."
+    assert note in table_of(tmp_path)[0].notes
+
+
 def test_the_prelora_preset_sets_its_published_numbers_beside_ours(sweep):
     table, rows = table_of(sweep, "prelora")
     ours, published = rows["update_norm, fraction=0.5"].cells, rows["PreLoRA, published"].cells
@@ -382,7 +389,7 @@ def test_the_latex_table_compiles(sweep, tmp_path):
         pytest.skip("pdflatex is not here: only the columns were counted")
     (tmp_path / "table.tex").write_text(text)
     (tmp_path / "page.tex").write_text(
-        r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{table}\end{document}"
+        r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{table}\end{document}"
     )
     compiling = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "page.tex"]
     done = subprocess.run(compiling, cwd=tmp_path, capture_output=True, text=True)
@@ -403,18 +410,24 @@ def test_the_pareto_front_is_what_brute_force_finds():
         assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
 
 
-def test_names_in_the_picture_do_not_overlap(tmp_path):
-    for place in range(9):
-        chosen = f"switch.criterion.fraction=0.{place + 1}"
-        evals = ((20, 60.0), (40, 60.0 + place % 2))
-        write_run(tmp_path / f"run{place}", chosen, evals=evals)
-    write_run(tmp_path / "never", *NEVER)
-    table, _ = table_of(tmp_path)
-    figure = pareto_figure(table.rows)
-    boxes = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text()]
-    assert len(boxes) == 10
+@pytest.mark.parametrize("number", [6, 20])
+def test_names_in_the_picture_overlap_neither_names_nor_points(tmp_path, number):
+    column = Column("val_top1", "val top1", "%", lambda record: None, 2)
+    draw = random.Random(number)
+    rows = []
+    for place in range(number):
+        cost, top1 = draw.uniform(1, 2) * 1e12, draw.uniform(70, 75)
+        cells = {"cost_flops": Cell((cost,)), "val_top1": Cell((top1 - 0.2, top1 + 0.2))}
+        rows.append(Row(f"update_norm, rank={place}", {}, (), cells))
+    (axes,) = pareto_figure(rows).axes
+    boxes = [t.get_window_extent() for t in axes.texts if t.get_text()]
+    assert len(boxes) == number
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    assert draw_pareto(table, tmp_path / "new" / "pareto.png").stat().st_size > 10_000
+    points = [(row.cells["cost_flops"].mean, row.cells["val_top1"].mean) for row in rows]
+    pixels = axes.transData.transform(points)
+    assert not any(box.contains(*pixel) for box in boxes for pixel in pixels)
+    path = draw_pareto(Table((column,), tuple(rows), ()), tmp_path / "new" / "pareto.png")
+    assert path.stat().st_size > 10_000
 
 
 def test_without_times_two_copies_of_a_sweep_give_the_same_bytes(sweep, tmp_path):
