@@ -5,6 +5,7 @@ of that image follows from its draw alone. So neither the number of workers, nor
 processes, nor who drew random numbers before changes a batch.
 """
 
+import hashlib
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,6 +97,10 @@ class InMemory(Dataset[Batch]):
             images = crop_and_flip(images, draws, self.crop_padding, self.hflip)
         return images.float().div_(255).sub_(self.mean).div_(self.std), self.targets[rows]
 
+    def digest(self) -> str:
+        """Of all pixels and classes."""
+        return _digest(self.images.numpy().data, self.targets.numpy().data)
+
 
 class Transformed(Dataset[Batch]):
     """Rows of a data set of (PIL image, class), decoded and transformed each time.
@@ -130,6 +135,13 @@ class Transformed(Dataset[Batch]):
             ]
         return torch.stack([image for image, _ in items]), torch.tensor([t for _, t in items])
 
+    def digest(self) -> str:
+        """Of the rows and of the names and classes that the data set knows, not of all pixels."""
+        known = getattr(self.dataset, "samples", None) or getattr(self.dataset, "targets", None)
+        if known is None:
+            known = len(self.dataset)  # type: ignore[arg-type]
+        return _digest(self.rows.numpy().data, repr(known).encode())
+
     def read(self, row: int, draw: int | None) -> tuple[Tensor, int]:
         """The transformed image of a row of the data set, and its class."""
         if draw is not None:
@@ -154,6 +166,13 @@ class EpochMixup(timm.data.Mixup):
         with generators_kept():
             seed_generators(seed_of(self.seed, self.epoch, self.calls))
             return super().__call__(images, targets)
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def decode(dataset: Dataset, rows: Tensor, shape: tuple[int, int, int]) -> Batch:

@@ -154,9 +154,25 @@ def prune(folder: Path, keep: int, best_update: int | None) -> None:
     best = [path for path in found if _order(path)[0] == best_update][:1]
     for path in found[keep:]:
         if path not in best:
-            unfinished = path.with_name(f".removing-{path.name}")
-            path.rename(unfinished)
-            shutil.rmtree(unfinished)
+            _remove(path)
+
+
+def updates_of(path: Path) -> int:
+    """Updates that were made when a checkpoint was written."""
+    return _order(path)[0]
+
+
+def thin(folder: Path, budget: float) -> None:
+    """Remove checkpoints until they fit into ``budget`` bytes; the newest stays.
+
+    Each time the one goes that leaves the smallest gap, so that those that stay lie evenly.
+    """
+    kept = find_all(folder)[::-1]
+    sizes = {path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in kept}
+    while len(kept) > 1 and sum(sizes[path] for path in kept) > budget:
+        updates = [0, *map(updates_of, kept)]
+        gaps = [after - before for before, after in zip(updates, updates[2:], strict=False)]
+        _remove(kept.pop(gaps.index(min(gaps))))
 
 
 def set_aside(path: Path) -> None:
@@ -320,6 +336,12 @@ def _load_sharded(
         else:
             moments.setdefault(name, {})[what[0]] = tensor
     return weights, moments
+
+
+def _remove(path: Path) -> None:
+    unfinished = path.with_name(f".removing-{path.name}")
+    path.rename(unfinished)
+    shutil.rmtree(unfinished)
 
 
 def _free_name(place: Path, num_updates: int) -> Path:

@@ -1,5 +1,6 @@
 """Loaders from a data config: splits, transforms, Mixup and the loss that goes with it."""
 
+import hashlib
 import signal
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class Data:
     image_size: int
     mixup: EpochMixup | None
     loss: nn.Module
+
+    def digest(self) -> str:
+        """Of the images to train and to validate on, or of what tells that they changed."""
+        views = [loader.dataset.digest() for loader in (self.train, self.val)]  # type: ignore[attr-defined]
+        return hashlib.sha256("".join(views).encode()).hexdigest()
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Make the next pass over ``train`` that of ``epoch``, from its batch ``start`` on."""

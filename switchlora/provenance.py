@@ -1,12 +1,17 @@
 """Where numbers come from: hardware, versions, git state."""
 
+import hashlib
+import inspect
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+from hydra.utils import get_object
 
 PACKAGES = ("switchlora", "torch", "torchvision", "timm", "hydra-core", "wandb", "scipy", "numpy")
 
@@ -23,6 +28,37 @@ def environment(device: torch.device, seed: int) -> dict[str, object]:
         "command": " ".join(sys.argv),
         "seed": seed,
     }
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What may change the last bits of a run: hardware, kernels, threads, versions."""
+    where = environment(device, seed=0)
+    versions = {f"versions.{name}": found for name, found in where["versions"].items()}  # type: ignore[attr-defined]
+    return {
+        **{key: where[key] for key in ("device", "threads", "python")},
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        **versions,
+    }
+
+
+def code_digest(keys: Mapping[str, Any]) -> str:
+    """A digest of this package's code and of the files that the ``_target_``s in ``keys`` are in.
+
+    ``keys`` are dotted keys of a configuration with their values.
+    """
+    targets = {str(value) for key, value in keys.items() if key.split(".")[-1] == "_target_"}
+    files = {*Path(__file__).parent.rglob("*.py"), *filter(None, map(_source_of, targets))}
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _source_of(target: str) -> Path | None:
+    try:
+        return Path(inspect.getfile(get_object(target)))
+    except TypeError:  # it is built in
+        return None
 
 
 def git_state() -> str | None:

@@ -30,6 +30,8 @@ class Found:
     branches: bool
     """whether another run goes on from here, in another folder"""
     state: dict[str, Any] = field(repr=False)
+    foreign: bool = False
+    """whether it is no checkpoint of this run: another run's, or a trunk's"""
 
 
 def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> Found | None:
@@ -44,7 +46,8 @@ def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> 
     if place is None:
         return None
     path, source, lines = place
-    return Found(path, source, lines, resume != AUTO, checkpoint.load(path))
+    elsewhere = resume != AUTO
+    return Found(path, source, lines, elsewhere, checkpoint.load(path), foreign=elsewhere)
 
 
 def finished_summary(resume: str | None, folder: Path, config: Config) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ from switchlora.errors import NothingMeasured, check_choice
 from switchlora.interrupt import Interruption
 from switchlora.learner import PARALLEL, Learner, Recipe, build_learner
 from switchlora.monitor import UpdateMonitor
-from switchlora.resume import Found, find
+from switchlora.resume import AUTO, Found, find
 from switchlora.runlog import CONFIG, RunLog
 from switchlora.sharding import is_sharded
 from switchlora.state import Phase, TrainState
@@ -45,6 +45,7 @@ from switchlora.surgery import (
 )
 from switchlora.switch import SwitchPolicy, check_start, choose_ranks, trained_tensors
 from switchlora.throughput import Stopwatch
+from switchlora.trunk import Trunk, give_back, trunk_key
 
 PROBE_IMAGES = 16
 
@@ -71,8 +72,10 @@ class Run:
     last_update: int
     """where max_updates ends the run"""
     interruption: Interruption = field(default_factory=Interruption)
-    branched: bool = False
-    """whether this run goes on from another one's checkpoint and has none of its own yet"""
+    trunk: Trunk | None = None
+    """the full phase that it shares with runs that switch at another time"""
+    starts_elsewhere: bool = False
+    """whether this run goes on from a checkpoint that is not its own"""
 
     @property
     def model(self) -> nn.Module:
@@ -172,7 +175,7 @@ class Run:
     def load(self, found: Found) -> None:
         """Become the run that ``found`` was saved by; the model has its adapters already."""
         saved = found.state
-        self.branched = found.branches
+        self.starts_elsewhere = found.foreign
         lines = [*found.lines, *load_tensors(found.path, saved, self.learner, found.branches)]
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"] or merged_state_dict(self.model))
@@ -189,9 +192,9 @@ class Run:
             self.log.line(distributed.agreement_line(same))
 
 
-def prepare(config: DictConfig, folder: Path) -> Run:
+def prepare(config: DictConfig, folder: Path, interruption: Interruption | None = None) -> Run:
     """Build data, model, policy, recipes and learner; check what can be checked; resume."""
-    plain = as_plain(config)
+    plain, interruption = as_plain(config), interruption or Interruption()
     _check_config(config)
     random_seed(config.seed)
     if config.system.threads:
@@ -213,6 +216,9 @@ def prepare(config: DictConfig, folder: Path) -> Run:
     saves = SaveSchedule(**config.checkpoint)
     ema = WeightEMA(model, config.ema) if config.ema else None
     found = find(config.resume, folder, plain, model)
+    trunk = _trunk(config, plain, data, device, found)
+    if trunk is not None:
+        found = trunk.enter(policy, model, found, folder, interruption)
     state = _restore_parts(found, model, monitor)
     replicated = distributed.world_size() > 1 and not sharded
     unused = freeze_unused(model, probe_images(data, device)) if replicated else []
@@ -240,6 +246,8 @@ def prepare(config: DictConfig, folder: Path) -> Run:
         ema=ema,
         total_updates=total_updates,
         last_update=last_update,
+        interruption=interruption,
+        trunk=trunk,
     )
     if distributed.is_primary():
         OmegaConf.save(config, folder / CONFIG, resolve=True)
@@ -247,6 +255,7 @@ def prepare(config: DictConfig, folder: Path) -> Run:
         log.line(f"frozen, since no gradient reaches them: {', '.join(unused)}")
     if found:
         run.load(found)
+        give_back(found)
     else:
         random_seed(config.seed, distributed.rank())  # whatever was drawn on the way
     return run
@@ -334,12 +343,33 @@ def _check_switch(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor
         check_start(policy, name, policy.init(monitor.targets[name].weight(model), update, 1))
 
 
+def _trunk(
+    config: DictConfig,
+    plain: dict[str, Any],
+    data: Data,
+    device: torch.device,
+    found: Found | None,
+) -> Trunk | None:
+    """The trunk of a run that has one: none after the switch, nor where a run branched off."""
+    options = {**plain["trunk"]}
+    place = options.pop("dir")
+    if place in (None, AUTO):
+        return None
+    if found is not None:
+        past = found.state["train"]
+        if found.branches or past["branched_from"] or past["phase"] != str(Phase.FULL):
+            return None
+    return Trunk(Path(place), trunk_key(plain, device, data.digest()), **options)
+
+
 def _restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor) -> TrainState:
     """The state of the run; ``model`` gets its adapters and flags, ``monitor`` its window."""
     state = TrainState()
     if found is None:
         return state
     state.load_state_dict(found.state["train"])
+    if found.branches:
+        state.branched_from = str(found.path)
     inject_empty(model, found.state["adapters"])
     trained = set(found.state["trained"])
     for name, parameter in model.named_parameters():

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,15 +22,18 @@ CONFIG = "config.yaml"
 class FolderLock:
     """Holds a run folder for one run at a time; ValueError where another one has it.
 
-    The primary rank holds it. The system gives the lock back when the process ends, however it
-    ends. A context manager.
+    The primary rank holds it. A context manager.
     """
 
     def __init__(self, folder: Path) -> None:
         self._file: TextIO | None = None
         with together():
             if is_primary():
-                self._file = _locked(folder)
+                self._file = locked(folder)
+                if self._file is None:
+                    raise ValueError(
+                        f"another process is running in {folder}; choose another hydra.run.dir"
+                    )
 
     def __enter__(self) -> "FolderLock":
         return self
@@ -107,8 +111,7 @@ class RunLog:
         """
         if not self._talks:
             return
-        place = {"event": event, "num_updates": num_updates, "epoch": epoch}
-        record = _plain({**place, **metrics})
+        record = as_record(event, num_updates, epoch, metrics)
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._to_wandb(self._step, record)
         self._step += 1
@@ -162,6 +165,13 @@ class RunLog:
         self._wandb.log(values, step=step)
 
 
+def as_record(
+    event: str, num_updates: int, epoch: float, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One event as it stands on a line of ``metrics.jsonl``."""
+    return _plain({"event": event, "num_updates": num_updates, "epoch": epoch, **metrics})
+
+
 def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
     """Events of a run folder in order, those named ``event`` or all."""
     with open(folder / METRICS) as file:
@@ -171,17 +181,30 @@ def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, An
                 yield record
 
 
-def _locked(folder: Path) -> TextIO:
+def locked(folder: Path) -> TextIO | None:
+    """The lock of ``folder``, which is made, until the file is closed; None where another has it.
+
+    The system gives it back when the process ends, however it ends.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"another process is running in {folder}; choose another hydra.run.dir"
-        ) from error
+    except BlockingIOError:
+        file.close()
+        return None
     os.register_at_fork(after_in_child=file.close)  # loader workers may outlive a killed run
     return file
+
+
+@contextmanager
+def synced(path: Path) -> Iterator[TextIO]:
+    """``path`` opened to append; all of it is on the disk afterwards."""
+    with path.open("a") as file:
+        file.seek(0, os.SEEK_END)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _cut(path: Path, source: Path, size: int) -> None:

@@ -60,9 +60,7 @@ def train(config: DictConfig, folder: Path) -> dict:
                 if distributed.is_primary():
                     print(f"{folder} holds a finished run; nothing to do")
                 return summary
-            run = prepare(config, folder)
-            run.interruption = interruption
-            return train_and_finish(run)
+            return train_and_finish(prepare(config, folder, interruption))
     except Interrupted:
         interruption.hand_over()
         raise
@@ -80,11 +78,14 @@ def train_and_finish(run: Run) -> dict:
                 with suppress(Exception):  # the first error is the one to tell
                     finish(run, f"stopped: {one_line(error)}")
             raise
+        finally:
+            if run.trunk is not None:
+                run.trunk.release()
 
 
 def fit(run: Run) -> None:
     """All epochs, with the switch wherever the criterion fires."""
-    if run.branched:
+    if run.starts_elsewhere:
         save(run)
     if run.state.undecided:
         consider_switch(run)
@@ -179,9 +180,11 @@ def consider_switch(run: Run) -> None:
     """Ask the criterion; when it fires, switch; when that fails, go on in the full phase."""
     assert run.monitor is not None
     state = run.state
+    share_measurement(run)
     verdict = distributed.from_primary(lambda: run.policy.decide(state.history))
     state.verdict = verdict
     if verdict.fires:
+        leave_trunk(run)
         save(run)
     with run.stopwatch.paused():
         if state.history:
@@ -196,6 +199,20 @@ def consider_switch(run: Run) -> None:
     elif state.history:
         with run.stopwatch.paused(monitor=True):
             run.monitor.start_window(state.num_updates)
+
+
+def share_measurement(run: Run) -> None:
+    """With the runs that have the same full phase."""
+    if run.trunk is not None and run.state.history:
+        with run.stopwatch.paused():
+            run.trunk.publish(run)
+
+
+def leave_trunk(run: Run) -> None:
+    """From here on this run is its own."""
+    if run.trunk is not None:
+        with run.stopwatch.paused():
+            run.trunk.leave(run)
 
 
 def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> None:

@@ -1,0 +1,297 @@
+"""Runs that share a full phase end as each of them would have ended alone."""
+
+import json
+import multiprocessing
+import os
+import time
+from contextlib import redirect_stdout
+from io import StringIO
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from conf_yamls import build, composed
+from runs import SHORT, assert_same_run, history_row, wandb_records
+from switchlora import checkpoint
+from switchlora.checkpoint import find_all, thin, updates_of
+from switchlora.records import read_record
+from switchlora.run import as_plain, prepare
+from switchlora.runlog import read_events
+from switchlora.train import fit, train
+from switchlora.trunk import Trunk, first_firing, trunk_key
+
+EARLY, LATE = "switch.criterion.epoch=0.5", "switch.criterion.epoch=1.5"
+DATED = ("switch/criterion=at_epoch", "ema=0.9", "+model.drop_path_rate=0.1")
+CPU = torch.device("cpu")
+
+
+def made(folder, *overrides, trunk=None, words=DATED):
+    """A finished run, its summary and what it said."""
+    shared = (f"trunk.dir={trunk}", "trunk.time_share=1") if trunk else ()
+    with redirect_stdout(StringIO()) as said:
+        summary = train(composed(*SHORT, *words, *shared, *overrides), folder)
+    return summary, said.getvalue()
+
+
+def computed(summary):
+    """Updates that a run made itself."""
+    return summary["num_updates"] - (summary["trunk"] or {"reused_updates": 0})["reused_updates"]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A late, an early and a never switching run on one trunk, and each of them alone."""
+    place = tmp_path_factory.mktemp("sweep")
+    settings = {"late": (LATE,), "early": (EARLY,), "never": ("switch/criterion=never",)}
+    summaries = {}
+    for name, words in settings.items():
+        made(place / "alone" / name, *words)
+        summaries[name], _ = made(place / name, *words, trunk=place / "trunk")
+    return place, summaries
+
+
+@pytest.mark.parametrize("name", ["late", "early", "never"])
+def test_a_run_on_a_trunk_is_bit_identical_to_the_same_run_alone(sweep, name):
+    place, _ = sweep
+    assert_same_run(place / name, place / "alone" / name)
+    assert not (place / name / ".from-trunk").exists()
+
+
+def test_only_what_no_run_has_computed_yet_is_computed(sweep):
+    _, summaries = sweep
+    assert {name: computed(summary) for name, summary in summaries.items()} == {
+        "late": 60,
+        "early": 50,  # from its own switch at update 10 on
+        "never": 30,  # from the late one's switch at update 30 on
+    }
+
+
+def test_a_run_says_what_it_took_over_and_keeps_the_times_of_it(sweep):
+    place, summaries = sweep
+    taken = summaries["never"]["trunk"]
+    assert taken["folder"].startswith(str(place / "trunk")) and taken["reused_seconds"] > 0
+    assert summaries["never"]["cost"]["train_seconds"] > taken["reused_seconds"]
+    assert summaries["late"]["trunk"] is None
+
+
+def test_every_run_logs_the_verdicts_of_its_own_criterion(sweep):
+    place, _ = sweep
+    reasons = [e["switch/reason"] for e in read_events(place / "never", "measure")]
+    assert len(reasons) == 6 and all("criterion=never" in reason for reason in reasons)
+
+
+def test_the_wandb_run_on_a_trunk_has_every_step_once(sweep, tmp_path):
+    place, _ = sweep
+    made(tmp_path, "switch/criterion=never", "log.wandb.mode=offline", trunk=place / "trunk")
+    rows = [history_row(r) for r in wandb_records(tmp_path) if "history" in r]
+    steps = [next(int(i["value_json"]) for i in row if i["key"] == "_step") for row in rows]
+    assert steps == list(range(len(list(read_events(tmp_path)))))
+
+
+def test_a_trunk_is_read_like_a_run_and_holds_the_whole_history(sweep):
+    place, _ = sweep
+    (folder,) = (place / "trunk").iterdir()
+    assert read_record(folder).history() == read_record(place / "never").history()
+    assert json.loads((folder / "trunk.json").read_text())["machine.threads"]
+
+
+def test_the_same_run_again_takes_everything_from_the_trunk(sweep, tmp_path):
+    place, _ = sweep
+    summary, said = made(tmp_path, "switch/criterion=never", trunk=place / "trunk")
+    assert computed(summary) == 0
+    assert "60 updates of full training come from" in said
+
+
+@pytest.mark.parametrize("budget", [0, 1e9])
+def test_a_thinned_trunk_costs_updates_but_no_bit(budget, tmp_path):
+    trunk = tmp_path / "trunk"
+    made(tmp_path / "late", LATE, f"trunk.gigabytes={budget / 1e9}", trunk=trunk)
+    (folder,) = trunk.iterdir()
+    assert [updates_of(path) for path in find_all(folder)] == (
+        [30] if budget == 0 else [30, 20, 10]
+    )
+    summary, _ = made(tmp_path / "early", EARLY, trunk=trunk)
+    made(tmp_path / "alone", EARLY)
+    assert computed(summary) == (60 if budget == 0 else 50)
+    assert_same_run(tmp_path / "early", tmp_path / "alone")
+
+
+def test_a_damaged_checkpoint_of_a_trunk_is_named_and_the_one_before_it_used(tmp_path):
+    trunk = tmp_path / "trunk"
+    made(tmp_path / "late", LATE, trunk=trunk)
+    (folder,) = trunk.iterdir()
+    (find_all(folder)[0] / checkpoint.STATE).write_bytes(b"")
+    summary, said = made(tmp_path / "never", "switch/criterion=never", trunk=trunk)
+    assert computed(summary) == 40 and "is damaged" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "full.optimizer.lr=0.002",
+        "monitor.window=5",
+        "seed=1",
+        "epochs=4",
+        "ema=0.8",
+        "log.every=2",
+        "switch.split_qkv=true",
+        "data.train_size=500",
+    ],
+)
+def test_what_shapes_the_full_phase_has_a_trunk_of_its_own(change):
+    assert key_of(change) != key_of()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "switch/criterion=never",
+        "switch/rank=fixed",
+        "switch/init=zero_b",
+        "adapter.factor_lr_scale=1",
+        "switch.freeze=[pos_embed]",
+        "name=other",
+        "checkpoint.keep=1",
+        "system.workers=2",
+    ],
+)
+def test_what_acts_at_the_switch_and_after_it_shares_the_trunk(change):
+    assert key_of(change) == key_of()
+
+
+def key_of(*overrides):
+    config = as_plain(composed(*SHORT, *DATED, EARLY, *overrides))
+    return trunk_key(config, CPU, data="digest")
+
+
+def test_other_images_have_a_trunk_of_their_own():
+    def digest(*words):
+        return build(composed(*SHORT, *words).data).digest()
+
+    assert digest() == digest() != digest("data.train_size=500")
+    decoded = ("data.train_transform={}", "data.eval_transform={}")
+    assert digest(*decoded) == digest(*decoded) != digest(*decoded, "data.val_fraction=0.2")
+
+
+def test_changed_code_has_a_trunk_of_its_own(tmp_path, monkeypatch):
+    module = tmp_path / "my_data.py"
+    module.write_text(
+        "from switchlora.datasets import Digits\n\n\nclass Mine(Digits):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ("data.train._target_=my_data.Mine", "data.test._target_=my_data.Mine")
+    before = key_of(*words)
+    module.write_text(module.read_text() + "# changed\n")
+    assert key_of(*words) != before
+
+
+def test_a_criterion_that_fires_before_the_first_update_needs_no_trunk(tmp_path):
+    words = ("switch/init=zero_b", "switch/rank=fixed", "switch.rank.rank=4")
+    made(tmp_path / "late", LATE, trunk=tmp_path / "trunk")
+    start = ("switch/criterion=at_start", *words)
+    summary, _ = made(tmp_path / "start", *start, trunk=tmp_path / "trunk")
+    assert summary["trunk"] is None and summary["switch"]["num_updates"] == 0
+
+
+def test_a_run_that_branched_off_from_another_one_extends_no_trunk(tmp_path):
+    made(tmp_path / "one", "switch/criterion=never", "checkpoint.keep=9")
+    place = find_all(tmp_path / "one")[-1]
+    words = ("full.optimizer.lr=0.01", "switch/criterion=never", f"resume={place}")
+    made(tmp_path / "other", *words, trunk=tmp_path / "trunk")
+    assert not (tmp_path / "trunk").exists()
+
+
+def test_a_replay_finds_the_first_measurement_at_which_a_policy_fires(sweep):
+    place, _ = sweep
+    history = read_record(place / "never").history()
+    policy = build(composed(*DATED, LATE).switch)
+    assert [first_firing(policy, history[:n]) for n in range(5)] == [None, None, None, 30, 30]
+
+
+def train_in_a_process(folder, words, trunk):
+    config = OmegaConf.create(
+        composed(*SHORT, *DATED, *words, f"trunk.dir={trunk}", "trunk.time_share=1")
+    )
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        torch.set_num_threads(1)
+        train(config, folder)
+
+
+@pytest.mark.parametrize("wait", ["true", "false"])
+def test_runs_at_the_same_time_wait_for_the_one_that_extends_or_go_alone(wait, tmp_path):
+    trunk, context = tmp_path / "trunk", multiprocessing.get_context("fork")
+    settings = {"early": EARLY, "late": LATE, "never": "switch/criterion=never"}
+    jobs = [
+        context.Process(
+            target=train_in_a_process,
+            args=(tmp_path / name, (word, f"trunk.wait={wait}"), trunk),
+        )
+        for name, word in settings.items()
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(120)
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    for name, word in settings.items():
+        made(tmp_path / "alone" / name, word)
+        assert_same_run(tmp_path / name, tmp_path / "alone" / name)
+    if wait == "true":
+        made_by = sum(computed(read_record(tmp_path / name).summary) for name in settings)
+        assert made_by == 50 + 30 + 60
+
+
+def test_a_killed_extender_leaves_a_trunk_that_the_next_run_extends(tmp_path):
+    trunk = tmp_path / "trunk"
+    killed = multiprocessing.get_context("fork").Process(
+        target=train_in_a_process,
+        args=(tmp_path / "killed", ("switch/criterion=never", "epochs=30"), trunk),
+    )
+    killed.start()
+    end = time.monotonic() + 60
+    while not list(trunk.glob("*/checkpoints/update-*")) and time.monotonic() < end:
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    (folder,) = trunk.iterdir()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "trai')
+    words = ("switch/criterion=never", "epochs=30", "max_updates=null", "resume=auto")
+    summary, _ = made(tmp_path / "killed", *words, trunk=trunk)
+    made(tmp_path / "alone", *words[:2])
+    assert computed(summary) < 600
+    assert_same_run(tmp_path / "killed", tmp_path / "alone")
+    assert read_record(folder).history() == read_record(tmp_path / "alone").history()
+
+
+def test_thinning_keeps_the_newest_and_the_most_even_spread(tmp_path):
+    for updates in (10, 20, 30, 40, 50):
+        path = tmp_path / "checkpoints" / f"update-{updates:08d}"
+        path.mkdir(parents=True)
+        (path / "state.pt").write_bytes(bytes(100))
+    thin(tmp_path, 300)
+    kept = [updates_of(path) for path in find_all(tmp_path)]
+    assert len(kept) == 3 and kept[0] == 50
+    thin(tmp_path, 0)
+    assert [updates_of(path) for path in find_all(tmp_path)] == [50]
+
+
+def test_a_negative_budget_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="trunk.gigabytes"):
+        Trunk(tmp_path, {}, gigabytes=-1)
+
+
+def test_a_stopped_run_gives_its_lock_back(tmp_path, at_update):
+    words = ("switch/criterion=never", "max_skipped=0")
+    at_update(25, lambda images: images * float("nan"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        made(tmp_path / "stopped", *words, trunk=tmp_path / "trunk")
+    run = prepare(
+        composed(*SHORT, *DATED, LATE, f"trunk.dir={tmp_path / 'trunk'}"), tmp_path / "b"
+    )
+    assert run.trunk.extends and run.state.num_updates == 20
+    at_update(None, lambda images: images)
+    with run.log:
+        fit(run)
+    run.trunk.release()
