@@ -169,8 +169,9 @@ def policy_of(record: Record, setting: Setting, config_dir: Path | None) -> Swit
 def hint(overrides: Sequence[Override]) -> str:
     """What may help where values of a criterion do not suit the run's own."""
     keys = [path_of(override) for override in overrides]
-    named = "switch" in keys or "switch.criterion" in keys
-    return "" if named else "; the run's own criterion is replayed unless switch/criterion=... is"
+    if {"switch", "switch.criterion"} & set(keys) or not any(".criterion." in k for k in keys):
+        return ""
+    return "; without switch/criterion=... it is the run's own criterion that is replayed"
 
 
 def refuse_other_full_phase(record: Record, overrides: Sequence[Override]) -> None:
@@ -284,7 +285,7 @@ def deciding(verdict: Verdict, quorum: float) -> tuple[str | None, float | None]
 
 def history_ends(record: Record) -> str | None:
     """Why a run was not measured to the end of its training; None where it was."""
-    if record.summary is not None and record.summary["switch"]["fired"]:
+    if any(True for _ in record.events("switch")):
         return "where it switched"
     return None if record.finished else "the run is not finished"
 

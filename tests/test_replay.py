@@ -15,7 +15,7 @@ import replay
 
 TINY = (
     *("epochs=1", "monitor.window=2", "checkpoint.keep=0", "data.batch_size=16"),
-    *("data.train_size=320", "model.depth=2", "model.embed_dim=16", "model.num_heads=1"),
+    *("data.train_size=320", "model.depth=1", "model.embed_dim=16", "model.num_heads=1"),
     *("full.optimizer.lr=0.01", "switch/rank=fixed", "switch.rank.rank=1"),
 )
 NEVER = "switch/criterion=never"
@@ -86,6 +86,8 @@ def test_a_run_without_its_end_is_not_said_to_never_switch(sweep, tmp_path):
         (tmp_path / name).write_bytes((sweep / "never" / name).read_bytes())
     (answer,) = ask(tmp_path, NEVER)
     assert (answer.outcome, answer.history_ends) == ("not by 20", "the run is not finished")
+    (tmp_path / "metrics.jsonl").write_bytes((sweep / "at_epoch" / "metrics.jsonl").read_bytes())
+    assert ask(tmp_path, NEVER)[0].history_ends == "where it switched"
 
 
 def test_values_and_choices_are_swept_as_the_command_line_sweeps_them(sweep):
