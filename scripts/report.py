@@ -25,7 +25,6 @@ from report_curves import (
     group_swatches,
     panel,
     shared_limits,
-    switch_update,
     validation_curves,
 )
 from report_parts import (
@@ -167,7 +166,7 @@ def _pareto(table: Table) -> Markup | str:
 def _run(record: Record, differing: Sequence[str]) -> dict[str, Any]:
     """One line of the list of runs."""
     found = environment(record)
-    switch = switch_update(record) if record.summary is not None else None
+    switch = (record.summary or {}).get("switch", {}).get("num_updates")
     return {
         "name": record.folder.name,
         "seed": record.config.get("seed", NONE),

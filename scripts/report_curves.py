@@ -63,12 +63,12 @@ def family_medians(record: Record, group: int) -> dict[str, dict[str, Curve]]:
     families: dict[str, list[str]] = {}
     for name in history[0].layers if history else ():
         families.setdefault(family(name), []).append(name)
-    updates = [measured.num_updates for measured in history]
+    updates, switch = [measured.num_updates for measured in history], switch_update(record)
     found: dict[str, dict[str, Curve]] = {key: {} for key in STATISTICS}
     for (key, (_, unit)), (name, members) in product(STATISTICS.items(), families.items()):
         values = [[getattr(m.layers[layer], key) for layer in members] for m in history]
         medians = unit * np.median(np.array(values, dtype=float), axis=1)
-        found[key][name] = Curve(group, updates, medians, switch_update(record))
+        found[key][name] = Curve(group, updates, medians, switch)
     return found
 
 
