@@ -19,6 +19,7 @@ from tables_columns import (
     mean_epoch_seconds,
     of_last_phase,
     of_phase,
+    phases_made,
     trainable_share,
     val_top1,
 )
@@ -102,7 +103,7 @@ def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[
     """
     here, there = machine_and_task(record), machine_and_task(reference)
     for key in ("precision", "accumulation"):
-        for phase in record.summary["phases"]:
+        for phase in phases_made(record):
             here[f"{phase}.{key}"] = record.config[phase][key]
             there[f"{phase}.{key}"] = reference.config[last_phase(reference)][key]
     return here, there

@@ -1,9 +1,10 @@
 """The columns of a table over runs: how each is read from a finished run, its unit, its digits."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 from switchlora.records import Record
 
@@ -200,26 +201,31 @@ def trainable_share(record: Record) -> float | None:
     return 100 * trainable(record) / whole if whole and trainable(record) is not None else None
 
 
+def phases_made(record: Record) -> dict[str, Mapping[str, Any]]:
+    """What the summary says of each phase in which updates were made."""
+    return {k: phase for k, phase in record.summary["phases"].items() if phase["num_updates"]}
+
+
 def cost_flops(record: Record) -> float | None:
     """FLOPs of all updates of both phases; None where a phase does not tell."""
     return _sum(
         phase.get("flops_per_update") and phase["flops_per_update"] * phase["num_updates"]
-        for phase in record.summary["phases"].values()
+        for phase in phases_made(record).values()
     )
 
 
 def cost_seconds(record: Record) -> float | None:
     """Seconds of all updates of both phases, evaluation left out; None where one does not tell."""
-    return _sum(phase.get("train_seconds") for phase in record.summary["phases"].values())
+    return _sum(phase.get("train_seconds") for phase in phases_made(record).values())
 
 
 def mean_epoch_seconds(record: Record) -> float | None:
-    """Seconds of an epoch, averaged over the whole run: phases weigh as many updates they have."""
-    phases = [p for p in record.summary["phases"].values() if p["num_updates"]]
+    """Seconds of an epoch, averaged over the whole run: phases weigh by their updates."""
+    phases = phases_made(record).values()
     total = _sum(p[EPOCH] and p[EPOCH] * p["num_updates"] for p in phases)
     return total and total / sum(p["num_updates"] for p in phases)
 
 
-def _sum(parts) -> float | None:
+def _sum(parts: Iterable[float | None]) -> float | None:
     values = list(parts)
     return sum(values) if values and None not in values else None

@@ -343,6 +343,15 @@ def test_updates_taken_from_a_trunk_are_told(tmp_path):
     assert not any("trunk" in note for note in table_of(tmp_path, times=False)[0].notes)
 
 
+def test_a_phase_without_updates_costs_nothing(tmp_path):
+    run = write_run(tmp_path / "a", "switch/criterion=at_start", flops=(None, 2e9))
+    summary = json.loads((run / "summary.json").read_text())
+    summary["phases"]["full"].update(num_updates=0, train_seconds=0.0, images_per_second=None)
+    (run / "summary.json").write_text(json.dumps(summary))
+    _, rows = table_of(tmp_path)
+    assert rows["at_start"].cells["cost_flops"].values == (50 * 2e9,)
+
+
 def test_a_row_over_several_machines_is_told(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", seed=1, environment={**HERE, "threads": 8})
