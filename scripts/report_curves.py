@@ -35,7 +35,7 @@ PAGE_COLORS = {
 SVG_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "switchlora", "font.size": 10}
 MARGINS = {"left": 0.13, "right": 0.97, "bottom": 0.21, "top": 0.95}
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-MARKER = {"markersize": 6, "markeredgecolor": "#ffffff", "markeredgewidth": 0.8}
+MARKER = {"zorder": 5, "markersize": 6, "markeredgecolor": "#ffffff", "markeredgewidth": 0.8}
 
 
 @dataclass(frozen=True)
