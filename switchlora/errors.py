@@ -21,6 +21,10 @@ class CheckpointUnusable(ValueError):
     """A checkpoint is damaged, of another version or of another model; the message says which."""
 
 
+class JobFailed(RuntimeError):
+    """A job of a multirun failed; the message says which and why."""
+
+
 class LoaderDied(RuntimeError):
     """A process that loads images has ended."""
 

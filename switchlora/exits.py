@@ -11,12 +11,22 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from switchlora import distributed
-from switchlora.errors import LoaderDied, OtherRankFailed, RankLost, TrainingStopped, near
+from switchlora.errors import (
+    JobFailed,
+    LoaderDied,
+    OtherRankFailed,
+    RankLost,
+    TrainingStopped,
+    near,
+)
 
 SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
+FAILURE = "SWITCHLORA_FAILURE"
+"""names the file in which a job of a multirun leaves its one line"""
 USER_ERRORS = (
     ValueError,
     TrainingStopped,
+    JobFailed,
     LoaderDied,
     OtherRankFailed,
     RankLost,
@@ -34,6 +44,8 @@ def exit_with_one_line(error: Exception) -> NoReturn:
     """
     told = isinstance(error, USER_ERRORS) or from_launcher(error)
     line = one_line(error) if told else distributed.lost_rank(error)
+    if FAILURE in os.environ and distributed.is_primary():
+        Path(os.environ[FAILURE]).write_text(line or f"{type(error).__name__}: {error}")
     if line is None or SHOW_TRACEBACK in os.environ:
         raise error
     if distributed.is_primary():

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from hydra.utils import get_object
 
+from switchlora import distributed
+
 PACKAGES = ("switchlora", "torch", "torchvision", "timm", "hydra-core", "wandb", "scipy", "numpy")
 
 
@@ -21,6 +23,7 @@ def environment(device: torch.device, seed: int) -> dict[str, object]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
+        "world_size": distributed.world_size(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},

@@ -45,6 +45,7 @@ from switchlora.saves import (
 )
 from switchlora.state import Phase
 from switchlora.surgery import count_parameters
+from switchlora.sweep import Sweep, follow_parent, job_folder, objectives, run_job, told
 from switchlora.switch import switch
 
 
@@ -310,19 +311,20 @@ def start_time() -> datetime:
 
 
 OmegaConf.register_new_resolver("switchlora_root", lambda: str(_folder_of("experiments").parent))
+OmegaConf.register_new_resolver("switchlora_job", job_folder)
 OmegaConf.register_new_resolver("switchlora_start", lambda form: start_time().strftime(form))
 
 
 @hydra.main(version_base="1.3", config_path=str(_folder_of("conf")), config_name="config")
-def _hydra_main(config: DictConfig) -> float:
+def _hydra_main(config: DictConfig) -> float | tuple[float, ...]:
     hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    if hydra_config.mode is RunMode.MULTIRUN:
+        return objectives(config, run_job(config, folder, train))
     try:
-        summary = train(config, Path(hydra_config.runtime.output_dir))
+        return objectives(config, train(config, folder))
     except Exception as error:
-        if hydra_config.mode is RunMode.MULTIRUN:
-            raise
         exit_with_one_line(error)
-    return summary["val"]["top1"]
 
 
 def main() -> None:
@@ -331,16 +333,21 @@ def main() -> None:
     With SWITCHLORA_TRACEBACK=1 in the environment the whole traceback is shown.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
+    follow_parent()
     try:
         distributed.join()
-        _hydra_main()
+        try:
+            _hydra_main()
+        finally:
+            for line in told(Sweep.running):
+                print(line)
         distributed.leave()
     except Interrupted as stop:
         if distributed.is_primary():
             print(f"switchlora: {stop}", file=sys.stderr, flush=True)
         sys.exit(128 + stop.signal_number)
     except KeyboardInterrupt:
-        sys.exit("switchlora: interrupted; everything that was saved is kept")
+        sys.exit("switchlora: interrupted; what was saved is kept, the same command goes on")
     except Exception as error:
         exit_with_one_line(error)
 
