@@ -52,7 +52,7 @@ def trunk_key(config: Config, device: torch.device, data: str) -> dict[str, Any]
         "system.parallel": config["system"]["parallel"],
         "processes": distributed.world_size(),
         "data": data,
-        "code": code_digest(config),
+        "code": code_digest(shared),
         **{f"machine.{key}": value for key, value in machine(device).items()},
     }
 
