@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test killtest check format clean
+.PHONY: help install demo test thresholds killtest check format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,11 @@ test: .venv/.installed  ## run the tests
 
 killtest: .venv/.installed  ## kill a run 30 times and compare with an uninterrupted one
 	$(TEST_ENV) $(BIN)/python scripts/killtest.py
+
+thresholds: .venv/.installed  ## sweep the switch threshold: table, pictures and page, in an hour
+	$(BIN)/switchlora +experiments=thresholds
+	$(BIN)/python scripts/tables.py runs/thresholds/sweep
+	$(BIN)/python scripts/report.py runs/thresholds/sweep
 
 check: .venv/.installed  ## lint, formatting and types
 	$(BIN)/ruff check

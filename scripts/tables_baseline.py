@@ -45,13 +45,12 @@ class Comparison:
 def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
     """Find each row's baseline: the row named ``baseline``, or the one that trains in full.
 
-    Of several that train in full, the only one under the row's own conditions. A row is compared
+    Without one whose criterion is 'never', rows that never switched are baselines. Of several,
+    the one under the row's own conditions, and nearest in its settings. A row is compared
     seed by seed where the baseline has all of its seeds, else with the baseline's mean.
     ValueError for a ``baseline`` that no row has, or that a row cannot be compared with.
     """
-    candidates = (
-        [r for r in rows if r.trains_in_full] if baseline is None else [named_row(rows, baseline)]
-    )
+    candidates = full_training(rows) if baseline is None else [named_row(rows, baseline)]
     references: dict[Path, Sequence[Record]] = {}
     notes = []
     for row in (row for row in rows if row not in candidates and candidates):
@@ -67,6 +66,11 @@ def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
     return Comparison(references, (*_told(candidates), *notes))
 
 
+def full_training(rows: Sequence[Row]) -> list[Row]:
+    """Rows that train in full: by their criterion or, where none has it, as they turned out."""
+    return [r for r in rows if r.trains_in_full] or [r for r in rows if r.never_switched]
+
+
 def named_row(rows: Sequence[Row], label: str) -> Row:
     """The row with a label; ValueError lists the labels that there are."""
     for row in rows:
@@ -79,13 +83,20 @@ def named_row(rows: Sequence[Row], label: str) -> Row:
 def choose(row: Row, candidates: Sequence[Row]) -> Row | str:
     """The only baseline that ``row`` can be compared with, or one line why there is none."""
     why = [next(row_differences(row, candidate), None) for candidate in candidates]
-    alike = [c for c, difference in zip(candidates, why, strict=True) if difference is None]
+    alike = nearest(row, [c for c, d in zip(candidates, why, strict=True) if d is None])
     if len(alike) == 1:
         return alike[0]
     if alike:
         there = " and ".join(f"'{c.label}'" for c in alike)
         return f"{row.label}: no ratio, since {there} both could be its baseline: name one"
     return f"{row.label}: no ratio to '{candidates[0].label}', where {why[0]}"
+
+
+def nearest(row: Row, others: Sequence[Row]) -> list[Row]:
+    """Those of ``others`` with the fewest settings that differ from those of ``row``."""
+    mine, *theirs = ({repr(item) for item in each.settings.items()} for each in (row, *others))
+    apart = [len(mine ^ settings) for settings in theirs]
+    return [other for other, count in zip(others, apart, strict=True) if count == min(apart)]
 
 
 def row_differences(row: Row, baseline: Row) -> Iterator[str]:

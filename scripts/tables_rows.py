@@ -33,8 +33,13 @@ class Row:
 
     @property
     def trains_in_full(self) -> bool:
-        """Whether its criterion never fires."""
+        """Whether its criterion is 'never'."""
         return settings_of(self.records[0].config)[CRITERION] == NEVER
+
+    @property
+    def never_switched(self) -> bool:
+        """Whether all of its runs have trained in full to their end."""
+        return not any(record.summary["switch"]["fired"] for record in self.records)  # type: ignore[index]
 
 
 @dataclass(frozen=True)

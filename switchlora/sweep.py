@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from switchlora import distributed
 from switchlora.checkpoint import find_all
 from switchlora.errors import JobFailed, near
-from switchlora.exits import FAILURE
-from switchlora.identity import identity, is_free, leaves, shaping
+from switchlora.exits import FAILURE, one_line
+from switchlora.identity import Config, identity, is_free, leaves, shaping
 from switchlora.resume import AUTO, finished_summary
 from switchlora.runlog import METRICS, SUMMARY
 
@@ -50,8 +51,9 @@ class Sweep(Callback):
     running: "Sweep | None" = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Note where the jobs are and when they start."""
+        """Note where the jobs are and when they start; make their folder."""
         self.folder, self.start = Path(config.hydra.sweep.dir), time.time()
+        self.folder.mkdir(parents=True, exist_ok=True)
         Sweep.running = self
 
     def jobs(self) -> dict[str, dict[str, Any]]:
@@ -94,7 +96,8 @@ def readable(word: str) -> str:
     if key.startswith(("+", "hydra.")) or is_free(key):
         return ""
     short = re.split(r"[./]", key)[-1]
-    return re.sub(r"[^\w.+-]+", "-", f"{short}-{value}").strip("-")
+    plain = re.sub(r"[^\w.+-]+", "-", value).strip("-")
+    return f"{short}-{plain}"
 
 
 def run_job(config: DictConfig, folder: Path, train: Any) -> Mapping[str, Any]:
@@ -106,11 +109,20 @@ def run_job(config: DictConfig, folder: Path, train: Any) -> Mapping[str, Any]:
     """
     hydra = HydraConfig.get()
     values = job_values(config, Path(hydra.sweep.dir), folder)
-    if distributed.world_size() > 1 or FRESH_PROCESSES in hydra.launcher._target_:
-        for key, value in values.items():
-            OmegaConf.update(config, key, value)
-        return train(config, folder)
-    return _tracked(config, values, folder)
+    for key, value in values.items():
+        OmegaConf.update(config, key, value)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    outcome = distributed.from_primary(lambda: _begun(folder, plain))
+    try:
+        if distributed.world_size() > 1 or FRESH_PROCESSES in hydra.launcher._target_:
+            train(config, folder)
+        elif outcome != "skipped":
+            _run_alone(values, folder)
+    except Exception as error:
+        _note(folder, "failed", one_line(error))
+        raise JobFailed(f"{folder.name}: {one_line(error)}") from error
+    _note(folder, outcome)
+    return json.loads((folder / SUMMARY).read_text())
 
 
 def job_values(config: DictConfig, sweep: Path, folder: Path) -> dict[str, Any]:
@@ -153,25 +165,29 @@ def _follow(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _tracked(config: DictConfig, values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    if (summary := finished_summary(AUTO, folder, plain)) is not None:
-        _note(folder, "skipped")
-        return summary
-    outcome = _begun(folder)
+def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
+    """Run the job in a process of its own, which leaves the reason of a failure in a file.
+
+    Where jobs run at the same time its output goes to a file too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     failure = folder / "failure.txt"
     failure.unlink(missing_ok=True)
     environment = {**os.environ, PARENT: str(os.getpid()), FAILURE: str(failure)}
-    status = subprocess.run(command(values, folder), env=environment, check=False).returncode
+    one_at_a_time = "BasicLauncher" in HydraConfig.get().launcher._target_
+    with nullcontext() if one_at_a_time else (folder / "output.log").open("a") as output:
+        status = subprocess.run(
+            command(values, folder),
+            env=environment,
+            stdout=output,
+            stderr=output and subprocess.STDOUT,
+            check=False,
+        ).returncode
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if status:
-        reason = failure.read_text() if failure.exists() else f"it ended with status {status}"
-        _note(folder, "failed", reason)
-        raise JobFailed(f"{folder.name}: {reason}")
-    _note(folder, outcome)
-    return json.loads((folder / SUMMARY).read_text())
+        told = failure.read_text() if failure.exists() else f"it ended with status {status}"
+        raise JobFailed(told)
 
 
 def command(values: Mapping[str, Any], folder: Path) -> list[str]:
@@ -193,8 +209,10 @@ def _quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _begun(folder: Path) -> str:
-    """'new', 'resumed' or 'retried': what starting the job in ``folder`` is."""
+def _begun(folder: Path, config: Config) -> str:
+    """'skipped', 'new', 'resumed' or 'retried': what starting the job in ``folder`` is."""
+    if finished_summary(AUTO, folder, config) is not None:
+        return "skipped"
     if _failed_before(folder):
         return "retried"
     return "resumed" if (folder / METRICS).exists() else "new"
@@ -208,6 +226,9 @@ def _failed_before(folder: Path) -> bool:
 
 
 def _note(folder: Path, outcome: str, reason: str | None = None) -> None:
+    if not distributed.is_primary():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / JOB).write_text(json.dumps({"outcome": outcome, "reason": reason}) + "\n")
 
 

@@ -22,6 +22,8 @@ from switchlora.train import fit, train
 from switchlora.trunk import Trunk, first_firing, trunk_key
 
 EARLY, LATE = "switch.criterion.epoch=0.5", "switch.criterion.epoch=1.5"
+SMALL = (*SHORT, "data.train_size=640", "monitor.window=5")
+"""10 updates an epoch, 30 in all, a measurement every 5"""
 DATED = ("switch/criterion=at_epoch", "ema=0.9", "+model.drop_path_rate=0.1")
 CPU = torch.device("cpu")
 
@@ -30,7 +32,7 @@ def made(folder, *overrides, trunk=None, words=DATED):
     """A finished run, its summary and what it said."""
     shared = (f"trunk.dir={trunk}", "trunk.time_share=1") if trunk else ()
     with redirect_stdout(StringIO()) as said:
-        summary = train(composed(*SHORT, *words, *shared, *overrides), folder)
+        summary = train(composed(*SMALL, *words, *shared, *overrides), folder)
     return summary, said.getvalue()
 
 
@@ -61,9 +63,9 @@ def test_a_run_on_a_trunk_is_bit_identical_to_the_same_run_alone(sweep, name):
 def test_only_what_no_run_has_computed_yet_is_computed(sweep):
     _, summaries = sweep
     assert {name: computed(summary) for name, summary in summaries.items()} == {
-        "late": 60,
-        "early": 50,  # from its own switch at update 10 on
-        "never": 30,  # from the late one's switch at update 30 on
+        "late": 30,
+        "early": 25,  # from its own switch at update 5 on
+        "never": 15,  # from the late one's switch at update 15 on
     }
 
 
@@ -99,7 +101,7 @@ def test_the_same_run_again_takes_everything_from_the_trunk(sweep, tmp_path):
     place, _ = sweep
     summary, said = made(tmp_path, "switch/criterion=never", trunk=place / "trunk")
     assert computed(summary) == 0
-    assert "60 updates of the full phase come from" in said
+    assert "30 updates of the full phase come from" in said
 
 
 @pytest.mark.parametrize("budget", [0, 1e9])
@@ -108,10 +110,10 @@ def test_a_thinned_trunk_costs_updates_but_no_bit(budget, sweep, tmp_path):
     made(tmp_path / "late", LATE, f"trunk.gigabytes={budget / 1e9}", trunk=trunk)
     (folder,) = trunk.iterdir()
     assert [updates_of(path) for path in find_all(folder)] == (
-        [30] if budget == 0 else [30, 20, 10]
+        [15] if budget == 0 else [15, 10, 5]
     )
     summary, _ = made(tmp_path / "early", EARLY, trunk=trunk)
-    assert computed(summary) == (60 if budget == 0 else 50)
+    assert computed(summary) == (30 if budget == 0 else 25)
     assert_same_run(tmp_path / "early", sweep[0] / "alone" / "early")
 
 
@@ -121,20 +123,20 @@ def test_a_damaged_checkpoint_of_a_trunk_is_named_and_the_one_before_it_used(tmp
     (folder,) = trunk.iterdir()
     (find_all(folder)[0] / checkpoint.STATE).write_bytes(b"")
     summary, said = made(tmp_path / "never", "switch/criterion=never", trunk=trunk)
-    assert computed(summary) == 40 and "is damaged" in said
+    assert computed(summary) == 20 and "is damaged" in said
 
 
 @pytest.mark.parametrize(
     "change",
     [
         "full.optimizer.lr=0.002",
-        "monitor.window=5",
+        "monitor.window=4",
         "seed=1",
         "epochs=4",
         "ema=0.8",
         "log.every=2",
         "switch.split_qkv=true",
-        "data.train_size=500",
+        "data.train_size=600",
     ],
 )
 def test_what_shapes_the_full_phase_has_a_trunk_of_its_own(change):
@@ -160,15 +162,15 @@ def test_what_acts_at_the_switch_and_after_it_shares_the_trunk(change):
 
 
 def key_of(*overrides):
-    config = as_plain(composed(*SHORT, "ema=0.9", *overrides))
+    config = as_plain(composed(*SMALL, "ema=0.9", *overrides))
     return trunk_key(config, CPU, data="digest")
 
 
 def test_other_images_have_a_trunk_of_their_own():
     def digest(*words):
-        return build(composed(*SHORT, *words).data).digest()
+        return build(composed(*SMALL, *words).data).digest()
 
-    assert digest() == digest() != digest("data.train_size=500")
+    assert digest() == digest() != digest("data.train_size=600")
     decoded = ("data.train_transform={}", "data.eval_transform={}")
     assert digest(*decoded) == digest(*decoded) != digest(*decoded, "data.val_fraction=0.2")
 
@@ -205,12 +207,12 @@ def test_a_replay_finds_the_first_measurement_at_which_a_policy_fires(sweep):
     place, _ = sweep
     history = read_record(place / "never").history()
     policy = build(composed(*DATED, LATE).switch)
-    assert [first_firing(policy, history[:n]) for n in range(5)] == [None, None, None, 30, 30]
+    assert [first_firing(policy, history[:n]) for n in range(5)] == [None, None, None, 15, 15]
 
 
 def train_in_a_process(folder, words, trunk):
     config = OmegaConf.create(
-        composed(*SHORT, *DATED, *words, f"trunk.dir={trunk}", "trunk.time_share=1")
+        composed(*SMALL, *DATED, *words, f"trunk.dir={trunk}", "trunk.time_share=1")
     )
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         torch.set_num_threads(1)
@@ -237,7 +239,7 @@ def test_runs_at_the_same_time_wait_for_the_one_that_extends_or_go_alone(wait, s
         assert_same_run(tmp_path / name, sweep[0] / "alone" / name)
     if wait == "true":
         made_by = sum(computed(read_record(tmp_path / name).summary) for name in settings)
-        assert made_by == 50 + 30 + 60
+        assert made_by == 25 + 15 + 30
 
 
 def test_a_killed_extender_leaves_a_trunk_that_the_next_run_extends(sweep, tmp_path):
@@ -257,7 +259,7 @@ def test_a_killed_extender_leaves_a_trunk_that_the_next_run_extends(sweep, tmp_p
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"event": "trai')
     summary, _ = made(run, *never, "resume=auto", trunk=trunk)
-    assert computed(summary) < 60
+    assert computed(summary) < 30
     alone = sweep[0] / "alone" / "never"
     assert_same_run(run, alone)
     assert read_record(folder).history() == read_record(alone).history()
@@ -282,13 +284,13 @@ def test_a_negative_budget_is_refused_in_one_line(tmp_path):
 
 def test_a_stopped_run_gives_its_lock_back(tmp_path, at_update):
     words = ("switch/criterion=never", "max_skipped=0")
-    at_update(25, lambda images: images * float("nan"))
+    at_update(12, lambda images: images * float("nan"))
     with pytest.raises(RuntimeError, match="not finite"):
         made(tmp_path / "stopped", *words, trunk=tmp_path / "trunk")
     run = prepare(
-        composed(*SHORT, *DATED, LATE, f"trunk.dir={tmp_path / 'trunk'}"), tmp_path / "b"
+        composed(*SMALL, *DATED, LATE, f"trunk.dir={tmp_path / 'trunk'}"), tmp_path / "b"
     )
-    assert run.trunk.extends and run.state.num_updates == 20
+    assert run.trunk.extends and run.state.num_updates == 10
     at_update(None, lambda images: images)
     with run.log:
         fit(run)

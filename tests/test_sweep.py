@@ -1,0 +1,207 @@
+"""A multirun whose jobs fail, are killed, and are started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from conf_yamls import composed
+from runs import DIGITS
+from switchlora.identity import identity, shaping
+from switchlora.records import find_records
+from switchlora.runlog import read_events
+from switchlora.sweep import JOB, job_folder, job_values, objectives, readable
+
+JOBS = (
+    *DIGITS,
+    *("data.train_size=640", "epochs=2", "monitor.window=5", "full.scheduler.warmup_t=5"),
+    *("system.threads=1", "switch/criterion=at_epoch", "log.every=1"),
+)
+PATIENCE = 240
+
+
+class Started:
+    """``switchlora -m`` in a session of its own, all of which ends with the test."""
+
+    def __init__(self, folder, *overrides):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "switchlora", "-m", *JOBS, f"hydra.sweep.dir={folder}"]
+            + list(overrides),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def finish(self):
+        """Exit status and everything that was said."""
+        said, _ = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, said
+
+
+def multirun(folder, *overrides):
+    with Started(folder, *overrides) as started:
+        return started.finish()
+
+
+def outcomes(folder):
+    """What became of each job, by the seed or the epoch of its switch."""
+    return {p.parent.name: json.loads(p.read_text())["outcome"] for p in folder.glob(f"*/{JOB}")}
+
+
+def wait_for_updates(folder, count):
+    end = time.monotonic() + PATIENCE
+    while sum(1 for path in folder.glob("*/metrics.jsonl") for _ in path.open()) < count:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_and_started_again_ends_as_one_that_was_left_alone(tmp_path):
+    epochs = "switch.criterion.epoch=0.5,1"
+    status, said = multirun(tmp_path / "whole", epochs, "log.wandb.mode=offline")
+    assert status == 0 and "2 jobs in" in said and "new: 2" in said
+    for moment in (8, 24):
+        with Started(tmp_path / "killed", epochs, "log.wandb.mode=offline") as started:
+            wait_for_updates(tmp_path / "killed", moment)
+            started.kill()
+    status, said = multirun(tmp_path / "killed", epochs, "log.wandb.mode=offline")
+    assert status == 0 and "resumed: epoch-" in said, said
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")
+    status, said = multirun(tmp_path / "killed", epochs, "log.wandb.mode=offline")
+    assert status == 0 and "finished before: 2" in said
+    for record in find_records([tmp_path / "killed"]):
+        wandb = record.config["log"]["wandb"]
+        assert wandb["name"] == record.folder.name and wandb["group"] == "run-killed"
+        assert len(list(record.folder.glob("wandb/offline-run-*"))) == 1
+
+
+def table(folder):
+    """The bytes of a sweep's table, without what a clock or the memory says."""
+    words = ["scripts/tables.py", str(folder), "--no-times", "--out", str(folder / "tables")]
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, *words], check=True, cwd=root, capture_output=True)
+    files = sorted((folder / "tables").glob("*.*"))
+    assert files
+    return {file.name: file.read_bytes() for file in files if file.suffix != ".png"}
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_takes_no_other_along_and_is_retried(tmp_path):
+    jobs = ("switch.criterion.epoch=1", "data.batch_size=100000,64")
+    status, said = multirun(tmp_path, *jobs)
+    assert status == 1 and "Traceback" not in said
+    assert "failed: epoch-1_batch_size-100000" in said
+    assert "data.batch_size=100000 must lie between 1 and the 640 training images" in said
+    assert sorted(outcomes(tmp_path).values()) == ["failed", "new"]
+    (failed,) = (name for name, outcome in outcomes(tmp_path).items() if outcome == "failed")
+    status, said = multirun(tmp_path, *jobs)
+    assert status == 1 and "finished before: 1" in said
+    assert outcomes(tmp_path)[failed] == "failed"
+
+
+@pytest.mark.slow
+def test_jobs_at_the_same_time_write_their_output_to_files(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="it is not installed")
+    words = ("+launch=joblib", "switch.criterion.epoch=0.5,1", "trunk.time_share=1")
+    status, said = multirun(tmp_path, *words)
+    assert status == 0 and "new: 2" in said, said
+    records = find_records([tmp_path])
+    assert len(records) == 2 and all(record.finished for record in records)
+    logs = [(record.folder / "output.log").read_text() for record in records]
+    assert all("finished; everything is in" in log for log in logs)
+    saved = sum(len(list(read_events(r.folder, "train"))) for r in records)
+    assert saved == 40, "every run's metrics are whole, whoever computed them"
+
+
+@pytest.mark.slow
+def test_optuna_seeks_accuracy_against_cost(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="it is not installed")
+    import optuna
+
+    space = "switch.criterion.epoch=choice(0.5,1,1.5)"
+    status, said = multirun(tmp_path, "+search=optuna", "hydra.sweeper.n_trials=2", space)
+    assert status == 0, said
+    study = optuna.load_study(study_name="run", storage=f"sqlite:///{tmp_path}/optuna.db")
+    directions = [direction.name for direction in study.directions]
+    assert directions == ["MAXIMIZE", "MINIMIZE"] and len(study.trials) == 2
+    summaries = [record.summary for record in find_records([tmp_path])]
+    values = {(s["val"]["top1"], float(s["cost"]["train_flops"])) for s in summaries}
+    assert {tuple(trial.values) for trial in study.trials} == values
+
+
+def job_config(*overrides):
+    config = OmegaConf.create(OmegaConf.to_container(composed(*DIGITS, *overrides)))
+    return OmegaConf.merge(config, {"hydra": {"overrides": {"task": [*DIGITS, *overrides]}}})
+
+
+def test_the_folder_of_a_job_tells_its_settings_and_its_identity():
+    words = ("+experiments=thresholds", "switch.criterion.fraction=0.5", "seed=1", "name=mine")
+    folder = job_folder(_root_=job_config(*words))
+    assert folder.startswith("data-digits_model-digits_fraction-0.5_seed-1_")
+    config = OmegaConf.to_container(composed(*DIGITS, *words), resolve=True)
+    assert folder.endswith(identity(shaping(config)))
+
+
+def test_what_changes_no_result_changes_no_identity():
+    names = {
+        job_folder(_root_=job_config("seed=1", *words)).rpartition("_")[2]
+        for words in ((), ("name=other",), ("system.workers=2",), ("trunk.dir=null",))
+    }
+    assert len(names) == 1
+    assert job_folder(_root_=job_config("seed=2")).rpartition("_")[2] not in names
+
+
+@pytest.mark.parametrize(
+    "word, name",
+    [
+        ("switch.criterion.tau=0.5", "tau-0.5"),
+        ("switch/criterion=prelora", "criterion-prelora"),
+        ("switch.train_factors=[A,B]", "train_factors-A-B"),
+        ("+experiments=thresholds", ""),
+        ("system.threads=2", ""),
+        ("log=quiet", ""),
+    ],
+)
+def test_overrides_make_readable_names_without_what_a_shell_or_hydra_would_read(word, name):
+    assert readable(word) == name
+
+
+def test_a_job_shares_its_trunk_and_its_wandb_group_with_the_sweep(tmp_path):
+    values = job_values(composed(*DIGITS), tmp_path, tmp_path / "job")
+    assert values == {
+        "resume": "auto",
+        "trunk.dir": str(tmp_path / "trunk"),
+        "log.wandb.group": f"run-{tmp_path.name}",
+        "log.wandb.name": "job",
+    }
+    own = ("resume=runs/x", "trunk.dir=null", "log.wandb.group=g", "log.wandb.name=n")
+    assert job_values(composed(*DIGITS, *own), tmp_path, tmp_path / "job") == {}
+
+
+def test_objectives_are_numbers_of_the_summary():
+    summary = {"val": {"top1": 50.0}, "cost": {"train_flops": 10, "train_seconds": None}}
+    assert objectives(composed(), summary) == 50.0
+    both = composed("objectives=[val.top1,cost.train_flops]")
+    assert objectives(both, summary) == (50.0, 10.0)
+    with pytest.raises(ValueError, match=r"no number 'cost.train_seconds'; near names: cost"):
+        objectives(composed("objectives=[cost.train_seconds]"), summary)
