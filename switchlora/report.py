@@ -6,13 +6,14 @@ from statistics import median
 from typing import Any
 
 from switchlora.criteria import LOSS, Verdict
-from switchlora.monitor import Measurement
+from switchlora.monitor import LayerStats, Measurement
 from switchlora.surgery import family
 from switchlora.switch import SwitchReport
 
 SHOWN_HOLDING_BACK = 3
 EXPECTED_DRIFT = 1e-5
 PHASES = ("full", "adapter")
+FAMILY_STATISTICS = ("relative_update_norm", "update_stable_rank", "weight_stable_rank")
 MEMORY_PARTS = {
     "parameters": "parameters",
     "gradients": "gradients",
@@ -26,13 +27,27 @@ MEMORY_PARTS = {
 
 
 def measurement_metrics(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
-    """Keys of a 'measure' event: ``<statistic>/<target>`` and ``switch/margin/<target>``."""
+    """Keys of a 'measure' event: ``<statistic>/<target>``, medians ``family/<statistic>/<family>``
+    and ``switch/margin/<target>``."""
     metrics: dict[str, Any] = {"train/window_loss": measurement.train_loss}
     for name, stats in measurement.layers.items():
         metrics |= {f"{key}/{name}": v for key, v in vars(stats).items() if v not in (None, ())}
         metrics[f"relative_update_norm/{name}"] = stats.relative_update_norm
+    metrics |= family_medians(measurement)
     metrics |= {f"switch/margin/{name}": margin for name, margin in verdict.margins.items()}
     return metrics | {"switch/fires": verdict.fires, "switch/reason": verdict.reason}
+
+
+def family_medians(measurement: Measurement) -> dict[str, float]:
+    """Median of each statistic in ``FAMILY_STATISTICS`` over the targets of a family."""
+    families: dict[str, list[LayerStats]] = {}
+    for name, stats in measurement.layers.items():
+        families.setdefault(family(name), []).append(stats)
+    return {
+        f"family/{key}/{name}": median(getattr(stats, key) for stats in members)
+        for key in FAMILY_STATISTICS
+        for name, members in families.items()
+    }
 
 
 def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:

@@ -165,6 +165,7 @@ def record_update(run: Run, update: Update) -> None:
             "train/lr": update.lr,
             "train/grad_norm": update.grad_norm,
             "train/phase": run.state.phase,
+            "train/adapter_phase": int(run.state.phase is Phase.ADAPTER),
         }
         run.log.event("train", num_updates, run.epoch, **metrics)
 

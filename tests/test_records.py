@@ -10,7 +10,7 @@ from runs import SHORT
 from switchlora.criteria import Verdict
 from switchlora.identity import identity, shaping
 from switchlora.records import find_records, measurement_of, read_record
-from switchlora.report import measurement_metrics
+from switchlora.report import family_medians, measurement_metrics
 from switchlora.run import prepare
 from switchlora.runlog import RunLog
 from switchlora.train import fit
@@ -31,6 +31,15 @@ def test_what_json_has_no_number_for_comes_back_as_nan(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     (event,) = read_record(tmp_path).events()
     assert math.isnan(measurement_of(event).layers["a"].grad_norm)
+
+
+def test_families_are_told_by_their_medians():
+    norms = {"blocks.0.attn.qkv": 0.1, "blocks.1.attn.qkv": 0.4, "blocks.2.attn.qkv": 0.2}
+    series = {name: [stats(update_norm=norm)] for name, norm in norms.items()}
+    (measured,) = history({**series, "blocks.0.mlp.fc1": [stats(update_norm=0.7)]})
+    medians = family_medians(measured)
+    assert medians["family/relative_update_norm/attn.qkv"] == 0.2
+    assert medians["family/relative_update_norm/mlp.fc1"] == 0.7
 
 
 def test_runs_are_found_by_their_folder_or_by_their_sweeps(tmp_path):
