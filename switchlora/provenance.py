@@ -28,9 +28,17 @@ def environment(device: torch.device, seed: int) -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "git": git_state(),
-        "command": " ".join(sys.argv),
+        "command": command(),
         "seed": seed,
     }
+
+
+def command() -> str:
+    """The command line of this process."""
+    program, *words = sys.argv
+    if Path(program).name == "__main__.py":
+        program = f"python -m {Path(program).parent.name}"
+    return " ".join([program, *words])
 
 
 def machine(device: torch.device) -> dict[str, object]:

@@ -196,7 +196,7 @@ def command(values: Mapping[str, Any], folder: Path) -> list[str]:
     given = [
         source.path for source in hydra.runtime.config_sources if source.provider == "command-line"
     ]
-    own = {**values, "hydra.run.dir": str(folder), "hydra.mode": "RUN"}
+    own = {**values, "hydra.run.dir": os.path.relpath(folder), "hydra.mode": "RUN"}
     return [
         *(sys.executable, "-m", "switchlora"),
         *(word for path in given for word in ("--config-dir", path)),
