@@ -77,7 +77,7 @@ def content(sweep: Path) -> dict[str, Any]:
     keys, settings = differing_settings(records)
     common, differing = provenance(records)
     return {
-        "title": sweep.resolve().name,
+        "title": title(sweep.resolve()),
         "count": len(records),
         "finished": sum(record.finished for record in records),
         "problems": problems(sweep, records),
@@ -94,6 +94,11 @@ def content(sweep: Path) -> dict[str, Any]:
         "common": common,
         "differing": differing,
     }
+
+
+def title(sweep: Path) -> str:
+    """The name of a sweep: of its folder, or of the one around it where that is just 'sweep'."""
+    return sweep.parent.name if sweep.name == "sweep" else sweep.name
 
 
 def _cells(table: Table) -> list[tuple[str, list[tuple[str, str]]]]:
