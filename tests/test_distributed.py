@@ -153,6 +153,18 @@ def test_two_ranks_that_resume_are_bit_identical_to_two_that_did_not(pair, tmp_p
     assert_same_run(pair[0], tmp_path)
 
 
+def test_ranks_that_take_their_full_phase_from_a_trunk_make_the_same_run(pair, tmp_path):
+    trunk = (*PLATEAU, f"trunk.dir={tmp_path / 'trunk'}", "trunk.time_share=1")
+    for name in ("extends", "takes"):
+        run_ranks(2, tmp_path / name, *trunk)
+        assert_same_run(pair[0], tmp_path / name)
+    taken = [
+        json.loads((tmp_path / n / "summary.json").read_text())["trunk"]
+        for n in ("extends", "takes")
+    ]
+    assert taken[0] is None and taken[1]["reused_updates"] == switched_at(tmp_path / "takes")[0]
+
+
 def test_sharded_ranks_go_on_from_the_checkpoint_of_replicas(alone, pair, tmp_path):
     path = checkpoint_at(pair[0], "update-00000020")
     run_ranks(2, tmp_path, *PLATEAU, "system.parallel=fsdp", f"resume={path}")
