@@ -145,11 +145,11 @@ def verdicts(
         try:
             verdict = policy.decide(history[:known])
         except (TypeError, IndexError) as error:
-            if record.config["monitor"]["exact"]:
-                raise
+            exact = record.config["monitor"]["exact"]
+            missing = "" if exact else ", or it reads what only monitor.exact=true measures"
             raise ValueError(
-                f"{record.folder.name} was made without monitor.exact=true, whose statistics this "
-                f"criterion seems to read ({error}): train a run with it"
+                f"{record.folder.name}: the criterion fails on its history ({error}): a value has "
+                f"the wrong type{missing}"
             ) from error
         yield history[known - 1].num_updates if known else 0, verdict
 

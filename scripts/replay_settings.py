@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from switchlora.exits import USER_ERRORS, one_line
-from switchlora.identity import leaves
+from switchlora.identity import is_free, leaves
 from switchlora.records import Record
 from switchlora.run import build
 from switchlora.switch import SwitchPolicy
@@ -84,7 +84,7 @@ def refuse_other_full_phase(record: Record, overrides: Sequence[Override]) -> No
     for override in overrides:
         key, word = path_of(override), override.input_line
         same = key in trained and trained[key] == override.value()
-        if key.split(".")[0] in REPLAYED or same:
+        if key.split(".")[0] in REPLAYED or same or is_free(key):
             continue
         if key == "monitor.window":
             raise ValueError(

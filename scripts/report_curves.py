@@ -139,7 +139,7 @@ def _draw(axis: Axes, curve: Curve, gid: str) -> None:
     color, dash = STYLES[curve.group % len(STYLES)]
     dashes = (0, [float(length) for length in dash.split()]) if dash else "solid"
     axis.plot(curve.updates, curve.values, color=color, linestyle=dashes, linewidth=1.3, gid=gid)
-    if curve.switch is not None and len(curve.updates):
+    if curve.switch is not None and len(curve.updates) and curve.updates[0] <= curve.switch:
         height = np.interp(curve.switch, curve.updates, curve.values)
         axis.plot(curve.switch, height, "o", color=color, gid=f"{gid}-switch", **MARKER)
 

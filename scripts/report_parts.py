@@ -134,6 +134,8 @@ def status(record: Record) -> str:
 
 
 def _dead(sweep: Path) -> Iterator[Path]:
+    if is_run(sweep):
+        return
     for path in sorted(sweep.glob("*")):
         if not is_run(path) and ((path / ".hydra").is_dir() or (path / CONFIG).is_file()):
             yield path

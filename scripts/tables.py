@@ -44,7 +44,8 @@ SPREAD = (
     "its value, and quartiles over its updates in square brackets."
 )
 SWITCHING = (
-    "At the switch: the last validation at or before it; right after: the first one after it. "
+    "At the switch: the last validation at or before its update; one at that very update is made "
+    "by the switched model, whose function differs by switch.drift. Right after: the next one. "
     "Recovery: updates from the switch until a validation reaches the top1 at the switch again, 0 "
     "where the first one does; inf in CSV where none does."
 )
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> list[str]:
     records = find_records(options.runs)
     table = make_table(records, options.preset, options.baseline, times=not options.no_times)
     if not table.rows:
-        raise ValueError(f"no finished run: {'; '.join(table.notes)}")
+        raise ValueError(f"no finished run: {'; '.join(unfinished_notes(records))}")
     out = options.out or default_out(options.runs)
     out.mkdir(parents=True, exist_ok=True)
     stem = "prelora" if options.preset == "prelora" else "table"
@@ -189,7 +190,8 @@ def status_of(record: Record) -> str:
     """How far an unfinished run came."""
     if record.summary is None:
         return "no summary, since it goes on or was killed"
-    return f"{record.summary['status']} at update {record.summary['num_updates']:,}"
+    status = record.summary["status"].split("; the last checkpoint")[0]
+    return f"{status} at update {record.summary['num_updates']:,}"
 
 
 if __name__ == "__main__":

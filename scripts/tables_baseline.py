@@ -29,6 +29,7 @@ from switchlora.identity import shaping
 from switchlora.records import Record
 
 MACHINE = ("device", "threads", "world_size")
+LENGTH = ("epochs", "max_updates", "ema")
 
 References = Mapping[Path, Sequence[Record]]
 """by folder of a run: the baseline's runs that it is compared with"""
@@ -84,12 +85,19 @@ def choose(row: Row, candidates: Sequence[Row]) -> Row | str:
     """The only baseline that ``row`` can be compared with, or one line why there is none."""
     why = [next(row_differences(row, candidate), None) for candidate in candidates]
     alike = nearest(row, [c for c, d in zip(candidates, why, strict=True) if d is None])
+    if alike and all(map(only_switches_apart, alike)):
+        return alike[0]
     if len(alike) == 1:
         return alike[0]
     if alike:
         there = " and ".join(f"'{c.label}'" for c in alike)
         return f"{row.label}: no ratio, since {there} both could be its baseline: name one"
     return f"{row.label}: no ratio to '{candidates[0].label}', where {why[0]}"
+
+
+def only_switches_apart(row: Row) -> bool:
+    """Whether all that sets a row apart says what happens at and after a switch."""
+    return all(key.startswith(("switch.", "adapter.")) for key in row.settings)
 
 
 def nearest(row: Row, others: Sequence[Row]) -> list[Row]:
@@ -109,11 +117,12 @@ def row_differences(row: Row, baseline: Row) -> Iterator[str]:
 def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     """What must be the same for a ratio, of a run and of its reference.
 
-    Data with transforms and batch size, the model with its dropout, the device, and precision and
-    accumulation of each of the run's phases, beside those of the reference's last phase.
+    Data with transforms and batch size, the model with its dropout, the length of training, the
+    device, and precision, accumulation and compiler of each of the run's phases, beside those of
+    the reference's last phase.
     """
     here, there = machine_and_task(record), machine_and_task(reference)
-    for key in ("precision", "accumulation"):
+    for key in ("precision", "accumulation", "compile"):
         for phase in phases_made(record):
             here[f"{phase}.{key}"] = record.config[phase][key]
             there[f"{phase}.{key}"] = reference.config[last_phase(reference)][key]
@@ -121,9 +130,12 @@ def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[
 
 
 def machine_and_task(record: Record) -> dict[str, Any]:
-    """Device, threads, processes, and all keys of the data and the model."""
-    task = {k: v for k, v in shaping(record.config).items() if k.startswith(("data.", "model."))}
-    return task | machine(record)
+    """Device, threads, processes, version of torch, and what is trained for how long."""
+    keys = shaping(record.config)
+    task = {k: v for k, v in keys.items() if k.startswith(("data.", "model.")) or k in LENGTH}
+    parallel = record.config["system"]["parallel"]
+    torch = record.summary["environment"].get("versions", {}).get("torch")
+    return {**task, "system.parallel": parallel, "torch": torch, **machine(record)}
 
 
 def machine(record: Record) -> dict[str, Any]:

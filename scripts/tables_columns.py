@@ -162,7 +162,9 @@ def of_phase(phase: str, key: str, scale: float = 1) -> Read:
     """Reads a number of one phase from the summary, times ``scale``."""
 
     def read(record: Record) -> float | None:
-        value = record.summary["phases"].get(phase, {}).get(key)
+        found = record.summary["phases"].get(phase, {})
+        counts = found.get("num_updates") or key == "trainable_parameters"
+        value = found.get(key) if counts else None
         return None if value is None else scale * value
 
     return read

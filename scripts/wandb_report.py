@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from switchlora.criteria import LOSS
 from switchlora.records import Record, find_records
 from switchlora.surgery import family
 
@@ -117,7 +118,8 @@ def spec_of(report: "Report") -> Spec:
 
 def wandb_id(record: Record) -> str:
     """The id of a run in W&B; ValueError where it has none."""
-    found = sorted(record.folder.glob("wandb/*run-*-*"))
+    runs = record.folder.glob("wandb/*run-*-*")
+    found = sorted(runs, key=lambda path: path.name.removeprefix("offline-"))
     if not found:
         raise ValueError(
             f"{record.folder} has no W&B run: train with log.wandb.mode=offline or online"
@@ -130,8 +132,8 @@ def metrics_by_family(records: Sequence[Record], statistic: str) -> dict[str, li
     start = f"{statistic}/"
     families: dict[str, list[str]] = {}
     for record in records:
-        for key in next(record.events("measure"), {}):
-            if key.startswith(start):
+        for key in dict.fromkeys(key for event in record.events("measure") for key in event):
+            if key.startswith(start) and key != f"{start}{LOSS}":
                 keys = families.setdefault(family(key.removeprefix(start)), [])
                 keys.extend([key] if key not in keys else [])
     return families

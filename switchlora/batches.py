@@ -136,11 +136,10 @@ class Transformed(Dataset[Batch]):
         return torch.stack([image for image, _ in items]), torch.tensor([t for _, t in items])
 
     def digest(self) -> str:
-        """Of the rows and of the names and classes that the data set knows, not of all pixels."""
-        known = getattr(self.dataset, "samples", None) or getattr(self.dataset, "targets", None)
-        if known is None:
-            known = len(self.dataset)  # type: ignore[arg-type]
-        return _digest(self.rows.numpy().data, repr(known).encode())
+        """Of the rows, and of pixels or of names and classes, whichever the data set knows."""
+        known = [getattr(self.dataset, name, None) for name in ("root", "samples", "targets")]
+        pixels = np.asarray(getattr(self.dataset, "data", ()))
+        return _digest(self.rows.numpy().data, repr(known).encode(), pixels.tobytes())
 
     def read(self, row: int, draw: int | None) -> tuple[Tensor, int]:
         """The transformed image of a row of the data set, and its class."""

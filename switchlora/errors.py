@@ -25,6 +25,10 @@ class JobFailed(RuntimeError):
     """A job of a multirun failed; the message says which and why."""
 
 
+class JobInterrupted(JobFailed):
+    """A job of a multirun was ended by a signal; it can be resumed."""
+
+
 class LoaderDied(RuntimeError):
     """A process that loads images has ended."""
 

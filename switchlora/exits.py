@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,7 +46,8 @@ def exit_with_one_line(error: Exception) -> NoReturn:
     told = isinstance(error, USER_ERRORS) or from_launcher(error)
     line = one_line(error) if told else distributed.lost_rank(error)
     if FAILURE in os.environ and distributed.is_primary():
-        Path(os.environ[FAILURE]).write_text(line or f"{type(error).__name__}: {error}")
+        with suppress(OSError):  # a full disk may be the very error
+            Path(os.environ[FAILURE]).write_text(line or f"{type(error).__name__}: {error}")
     if line is None or SHOW_TRACEBACK in os.environ:
         raise error
     if distributed.is_primary():

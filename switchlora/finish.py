@@ -81,6 +81,7 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
         },
         "cost": cost(run),
         "trunk": state.reused,
+        "branched_from": state.branched_from,
         "monitor": {"time_share": run.stopwatch.monitor_share},
         "environment": environment(run.device, run.config["seed"]),
     }

@@ -53,12 +53,15 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def code_digest(keys: Mapping[str, Any]) -> str:
-    """A digest of this package's code and of the files that the ``_target_``s in ``keys`` are in.
+    """A digest of this package's code, of the files that the ``_target_``s in ``keys`` are in, and
+    of files that are values themselves, such as ``model.checkpoint_path``.
 
     ``keys`` are dotted keys of a configuration with their values.
     """
+    named = {Path(value) for value in keys.values() if isinstance(value, str)}
     targets = {str(value) for key, value in keys.items() if key.split(".")[-1] == "_target_"}
     files = {*Path(__file__).parent.rglob("*.py"), *filter(None, map(_source_of, targets))}
+    files |= {path for path in named if path.is_file()}
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())

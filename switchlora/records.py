@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from switchlora.monitor import LayerStats, Measurement
-from switchlora.runlog import CONFIG, METRICS, SUMMARY, read_events
+from switchlora.runlog import CONFIG, METRICS, SUMMARY
+
+TRUNK_KEY = "trunk.json"
+"""in a folder that runs share, and that is no run of its own"""
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,20 @@ class Record:
         return self.summary is not None and self.summary["status"] == "finished"
 
     def events(self, event: str | None = None) -> Iterator[dict[str, Any]]:
-        """Events in order, those named ``event`` or all."""
-        return read_events(self.folder, event)
+        """Events in order, those named ``event`` or all; without a last line that is torn.
+
+        ValueError where another line is none.
+        """
+        *lines, _ = (self.folder / METRICS).read_text().split("\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                found = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.folder}: line {number} of {METRICS} is damaged"
+                ) from error
+            if event in (None, found["event"]):
+                yield found
 
     def history(self) -> list[Measurement]:
         """What its monitor measured, bit for bit what its criterion read."""
@@ -40,7 +56,10 @@ def read_record(folder: Path) -> Record:
     """The run in ``folder``; ValueError where there is none."""
     if not is_run(folder):
         raise ValueError(f"{folder} holds no run: {CONFIG} or {METRICS} is missing")
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    try:
+        config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    except (YAMLError, OSError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read") from error
     summary = folder / SUMMARY
     return Record(folder, config, json.loads(summary.read_text()) if summary.exists() else None)
 
@@ -52,7 +71,8 @@ def find_records(paths: Iterable[Path]) -> list[Record]:
     """
     found: dict[Path, Record] = {}
     for path in paths:
-        folders = [path] if is_run(path) else sorted(p for p in path.glob("*") if is_run(p))
+        inside = (p for p in path.glob("*") if is_run(p) and not (p / TRUNK_KEY).exists())
+        folders = [path] if is_run(path) else sorted(inside)
         if not folders:
             raise ValueError(f"{path} is no run folder and holds none: give runs or a sweep")
         for folder in folders:

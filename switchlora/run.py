@@ -32,7 +32,7 @@ from switchlora.interrupt import Interruption
 from switchlora.learner import PARALLEL, Learner, Recipe, build_learner
 from switchlora.monitor import UpdateMonitor
 from switchlora.resume import AUTO, Found, find
-from switchlora.runlog import CONFIG, RunLog
+from switchlora.runlog import CONFIG, SUMMARY, RunLog
 from switchlora.sharding import is_sharded
 from switchlora.state import Phase, TrainState
 from switchlora.surgery import (
@@ -251,6 +251,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     )
     if distributed.is_primary():
         OmegaConf.save(config, folder / CONFIG, resolve=True)
+        (folder / SUMMARY).unlink(missing_ok=True)  # of a start that stopped
     if unused:
         log.line(f"frozen, since no gradient reaches them: {', '.join(unused)}")
     if found:
@@ -359,7 +360,8 @@ def _trunk(
         past = found.state["train"]
         if found.branches or past["branched_from"] or past["phase"] != str(Phase.FULL):
             return None
-    return Trunk(Path(place), trunk_key(plain, device, data.digest()), **options)
+    key = distributed.from_primary(lambda: trunk_key(plain, device, data.digest()))
+    return Trunk(Path(place), key, **options)
 
 
 def _restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor) -> TrainState:

@@ -5,8 +5,9 @@ import json
 import math
 import os
 import shutil
+import time
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,19 +18,23 @@ from switchlora.distributed import is_primary, together
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
+POLL_SECONDS = 0.2
 
 
 class FolderLock:
     """Holds a run folder for one run at a time; ValueError where another one has it.
 
-    The primary rank holds it. A context manager.
+    The primary rank holds it, after it has tried for ``patience`` seconds. A context manager.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience: float = 0.0) -> None:
         self._file: TextIO | None = None
         with together():
             if is_primary():
-                self._file = locked(folder)
+                end = time.monotonic() + patience
+                while (lock := locked(folder)) is None and time.monotonic() < end:
+                    time.sleep(POLL_SECONDS)
+                self._file = lock
                 if self._file is None:
                     raise ValueError(
                         f"another process is running in {folder}; choose another hydra.run.dir"
@@ -193,18 +198,14 @@ def locked(folder: Path) -> TextIO | None:
     except BlockingIOError:
         file.close()
         return None
-    os.register_at_fork(after_in_child=file.close)  # loader workers may outlive a killed run
+    held = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: _close(held()))  # workers may outlive a killed run
     return file
 
 
-@contextmanager
-def synced(path: Path) -> Iterator[TextIO]:
-    """``path`` opened to append; all of it is on the disk afterwards."""
-    with path.open("a") as file:
-        file.seek(0, os.SEEK_END)
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+def _close(file: TextIO | None) -> None:
+    if file is not None:
+        file.close()
 
 
 def _cut(path: Path, source: Path, size: int) -> None:

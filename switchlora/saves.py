@@ -12,6 +12,7 @@ from switchlora import checkpoint, distributed
 from switchlora.errors import Interrupted, LoaderDied, RankLost
 from switchlora.exits import one_line
 from switchlora.run import Run
+from switchlora.sweep import is_job
 
 
 def save(run: Run) -> None:
@@ -67,6 +68,8 @@ def how_to_go_on(run: Run) -> str:
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     kept = [word for word in given if not word.startswith("resume=")]
     words = [*launcher, *kept, f"hydra.run.dir={run.log.folder}", "resume=auto"]
+    if HydraConfig.initialized() and is_job():
+        words.append("hydra.mode=RUN")
     return f"the last checkpoint is {found[0]}; go on with: {shlex.join(words)}"
 
 

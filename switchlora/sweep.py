@@ -13,17 +13,18 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from switchlora import distributed
 from switchlora.checkpoint import find_all
-from switchlora.errors import JobFailed, near
+from switchlora.errors import JobFailed, JobInterrupted, near
 from switchlora.exits import FAILURE, one_line
 from switchlora.identity import Config, identity, is_free, leaves, shaping
 from switchlora.resume import AUTO, finished_summary
@@ -34,15 +35,14 @@ TRUNK = "trunk"
 PARENT = "SWITCHLORA_PARENT"
 POLL_SECONDS = 1.0
 NAME_LENGTH = 80
+JOB_PATIENCE = 30.0
+"""seconds that a job waits for the one before it in its folder, which may still be saving"""
 FRESH_PROCESSES = "submitit"
 """launchers whose jobs are processes of their own already"""
-OUTCOMES = {
-    "skipped": "finished before",
-    "resumed": "resumed",
-    "retried": "retried",
-    "new": "new",
-    "failed": "failed",
-}
+COUNTED = {"skipped": "finished before", "new": "new"}
+NAMED = ("resumed", "retried", "interrupted", "failed")
+PLACED = ("resume", "system.threads", "system.device", "system.parallel")
+"""keys that shape no identity of a run, and yet make another job of it"""
 
 
 class Sweep(Callback):
@@ -60,32 +60,49 @@ class Sweep(Callback):
         """How each job of this multirun ended, by the name of its folder."""
         files = sorted(self.folder.glob(f"*/{JOB}"))
         recent = [path for path in files if path.stat().st_mtime >= self.start]
-        return {path.parent.name: json.loads(path.read_text()) for path in recent}
+        return {path.parent.name: _noted(path.parent) for path in recent}
 
     def lines(self) -> list[str]:
-        """How many jobs were skipped, resumed, retried, new and failed, and which."""
+        """How many jobs were skipped and new, and which were resumed, retried and failed."""
         jobs = self.jobs()
-        lines = [f"{len(jobs)} jobs in {self.folder}:"]
-        for outcome, words in OUTCOMES.items():
-            names = [name for name, job in jobs.items() if job["outcome"] == outcome]
-            if names and outcome in ("skipped", "new"):
-                lines.append(f"  {words}: {len(names)}")
-            lines += [
-                f"  {words}: {name}{': ' + reason if (reason := jobs[name]['reason']) else ''}"
-                for name in names
-                if outcome not in ("skipped", "new")
-            ]
-        if any(job["outcome"] == "failed" for job in jobs.values()):
-            lines.append("the same command retries what failed and leaves the rest alone")
+        lines = [f"{len(jobs)} jobs in {self.folder}:"] if jobs else []
+        for outcome, words in COUNTED.items():
+            if count := sum(job["outcome"] == outcome for job in jobs.values()):
+                lines.append(f"  {words}: {count}")
+        for outcome in NAMED:
+            for name, job in jobs.items():
+                if job["outcome"] == outcome:
+                    lines.append(f"  {outcome}: {name}{job['reason'] and ': ' + job['reason']}")
+        if failed(self):
+            lines.append("the same command goes on with these and leaves the rest alone")
         return lines
 
 
+def told(sweep: Sweep | None) -> Sequence[str]:
+    """The closing lines of a multirun, on the primary rank; none of a single run."""
+    return sweep.lines() if sweep is not None and distributed.is_primary() else ()
+
+
+def failed(sweep: Sweep | None) -> bool:
+    """Whether a job of a multirun did not come to its end."""
+    jobs = sweep.jobs().values() if sweep is not None else ()
+    return any(job["outcome"] in ("failed", "interrupted") for job in jobs)
+
+
 def job_folder(*, _root_: DictConfig) -> str:
-    """The name of a job's folder: what is set on the command line, and its identity."""
+    """The name of a job's folder: what is set on the command line, and its identity.
+
+    A folder that is there for the same identity, under other words, keeps its name.
+    """
     config = {key: value for key, value in _root_.items() if key != "hydra"}
     keys = shaping(OmegaConf.to_container(OmegaConf.create(config), resolve=True))  # type: ignore[arg-type]
-    words = [*filter(None, map(readable, _root_.hydra.overrides.task)), identity(keys)]
-    while len("_".join(words)) > NAME_LENGTH and len(words) > 1:
+    task = list(_root_.hydra.overrides.task)
+    keys |= {word: "" for word in task if _places(word)}
+    name = identity(keys)
+    if there := sorted(Path(_root_.hydra.sweep.dir).glob(f"*_{name}")):
+        return there[0].name
+    words = [*filter(None, map(readable, task)), name]
+    while len("_".join(words).encode()) > NAME_LENGTH and len(words) > 1:
         words.pop(0)
     return "_".join(words)
 
@@ -93,7 +110,7 @@ def job_folder(*, _root_: DictConfig) -> str:
 def readable(word: str) -> str:
     """An override as part of a file name: 'switch.criterion.tau=0.5' is 'tau-0.5'."""
     key, _, value = word.partition("=")
-    if key.startswith(("+", "hydra.")) or is_free(key):
+    if key.startswith(("+", "hydra.")) or (is_free(key) and not _places(word)):
         return ""
     short = re.split(r"[./]", key)[-1]
     plain = re.sub(r"[^\w.+-]+", "-", value).strip("-")
@@ -108,18 +125,21 @@ def run_job(config: DictConfig, folder: Path, train: Any) -> Mapping[str, Any]:
     JobFailed, with the reason, when it fails; the other jobs go on.
     """
     hydra = HydraConfig.get()
-    values = job_values(config, Path(hydra.sweep.dir), folder)
+    sweep = Path(hydra.sweep.dir)
+    values = job_values(config, sweep.absolute() if hydra.job.chdir else sweep, folder)
     for key, value in values.items():
         OmegaConf.update(config, key, value)
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    outcome = distributed.from_primary(lambda: _begun(folder, plain))
     try:
-        if distributed.world_size() > 1 or FRESH_PROCESSES in hydra.launcher._target_:
+        outcome = distributed.from_primary(lambda: _begun(folder, plain))
+        if dist.is_initialized() or FRESH_PROCESSES in hydra.launcher._target_:
             train(config, folder)
         elif outcome != "skipped":
             _run_alone(values, folder)
     except Exception as error:
-        _note(folder, "failed", one_line(error))
+        outcome = "interrupted" if isinstance(error, JobInterrupted) else "failed"
+        with suppress(OSError):
+            _note(folder, outcome, one_line(error))
         raise JobFailed(f"{folder.name}: {one_line(error)}") from error
     _note(folder, outcome)
     return json.loads((folder / SUMMARY).read_text())
@@ -153,6 +173,11 @@ def objectives(config: DictConfig, summary: Mapping[str, Any]) -> float | tuple[
     return values[0] if len(values) == 1 else values
 
 
+def is_job() -> bool:
+    """Whether this process is a job of a multirun in another process."""
+    return FAILURE in os.environ
+
+
 def follow_parent() -> None:
     """In a job's process: save and leave, as on SIGTERM, when the process that started it dies."""
     if (parent := os.environ.pop(PARENT, None)) is not None:
@@ -166,40 +191,51 @@ def _follow(parent: int) -> None:
 
 
 def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
-    """Run the job in a process of its own, which leaves the reason of a failure in a file.
+    """Run the job in a process of its own; JobFailed with the reason that it leaves in a file.
 
-    Where jobs run at the same time its output goes to a file too.
+    Where jobs run at the same time its output goes to another file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     failure = folder / "failure.txt"
     failure.unlink(missing_ok=True)
     environment = {**os.environ, PARENT: str(os.getpid()), FAILURE: str(failure)}
     one_at_a_time = "BasicLauncher" in HydraConfig.get().launcher._target_
     with nullcontext() if one_at_a_time else (folder / "output.log").open("a") as output:
-        status = subprocess.run(
+        process = subprocess.Popen(
             command(values, folder),
             env=environment,
             stdout=output,
             stderr=output and subprocess.STDOUT,
-            check=False,
-        ).returncode
-    if status == 128 + signal.SIGINT:
+        )
+        status = _wait_for(process)
+    if status in (128 + signal.SIGINT, -signal.SIGINT):
+        _note(folder, "interrupted", "by Ctrl-C")
         raise KeyboardInterrupt
+    if number := status - 128 if status > 128 else -min(status, 0):
+        raise JobInterrupted(f"it was ended by {signal.Signals(number).name}")
     if status:
-        told = failure.read_text() if failure.exists() else f"it ended with status {status}"
-        raise JobFailed(told)
+        why = failure.read_text() if failure.exists() else f"it ended with status {status}"
+        raise JobFailed(why)
+
+
+def _wait_for(process: subprocess.Popen) -> int:
+    """Exit status; Ctrl-C, which the process has received too, is left to it to obey."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def command(values: Mapping[str, Any], folder: Path) -> list[str]:
     """The command line that makes this job of a multirun alone."""
     hydra = HydraConfig.get()
-    given = [
-        source.path for source in hydra.runtime.config_sources if source.provider == "command-line"
-    ]
+    sources = hydra.runtime.config_sources
+    given = [source.path for source in sources if source.provider == "command-line"]
     own = {**values, "hydra.run.dir": os.path.relpath(folder), "hydra.mode": "RUN"}
     return [
-        *(sys.executable, "-m", "switchlora"),
+        *(sys.executable, "-m", "switchlora", "--config-name", str(hydra.job.config_name)),
         *(word for path in given for word in ("--config-dir", path)),
+        *(word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath")),
         *(word for word in hydra.overrides.task if word.partition("=")[0] not in own),
         *(f"{key}={_quoted(value)}" for key, value in own.items()),
     ]
@@ -209,29 +245,38 @@ def _quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def _places(word: str) -> bool:
+    """Whether an override says where a job starts, what data it reads or what it runs on."""
+    key, _, value = word.partition("=")
+    return (key in PLACED or key.endswith("root")) and value not in (AUTO, "null")
+
+
 def _begun(folder: Path, config: Config) -> str:
-    """'skipped', 'new', 'resumed' or 'retried': what starting the job in ``folder`` is."""
+    """'skipped', 'new', 'resumed' or 'retried': what starting the job in ``folder`` is.
+
+    What is noted of an earlier start is removed.
+    """
     if finished_summary(AUTO, folder, config) is not None:
         return "skipped"
-    if _failed_before(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    failed_before = _noted(folder)["outcome"] == "failed"
+    (folder / JOB).unlink(missing_ok=True)
+    if failed_before:
         return "retried"
     return "resumed" if (folder / METRICS).exists() else "new"
 
 
-def _failed_before(folder: Path) -> bool:
-    job, summary = folder / JOB, folder / SUMMARY
-    if job.exists() and json.loads(job.read_text())["outcome"] == "failed":
-        return True
-    return summary.exists() and json.loads(summary.read_text())["status"] != "finished"
+def _noted(folder: Path) -> dict[str, Any]:
+    """What is noted of the job in a folder; 'interrupted' where nothing can be read."""
+    try:
+        return json.loads((folder / JOB).read_text())
+    except (OSError, ValueError):
+        return {"outcome": "interrupted", "reason": ""}
 
 
-def _note(folder: Path, outcome: str, reason: str | None = None) -> None:
-    if not distributed.is_primary():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / JOB).write_text(json.dumps({"outcome": outcome, "reason": reason}) + "\n")
-
-
-def told(sweep: Sweep | None) -> Sequence[str]:
-    """The closing lines of a multirun; none of a single run."""
-    return sweep.lines() if sweep is not None else ()
+def _note(folder: Path, outcome: str, reason: str = "") -> None:
+    if distributed.is_primary():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{JOB}"
+        part.write_text(json.dumps({"outcome": outcome, "reason": reason}) + "\n")
+        part.replace(folder / JOB)

@@ -1,6 +1,7 @@
 """The entry point: ``switchlora key=value ...`` makes one run, in the order told here."""
 
 import gc
+import math
 import os
 import sys
 from contextlib import suppress
@@ -45,7 +46,17 @@ from switchlora.saves import (
 )
 from switchlora.state import Phase
 from switchlora.surgery import count_parameters
-from switchlora.sweep import Sweep, follow_parent, job_folder, objectives, run_job, told
+from switchlora.sweep import (
+    JOB_PATIENCE,
+    Sweep,
+    failed,
+    follow_parent,
+    is_job,
+    job_folder,
+    objectives,
+    run_job,
+    told,
+)
 from switchlora.switch import switch
 
 
@@ -55,7 +66,7 @@ def train(config: DictConfig, folder: Path) -> dict:
     folder = distributed.from_primary(lambda: folder)
     interruption = Interruption()
     try:
-        with FolderLock(folder), interruption:
+        with FolderLock(folder, patience=JOB_PATIENCE if is_job() else 0), interruption:
             summary = finished_summary(config.resume, folder, as_plain(config))
             if summary is not None:
                 if distributed.is_primary():
@@ -323,9 +334,10 @@ def _hydra_main(config: DictConfig) -> float | tuple[float, ...]:
     if hydra_config.mode is RunMode.MULTIRUN:
         return objectives(config, run_job(config, folder, train))
     try:
-        return objectives(config, train(config, folder))
+        train(config, folder)
     except Exception as error:
         exit_with_one_line(error)
+    return math.nan  # nobody reads it
 
 
 def main() -> None:
@@ -341,8 +353,10 @@ def main() -> None:
             _hydra_main()
         finally:
             for line in told(Sweep.running):
-                print(line)
+                print(line, flush=True)
         distributed.leave()
+        if failed(Sweep.running):
+            sys.exit(1)
     except Interrupted as stop:
         if distributed.is_primary():
             print(f"switchlora: {stop}", file=sys.stderr, flush=True)

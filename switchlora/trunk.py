@@ -12,32 +12,42 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
 from switchlora import checkpoint, distributed
-from switchlora.criteria import Verdict
-from switchlora.errors import CheckpointUnusable, Interrupted, check_range, check_share
+from switchlora.errors import (
+    CheckpointUnusable,
+    Interrupted,
+    OtherRankFailed,
+    check_range,
+    check_share,
+)
+from switchlora.exits import one_line
 from switchlora.identity import Config, identity, shaping
 from switchlora.interrupt import Interruption
 from switchlora.monitor import Measurement
 from switchlora.provenance import code_digest, machine
-from switchlora.records import measurement_of
-from switchlora.report import measurement_metrics
+from switchlora.records import TRUNK_KEY
 from switchlora.resume import Found
-from switchlora.runlog import CONFIG, METRICS, as_record, locked, synced
+from switchlora.runlog import CONFIG, METRICS, locked
 from switchlora.switch import SwitchPolicy
+from switchlora.trunklog import TrunkLog
 
-KEY = "trunk.json"
+if TYPE_CHECKING:
+    from switchlora.run import Run
+
 BORROWED = ".from-trunk"
 GIGABYTE = 10**9
 POLL_SECONDS = 0.5
 MEASURED_BY = ("switch.targets", "switch.split_qkv")
-UNDECIDED = Verdict(False, {}, "")
+Say = Callable[[str], None]
 
 
 def trunk_key(config: Config, device: torch.device, data: str) -> dict[str, Any]:
@@ -58,7 +68,7 @@ def trunk_key(config: Config, device: torch.device, data: str) -> dict[str, Any]
 
 
 def first_firing(policy: SwitchPolicy, history: Sequence[Measurement]) -> int | None:
-    """Updates made when ``policy`` fires first on a history; None where it never does."""
+    """Updates made when ``policy`` fires first on a history, 0 before the first; None if never."""
     for length in range(len(history) + 1):
         if policy.decide(history[:length]).fires:
             return history[length - 1].num_updates if length else 0
@@ -85,11 +95,12 @@ class Trunk:
     ) -> None:
         check_range("trunk.gigabytes", gigabytes, 0)
         check_share("trunk.time_share", time_share)
-        self._share = time_share
         self.folder = place / identity(key)
+        self.log = TrunkLog(self.folder)
         self.extends = False
         """whether this run is the one that makes it longer"""
         self._key, self._bytes, self._wait = key, gigabytes * GIGABYTE, wait
+        self._share = time_share
         self._lock: TextIO | None = None
         self._written_at, self._writing = -math.inf, 0.0
 
@@ -100,49 +111,45 @@ class Trunk:
         own: Found | None,
         run: Path,
         interruption: Interruption,
-        say: Callable[[str], None] = print,
+        say: Say = print,
     ) -> Found | None:
         """Where the run in folder ``run`` goes on: at a checkpoint of the trunk or its own.
 
         Afterwards ``extends`` says whether this run makes the trunk longer. Interrupted when a
         signal comes while it waits.
         """
-        choice = distributed.from_primary(
+        place, position, self.extends = distributed.from_primary(
             lambda: self._choose(policy, model, own, run, interruption, say)
         )
-        borrowed, updates, self.extends = choice
-        if borrowed is None:
+        if place is None:
             return own
-        state = checkpoint.load(borrowed)
-        position = {"bytes": _size(run / METRICS), "wandb_id": None}
-        seconds = state["stopwatch"]["train_seconds"]
-        state["log"] = position
-        state["train"]["reused"] = {
-            "folder": str(self.folder),
-            "reused_updates": updates,
-            "reused_seconds": seconds,
+        state = checkpoint.load(place)
+        state["log"] = {
+            "bytes": position,
+            "wandb_id": own.state["log"]["wandb_id"] if own else None,
         }
+        state["train"]["reused"] = taken = self._taken(state, own)
         line = (
-            f"{updates} updates of the full phase come from {self.folder}: {seconds:.0f} s saved"
+            f"{taken['reused_updates']} updates of the full phase come from {self.folder}: "
+            f"{taken['reused_seconds']:.0f} s saved"
         )
-        return Found(borrowed, run, [line], branches=False, state=state, foreign=True)
+        return Found(place, run, [line], branches=False, state=state, foreign=True)
 
-    def publish(self, run: Any) -> None:
+    def publish(self, run: "Run") -> None:
         """Add the measurement that ``run`` has just made, and now and then a checkpoint."""
         if not self.extends:
             return
-        position, due = distributed.from_primary(lambda: (self._append(run), self._due(run)))
-        if due:
-            self._save(run, position)
+        with self._left_when_it_cannot_be_written(run):
+            due = distributed.from_primary(lambda: self._append(run))
+            if due:
+                self._save(run)
 
-    def leave(self, run: Any) -> None:
+    def leave(self, run: "Run") -> None:
         """Let another run extend the trunk from where ``run``, which switches, leaves it."""
         if self.extends:
-            position, there = distributed.from_primary(
-                lambda: (self._positions()[run.state.num_updates], self._is_saved(run))
-            )
-            if not there:
-                self._save(run, position)
+            with self._left_when_it_cannot_be_written(run):
+                if not distributed.from_primary(lambda: self._is_saved(run)):
+                    self._save(run)
         self.release()
 
     def release(self) -> None:
@@ -152,10 +159,6 @@ class Trunk:
             self._lock.close()
             self._lock = None
 
-    def history(self) -> list[Measurement]:
-        """What has been measured so far."""
-        return [measurement_of(e) for _, e in self._events() if e["event"] == "measure"]
-
     def _choose(
         self,
         policy: SwitchPolicy,
@@ -163,128 +166,124 @@ class Trunk:
         own: Found | None,
         run: Path,
         interruption: Interruption,
-        say: Callable[[str], None],
+        say: Say,
     ) -> tuple[Path | None, int, bool]:
-        """Borrowed checkpoint, its updates, and whether this run extends the trunk."""
-        fires = self._wait_for_a_decision(policy, interruption, say)
-        limit = math.inf if fires is None else fires
+        """A borrowed checkpoint, bytes of the run's log there, and whether the run extends."""
+        fires = self._wait_for_a_decision(policy, own, interruption, say)
         least = own.state["train"]["num_updates"] if own else 0
         for path in checkpoint.find_all(self.folder):
-            updates = checkpoint.updates_of(path)
-            if not least < updates <= limit:
+            if not least < checkpoint.updates_of(path) <= (math.inf if fires is None else fires):
                 continue
             try:
                 state = checkpoint.read(borrowed := _borrow(path, run))
                 checkpoint.check_model(path, state, model)
-            except (CheckpointUnusable, FileNotFoundError) as error:
-                say(f"{path} is left alone: {error}")
+            except (CheckpointUnusable, FileNotFoundError, shutil.Error) as error:
+                say(f"{path} is left alone: {one_line(error)}")
                 continue
-            self._write_events(run, state["log"]["bytes"], policy)
-            return borrowed, updates, self._lock is not None
+            kept = own.state["log"]["bytes"] if own else 0
+            size = self.log.copy_to(run, state["log"]["bytes"], policy, kept)
+            return borrowed, size, self._lock is not None
+        shutil.rmtree(run / BORROWED, ignore_errors=True)
         return None, 0, self._lock is not None
 
     def _wait_for_a_decision(
-        self, policy: SwitchPolicy, interruption: Interruption, say: Callable[[str], None]
+        self, policy: SwitchPolicy, own: Found | None, interruption: Interruption, say: Say
     ) -> int | None:
         """Updates at which ``policy`` fires on the trunk; None when this run has to train on."""
         waits = self._wait and distributed.world_size() == 1
-        said = False
+        known = -1
         while True:
             held = self._take_lock()
-            fires = first_firing(policy, self.history())
-            if fires is not None:
+            if held or known != self.log.size():
+                known, history = self.log.size(), self.log.history()
+                fires = first_firing(policy, history)
+                goes_on = _continues(own, history)
+            if fires is not None or not goes_on:
                 self.release()
-            if fires is not None or held or not waits:
                 return fires
-            if not said:
-                say(f"waits for the run that extends {self.folder} (trunk.wait=false: goes alone)")
-                said = True
+            if held or not waits:
+                return None
             if interruption.received is not None:
-                raise Interrupted("interrupted before it began", interruption.received)
+                where = f"interrupted while it waited for {self.folder}"
+                raise Interrupted(f"{where}; the same command goes on", interruption.received)
             time.sleep(POLL_SECONDS)
 
     def _take_lock(self) -> bool:
         if self._lock is None:
             self._lock = locked(self.folder)
             if self._lock is not None:
-                self._mend()
+                self.log.mend()
+                text = json.dumps(self._key, indent=2, sort_keys=True)
+                (self.folder / TRUNK_KEY).write_text(text + "\n")
         return self._lock is not None
 
-    def _mend(self) -> None:
-        """Make the folder, or cut off the half line that a killed run has left."""
-        (self.folder / KEY).write_text(json.dumps(self._key, indent=2, sort_keys=True) + "\n")
-        metrics = self.folder / METRICS
-        metrics.touch()
-        content = metrics.read_bytes()
-        with metrics.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
-
-    def _events(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Place of each whole line in ``metrics.jsonl``, and its event."""
-        yield from _events_of(self.folder / METRICS)
-
-    def _positions(self) -> dict[int, int]:
-        """Place of each measurement's line by its update."""
-        return {e["num_updates"]: at for at, e in self._events() if e["event"] == "measure"}
-
-    def _append(self, run: Any) -> int:
-        """Add what the run has logged since the last measurement, and this one; its place."""
-        positions = self._positions()
-        measured = run.state.history[-1]
-        if measured.num_updates in positions:
-            return positions[measured.num_updates]
+    def _append(self, run: "Run") -> bool:
+        """Add the run's last measurement; whether a checkpoint is due."""
         if not (self.folder / CONFIG).exists():
             OmegaConf.save(OmegaConf.create(run.config), self.folder / CONFIG)
-        events = _events_after(run.log.folder / METRICS, max(positions, default=0))
-        lines = "".join(json.dumps(e) + "\n" for e in events if e["event"] != "measure")
-        with synced(self.folder / METRICS) as file:
-            place = file.tell() + len(lines.encode())
-            file.write(lines + _measure_line(measured, UNDECIDED))
-        return place
-
-    def _due(self, run: Any) -> bool:
+        self.log.append(run.state.history[-1], run.log.folder / METRICS)
         rested = time.monotonic() - self._written_at
         affordable = self._writing * (1 - self._share) <= self._share * rested
         return affordable and not self._is_saved(run)
 
-    def _is_saved(self, run: Any) -> bool:
+    def _is_saved(self, run: "Run") -> bool:
         saved = map(checkpoint.updates_of, checkpoint.find_all(self.folder))
         return run.state.num_updates in saved
 
-    def _save(self, run: Any, position: int) -> None:
-        begin = time.monotonic()
-        state = {**run.state_dict(), "log": {"bytes": position, "wandb_id": None}}
-        checkpoint.write(self.folder, run.state.num_updates, state, run.learner)
+    def _save(self, run: "Run") -> None:
+        begin, num_updates = time.monotonic(), run.state.num_updates
+        place = distributed.from_primary(lambda: self.log.place_of(num_updates))
+        state = {**run.state_dict(), "log": {"bytes": place, "wandb_id": None}}
+        checkpoint.write(self.folder, num_updates, state, run.learner)
         distributed.from_primary(lambda: checkpoint.thin(self.folder, self._bytes))
         self._written_at = time.monotonic()
         self._writing = self._written_at - begin
 
-    def _write_events(self, run: Path, size: int, policy: SwitchPolicy) -> None:
-        """The run's ``metrics.jsonl`` up to its borrowed checkpoint, with its own verdicts."""
-        history: list[Measurement] = []
-        lines = []
-        for place, event in self._events():
-            if place >= size:
-                break
-            if event["event"] == "measure":
-                history.append(measurement_of(event))
-                lines.append(_measure_line(history[-1], policy.decide(history)))
-            else:
-                lines.append(json.dumps(event) + "\n")
-        part = run / f".{METRICS}"
-        part.write_text("".join(lines))
-        part.replace(run / METRICS)
+    @contextmanager
+    def _left_when_it_cannot_be_written(self, run: "Run") -> Iterator[None]:
+        try:
+            yield
+        except (OSError, OtherRankFailed) as error:
+            run.log.line(f"the trunk is left, this run goes on alone: {one_line(error)}")
+            self.release()
+
+    def _taken(self, state: Mapping[str, Any], own: Found | None) -> dict[str, Any]:
+        """What a borrowed checkpoint saves a run that has its ``own`` one already, and before."""
+        before = own.state if own else None
+        updates, seconds = state["train"]["num_updates"], state["stopwatch"]["train_seconds"]
+        if before is not None:
+            earlier = before["train"]["reused"] or {"reused_updates": 0, "reused_seconds": 0.0}
+            updates += earlier["reused_updates"] - before["train"]["num_updates"]
+            seconds += earlier["reused_seconds"] - before["stopwatch"]["train_seconds"]
+        return {
+            "folder": str(self.folder),
+            "reused_updates": updates,
+            "reused_seconds": max(seconds, 0.0),
+        }
 
 
 def give_back(found: Found) -> None:
-    """Remove the borrowed checkpoint that a run has loaded."""
-    if found.foreign and distributed.is_primary():
+    """Remove the copy of a trunk's checkpoint that a run has loaded, if it is one."""
+    if found.path.parent.name == BORROWED and distributed.is_primary():
         shutil.rmtree(found.path.parent, ignore_errors=True)
 
 
 def _comes_later(key: str) -> bool:
     group = key.split(".")[0]
     return group == "adapter" or (group == "switch" and not key.startswith(MEASURED_BY))
+
+
+def _continues(own: Found | None, history: Sequence[Measurement]) -> bool:
+    """Whether a run that goes on from ``own`` makes a trunk with this ``history`` longer.
+
+    It does not where it knows measurements that the trunk lacks, or others: it began under another
+    version of the code, or alone.
+    """
+    if own is None:
+        return True
+    past = own.state["train"]
+    theirs = [asdict(measured) for measured in history[: len(past["history"])]]
+    return not past["failed_switches"] and repr(theirs) == repr(past["history"])
 
 
 def _borrow(path: Path, run: Path) -> Path:
@@ -302,31 +301,3 @@ def _link(source: str, target: str) -> None:
         raise
     except OSError:
         shutil.copy2(source, target)
-
-
-def _measure_line(measured: Measurement, verdict: Verdict) -> str:
-    metrics = measurement_metrics(measured, verdict)
-    return json.dumps(as_record("measure", measured.num_updates, measured.epoch, metrics)) + "\n"
-
-
-def _events_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    place = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        if line.endswith(b"\n"):
-            yield place, json.loads(line)
-        place += len(line)
-
-
-def _events_after(path: Path, num_updates: int) -> list[dict[str, Any]]:
-    """Events of a run behind its measurement at ``num_updates``, or all of them."""
-    events = [event for _, event in _events_of(path)]
-    known = [
-        number
-        for number, event in enumerate(events)
-        if event["event"] == "measure" and event["num_updates"] == num_updates
-    ]
-    return events[known[-1] + 1 :] if known else events
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size

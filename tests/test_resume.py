@@ -122,8 +122,10 @@ def test_there_is_a_checkpoint_at_every_interval_epoch_and_around_the_switch(kep
 @pytest.mark.parametrize("place", [1, 2, 3, 5])
 def test_a_run_that_branches_off_at_any_checkpoint_ends_the_same(kept, place, tmp_path):
     path = list(reversed(find_all(kept)))[place]
+    before = find_all(kept)
     make_run(tmp_path, *EVERYTHING, f"resume={path}")
     assert_same_run(kept, tmp_path)
+    assert find_all(kept) == before, "the run that it branched off from is left alone"
 
 
 def test_checkpoints_hold_plain_types_and_rebuild_the_adapted_module(kept):

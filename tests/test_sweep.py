@@ -17,7 +17,7 @@ from runs import DIGITS
 from switchlora.identity import identity, shaping
 from switchlora.records import find_records
 from switchlora.runlog import read_events
-from switchlora.sweep import JOB, job_folder, job_values, objectives, readable
+from switchlora.sweep import JOB, _begun, job_folder, job_values, objectives, readable
 
 JOBS = (
     *DIGITS,
@@ -145,9 +145,10 @@ def test_optuna_seeks_accuracy_against_cost(tmp_path):
     assert {tuple(trial.values) for trial in study.trials} == values
 
 
-def job_config(*overrides):
+def job_config(*overrides, sweep="nowhere"):
     config = OmegaConf.create(OmegaConf.to_container(composed(*DIGITS, *overrides)))
-    return OmegaConf.merge(config, {"hydra": {"overrides": {"task": [*DIGITS, *overrides]}}})
+    hydra = {"overrides": {"task": [*DIGITS, *overrides]}, "sweep": {"dir": str(sweep)}}
+    return OmegaConf.merge(config, {"hydra": hydra})
 
 
 def test_the_folder_of_a_job_tells_its_settings_and_its_identity():
@@ -161,7 +162,13 @@ def test_the_folder_of_a_job_tells_its_settings_and_its_identity():
 def test_what_changes_no_result_changes_no_identity():
     names = {
         job_folder(_root_=job_config("seed=1", *words)).rpartition("_")[2]
-        for words in ((), ("name=other",), ("system.workers=2",), ("trunk.dir=null",))
+        for words in (
+            (),
+            ("name=other",),
+            ("system.workers=2",),
+            ("trunk.dir=null",),
+            ("resume=auto",),
+        )
     }
     assert len(names) == 1
     assert job_folder(_root_=job_config("seed=2")).rpartition("_")[2] not in names
@@ -174,7 +181,8 @@ def test_what_changes_no_result_changes_no_identity():
         ("switch/criterion=prelora", "criterion-prelora"),
         ("switch.train_factors=[A,B]", "train_factors-A-B"),
         ("+experiments=thresholds", ""),
-        ("system.threads=2", ""),
+        ("system.workers=2", ""),
+        ("resume=runs/x", "resume-runs-x"),
         ("log=quiet", ""),
     ],
 )
@@ -192,6 +200,28 @@ def test_a_job_shares_its_trunk_and_its_wandb_group_with_the_sweep(tmp_path):
     }
     own = ("resume=runs/x", "trunk.dir=null", "log.wandb.group=g", "log.wandb.name=n")
     assert job_values(composed(*DIGITS, *own), tmp_path, tmp_path / "job") == {}
+
+
+def test_where_a_job_starts_and_what_data_it_reads_make_another_job():
+    names = {
+        job_folder(_root_=job_config("seed=1", *words))
+        for words in ((), ("resume=runs/x",), ("resume=runs/y",), ("system.threads=2",))
+    }
+    assert len(names) == 4
+    assert len({name.rpartition("_")[2] for name in names}) == 4
+
+
+def test_the_same_job_in_other_words_keeps_its_folder(tmp_path):
+    first = job_folder(_root_=job_config("seed=1", "epochs=3", sweep=tmp_path))
+    (tmp_path / first).mkdir()
+    assert job_folder(_root_=job_config("epochs=3", "seed=1", sweep=tmp_path)) == first
+
+
+def test_a_note_that_cannot_be_read_counts_as_an_interruption(tmp_path):
+    (tmp_path / JOB).write_text("")
+    (tmp_path / "metrics.jsonl").touch()
+    assert _begun(tmp_path, {}) == "resumed"
+    assert not (tmp_path / JOB).exists()
 
 
 def test_objectives_are_numbers_of_the_summary():

@@ -63,7 +63,11 @@ def write_run(
         "num_updates": last,
         "val": {"top1": evals[-1][1]},
         "test": {"top1": evals[-1][1] - 1},
-        "switch": {"num_updates": None if never else SWITCH_AT, "parameters": 1000},
+        "switch": {
+            "fired": not never,
+            "num_updates": None if never else SWITCH_AT,
+            "parameters": 1000,
+        },
         "phases": {
             phase: {
                 "images_per_second": speed,
@@ -252,14 +256,27 @@ def test_of_several_full_trainings_the_one_under_the_same_conditions_is_the_base
 
 
 def test_two_possible_baselines_are_none_until_one_is_named(tmp_path):
-    for epochs in (2, 3):
-        write_run(tmp_path / f"never-{epochs}", *NEVER, f"epochs={epochs}")
-    write_run(tmp_path / "run", "epochs=3")
+    for decay in (0.1, 0.2):
+        write_run(tmp_path / f"never-{decay}", *NEVER, f"full.weight_decay={decay}")
+    write_run(tmp_path / "run", "full.weight_decay=0.3")
     table, rows = table_of(tmp_path)
     assert any("both could be its baseline: name one" in note for note in table.notes)
-    assert "speed_ratio" not in rows["update_norm, epochs=3"].cells
-    _, rows = table_of(tmp_path, baseline="full training, epochs=2")
-    assert rows["update_norm, epochs=3"].cells["speed_ratio"].values == (1.5,)
+    assert "speed_ratio" not in rows["update_norm, weight_decay=0.3"].cells
+    _, rows = table_of(tmp_path, baseline="full training, weight_decay=0.2")
+    assert rows["update_norm, weight_decay=0.3"].cells["speed_ratio"].values == (1.5,)
+
+
+def test_thresholds_that_never_fire_are_the_baseline_where_no_other_is(tmp_path):
+    for fraction in (0.0, 0.1, 0.6):
+        write_run(tmp_path / str(fraction), f"switch.criterion.fraction={fraction}")
+    for fraction in (0.0, 0.1):
+        path = tmp_path / str(fraction) / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["switch"] |= {"fired": False, "num_updates": None}
+        del summary["phases"]["adapter"]
+        path.write_text(json.dumps(summary))
+    _, rows = table_of(tmp_path)
+    assert rows["fraction=0.6"].cells["speed_ratio"].values == (1.5,)
     with pytest.raises(ValueError, match="names no row: give one of: full training, epochs=2; "):
         table_of(tmp_path, baseline="full training")
 

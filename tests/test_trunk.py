@@ -20,6 +20,7 @@ from switchlora.run import as_plain, prepare
 from switchlora.runlog import read_events
 from switchlora.train import fit, train
 from switchlora.trunk import Trunk, first_firing, trunk_key
+from switchlora.trunklog import TrunkLog
 
 EARLY, LATE = "switch.criterion.epoch=0.5", "switch.criterion.epoch=1.5"
 SMALL = (*SHORT, "data.train_size=640", "monitor.window=5")
@@ -263,6 +264,52 @@ def test_a_killed_extender_leaves_a_trunk_that_the_next_run_extends(sweep, tmp_p
     alone = sweep[0] / "alone" / "never"
     assert_same_run(run, alone)
     assert read_record(folder).history() == read_record(alone).history()
+
+
+def test_a_run_that_began_alone_extends_no_trunk_that_lacks_its_history(
+    sweep, tmp_path, at_update
+):
+    trunk, run = tmp_path / "trunk", tmp_path / "run"
+    never = ("switch/criterion=never", "checkpoint.every_updates=1", "max_skipped=0")
+    at_update(12, lambda images: images * float("nan"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        made(run, *never)
+    at_update(None, lambda images: images)
+    made(run, *never, "resume=auto", trunk=trunk)
+    assert not list(trunk.glob("*/checkpoints/*"))
+    assert_same_run(run, sweep[0] / "alone" / "never")
+    summary, _ = made(tmp_path / "late", LATE, trunk=trunk)
+    assert summary["trunk"] is None
+    assert_same_run(tmp_path / "late", sweep[0] / "alone" / "late")
+
+
+def test_events_of_an_unfinished_write_are_cut_off_behind_the_last_measurement(tmp_path):
+    log = TrunkLog(tmp_path)
+    whole = '{"event": "train"}\n{"event": "measure", "num_updates": 5}\n'
+    log.path.write_text(whole + '{"event": "train"}\n{"event": "tra')
+    log.mend()
+    assert log.path.read_text() == whole
+
+
+def test_a_resumed_run_counts_only_what_it_had_not_computed_itself(sweep, tmp_path, at_update):
+    never = ("switch/criterion=never", "checkpoint.every_updates=1", "max_skipped=0")
+    at_update(9, lambda images: images * float("nan"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        made(tmp_path, *never)
+    at_update(None, lambda images: images)
+    summary, _ = made(tmp_path, *never, "resume=auto", trunk=sweep[0] / "trunk")
+    assert summary["trunk"]["reused_updates"] == 30 - 8
+    assert_same_run(tmp_path, sweep[0] / "alone" / "never")
+
+
+def test_a_trunk_that_cannot_be_written_is_left_and_the_run_goes_on(sweep, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(TrunkLog, "append", full)
+    _, said = made(tmp_path / "late", LATE, trunk=tmp_path / "trunk")
+    assert "the trunk is left, this run goes on alone: No space left" in said
+    assert_same_run(tmp_path / "late", sweep[0] / "alone" / "late")
 
 
 def test_thinning_keeps_the_newest_and_the_most_even_spread(tmp_path):
