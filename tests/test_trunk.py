@@ -266,9 +266,7 @@ def test_a_killed_extender_leaves_a_trunk_that_the_next_run_extends(sweep, tmp_p
     assert read_record(folder).history() == read_record(alone).history()
 
 
-def test_a_run_that_began_alone_extends_no_trunk_that_lacks_its_history(
-    sweep, tmp_path, at_update
-):
+def test_a_run_that_began_alone_extends_no_trunk_without_its_history(sweep, tmp_path, at_update):
     trunk, run = tmp_path / "trunk", tmp_path / "run"
     never = ("switch/criterion=never", "checkpoint.every_updates=1", "max_skipped=0")
     at_update(12, lambda images: images * float("nan"))
