@@ -264,9 +264,7 @@ def test_two_possible_baselines_are_none_until_one_is_named(tmp_path):
     assert "speed_ratio" not in rows["update_norm, weight_decay=0.3"].cells
     _, rows = table_of(tmp_path, baseline="full training, weight_decay=0.2")
     assert rows["update_norm, weight_decay=0.3"].cells["speed_ratio"].values == (1.5,)
-    with pytest.raises(
-        ValueError, match="names no row: give one of: full training, weight_decay="
-    ):
+    with pytest.raises(ValueError, match="names no row: give one of: full training"):
         table_of(tmp_path, baseline="full training")
 
 
