@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from runs import DIGITS
 from switchlora.identity import identity, shaping
 from switchlora.records import find_records
 from switchlora.runlog import read_events
-from switchlora.sweep import JOB, _begun, job_folder, job_values, objectives, readable
+from switchlora.sweep import JOB, _begun, _wait_for, job_folder, job_values, objectives, readable
 
 JOBS = (
     *DIGITS,
@@ -222,6 +223,17 @@ def test_a_note_that_cannot_be_read_counts_as_an_interruption(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     assert _begun(tmp_path, {}) == "resumed"
     assert not (tmp_path / JOB).exists()
+
+
+def test_ctrl_c_leaves_the_job_the_time_to_save():
+    words = "import sys, time; time.sleep(1.5); sys.exit(7)"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen([sys.executable, "-c", words], start_new_session=True)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        assert _wait_for(process) == 7
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_objectives_are_numbers_of_the_summary():
