@@ -1,26 +1,23 @@
 """The benchmark of the monitor and the switch, on a small model."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import bench_switch
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_switch.py"
 
 
 @pytest.mark.slow
-def test_a_record_holds_what_training_the_monitor_and_the_switch_cost(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_record_holds_what_training_the_monitor_and_the_switch_cost(tmp_path):
     out = tmp_path / "new" / "switch.jsonl"
     words = ["--model", "vit_tiny_patch16_224", "--rank", "4", "--batch", "1", "--updates", "2"]
-    monkeypatch.setattr(sys, "argv", ["bench_switch.py", *words, "--out", str(out)])
-    bench_switch.main()
+    command = [sys.executable, str(SCRIPT), *words, "--out", str(out)]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     record = json.loads(out.read_text())
     assert record["targets"] == 48 and record["drift"] < 1e-4
     assert 0 < record["monitor_share"] < 0.1 and record["switch_seconds"] > 0
     assert record["training_peak_bytes"] > 4 * 4 * 5.7e6  # weights, gradients and two moments
-    shown = capsys.readouterr().out
     assert "window of 100 updates" in shown and str(out) in shown

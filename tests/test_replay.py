@@ -169,7 +169,10 @@ def test_a_criterion_of_ones_own_that_reads_full_spectra_needs_a_run_in_exact_mo
     yaml.write_text("_target_: hydra.utils.get_method\npath: spectra_of_mine.narrow\n")
     monkeypatch.syspath_prepend(tmp_path)
     records = find_records([sweep / "never"])
-    with pytest.raises(ValueError, match="never was made without monitor.exact=true"):
+    with pytest.raises(
+        ValueError,
+        match="reads what only monitor.exact=true measures",
+    ):
         replay.replay(records, ["switch/criterion=narrow"], tmp_path / "conf")
 
 

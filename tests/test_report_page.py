@@ -47,7 +47,7 @@ def sweep(tmp_path_factory):
     (folder / "killed" / "summary.json").unlink()
     (folder / "torn" / "summary.json").unlink()
     log = folder / "torn" / "metrics.jsonl"
-    log.write_text(log.read_text()[:-40])
+    log.write_text(log.read_text()[:-40] + "\n")
     rewrite(folder / "stopped <b>&", status=HOSTILE)
     rewrite(folder / "date-1", trunk={"folder": "t", "reused_updates": 30, "reused_seconds": 1.5})
     (folder / "dead" / ".hydra").mkdir(parents=True)

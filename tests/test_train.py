@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 import weakref
@@ -315,30 +314,6 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text("kept")
     assert "already holds a run" in command(monkeypatch, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == "kept"
-
-
-def test_two_jobs_of_one_multirun_have_their_own_summary_and_wandb_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "switchlora",
-            "-m",
-            *SHORT,
-            *BY_DATE,
-            f"hydra.sweep.dir={tmp_path}",
-            "seed=0,1",
-            "epochs=3",
-            "log.wandb.mode=offline",
-        ],
-    )
-    main()
-    for job in ("0", "1"):
-        summary = json.loads((tmp_path / job / "summary.json").read_text())
-        assert summary["environment"]["seed"] == int(job)
-        assert summary["phases"]["adapter"]["num_updates"] > 0
-        assert len(list((tmp_path / job / "wandb").glob("offline-run-*"))) == 1
-    assert not os.environ.get("WANDB_RUN_ID")
 
 
 def test_golden_losses_have_not_moved(tmp_path):
