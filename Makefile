@@ -29,8 +29,8 @@ killtest: .venv/.installed  ## kill a run 30 times and compare with an uninterru
 
 thresholds: .venv/.installed  ## sweep the switch threshold: table, pictures and page, in an hour
 	$(BIN)/switchlora +experiments=thresholds
-	$(BIN)/python scripts/tables.py runs/thresholds/sweep
-	$(BIN)/python scripts/report.py runs/thresholds/sweep
+	$(BIN)/python scripts/tables.py runs/thresholds/sweep --out experiments/thresholds
+	$(BIN)/python scripts/report.py runs/thresholds/sweep --out experiments/thresholds/report.html
 
 check: .venv/.installed  ## lint, formatting and types
 	$(BIN)/ruff check

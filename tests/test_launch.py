@@ -35,7 +35,7 @@ class Launched:
     def __init__(self, folder, *overrides):
         self.folder = folder
         words = ["-m", "+launch=local", *SHORT, *BY_DATE, f"hydra.sweep.dir={folder}"]
-        words += ["hydra.sweep.subdir=${hydra.job.num}", "trunk.dir=null", *overrides]
+        words += ["hydra.sweep.subdir=${hydra.job.num}", *overrides]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "switchlora", *words],
             env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
