@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 BORROWED = ".from-trunk"
 GIGABYTE = 10**9
 POLL_SECONDS = 0.5
+NO_RELATION = -1
+"""updates up to which a run may borrow from a trunk that it does not continue"""
 MEASURED_BY = ("switch.targets", "switch.split_qkv")
 Say = Callable[[str], None]
 
@@ -189,9 +191,10 @@ class Trunk:
     def _wait_for_a_decision(
         self, policy: SwitchPolicy, own: Found | None, interruption: Interruption, say: Say
     ) -> int | None:
-        """Updates at which ``policy`` fires on the trunk; None when this run has to train on."""
+        """Updates at which ``policy`` fires on the trunk; None when this run has to train on, and
+        NO_RELATION when what it has done so far is not what the trunk tells of."""
         waits = self._wait and distributed.world_size() == 1
-        known = -1
+        known, told = -1, False
         while True:
             held = self._take_lock()
             if held or known != self.log.size():
@@ -200,9 +203,12 @@ class Trunk:
                 goes_on = _continues(own, history)
             if fires is not None or not goes_on:
                 self.release()
-                return fires
+                return fires if goes_on else NO_RELATION
             if held or not waits:
                 return None
+            if not told:
+                say(f"waits for the run that extends {self.folder} (trunk.wait=false: goes alone)")
+                told = True
             if interruption.received is not None:
                 where = f"interrupted while it waited for {self.folder}"
                 raise Interrupted(f"{where}; the same command goes on", interruption.received)

@@ -46,19 +46,17 @@ class TrunkLog:
                 end = place
         os.truncate(self.path, end)
 
-    def append(self, measured: Measurement, metrics: Path) -> int:
-        """Add a measurement, and what a run's ``metrics`` hold since the one before; its place."""
-        places = {event["num_updates"]: place for place, event in _measured(self.path)}
-        if measured.num_updates in places:
-            return places[measured.num_updates]
-        events = _events_after(metrics, max(places, default=0))
-        lines = "".join(_line(event) for event in events if event["event"] != "measure")
+    def append(self, measured: Measurement, metrics: Path) -> None:
+        """Add a measurement that is new, and what a run's ``metrics`` hold since the one before."""
+        known = [event["num_updates"] for _, event in _measured(self.path)]
+        if measured.num_updates in known:
+            return
+        events = _events_after(metrics, max(known, default=0))
+        lines = [_line(event) for event in events if event["event"] != "measure"]
         with self.path.open("a") as file:
-            place = self.size() + len(lines.encode())
-            file.write(lines + _measure_line(measured, UNDECIDED))
+            file.write("".join(lines) + _measure_line(measured, UNDECIDED))
             file.flush()
             os.fsync(file.fileno())
-        return place
 
     def place_of(self, num_updates: int) -> int:
         """Where the line of a measurement begins."""

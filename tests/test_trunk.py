@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import time
 from contextlib import redirect_stdout
 from io import StringIO
@@ -215,7 +214,7 @@ def train_in_a_process(folder, words, trunk):
     config = OmegaConf.create(
         composed(*SMALL, *DATED, *words, f"trunk.dir={trunk}", "trunk.time_share=1")
     )
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with folder.with_suffix(".log").open("w") as log, redirect_stdout(log):
         torch.set_num_threads(1)
         train(config, folder)
 
@@ -238,6 +237,8 @@ def test_runs_at_the_same_time_wait_for_the_one_that_extends_or_go_alone(wait, s
     assert [job.exitcode for job in jobs] == [0, 0, 0]
     for name in settings:
         assert_same_run(tmp_path / name, sweep[0] / "alone" / name)
+    said = "".join((tmp_path / f"{name}.log").read_text() for name in settings)
+    assert ("waits for the run that extends" in said) == (wait == "true")
     if wait == "true":
         made_by = sum(computed(read_record(tmp_path / name).summary) for name in settings)
         assert made_by == 25 + 15 + 30
