@@ -47,7 +47,7 @@ class TrunkLog:
         os.truncate(self.path, end)
 
     def append(self, measured: Measurement, metrics: Path) -> None:
-        """Add a measurement that is new, and what a run's ``metrics`` hold since the one before."""
+        """Add a new measurement, and what a run's ``metrics`` hold since the one before."""
         known = [event["num_updates"] for _, event in _measured(self.path)]
         if measured.num_updates in known:
             return
