@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from switchlora.figures import number
 from switchlora.records import Record
 from switchlora.surgery import family
 
@@ -77,7 +78,7 @@ def validation_curves(record: Record, group: int) -> dict[str, Curve]:
     events = [event for event in record.events("eval") if set(event) >= set(VALIDATION)]
     updates, switch = [event["num_updates"] for event in events], switch_update(record)
     return {
-        key: Curve(group, updates, [_number(event[key]) for event in events], switch)
+        key: Curve(group, updates, [number(event[key]) for event in events], switch)
         for key in VALIDATION
     }
 
@@ -142,10 +143,6 @@ def _draw(axis: Axes, curve: Curve, gid: str) -> None:
     if curve.switch is not None and len(curve.updates) and curve.updates[0] <= curve.switch:
         height = np.interp(curve.switch, curve.updates, curve.values)
         axis.plot(curve.switch, height, "o", color=color, gid=f"{gid}-switch", **MARKER)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def group_swatches(labels: Mapping[int, str]) -> list[tuple[int, str, str, str]]:

@@ -23,8 +23,9 @@ from tables_baseline import (
 from tables_columns import Cell, Column, make_cell, run_columns
 from tables_formats import csv_text, latex, markdown, shown
 from tables_picture import draw_pareto, pareto_front
-from tables_rows import Row, Table, make_rows, short_names
+from tables_rows import Row, Table, make_rows
 
+from switchlora.figures import run_labels
 from switchlora.records import Record, find_records, is_run
 from switchlora.throughput import WARMUP_UPDATES
 
@@ -181,7 +182,7 @@ def reused_notes(rows: Sequence[Row]) -> list[str]:
 
 def unfinished_notes(records: Sequence[Record]) -> list[str]:
     """The runs that no row counts, with their status."""
-    named = zip(short_names(records), records, strict=True)
+    named = zip(run_labels([r.folder for r in records]), records, strict=True)
     unfinished = ((name, record) for name, record in named if not record.finished)
     return sorted(f"{name}: {status_of(record)}; not counted." for name, record in unfinished)
 

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from tables_columns import Cell, Column
 
+from switchlora.figures import run_labels
 from switchlora.identity import identity, leaves, shaping
 from switchlora.records import Record
 
@@ -63,7 +64,7 @@ def make_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
         seed = keys.pop("seed", 0)
         row = groups.setdefault(identity(keys), {})
         if seed in row:
-            first, second = short_names([row[seed], record])
+            first, second = run_labels([row[seed].folder, record.folder])
             notes.append(f"{second}: not counted, the same configuration and seed as {first}.")
         row.setdefault(seed, record)
     members = [tuple(row[seed] for seed in sorted(row)) for row in groups.values()]
@@ -79,16 +80,6 @@ def natural(text: str) -> list[tuple[float, str]]:
     """A key that sorts the numbers in a text by their value."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)", text)
     return [(float(p), "") if i % 2 else (-1.0, p) for i, p in enumerate(parts)]
-
-
-def short_names(records: Sequence[Record]) -> list[str]:
-    """Folder names, with as many parents as it takes to tell them apart."""
-    folders = [record.folder.resolve().parts for record in records]
-    for depth in range(1, max(map(len, folders), default=1) + 1):
-        names = ["/".join(parts[-depth:]) for parts in folders]
-        if len(set(names)) == len(names):
-            break
-    return names if folders else []
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:

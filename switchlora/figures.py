@@ -100,7 +100,7 @@ def run_styles(count: int) -> list[dict[str, Any]]:
 def run_labels(folders: Sequence[Path]) -> list[str]:
     """Names of run folders, with as much of the path before them as tells all apart."""
     parts = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(map(len, parts)) + 1):
+    for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             break
