@@ -30,7 +30,8 @@ from torch.optim import Optimizer
 from switchlora import distributed
 from switchlora.errors import CheckpointUnusable, check_range
 from switchlora.layers import is_factor
-from switchlora.learner import Learner, load_moments, moments_of
+from switchlora.learner import Learner
+from switchlora.moments import load_moments, moments_of
 from switchlora.sharding import is_sharded
 from switchlora.surgery import inject_empty
 

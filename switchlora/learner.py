@@ -16,18 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from switchlora.distributed import full, like, total, world_size
+from switchlora.distributed import full, total, world_size
 from switchlora.errors import check_choice, check_range
 from switchlora.flops import FlopCounter
-from switchlora.layers import AdaptedLinear, Adapter, is_factor, operands_kept
+from switchlora.layers import AdaptedLinear, is_factor, operands_kept
 from switchlora.sharding import gathered, is_sharded, shard, skeleton
 from switchlora.storages import SavedTensors
 
-Moments = Mapping[str, Mapping[str, Any]]  # optimizer state by parameter name
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARALLEL = ("ddp", "fsdp")
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-SECOND_MOMENTS = ("exp_avg_sq",)
 
 
 @dataclass(frozen=True)
@@ -294,73 +291,3 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         }
     )
     return [group for group in groups if group["params"]]
-
-
-def moments_of(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's state of each tensor that it has stepped, by name; nothing is copied."""
-    return {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
-
-
-def load_moments(model: nn.Module, optimizer: Optimizer, moments: Moments) -> int:
-    """Give each tensor that ``optimizer`` trains its state in ``moments``; return how many got it.
-
-    A state is shared, unless it has to move to another device or be sharded first.
-    """
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    found = {n: p for n, p in model.named_parameters() if n in moments and id(p) in groups}
-    for name, parameter in found.items():
-        on_device = any(groups[id(parameter)].get(key) for key in ("fused", "capturable"))
-        optimizer.state[parameter] = {
-            key: like(value, parameter)
-            if isinstance(value, Tensor) and (value.ndim or on_device)
-            else value
-            for key, value in moments[name].items()
-        }
-    return len(found)
-
-
-@torch.no_grad()
-def factor_moments(
-    adapters: Mapping[str, Mapping[str, Adapter]], moments: Moments
-) -> dict[str, dict[str, Any]]:
-    """Moments of the factors, projected from those of the weights they replace.
-
-    ``adapters`` are those of each module by row slice. Gradients obey g_A = s B^T g_W and g_B = s
-    g_W A^T, so first moments map exactly: m_A = s B^T m_W, m_B = s m_W A^T. For second moments the
-    entries of g_W are taken as uncorrelated: v_A = s^2 (B*B)^T v_W, v_B = s^2 v_W (A*A)^T. Factors
-    whose images would be zero (B = 0) keep a fresh state.
-    """
-    projected = {}
-    for name, parts in adapters.items():
-        state = moments.get(f"{name}.weight", {})
-        for part, (A, B, rows, s) in parts.items():
-            if state and A.any() and B.any():
-                end = f".{part}" if part else ""
-                projected[f"{name}.lora_A{end}"] = {
-                    k: _project_A(k, v, B, rows, s) for k, v in state.items()
-                }
-                projected[f"{name}.lora_B{end}"] = {
-                    k: _project_B(k, v, A, rows, s) for k, v in state.items()
-                }
-    return projected
-
-
-def _project_A(key: str, value: Any, B: Tensor, rows: slice, s: float) -> Any:
-    if key in SECOND_MOMENTS:
-        return s**2 * B.square().mT @ value[rows]
-    return s * B.mT @ value[rows] if key in FIRST_MOMENTS else _copied(key, value)
-
-
-def _project_B(key: str, value: Any, A: Tensor, rows: slice, s: float) -> Any:
-    if key in SECOND_MOMENTS:
-        return s**2 * value[rows] @ A.square().mT
-    return s * value[rows] @ A.mT if key in FIRST_MOMENTS else _copied(key, value)
-
-
-def _copied(key: str, value: Any) -> Any:
-    if isinstance(value, Tensor) and value.ndim:
-        raise ValueError(
-            f"moments=factors does not know how '{key}' of this optimizer transforms; "
-            "use switch.moments=surviving"
-        )
-    return value.clone() if isinstance(value, Tensor) else value

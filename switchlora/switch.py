@@ -14,14 +14,9 @@ from switchlora.distributed import agreed_checksum, from_primary, full, lost_ran
 from switchlora.errors import SwitchFailed, check_choice, check_patterns, near
 from switchlora.initializers import AdapterInit, Factors, empty_factors
 from switchlora.layers import FACTORS, Adapter, scaling_one
-from switchlora.learner import (
-    Learner,
-    factor_moments,
-    load_moments,
-    moments_of,
-    set_checkpointing,
-)
+from switchlora.learner import Learner, set_checkpointing
 from switchlora.models import eval_mode
+from switchlora.moments import factor_moments, load_moments, moments_of
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.ranks import RankPolicy, SwitchContext, saves_parameters
 from switchlora.spectral import captured_energy
