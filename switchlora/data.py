@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from switchlora.batches import EpochMixup, EpochSampler, InMemory, Key, Transformed, eval_batches
+from switchlora.errors import check_range
 
 Options = Mapping[str, Any]
 Parts = Sequence[tuple[Dataset, Tensor]]  # a data set and its rows: to train, validate and test
@@ -64,6 +65,7 @@ def build_data(
     batch_size: int,
     val_fraction: float = 0.1,
     train_size: int | None = None,
+    eval_size: int | None = None,
     crop_padding: int = 0,
     hflip: float = 0.0,
     train_transform: Options | None = None,
@@ -84,12 +86,14 @@ def build_data(
     ``eval_transform`` images are decoded once and kept as bytes, see ``in_memory``; otherwise
     both are options of ``timm.data.create_transform``, and ``workers`` processes decode images.
     ``batch_size`` counts the images of one optimizer update over all ``world_size`` processes.
-    ``train_size`` limits training to a fixed subset of what validation leaves. ``root`` is not
-    read: it is the key that ``train`` and ``test`` refer to in a config. Raises ValueError when
-    sizes, channels, labels or options do not fit together.
+    ``train_size`` limits training to a fixed subset of what validation leaves, ``eval_size``
+    both validation and test to one of theirs. ``root`` is not read: it is the key that ``train``
+    and ``test`` refer to in a config. Raises ValueError when sizes, channels, labels or options
+    do not fit together.
     """
     fit, val = split(length(train), val_fraction, train_size)
-    parts = [(train, fit), (train, val), (test, torch.arange(length(test)))]
+    val, held_out = limited(val, eval_size), limited(torch.arange(length(test)), eval_size)
+    parts = [(train, fit), (train, val), (test, held_out)]
     share = share_of(batch_size, len(fit), world_size)
     mixup = build_mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes, seed, share)
     if not len(mean) == len(std) == in_chans:
@@ -135,6 +139,18 @@ def split(size: int, val_fraction: float, train_size: int | None) -> tuple[Tenso
         )
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     return order[held:][:train_size], order[:held]
+
+
+def limited(rows: Tensor, size: int | None) -> Tensor:
+    """``size`` of ``rows`` by a fixed seed, in their order; all where that is None or more.
+
+    ValueError for a size below 1.
+    """
+    if size is None:
+        return rows
+    check_range("data.eval_size", size, 1)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[order[:size].sort().values]
 
 
 def share_of(batch_size: int, train_size: int, world_size: int) -> int:

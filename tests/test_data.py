@@ -112,6 +112,15 @@ def test_the_split_does_not_follow_the_seed_of_the_run():
     assert set(names(fewer.train)) < set(names(few.train))
 
 
+def test_evaluation_on_a_subset_is_on_the_same_one_for_every_seed():
+    few, fewer = (make(batch_size=1, eval_size=n, seed=n) for n in (8, 4))
+    for split in ("val", "test"):
+        shown = names(getattr(few, split))
+        assert len(shown) == 8 and set(names(getattr(fewer, split))) < set(shown)
+    assert names(few.train) == names(make(batch_size=1, seed=8).train)
+    assert len(names(make(eval_size=1000, batch_size=1).val)) == 12
+
+
 def test_only_the_images_that_are_used_are_decoded():
     seen = []
     make(Numbered(seen=seen), train_size=10)
@@ -235,6 +244,7 @@ def test_the_loss_follows_mixup_and_smoothing():
         ({"batch_size": 9, "world_size": 2}, "shared equally by 2"),
         ({"train_size": 49}, "train_size=49"),
         ({"train_size": 0}, "train_size=0"),
+        ({"eval_size": 0}, "data.eval_size is 0"),
         ({"image_size": 9}, "8 x 8 pixels, but .*image_size=9"),
         ({"in_chans": 3, "mean": [0] * 3, "std": [1] * 3}, "1 channels .*in_chans=3"),
         ({"train": Numbered(mode="RGB")}, "3 channels .*in_chans=1"),
