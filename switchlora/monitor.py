@@ -18,7 +18,8 @@ FIRST_ITERATIONS = 32
 class LayerStats:
     """One target in one window. W_ref is the weight at the start of the window.
 
-    The last four are filled in exact mode only: effective ranks and the leading singular values.
+    Effective ranks and leading singular values are filled in exact mode only, the stability of
+    the bases only where it is asked for.
     """
 
     weight_norm: float
@@ -35,6 +36,8 @@ class LayerStats:
     update_effective_rank: float | None = None
     weight_singular_values: tuple[float, ...] = ()
     update_singular_values: tuple[float, ...] = ()
+    basis_stability: float | None = None
+    """mean cosine between the columns of U V^T, where W = U S V^T, and those of W_ref's"""
 
     @property
     def relative_update_norm(self) -> float:
@@ -99,7 +102,8 @@ class UpdateMonitor:
 
     The copy lives on ``device`` (the CPU by default, so that it does not show in the memory
     table). Spectral norms come from ``iterations`` power iterations, warm-started from the window
-    before. ``exact`` adds full spectra, at the price of one SVD per target and window.
+    before. ``exact`` adds full spectra, and ``bases`` how far the singular bases turned, each at
+    the price of two SVDs per target and window.
     """
 
     model: nn.Module
@@ -109,6 +113,7 @@ class UpdateMonitor:
     iterations: int = 5
     exact: bool = False
     leading: int = 16
+    bases: bool = False
     references: dict[str, Tensor] = field(init=False, default_factory=dict)
     initial_stable_ranks: dict[str, float] = field(init=False, default_factory=dict)
     """stable rank of each weight before training"""
@@ -215,16 +220,31 @@ class UpdateMonitor:
         return norm
 
     def _exact_stats(self, name: str) -> dict[str, Any]:
+        bases = {"basis_stability": self._basis_stability(name)} if self.bases else {}
         if not self.exact:
-            return {}
+            return bases
         weight = torch.linalg.svdvals(self.targets[name].weight(self.model).float())
         update = torch.linalg.svdvals(self.updates()[name])
-        return {
+        return bases | {
             "weight_effective_rank": effective_rank(weight),
             "update_effective_rank": effective_rank(update),
             "weight_singular_values": tuple(weight[: self.leading].tolist()),
             "update_singular_values": tuple(update[: self.leading].tolist()),
         }
+
+    def _basis_stability(self, name: str) -> float:
+        """OIALR's statistic (arXiv 2401.08505): columns are those of the tall one of W and W^T.
+
+        They are orthonormal in U V^T, so the mean of their cosines is an inner product.
+        """
+        weight = self.targets[name].weight(self.model).float()
+        now, before = (_orthogonal_factor(m) for m in (weight, self.references[name].to(weight)))
+        return float((now * before).sum() / min(weight.shape))
+
+
+def _orthogonal_factor(matrix: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U @ Vh
 
 
 def _start_vector(matrix: Tensor) -> Tensor:
