@@ -209,8 +209,10 @@ class AdaptedLinear(nn.Linear):
     come from a gelu are made again in the backward pass instead of kept.
     """
 
+    kind = "lora"
     form: str | None = None
     recompute_gelu = False
+    dropout = 0.0
     _kept: dict[tuple[str, torch.dtype], Tensor] | None = None
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
@@ -236,6 +238,14 @@ class AdaptedLinear(nn.Linear):
         source, gelu = gelu_input(input) if self.recompute_gelu else (None, None)
         how = Product(form, layout, gelu)
         return AdaptedProduct.apply(input, self.weight, self.bias, kept, source, how, *factors)
+
+    def merged(self) -> Tensor:
+        """The effective weight W_res + s B A (out, in): summed in float64, rounded once."""
+        return add_adapters(self.weight.detach(), self.adapters())
+
+    def settings(self) -> dict[str, Any]:
+        """Kind and attributes, besides weights and ranks, that ``lowrank.rebuilt`` needs."""
+        return {"kind": self.kind, "dropout": self.dropout}
 
     @torch.no_grad()
     def _kept_operand(
