@@ -59,7 +59,7 @@ def find_targets(
     ``split_qkv`` a fused qkv counts as three targets. ValueError for a pattern without a match.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = _matching(patterns, linears, "target pattern", "linear layer", _match_ending)
+    names = matching(patterns, linears, "target pattern", "linear layer", _match_ending)
     targets = [t for n in names for t in _targets_of(n, linears[n].out_features, split_qkv)]
     if not targets:
         raise ValueError("no target module: give at least one pattern in switch.targets")
@@ -194,7 +194,7 @@ def frozen_outright(
     """
     parameters = [n for n, _ in model.named_parameters()]
     names = [*parameters, *targets]
-    found = set(_matching(freeze, names, "switch.freeze", "parameter", re.search))
+    found = set(matching(freeze, names, "switch.freeze", "parameter", re.search))
     frozen = {n for n, t in targets.items() if n in found or f"{t.module}.weight" in found}
     adapted = {target.module for name, target in targets.items() if name not in frozen}
     biases = {f"{targets[name].module}.bias" for name in frozen} - {f"{m}.bias" for m in adapted}
@@ -215,7 +215,7 @@ def kept_parameters(
         for n, p in model.named_parameters()
         if p.requires_grad and n not in frozen and not is_factor(n)
     }
-    found = _matching(keep, others, "switch.keep", "parameter", re.search)
+    found = matching(keep, others, "switch.keep", "parameter", re.search)
     return {n: others[n] for n in found}
 
 
@@ -275,13 +275,17 @@ def _targets_of(module: str, out_features: int, split_qkv: bool) -> list[Target]
     ]
 
 
-def _matching(
+def matching(
     patterns: Sequence[str],
     names: Iterable[str],
     what: str,
     kind: str,
     match: Callable[[str, str], re.Match | None],
 ) -> list[str]:
+    """Those of ``names`` that ``match`` one of ``patterns``, in their order.
+
+    ValueError for a pattern without a match; it calls patterns ``what`` and names ``kind``.
+    """
     names = list(names)
     matched = set()
     for pattern in patterns:
