@@ -2,20 +2,21 @@
 
 A criterion is a pure function of the logged history, so it can be replayed on a finished run.
 A new one is a function, or a frozen dataclass with ``__call__``, and a yaml in
-``conf/switch/criterion``.
+``conf/switch/criterion``. Those that read spectra are in ``stability``.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-
-import numpy as np
 
 from switchlora.errors import check_choice, check_range, check_share
 from switchlora.monitor import LayerStats, Measurement
 from switchlora.surgery import family
 
 LOSS = "train_loss"
+OUTPUTS = r"(attn\.proj|mlp\.fc2)$"
+"""both are called output.dense in the model of PreLoRA's public code"""
 
 
 @dataclass(frozen=True)
@@ -78,59 +79,15 @@ class UpdateNorm:
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Margin: ``fraction`` minus the largest u_t / peak among the last windows."""
         if len(history) < self.patience + 1:
-            return _too_short(history, self.patience + 1)
+            return too_short(history, self.patience + 1)
         margins = {}
-        for name, stats in _by_layer(history).items():
+        for name, stats in by_layer(history).items():
             norms = [s.relative_update_norm for s in stats]
             margins[name] = self.fraction - max(norms[-self.patience :]) / max(max(norms), 1e-30)
         rule = (
             f"update norms at or under {self.fraction:g} of their peak for {self.patience} windows"
         )
-        return _vote(margins, self.quorum, rule)
-
-
-@dataclass(frozen=True)
-class StableRank:
-    """Per-layer plateau of the stable rank (Cuttlefish; Wang et al., arXiv 2305.02538).
-
-    e = EMA of rho with weight 2 / (P + 1); g = |de/dt| by central differences, one-sided at the
-    end. A target is stable, and stays so, once the mean of its last P values of g is <=
-    ``epsilon``. rho is the stable rank of the weight or, with ``of='update'``, of the window's
-    update; ``relative`` divides g by e, so that one epsilon suits narrow and wide layers.
-    """
-
-    epsilon: float = 0.1
-    patience: int = 5
-    of: str = "weight"
-    relative: bool = False
-    quorum: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_share("quorum", self.quorum)
-        check_range("patience", self.patience, 1)
-        check_choice("of", self.of, ("weight", "update"))
-
-    def __call__(self, history: Sequence[Measurement]) -> Verdict:
-        """Margin: epsilon minus the smallest smoothed derivative seen so far."""
-        if len(history) < self.patience + 1:
-            return _too_short(history, self.patience + 1)
-        margins = {}
-        for name, stats in _by_layer(history).items():
-            ranks = [getattr(s, f"{self.of}_stable_rank") for s in stats]
-            margins[name] = self.epsilon - float(np.min(self.derivatives(np.array(ranks))))
-        rule = f"smoothed derivative of the {self.of} stable rank <= {self.epsilon:g}"
-        return _vote(margins, self.quorum, rule)
-
-    def derivatives(self, ranks: np.ndarray) -> np.ndarray:
-        """Mean of the last P absolute derivatives at each t >= P, as it was seen at t."""
-        smooth = _exponential_average(ranks, 2 / (self.patience + 1))
-        scale = smooth if self.relative else np.ones_like(smooth)
-        central = np.abs(smooth[2:] - smooth[:-2]) / 2 / np.maximum(scale[1:-1], 1e-30)
-        last = np.abs(np.diff(smooth)) / np.maximum(scale[1:], 1e-30)
-        P = self.patience
-        return np.array(
-            [(central[t - P : t - 1].sum() + last[t - 1]) / P for t in range(P, len(ranks))]
-        )
+        return vote(margins, self.quorum, rule)
 
 
 @dataclass(frozen=True)
@@ -142,30 +99,61 @@ class PreLoRA:
     family and 100 * |l(t) - l(t-1)| / l(t-1) <= zeta for the window's mean train loss. Both in per
     cent. ``signal='update_norm'`` measures 100 * ||W_i(t) - W_i(t-1)||_F / ||W_i(t-1)||_F instead,
     which sees a rotation at constant norm.
+
+    Two bugs of that code can be turned on, to compare: ``published_counter`` = [accumulation,
+    micro-batches an epoch] tests only where ``checks_at`` says; ``shared_output`` gives the two
+    output projections of a block one entry, that of mlp.fc2, so attn.proj moves unseen.
     """
 
     tau: float = 5.0
     zeta: float = 10.0
     windows: int = 3
     signal: str = "weight_norm"
+    published_counter: Sequence[int] | None = None
+    shared_output: bool = False
 
     def __post_init__(self) -> None:
         check_choice("signal", self.signal, ("weight_norm", "update_norm"))
         check_range("windows", self.windows, 2)
+        if (counter := self.published_counter) and (len(counter) != 2 or min(counter) < 1):
+            raise ValueError(
+                f"published_counter is {counter}: give [accumulation, micro-batches an epoch]"
+            )
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Margins are each target's own, tau - max d_i, though the family's mean decides."""
         if len(history) < self.windows:
-            return _too_short(history, self.windows)
+            return too_short(history, self.windows)
         recent = history[-self.windows :]
-        changes = {name: self._changes(stats) for name, stats in _by_layer(recent).items()}
-        families = _family_means(changes)
+        changes = {name: self._changes(stats) for name, stats in by_layer(recent).items()}
+        families = _family_means(self._entries(changes))
         loss = max(_relative_changes([m.train_loss for m in recent]))
         margins = {name: self.tau - max(d) for name, d in changes.items()}
         margins[LOSS] = self.zeta - loss
         worst, change = max(families.items(), key=lambda item: item[1])
         fires = change < self.tau and loss <= self.zeta
-        return Verdict(fires, margins, self._reason(worst, change, loss, margins))
+        reason = self._reason(worst, change, loss, margins)
+        if fires and not self.checks_at(done := history[-1].num_updates):
+            fires, reason = False, f"published_counter is blind at update {done}: {reason}"
+        return Verdict(fires, margins, reason)
+
+    def checks_at(self, num_updates: int) -> bool:
+        """Whether the test is made after ``num_updates`` updates, a multiple of the window.
+
+        The public code measures when its counter c of micro-batches, from 0, is a multiple of
+        window * accumulation, and tests there only if the micro-batch is one that an update
+        follows: (c mod per_epoch + 1) mod accumulation = 0. With 2 an update and an even number
+        an epoch, that is never.
+        """
+        if not self.published_counter:
+            return True
+        accumulation, per_epoch = self.published_counter
+        return (num_updates * accumulation % per_epoch + 1) % accumulation == 0
+
+    def _entries(self, changes: Mapping[str, list[float]]) -> Mapping[str, list[float]]:
+        if not self.shared_output:
+            return changes
+        return {re.sub(OUTPUTS, "output", name): values for name, values in changes.items()}
 
     def _changes(self, stats: Sequence[LayerStats]) -> list[float]:
         if self.signal == "weight_norm":
@@ -199,7 +187,7 @@ class LossPlateau:
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Margin: tolerance minus the largest improvement, under 'train_loss'."""
         if len(history) < self.patience + 1:
-            return _too_short(history, self.patience + 1)
+            return too_short(history, self.patience + 1)
         losses = [m.train_loss for m in history[-self.patience - 1 :]]
         gains = [100 * (a - b) / a for a, b in zip(losses, losses[1:], strict=False)]
         margin = self.tolerance - max(gains)
@@ -238,7 +226,8 @@ class AnyOf:
         return Verdict(bool(firing), _combined(verdicts, max), reason)
 
 
-def _by_layer(history: Sequence[Measurement]) -> dict[str, list[LayerStats]]:
+def by_layer(history: Sequence[Measurement]) -> dict[str, list[LayerStats]]:
+    """Statistics of each target, in the order of the windows."""
     return {name: [m.layers[name] for m in history] for name in history[-1].layers}
 
 
@@ -259,14 +248,8 @@ def _family_means(changes: Mapping[str, list[float]]) -> dict[str, float]:
     }
 
 
-def _exponential_average(values: np.ndarray, weight: float) -> np.ndarray:
-    average = np.array(values, dtype=float)
-    for t in range(1, len(average)):
-        average[t] = weight * values[t] + (1 - weight) * average[t - 1]
-    return average
-
-
-def _vote(margins: Mapping[str, float], quorum: float, rule: str) -> Verdict:
+def vote(margins: Mapping[str, float], quorum: float, rule: str) -> Verdict:
+    """Fires when at least a share ``quorum`` of the targets has a margin of 0 or more."""
     converged = sum(margin >= 0 for margin in margins.values())
     worst = min(margins, key=lambda name: margins[name])
     place = "furthest from it" if margins[worst] < 0 else "closest call"
@@ -282,5 +265,6 @@ def _combined(verdicts: Sequence[Verdict], choose: Callable) -> dict[str, float]
     return {n: choose(v.margins[n] for v in verdicts if n in v.margins) for n in names}
 
 
-def _too_short(history: Sequence[Measurement], needed: int) -> Verdict:
+def too_short(history: Sequence[Measurement], needed: int) -> Verdict:
+    """What a criterion says before it has the windows that it needs."""
     return Verdict(False, {}, f"{len(history)} of the {needed} windows it needs are measured")

@@ -14,11 +14,11 @@ from switchlora.criteria import (
     AtEpoch,
     LossPlateau,
     PreLoRA,
-    StableRank,
     UpdateNorm,
     at_start,
     never,
 )
+from switchlora.stability import BasisStability, StableRank
 
 CRITERIA = names("switch/criterion")
 
@@ -26,7 +26,8 @@ CRITERIA = names("switch/criterion")
 def settled(length=30):
     """Two targets that moved early and have been still since."""
     moves = [0.2] * 4 + [0.01] * (length - 4)
-    series = {f"blocks.{i}.attn.qkv": [stats(update_norm=u) for u in moves] for i in range(2)}
+    still = [dataclasses.replace(stats(update_norm=u), basis_stability=1 - u / 2) for u in moves]
+    series = {f"blocks.{i}.attn.qkv": still for i in range(2)}
     return history(series, losses=[2.0, 1.5, 1.2] + [1.0] * (length - 3))
 
 
