@@ -5,17 +5,17 @@ A new one is a function, or a frozen dataclass with ``__call__``, and a yaml in
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchlora.errors import NothingMeasured, check_choice, check_range, check_share
 from switchlora.layers import FACTORS
 from switchlora.monitor import Measurement
 from switchlora.spectral import energies
-from switchlora.surgery import family
+from switchlora.surgery import Target, family
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,24 @@ class SwitchContext:
     other_trainable: int
     """parameters that go on training besides the factors"""
     train_factors: Sequence[str] = FACTORS
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """W per target (out, in)"""
+
+
+class Weights(Mapping[str, Tensor]):
+    """W of each target (out, in), read from ``model`` when it is asked for."""
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
+        self._model, self._targets = model, targets
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._targets[name].weight(self._model)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
 
 
 RankPolicy = Callable[[SwitchContext], Mapping[str, int]]
@@ -52,6 +70,40 @@ class Fixed:
                     f"give 1 to {min(update.shape)}"
                 )
         return dict.fromkeys(context.updates, self.rank)
+
+
+@dataclass(frozen=True)
+class RankRatio:
+    """r = round(ratio * min(out, in)): Pufferfish's one ratio (Wang et al., arXiv 2103.03936)."""
+
+    ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_share("rank.ratio", self.ratio)
+
+    def __call__(self, context: SwitchContext) -> dict[str, int]:
+        """Rank per target, at least 1."""
+        sides = {name: min(update.shape) for name, update in context.updates.items()}
+        return {name: max(round(self.ratio * side), 1) for name, side in sides.items()}
+
+
+@dataclass(frozen=True)
+class ParameterRatio:
+    """r = round(ratio * out in / (out + in)): factors with that share of a target's parameters.
+
+    Low-rank FFN training (Wei et al., arXiv 2407.09835) has 0.625 and 0.3125, which are r = d / 2
+    and d / 4 between widths d and 4 d.
+    """
+
+    ratio: float = 0.63
+
+    def __post_init__(self) -> None:
+        check_share("rank.ratio", self.ratio)
+
+    def __call__(self, context: SwitchContext) -> dict[str, int]:
+        """Rank per target, at least 1."""
+        full = {n: math.prod(u.shape) / sum(u.shape) for n, u in context.updates.items()}
+        return {name: max(round(self.ratio * rank), 1) for name, rank in full.items()}
 
 
 @dataclass(frozen=True)
@@ -105,8 +157,9 @@ class StableRankRanks:
     """The measured stable rank, rounded up, of the last window's update or of the weight.
 
     ``scaled`` is Cuttlefish's form for weights: r = ceil(rho * full / rho_init), where rho_init is
-    the stable rank before training (arXiv 2305.02538). ``multiplier`` widens, ``lowest`` is a
-    floor as a share of the full rank.
+    the stable rank before training (arXiv 2305.02538). ``multiplier`` widens. Two floors:
+    ``lowest``, a share of the full rank, and ``accumulative`` = p, Cuttlefish's accumulative rank
+    min {k : sum_{i<=k} s_i >= p * sum s_i} with s the singular values of W.
     """
 
     of: str = "update"
@@ -114,29 +167,31 @@ class StableRankRanks:
     scaled: bool = False
     lowest: float = 0.0
     power_of_two: bool = False
+    accumulative: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("rank.of", self.of, ("weight", "update"))
         check_range("rank.multiplier", self.multiplier, 0)
         check_range("rank.lowest", self.lowest, 0, 1)
+        if self.accumulative is not None:
+            check_share("rank.accumulative", self.accumulative)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Rank per target; NothingMeasured before the first measurement."""
         if not context.history:
             raise NothingMeasured("rank=stable_rank needs a measurement; none is there yet")
-        layers = context.history[-1].layers
         return {
-            name: self._rank(
-                getattr(layers[name], f"{self.of}_stable_rank"),
-                min(update.shape),
-                context.initial_stable_ranks[name],
-            )
+            name: self._rank(context, name, min(update.shape))
             for name, update in context.updates.items()
         }
 
-    def _rank(self, stable: float, full: int, initial: float) -> int:
-        factor = full / initial if self.scaled else 1.0
+    def _rank(self, context: SwitchContext, name: str, full: int) -> int:
+        stable = getattr(context.history[-1].layers[name], f"{self.of}_stable_rank")
+        factor = full / context.initial_stable_ranks[name] if self.scaled else 1.0
         wanted = max(math.ceil(self.multiplier * stable * factor), math.ceil(self.lowest * full))
+        if self.accumulative is not None:
+            values = energies(context.weights[name]).sqrt()
+            wanted = max(wanted, _smallest_count(values, self.accumulative))
         return _bounded(wanted, full, self.power_of_two)
 
 
@@ -161,8 +216,7 @@ class Energy:
         return {name: self._rank(name, update) for name, update in context.updates.items()}
 
     def _rank(self, name: str, update: Tensor) -> int:
-        cumulative = _energies(name, update).cumsum(0)
-        wanted = int((cumulative < self.share * cumulative[-1] * (1 - 1e-12)).sum()) + 1
+        wanted = _smallest_count(_energies(name, update), self.share)
         full = min(update.shape)
         return _bounded(wanted, min(self.r_max or full, full), self.power_of_two)
 
@@ -238,6 +292,11 @@ def _energies(name: str, update: Tensor) -> Tensor:
             "cannot switch here; use rank=fixed"
         )
     return energy
+
+
+def _smallest_count(values: Tensor, share: float) -> int:
+    cumulative = values.cumsum(0)
+    return int((cumulative < share * cumulative[-1] * (1 - 1e-12)).sum()) + 1
 
 
 def _change(before: float, after: float) -> float:
