@@ -30,6 +30,7 @@ from switchlora.engine import evaluate
 from switchlora.errors import NothingMeasured, check_choice
 from switchlora.interrupt import Interruption
 from switchlora.learner import PARALLEL, Learner, Recipe, build_learner
+from switchlora.models import load_weights
 from switchlora.monitor import UpdateMonitor
 from switchlora.resume import AUTO, Found, find
 from switchlora.runlog import CONFIG, SUMMARY, RunLog
@@ -206,6 +207,9 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     window = _window(config.monitor.window, len(data.train), total_updates)
     sharded = config.system.parallel == "fsdp"
     model = build(config.model).to("cpu" if sharded else device)
+    found = find(config.resume, folder, plain, model)
+    begins = found is None and config.init_checkpoint is not None
+    loaded = load_weights(model, config.init_checkpoint) if begins else None
     policy = build(config.switch)
     recipes = {Phase.FULL: build(config.full), Phase.ADAPTER: build(config.adapter)}
     targets = policy.find_targets(model)
@@ -215,7 +219,6 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     _check_switch(model, policy, monitor)
     saves = SaveSchedule(**config.checkpoint)
     ema = WeightEMA(model, config.ema) if config.ema else None
-    found = find(config.resume, folder, plain, model)
     trunk = _trunk(config, plain, data, device, found)
     if trunk is not None:
         found = trunk.enter(policy, model, found, folder, interruption)
@@ -252,6 +255,8 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     if distributed.is_primary():
         OmegaConf.save(config, folder / CONFIG, resolve=True)
         (folder / SUMMARY).unlink(missing_ok=True)  # of a start that stopped
+    if loaded:
+        log.line(f"starts from {loaded}")
     if unused:
         log.line(f"frozen, since no gradient reaches them: {', '.join(unused)}")
     if found:
