@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchlora.layers import AdaptedLinear, Adapter, LoRALinear, adapted_linear
+from switchlora.layers import AdaptedLinear, LoRALinear, adapted_linear
+from switchlora.products import Adapter
 
 
 class LowRankLinear(LoRALinear):

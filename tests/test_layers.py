@@ -7,15 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchlora import layers
-from switchlora.layers import (
-    AdaptedProduct,
-    Adapter,
-    Product,
-    adapted_linear,
-    cheaper_form,
-    operands_kept,
-)
+from switchlora import products
+from switchlora.layers import adapted_linear, operands_kept
+from switchlora.products import AdaptedProduct, Adapter, Product, cheaper_form
 
 SLICES = {
     "whole": {"": (slice(0, 12), 3, 1.0)},
@@ -164,9 +158,9 @@ def test_a_frozen_A_needs_no_inputs_only_the_narrow_projections(form):
 def test_within_an_update_the_effective_weight_is_formed_once(monkeypatch):
     _, module = make("scaled")
     module.form, formed = "merged", []
-    form_it = layers.effective_weight
+    form_it = products.effective_weight
     monkeypatch.setattr(
-        layers, "effective_weight", lambda *args: formed.append(1) or form_it(*args)
+        products, "effective_weight", lambda *args: formed.append(1) or form_it(*args)
     )
     x = torch.randn(5, 6, requires_grad=True)
     for scope, times in ((operands_kept(module), 1), (nullcontext(), 4)):

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from switchlora.flops import FlopCounter
-from switchlora.layers import Adapter
 from switchlora.lowrank import (
     KINDS,
     LowRankLinear,
@@ -23,6 +22,7 @@ from switchlora.lowrank import (
     settled,
     skipped_flops,
 )
+from switchlora.products import Adapter
 
 
 def make(factory, scaling=2.0, dtype=torch.float32, **options):

@@ -1,0 +1,196 @@
+"""The product X (W_res + s B A)^T + b: its two forms, its gradients, what it keeps."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Adapter(NamedTuple):
+    """scaling * B A on some rows of a weight: A (r, in), B (len(rows), r)."""
+
+    A: Tensor
+    B: Tensor
+    rows: slice
+    scaling: float
+
+
+def cheaper_form(
+    tokens: int, in_features: int, out_features: int, trains_A: bool = True, slices: int = 1
+) -> str:
+    """'merged' or 'split', whichever costs less for ``tokens`` inputs; only shapes decide.
+
+    Forming W_res + s B A takes r in out multiply-adds once; apart, the low-rank path adds
+    T r (n in + out) with n row slices, and T r out more where A is frozen, whose gradient would
+    need that product anyway. Bytes read and written compare in the same way, so r cancels out.
+    """
+    apart = slices * in_features + out_features * (1 if trains_A else 2)
+    return "merged" if tokens * apart >= in_features * out_features else "split"
+
+
+def effective_weight(weight: Tensor, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
+    """W_res + s B A (out, in) in ``dtype``.
+
+    The sum is made in at least float32 and rounded once; where W_res has a lower precision
+    already, by the kernel of that precision, with rounded factors, as under autocast.
+    """
+    exact = dtype if weight.dtype == dtype else torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to(exact, copy=True)
+    for A, B, rows, scaling in adapters:
+        total[rows].addmm_(B.to(exact), A.to(exact), alpha=scaling)
+    return total.to(dtype)
+
+
+def adapted_forward(
+    inputs: Tensor, operand: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], form: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Outputs (..., out) of X (..., in), and X A^T (T, r) of each adapter, for B's gradient.
+
+    ``operand`` is the effective weight in the merged form, W_res in the split one, where
+    s (X A^T) B^T is added in place.
+    """
+    outputs = F.linear(inputs, operand, bias)
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    projected = [flat @ adapter.A.mT for adapter in adapters]
+    if form == "split":
+        columns = outputs.view(-1, outputs.shape[-1])
+        for (_, B, rows, scaling), low in zip(adapters, projected, strict=True):
+            columns[:, rows].addmm_(low, B.mT, alpha=scaling)
+    return outputs, projected
+
+
+def adapted_backward(
+    grad: Tensor,
+    operand: Tensor | None,
+    inputs: Tensor | None,
+    projected: Sequence[Tensor],
+    adapters: Sequence[Adapter],
+    form: str,
+) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
+    """Gradients of X, of the bias and of the factors from that of the outputs, G (T, out).
+
+    g_X = G (W_res + s B A), g_A = s (G B)^T X, g_B = s G^T (X A^T): no dense (out, in) product.
+    Without ``operand`` g_X is left out, without ``inputs`` g_A. The bias's gradient, the column
+    sums of G, comes out of the product that makes g_B: X A^T gets a column of ones.
+    """
+    grad_input = None if operand is None else grad @ operand
+    ones = grad.new_ones(len(grad), 1)
+    sums, found = [], []
+    for (A, B, rows, scaling), low in zip(adapters, projected, strict=True):
+        part = grad[:, rows]
+        grad_A = None
+        if inputs is not None or form == "split":
+            back = part @ B
+            if form == "split" and grad_input is not None:
+                grad_input.addmm_(back, A, alpha=scaling)
+            if inputs is not None:
+                grad_A = scaling * (back.mT @ inputs)
+        both = torch.cat([low, ones], dim=1).mT @ part  # G stays the wide, untransposed operand
+        found += [grad_A, scaling * both[:-1].mT]
+        sums.append(both[-1])
+    return grad_input, torch.cat(sums), found
+
+
+class Product(NamedTuple):
+    """How an adapted product is made, besides its tensors."""
+
+    form: str
+    layout: Sequence[tuple[slice, float]]
+    """rows and scaling of each adapter"""
+    gelu: str | None = None
+    """approximation of the gelu that made the inputs, where they are not kept"""
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """X (W_res + s B A)^T + b with gradients for X, b and the factors only.
+
+    Merged, the effective weight is formed and used in one full-size product each way; split, the
+    low-rank path is added in place to the outputs and to the inputs' gradient. X is kept for the
+    backward pass only where A trains, the (T, r) projections always, and nothing twice: the
+    output of a gelu can be made again from ``source``, the input that gelu keeps for itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kept: Tensor | None,
+        source: Tensor | None,
+        how: Product,
+        *factors: Tensor,
+    ) -> Tensor:
+        """(..., in) -> (..., out); ``factors`` are A, B of each adapter of ``how``.
+
+        ``kept`` is the operand when it was made before; it is then kept for the backward pass,
+        where it is made a second time otherwise.
+        """
+        device, dtype = input.device.type, compute_dtype(input.device.type, factors)
+        with torch.autocast(device, enabled=False):
+            adapters = _adapters(how.layout, factors)
+            operand = kept if kept is not None else operand_of(weight, adapters, how.form, dtype)
+            input = input.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+            cast = _adapters(how.layout, [factor.to(dtype) for factor in factors])
+            outputs, projected = adapted_forward(input, operand, bias, cast, how.form)
+        ctx.how, ctx.dtype, ctx.shape = how, dtype, input.shape
+        inputs = input if source is None else source
+        trains_A = any(ctx.needs_input_grad[6::2])
+        needed = inputs if trains_A else None, kept, weight if kept is None else None
+        ctx.save_for_backward(*needed, *factors, *projected)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of the arguments of ``forward``; None for the frozen weight."""
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        inputs, operand, weight, *rest = ctx.saved_tensors
+        form, layout, gelu = ctx.how
+        factors, projected = rest[: 2 * len(layout)], rest[2 * len(layout) :]
+        with torch.autocast(grad.device.type, enabled=False):
+            if inputs is not None:
+                inputs = inputs if gelu is None else F.gelu(inputs, approximate=gelu)
+                inputs = inputs.to(ctx.dtype).reshape(len(grad), -1)
+            adapters = _adapters(layout, factors)
+            if not ctx.needs_input_grad[0]:
+                operand = None
+            elif operand is None:
+                operand = operand_of(weight, adapters, form, ctx.dtype)
+            cast = _adapters(layout, [factor.to(ctx.dtype) for factor in factors])
+            grad_input, grad_bias, found = adapted_backward(
+                grad, operand, inputs, projected, cast, form
+            )
+        if grad_input is not None:
+            grad_input = grad_input.view(ctx.shape)
+        bias = grad_bias if ctx.needs_input_grad[2] else None
+        return grad_input, None, bias, None, None, None, *found
+
+
+def gelu_input(outputs: Tensor) -> tuple[Tensor | None, str | None]:
+    """Z and the approximation where ``outputs`` = gelu(Z) comes fresh from a gelu, else None."""
+    node = None if torch.compiler.is_compiling() else outputs.grad_fn
+    if node is None or node.name() != "GeluBackward0":
+        return None, None
+    return node._saved_self.detach(), node._saved_approximate  # type: ignore[attr-defined]
+
+
+def compute_dtype(device: str, factors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on, the factors' otherwise."""
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return factors[0].dtype
+
+
+def operand_of(
+    weight: Tensor, adapters: Sequence[Adapter], form: str, dtype: torch.dtype
+) -> Tensor:
+    """What ``adapted_forward`` multiplies by (out, in): the effective weight or W_res."""
+    return effective_weight(weight, adapters, dtype) if form == "merged" else weight.to(dtype)
+
+
+def _adapters(layout: Sequence[tuple[slice, float]], factors: Sequence[Tensor]) -> list[Adapter]:
+    pairs = zip(layout, factors[::2], factors[1::2], strict=True)
+    return [Adapter(A, B, rows, scaling) for (rows, scaling), A, B in pairs]
