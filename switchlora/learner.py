@@ -1,8 +1,9 @@
 """Recipe, Learner, build_learner(): what is rebuilt when the set of trained tensors changes."""
 
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,11 +18,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from switchlora.distributed import full, total, world_size
-from switchlora.errors import check_choice, check_range
+from switchlora.errors import check_choice, check_patterns, check_range
+from switchlora.factors import add_frobenius_decay, trained_adapters
 from switchlora.flops import FlopCounter
-from switchlora.layers import AdaptedLinear, is_factor, operands_kept
+from switchlora.layers import FACTORS, AdaptedLinear, is_factor, operands_kept
 from switchlora.sharding import gathered, is_sharded, shard, skeleton
 from switchlora.storages import SavedTensors
+from switchlora.surgery import matching
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARALLEL = ("ddp", "fsdp")
@@ -34,6 +37,7 @@ class Recipe:
     ``optimizer`` takes parameter groups, ``scheduler`` an optimizer and ``t_initial``, the updates
     of the whole run: a timm scheduler that counts updates. Factors get ``factor_lr_scale`` times
     the learning rate and their own weight decay, which pulls toward the residual weight.
+    ``refactoring`` is called with each new learner, whose optimizer it may give hooks.
     """
 
     optimizer: Callable[[list[dict[str, Any]]], Optimizer]
@@ -43,6 +47,11 @@ class Recipe:
     """whether the optimizer multiplies weights by 1 - lr * weight_decay, as AdamW does"""
     factor_weight_decay: float = 0.0
     factor_lr_scale: float = 1.0
+    factor_B_lr_scale: float = 1.0
+    """times ``factor_lr_scale``, for lora_B alone (LoRA+; Hayou et al., arXiv 2402.12354)"""
+    frobenius_decay: float = 0.0
+    """lambda of the penalty lambda/2 ||s B A||_F^2, in place of ``factor_weight_decay``"""
+    refactoring: "Callable[[Learner], None] | None" = None
     rewarmup_updates: int = 0
     """linear ramp of the learning rate after this recipe takes over in the middle of a run"""
     clip_grad: float | None = 1.0
@@ -54,10 +63,19 @@ class Recipe:
     activation_checkpointing: str | None = None
     """what is computed again in the backward pass instead of kept: 'blocks', whole ones, or
     'gelu', the inputs of adapted linears that come straight from a gelu, not in compiled code"""
+    unreduced: Sequence[str] = ()
+    """regular expressions of parameters whose gradients DDP does not average, so that ranks drift
+    apart: a published bug (PreLoRA's code, arXiv 2509.21619), to compare with"""
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, tuple(PRECISIONS))
         check_range("accumulation", self.accumulation, 1)
+        check_range("frobenius_decay", self.frobenius_decay, 0)
+        check_patterns("unreduced", self.unreduced)
+        if self.frobenius_decay and self.factor_weight_decay:
+            raise ValueError(
+                "frobenius_decay replaces weight decay on the factors: set factor_weight_decay=0"
+            )
         if self.activation_checkpointing is not None:
             name, choices = "activation_checkpointing", ("blocks", "gelu")
             check_choice(name, self.activation_checkpointing, choices)
@@ -93,6 +111,8 @@ class Learner:
     recipe: Recipe
     start: int
     """update at which this learner took over"""
+    since: int = 0
+    """updates since then, the present one apart"""
     scaler: GradScaler | None = None
     """of the loss, in fp16"""
     bones: nn.Module | None = field(default=None, repr=False)
@@ -137,10 +157,8 @@ class Learner:
     def set_lr(self, num_updates: int) -> float:
         """Set and return the plan's learning rate, a function of the update counter alone."""
         self.scheduler.step_update(num_updates)
-        since = num_updates - self.start + 1
-        ramp = (
-            min(1.0, since / self.recipe.rewarmup_updates) if self.recipe.rewarmup_updates else 1
-        )
+        self.since = num_updates - self.start
+        ramp = min(1.0, (self.since + 1) / max(1, self.recipe.rewarmup_updates))
         for group in self.optimizer.param_groups:
             group["lr"] *= ramp
         return self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]
@@ -183,6 +201,8 @@ class Learner:
     def _step(self, loss: Tensor, lr: float) -> Update:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        if self.recipe.frobenius_decay:
+            add_frobenius_decay(trained_adapters(self.model), self.recipe.frobenius_decay)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = full(get_total_norm(p.grad for p in parameters if p.grad is not None))
         loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
@@ -229,6 +249,7 @@ def build_learner(
     set_checkpointing(model, recipe.activation_checkpointing)
     bones = None
     if parallel == "fsdp":
+        check_goes_with_fsdp(recipe)
         bones = skeleton(model)
         model = shard(model)
     optimizer = recipe.optimizer(parameter_groups(model, recipe))
@@ -237,13 +258,25 @@ def build_learner(
     learner.bones, learner.scaler = bones, _scaler(model, recipe)
     if learner.scaler is not None and scaler is not None:
         learner.scaler.load_state_dict(scaler.state_dict())
+    if recipe.refactoring is not None:
+        recipe.refactoring(learner)
     return learner
+
+
+def check_goes_with_fsdp(recipe: Recipe) -> None:
+    """ValueError for a recipe that needs whole factors, or DDP."""
+    for name in ("refactoring", "frobenius_decay", "unreduced"):
+        if getattr(recipe, name):
+            raise ValueError(f"{name} does not go with system.parallel=fsdp: use ddp")
 
 
 def _wrapped(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
     forward = model
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    alone = matching(recipe.unreduced, trained, "unreduced pattern", "parameter", re.search)
     if world_size() > 1 and not is_sharded(model):
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alone)
         forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if recipe.compile is None:
         return forward
@@ -276,18 +309,22 @@ def _scaler(model: nn.Module, recipe: Recipe) -> GradScaler | None:
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Groups of the trained parameters: decay and no decay (timm's rule), factors apart."""
-    factors = [p for n, p in model.named_parameters() if p.requires_grad and is_factor(n)]
-    ids = {id(p) for p in factors}
+    factors = {n: p for n, p in model.named_parameters() if p.requires_grad and is_factor(n)}
+    ids = {id(p) for p in factors.values()}
     skip = set(getattr(model, "no_weight_decay", set)())
     groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=skip)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in ids]
         group["lr_scale"] = 1.0
-    groups.append(
-        {
-            "params": factors,
-            "weight_decay": recipe.factor_weight_decay,
-            "lr_scale": recipe.factor_lr_scale,
-        }
-    )
+    for which, scale in _factor_lr_scales(recipe).items():
+        chosen = [p for n, p in factors.items() if is_factor(n, which)]
+        decay = recipe.factor_weight_decay
+        groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
     return [group for group in groups if group["params"]]
+
+
+def _factor_lr_scales(recipe: Recipe) -> dict[tuple[str, ...], float]:
+    scale = recipe.factor_lr_scale
+    if recipe.factor_B_lr_scale == 1:
+        return {FACTORS: scale}
+    return {("A",): scale, ("B",): scale * recipe.factor_B_lr_scale}

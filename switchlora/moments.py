@@ -1,4 +1,4 @@
-"""What an optimizer remembers of each tensor: handed on by name, projected onto factors."""
+"""What an optimizer remembers of each tensor: handed on, projected onto factors, pruned."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from switchlora.distributed import like
-from switchlora.layers import Adapter
+from switchlora.errors import check_choice, check_share
+from switchlora.layers import Adapter, is_factor
 
 Moments = Mapping[str, Mapping[str, Any]]  # optimizer state by parameter name
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq",)
+POWERS = {
+    **dict.fromkeys(FIRST_MOMENTS, 1),
+    **dict.fromkeys((*SECOND_MOMENTS, "max_exp_avg_sq"), 2),
+}
+"""how often a gradient's factor is in each moment"""
+PRUNINGS = ("random", "magnitude", "zero")
 
 
 def moments_of(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
@@ -83,3 +90,47 @@ def _copied(key: str, value: Any) -> Any:
             "use switch.moments=surviving"
         )
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def rescale_moments(state: Mapping[str, Any], factor: Tensor | float) -> None:
+    """Make one tensor's ``state`` that of ``factor`` times its gradients, in place.
+
+    First moments are multiplied by the factor, second ones by its square.
+    """
+    for key, value in state.items():
+        if key in POWERS and value is not None:
+            value.mul_(factor ** POWERS[key])
+        elif isinstance(value, Tensor) and value.ndim:
+            raise ValueError(
+                f"refactoring=reflora_s does not know how '{key}' of this optimizer scales; "
+                "use adapter/refactoring=reflora"
+            )
+
+
+@torch.no_grad()
+def prune_moments(moments: Moments, how: str, share: float, seed: int) -> None:
+    """Zero a ``share`` of each factor's moments in place (ReLoRA, arXiv 2307.05695).
+
+    'random' keeps each entry with probability 1 - share, drawn from ``seed`` alone: the number of
+    updates, say, since all ranks must draw alike. 'magnitude' zeroes floor(share * n) of the n
+    entries of a moment, the smallest in absolute value; 'zero' all, whatever the share. Counters
+    of updates stay, and so do the moments of everything that is no factor.
+    """
+    check_choice("how", how, PRUNINGS)
+    check_share("share", share)
+    generator = torch.Generator().manual_seed(seed)
+    for name, state in moments.items():
+        for key in POWERS.keys() & state.keys() if is_factor(name) else ():
+            _prune(state[key], how, share, generator)
+
+
+def _prune(moment: Tensor, how: str, share: float, generator: torch.Generator) -> None:
+    if how == "zero":
+        moment.zero_()
+    elif how == "random":
+        kept = torch.rand(moment.shape, generator=generator) >= share
+        moment.mul_(kept.to(moment.device))
+    else:
+        count = int(share * moment.numel())
+        smallest = moment.abs().flatten().topk(count, largest=False).indices
+        moment.view(-1)[smallest] = 0
