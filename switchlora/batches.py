@@ -21,13 +21,13 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.datasets import CIFAR10, MNIST
 
 Key = tuple[Tensor, Tensor | None]  # rows of one batch, and their draws when training
-Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, targets (B,) int64
+Batch = tuple[Tensor, Tensor]  # inputs and targets: images (B, C, H, W) float32 and (B,) int64
 
 
 class EpochSampler(Sampler[Key]):
     """This process's rows and draws of each batch of ``epoch``, from batch ``start`` on.
 
-    Of every ``batch_size`` images process ``rank`` of ``world_size`` gets an equal, contiguous
+    Of every ``batch_size`` items process ``rank`` of ``world_size`` gets an equal, contiguous
     share. An incomplete last batch is left out. The length is that of a whole epoch.
     """
 
@@ -58,7 +58,7 @@ def eval_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1)
     ValueError for fewer rows than ranks.
     """
     if size < world_size:
-        raise ValueError(f"{size} images cannot be shared by {world_size} processes")
+        raise ValueError(f"{size} items cannot be shared by {world_size} processes")
     rows = torch.arange(size)[rank::world_size]
     if world_size == 1:
         return [(part, None) for part in rows.split(batch_size)]

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from switchlora.layers import FACTORS
 from switchlora.machine import Machine, measure_machine
-from switchlora.trace import PARTS, Operation, Trace, trace_update
+from switchlora.trace import PARTS, Operation, Trace, trace_batch, trace_update
 
 __all__ = [
     "Machine",
@@ -22,6 +22,7 @@ __all__ = [
     "measure_machine",
     "predict",
     "speedup_parts",
+    "trace_batch",
     "trace_update",
     "warning",
 ]

@@ -12,7 +12,15 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from switchlora.batches import EpochMixup, EpochSampler, InMemory, Key, Transformed, eval_batches
+from switchlora.batches import (
+    Batch,
+    EpochMixup,
+    EpochSampler,
+    InMemory,
+    Key,
+    Transformed,
+    eval_batches,
+)
 from switchlora.errors import check_range
 
 Options = Mapping[str, Any]
@@ -22,9 +30,9 @@ View = InMemory | Transformed
 
 @dataclass(frozen=True)
 class Data:
-    """The three loaders of a run and what the model and the loss must know about them.
+    """The three loaders of a run, and the loss that fits what they yield.
 
-    Loaders yield images (B, in_chans, image_size, image_size) float32 and targets (B,) int64.
+    Loaders yield a batch of inputs, such as images (B, C, H, W) float32 with targets (B,) int64.
     ``train`` leaves out its last incomplete batch; ``val`` is cut from the training set, in the
     same way for every seed; ``test`` is the official split. With several processes each loader
     yields this process's share: sum over processes before you divide. ``mixup`` maps
@@ -34,16 +42,24 @@ class Data:
     train: DataLoader
     val: DataLoader
     test: DataLoader
-    num_classes: int
-    in_chans: int
-    image_size: int
     mixup: EpochMixup | None
     loss: nn.Module
 
     def digest(self) -> str:
-        """Of the images to train and to validate on, or of what tells that they changed."""
+        """Of what there is to train and to validate on, or of what tells that they changed."""
         views = [loader.dataset.digest() for loader in (self.train, self.val)]  # type: ignore[attr-defined]
         return hashlib.sha256("".join(views).encode()).hexdigest()
+
+    def example(self, count: int) -> Batch:
+        """``count`` inputs and targets, as the loss gets them, on the meta device: shapes only."""
+        inputs, targets = self.val.dataset[torch.zeros(1, dtype=torch.long), None]
+        if self.mixup is not None:
+            targets = torch.empty(1, self.mixup.num_classes)
+        of_inputs, of_targets = ((count, *tensor.shape[1:]) for tensor in (inputs, targets))
+        return (
+            inputs.new_empty(of_inputs, device="meta"),
+            targets.new_empty(of_targets, device="meta"),
+        )
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Make the next pass over ``train`` that of ``epoch``, from its batch ``start`` on."""
@@ -114,8 +130,7 @@ def build_data(
     ]
     loaders = [load(*pair, seed, workers, pin_memory) for pair in zip(views, orders, strict=True)]
     loss = build_loss(mixup, label_smoothing)
-    sizes = num_classes, in_chans, image_size
-    return Data(loaders[0], loaders[1], loaders[2], *sizes, mixup, loss)
+    return Data(loaders[0], loaders[1], loaders[2], mixup, loss)
 
 
 def length(dataset: Dataset) -> int:
@@ -153,11 +168,12 @@ def limited(rows: Tensor, size: int | None) -> Tensor:
     return rows[order[:size].sort().values]
 
 
-def share_of(batch_size: int, train_size: int, world_size: int) -> int:
-    """The images of a batch that each process gets; ValueError when a batch cannot be made."""
+def share_of(batch_size: int, train_size: int, world_size: int, items: str = "images") -> int:
+    """How many items of a batch each process gets; ValueError when a batch cannot be made."""
     if not 0 < batch_size <= train_size:
         raise ValueError(
-            f"data.batch_size={batch_size} must lie between 1 and the {train_size} training images"
+            f"data.batch_size={batch_size} must lie between 1 and the {train_size} "
+            f"training {items}"
         )
     if batch_size % world_size:
         raise ValueError(
@@ -198,7 +214,7 @@ def transformed(
 
 
 def load(
-    view: View, order: Iterable[Key], seed: int, workers: int, pin_memory: bool
+    view: Dataset, order: Iterable[Key], seed: int, workers: int, pin_memory: bool
 ) -> DataLoader:
     """A loader of the batches that ``order`` names; workers for training outlive an epoch."""
     return DataLoader(

@@ -13,19 +13,20 @@ from switchlora.models import eval_mode
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> dict[str, float]:
-    """Mean cross-entropy 'loss', 'top1' and (from 5 classes on) 'top5' in % over all images.
+    """Mean cross-entropy 'loss', 'top1' and (from 5 classes on) 'top5' in % over all targets.
 
-    Each rank passes its share of them; all get the same means.
+    Targets are one an image, or one a token: (B,) with logits (B, classes), or (B, T) with logits
+    (B, T, vocabulary). Each rank passes its share of them; all get the same means.
     """
     device = next(model.parameters()).device
-    totals, images_seen = torch.zeros(3, dtype=torch.float64), 0
+    totals, targets_seen = torch.zeros(3, dtype=torch.float64), 0
     with eval_mode(model):
-        for images, targets in loader:
+        for inputs, targets in loader:
             with autocast(device.type, precision):
-                logits = model(images.to(device))
-            totals += _batch_totals(logits.float(), targets.to(device))
-            images_seen += len(images)
-    *sums, count = total([*totals.tolist(), images_seen])
+                logits = model(inputs.to(device)).flatten(0, -2)
+            totals += _batch_totals(logits.float(), targets.flatten().to(device))
+            targets_seen += targets.numel()
+    *sums, count = total([*totals.tolist(), targets_seen])
     names = ("loss", "top1", "top5") if logits.shape[1] >= 5 else ("loss", "top1")
     return {name: value / count for name, value in zip(names, sums, strict=False)}
 

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from switchlora.cost import Machine, Prediction, measure_machine, predict, trace_update
+from switchlora.cost import Machine, Prediction, measure_machine, predict, trace_batch
 from switchlora.distributed import any_rank, world_size
 from switchlora.exits import one_line
 from switchlora.run import Run
@@ -21,7 +21,7 @@ def predicted_update(run: Run) -> Prediction | None:
         return None
     trace, why = None, "another rank could not"
     try:
-        trace = trace_update(run.model, run.recipe, run.images_shape, run.data.num_classes)
+        trace = trace_batch(run.model, run.recipe, *run.data.example(run.share), run.data.loss)
     except Exception as error:
         why = one_line(error)
     (failed,) = any_rank(trace is None)

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from switchlora.report import memory_metrics, memory_table
 from switchlora.run import Run
 from switchlora.sharding import is_sharded
 from switchlora.state import Phase
+from switchlora.surgery import adapted_modules
 from switchlora.storages import SavedTensors, held_bytes, local
 from switchlora.trace import stepped, without_content
 
@@ -101,19 +101,16 @@ def predict_moments(run: Run, model: nn.Module) -> int:
 
 def predict_activations(run: Run, model: nn.Module) -> int:
     """Bytes that autograd keeps of one micro-batch: a forward pass that computes shapes only."""
-    data, recipe, device = run.data, run.recipe, run.device
-    share, *image = run.images_shape
-    images = -(-share // recipe.accumulation)
-    saved = SavedTensors()
+    recipe, device, saved = run.recipe, run.device, SavedTensors()
+    example = run.data.example(-(-run.share // recipe.accumulation))
     with without_content(model, device) as model:
-        inputs = torch.empty(images, *image, device=device)
-        labels = torch.empty(images, data.num_classes, device=device)
+        inputs, targets = (torch.empty_like(tensor, device=device) for tensor in example)
         with (
             nullcontext() if is_sharded(run.model) else operands_within_update(model, recipe),
             autocast(device.type, recipe.precision),
             saved,
         ):
-            loss = F.cross_entropy(model(inputs), labels)
+            loss = run.data.loss(model(inputs), targets)
         kept = saved.bytes_beside(model)
         del loss  # whose graph has kept it until here
         return kept
@@ -140,7 +137,8 @@ def _moments(optimizer: Optimizer) -> Iterable[Tensor]:
 def _plain_bytes(model: nn.Module) -> int:
     """Bytes of ``model`` without factors, with residual weights as they were before rounding."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return sum(
+    dropped = [m for m in adapted_modules(model).values() if m.weight is None]
+    return sum(4 * m.in_features * m.out_features for m in dropped) + sum(
         tensor.numel() * max(tensor.itemsize, 4 * tensor.is_floating_point())
         for name, tensor in named
         if not is_factor(name)

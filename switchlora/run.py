@@ -89,10 +89,9 @@ class Run:
         return self.config["data"]["batch_size"]
 
     @property
-    def images_shape(self) -> tuple[int, int, int, int]:
-        """(B, C, H, W) of one rank's share of a batch."""
-        share = -(-self.batch_size // distributed.world_size())
-        return share, self.data.in_chans, self.data.image_size, self.data.image_size
+    def share(self) -> int:
+        """How many of a batch's inputs one rank gets."""
+        return -(-self.batch_size // distributed.world_size())
 
     @property
     def epoch(self) -> float:

@@ -6,7 +6,7 @@ Fake tensors have shapes, types and a device, but no content: nothing is compute
 import copy
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +26,7 @@ from switchlora.flops import flops_of
 from switchlora.learner import Recipe, autocast, operands_within_update, parameter_groups
 from switchlora.storages import SavedTensors, held_bytes
 
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 PARTS = ("forward", "backward", "optimizer")
 MOVES_NOTHING = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
@@ -137,12 +138,19 @@ class Recorder(TorchDispatchMode):
 def trace_update(
     model: nn.Module, recipe: Recipe, images: Sequence[int], num_classes: int
 ) -> Trace:
-    """Trace one update of the plain ``model`` on one rank's batch of shape ``images``.
+    """``trace_batch`` of images of shape ``images``, (B, C, H, W), with soft labels."""
+    batch = torch.empty(*images, device="meta"), torch.empty(images[0], num_classes, device="meta")
+    return trace_batch(model, recipe, *batch, F.cross_entropy)
 
-    (B, C, H, W) images are split into ``recipe.accumulation`` micro-batches, labels are soft.
-    Nothing is computed or allocated: the model, its gradients and all random generators stay as
-    they are. A compiled model is traced as an eager one, with the checkpointing it is set to;
-    the loss scaling of fp16 is left out.
+
+def trace_batch(
+    model: nn.Module, recipe: Recipe, inputs: Tensor, targets: Tensor, loss_fn: LossFunction
+) -> Trace:
+    """Trace one update of the plain ``model`` on one rank's batch, of which only shapes are read.
+
+    It is split into ``recipe.accumulation`` micro-batches. Nothing is computed or allocated: the
+    model, its gradients and all random generators stay as they are. A compiled model is traced as
+    an eager one, with the checkpointing it is set to; the loss scaling of fp16 is left out.
     """
     device = next(model.parameters()).device
     with without_content(model, device) as model:
@@ -151,7 +159,7 @@ def trace_update(
         state = [v for s in optimizer.state.values() for v in _tensors(s)]
         recorder.hold([*model.parameters(), *model.buffers(), *state])
         with recorder, operands_within_update(model, recipe):
-            activations = _passes(model, recipe, images, num_classes, recorder)
+            activations = _passes(model, recipe, (inputs, targets), loss_fn, recorder)
             recorder.part = "optimizer"
             _step(model, recipe, optimizer)
     gradients = held_bytes(p.grad for p in model.parameters() if p.grad is not None)
@@ -192,21 +200,25 @@ def stepped(model: nn.Module, recipe: Recipe) -> Optimizer:
 
 
 def _passes(
-    model: nn.Module, recipe: Recipe, shape: Sequence[int], num_classes: int, recorder: Recorder
+    model: nn.Module,
+    recipe: Recipe,
+    batch: tuple[Tensor, Tensor],
+    loss_fn: LossFunction,
+    recorder: Recorder,
 ) -> int:
     """Forward and backward passes of all micro-batches; bytes that the first one's graph keeps."""
     device = next(model.parameters()).device
-    images, targets = torch.empty(*shape), torch.empty(shape[0], num_classes)
-    parts, labels = images.chunk(recipe.accumulation), targets.chunk(recipe.accumulation)
+    inputs, targets = (torch.empty_like(tensor, device="cpu") for tensor in batch)
+    parts, labels = inputs.chunk(recipe.accumulation), targets.chunk(recipe.accumulation)
     activations = None
     for part, label in zip(parts, labels, strict=True):
         recorder.part, saved = "forward", SavedTensors()
         with autocast(device.type, recipe.precision), saved:
-            loss = F.cross_entropy(model(part.to(device)), label.to(device))
+            loss = loss_fn(model(part.to(device)), label.to(device))
         if activations is None:
             activations = saved.bytes_beside(model)
         recorder.part = "backward"
-        (loss * (len(part) / len(images))).backward()
+        (loss * (len(part) / len(inputs))).backward()
     return activations or 0
 
 

@@ -27,7 +27,7 @@ from switchlora.batches import crop_and_flip, decode
 from switchlora.data import build_data
 
 CONF = Path(__file__).parents[1] / "conf"
-YAMLS = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+YAMLS = sorted({path.stem for path in (CONF / "data").glob("*.yaml")} - {"bytes"})
 RANDOM = {
     "scale": (0.3, 1.0),
     "color_jitter": None,

@@ -9,7 +9,7 @@ from runs import BY_DATE, SHORT
 from switchlora.flops import FlopCounter
 from switchlora.run import prepare
 from switchlora.state import Phase
-from switchlora.trace import trace_update
+from switchlora.trace import trace_batch
 from switchlora.train import fit
 
 
@@ -24,11 +24,11 @@ def test_a_product_costs_two_flops_a_multiply_add_forward_and_backward():
 def test_a_run_counts_the_work_of_an_update_in_each_phase(accumulation, tmp_path):
     words = ("max_updates=32", "+model.drop_path_rate=0.1", f"full.accumulation={accumulation}")
     run = prepare(composed(*SHORT, *BY_DATE, *words), tmp_path)
-    images, classes = run.images_shape, run.data.num_classes
-    full = trace_update(run.model, run.recipe, images, classes)
+    batch = *run.data.example(run.share), run.data.loss
+    full = trace_batch(run.model, run.recipe, *batch)
     with run.log:
         fit(run)
-    adapter = trace_update(run.model, run.recipe, images, classes)
+    adapter = trace_batch(run.model, run.recipe, *batch)
     for phase, trace in ((Phase.FULL, full), (Phase.ADAPTER, adapter)):
         expected = sum(operation.flops for operation in trace.operations)
         assert run.state.flops[phase] == expected > 0

@@ -19,7 +19,7 @@ from switchlora.run import prepare
 from switchlora.runlog import read_events
 from switchlora.state import Phase
 from switchlora.storages import SavedTensors, held_bytes
-from switchlora.trace import trace_update
+from switchlora.trace import trace_batch
 from switchlora.train import fit
 
 EARLY = ("switch/criterion=at_epoch", "switch.criterion.epoch=0.1", "monitor.window=2")
@@ -146,7 +146,7 @@ def test_the_prediction_is_that_of_the_cost_models_trace_and_moves_no_generator(
     random = torch.get_rng_state()
     predicted = predict_memory(run)
     assert torch.equal(random, torch.get_rng_state())
-    traced = trace_update(run.model, run.recipe, (64, 1, 8, 8), 10).memory
+    traced = trace_batch(run.model, run.recipe, *run.data.example(64), run.data.loss).memory
     assert {part: predicted[part] for part in traced} == traced
     assert all(p.grad is None and p.device.type == "cpu" for p in run.model.parameters())
 
