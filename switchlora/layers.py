@@ -14,7 +14,9 @@ from switchlora.products import (
     Product,
     cheaper_form,
     compute_dtype,
+    dropped_forward,
     gelu_input,
+    joint_forward,
     operand_of,
 )
 
@@ -25,12 +27,15 @@ r / T of a product, and keeping it the memory of the weight"""
 
 
 class AdaptedLinear(nn.Linear):
-    """y = W_res x + b + s B A x with W_res frozen (Hu et al., arXiv 2106.09685).
+    """y = W_res x + b + s B A x (Hu et al., arXiv 2106.09685), W_res frozen or not.
 
     ``weight`` and ``bias`` stay where ``nn.Linear`` has them, so the names in state dicts,
     optimizers and curves survive the switch. Subclasses say where the factors are. ``form`` is
     'merged' or 'split', None leaves it to ``cheaper_form``. With ``recompute_gelu``, inputs that
-    come from a gelu are made again in the backward pass instead of kept.
+    come from a gelu are made again in the backward pass instead of kept. Where ``weight`` trains,
+    as in the joint phase, it gets its gradient. ``dropout`` is the share of the adapter's inputs
+    that training zeroes. Both make and keep what a plain linear does, so ``form`` and
+    ``recompute_gelu`` have no effect there.
     """
 
     kind = "lora"
@@ -51,6 +56,13 @@ class AdaptedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         adapters = list(self.adapters().values())
+        if self.dropout and self.training:
+            return dropped_forward(input, self.weight, self.bias, adapters, self.dropout)
+        if self.weight.requires_grad:
+            return joint_forward(input, self.weight, self.bias, adapters)
+        return self._frozen_forward(input, adapters)
+
+    def _frozen_forward(self, input: Tensor, adapters: Sequence[Adapter]) -> Tensor:
         layout = [(adapter.rows, adapter.scaling) for adapter in adapters]
         factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
         tokens = input.shape[:-1].numel()

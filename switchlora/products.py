@@ -93,6 +93,34 @@ def adapted_backward(
     return grad_input, torch.cat(sums), found
 
 
+def joint_forward(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
+) -> Tensor:
+    """X (W + s B A)^T + b by autograd, for the joint phase, where W trains too: (..., out).
+
+    The sum is made outside of autocast, so that W + s B A is rounded once. ``adapters`` cover all
+    rows in order.
+    """
+    with torch.autocast(inputs.device.type, enabled=False):
+        parts = weight.split([len(adapter.B) for adapter in adapters])
+        pairs = zip(parts, adapters, strict=True)
+        total = [torch.addmm(part, B, A, alpha=scaling) for part, (A, B, _, scaling) in pairs]
+    return F.linear(inputs, total[0] if len(total) == 1 else torch.cat(total), bias)
+
+
+def dropped_forward(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], p: float
+) -> Tensor:
+    """X W_res^T + b + s drop(X) A^T B^T by autograd (..., out), in training (arXiv 2106.09685).
+
+    One mask, which zeroes a share ``p`` of the inputs, for all row slices. W_res may train.
+    """
+    dropped = F.dropout(inputs, p)
+    low = [a.scaling * F.linear(F.linear(dropped, a.A), a.B) for a in adapters]
+    weight = weight.to(compute_dtype(inputs.device.type, [adapters[0].A]))
+    return F.linear(inputs, weight, bias) + torch.cat(low, dim=-1)
+
+
 class Product(NamedTuple):
     """How an adapted product is made, besides its tensors."""
 

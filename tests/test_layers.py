@@ -219,3 +219,115 @@ def test_inputs_from_a_gelu_are_made_again_bit_by_bit():
 def test_row_slices_read_the_inputs_one_by_one_so_merging_pays_earlier():
     assert cheaper_form(200, 384, 1152) == "split"
     assert cheaper_form(200, 384, 1152, slices=3) == "merged"
+
+
+def gradients(function, x, module, direction):
+    """Outputs, and the gradients of x and of all that trains."""
+    torch.manual_seed(3)  # of dropout's mask
+    y = function(x)
+    trained = [p for p in module.parameters() if p.requires_grad and p.numel()]
+    return [y, *torch.autograd.grad((y * direction).sum(), [x, *trained])]
+
+
+@pytest.mark.parametrize("kind", SLICES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_the_joint_phase_the_base_weight_gets_its_gradient_too(kind, bias):
+    _, module = make(kind, bias)
+    module.weight.requires_grad_()
+    x, direction = torch.randn(5, 7, 6, requires_grad=True), torch.randn(5, 7, 12)
+    mine = gradients(module, x, module, direction)
+    theirs = gradients(lambda x: plain(module, x), x, module, direction)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(mine, theirs, strict=True))
+    assert any(torch.equal(g, mine[2]) and g.shape == module.weight.shape for g in mine)
+
+
+@pytest.mark.parametrize("kind", SLICES)
+def test_gradcheck_of_all_that_trains_in_the_joint_phase(kind):
+    _, module = make(kind, dtype=torch.float64)
+    module.weight.requires_grad_()
+    values = {n: p for n, p in module.named_parameters() if p.numel()}
+    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+
+    def outputs(x, *parameters):
+        given = dict(zip(values, parameters, strict=True))
+        return torch.func.functional_call(module, given, (x,))
+
+    assert torch.autograd.gradcheck(outputs, (x, *values.values()))
+
+
+def test_freezing_the_base_at_the_end_of_the_joint_phase_does_not_move_the_function():
+    _, module = make("sliced")
+    x = torch.randn(5, 6)
+    joint = module.requires_grad_()(x)
+    module.weight.requires_grad_(False)
+    assert torch.allclose(joint, module(x), atol=1e-5)
+
+
+def test_in_the_joint_phase_autocast_rounds_the_effective_weight_once():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64)
+    large = Adapter(torch.randn(4, 64), torch.randn(64, 4), slice(0, 64), 1.0)
+    module, x = adapted_linear(linear, {"": large}).requires_grad_(), torch.randn(32, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = module(x), linear(x)
+    assert mine.dtype == torch.bfloat16 and (mine - theirs).abs().max() <= 2**-7
+    mine.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", SLICES)
+@pytest.mark.parametrize("joint", [False, True])
+def test_dropout_is_one_mask_on_the_inputs_of_all_adapters_and_not_of_the_base(kind, joint):
+    _, module = make(kind)
+    module.weight.requires_grad_(joint)
+    module.dropout, x = 0.4, torch.randn(5, 7, 6, requires_grad=True)
+
+    def by_hand(x):
+        dropped = F.dropout(x, 0.4)
+        parts = [a.scaling * dropped @ a.A.mT @ a.B.mT for a in module.adapters().values()]
+        return F.linear(x, module.weight, module.bias) + torch.cat(parts, dim=-1)
+
+    direction = torch.randn(5, 7, 12)
+    mine = gradients(module, x, module, direction)
+    theirs = gradients(by_hand, x, module, direction)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_the_expectation_over_masks_is_the_undropped_output():
+    _, module = make("sliced")
+    x = torch.randn(6)
+    undropped, module.dropout = module(x), 0.3
+    draws = module(x.expand(20_000, 6))
+    error = (draws.mean(dim=0) - undropped).abs()
+    assert (error <= 5 * draws.std(dim=0) / 20_000**0.5 + 1e-5).all()
+    assert draws.std(dim=0).max() > 0.1
+
+
+def test_evaluation_drops_nothing():
+    _, module = make("scaled")
+    module.eval()
+    x = torch.randn(5, 6)
+    undropped, module.dropout = module(x), 0.5
+    assert torch.equal(module(x), undropped)
+
+
+def test_a_residual_in_bf16_takes_dropout_too():
+    _, module = make("whole")
+    module.weight.data = module.weight.bfloat16()
+    module.dropout = 0.1
+    assert module(torch.randn(5, 6)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_joint_phase_compiles_without_graph_breaks(dropout):
+    _, module = make("sliced")
+    module.requires_grad_().dropout = dropout
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert compiled(torch.randn(4, 6)).shape == (4, 12)
+
+
+@pytest.mark.parametrize("kind", SLICES)
+def test_the_merged_weight_is_that_of_the_linear_before(kind):
+    linear, module = make(kind)
+    assert torch.allclose(module.merged(), linear.weight, atol=1e-6)
+    assert not module.merged().requires_grad
