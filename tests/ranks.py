@@ -88,6 +88,7 @@ def main():
     plain = run.learner.plain()
     found = {
         "spread": spread(plain.state_dict().values()),
+        "differ": [n for n, tensor in plain.state_dict().items() if spread([tensor])],
         "trained": len(trained_tensors(plain)),
         "ranks": distributed.gather(look_around()),
         "local": sum(

@@ -1,0 +1,240 @@
+"""RefLoRA: the equation that S solves, the step that it makes, and whole runs with it."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from conf_yamls import build, composed, names
+from conftest import tiny_vit
+from runs import assert_same_run, make_run
+from switchlora.errors import Interrupted
+from switchlora.factors import trained_adapters
+from switchlora.initializers import Factors, WeightSVD, zero_b
+from switchlora.layers import Adapter, scaling_one
+from switchlora.learner import build_learner
+from switchlora.reflora import RefLoRA, RefLoRAS, balance, precondition, refactoring_matrices
+from switchlora.surgery import find_targets, inject, train_only
+
+LOSS = nn.CrossEntropyLoss()
+START = ("switch/criterion=at_start", "switch/rank=fixed", "switch.rank.rank=2")
+
+
+def pair(rank=4, cond=1.0, seed=0, out=24, inputs=16):
+    """Trained factors; the singular values of A fall from 1 to 1 / cond."""
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.linalg.qr(torch.randn(inputs, rank, generator=generator))[0].T
+    A = torch.logspace(0, -torch.log10(torch.tensor(cond)), rank)[:, None] * A
+    B = torch.randn(out, rank, generator=generator)
+    return Adapter(nn.Parameter(A), nn.Parameter(B), slice(0, out), 2.0)
+
+
+def with_gradients(adapter):
+    """The gradients of ||(s B A - 1) X||^2 in place; the loss as a function of the factors."""
+    images = torch.randn(adapter.A.shape[1], 8, generator=torch.Generator().manual_seed(9))
+
+    def loss(A, B):
+        return ((adapter.scaling * B @ A - 1) @ images).square().mean()
+
+    loss(adapter.A, adapter.B).backward()
+    return loss
+
+
+def unbalanced(weight, update, rank):
+    A, B = zero_b(weight, update, rank)
+    return Factors(A, 0.1 * torch.randn(B.shape))
+
+
+def adapted(init, seed=0, rank=2):
+    """A tiny ViT with adapters on everything, and its recipe for the adapter phase."""
+    torch.manual_seed(seed)
+    model = tiny_vit()
+    targets = find_targets(model, (r"attn\.qkv", r"mlp\.fc1"), split_qkv=True)
+    chosen = {n: init(t.weight(model), t.weight(model), rank) for n, t in targets.items()}
+    inject(model, targets, chosen, scaling_one)
+    train_only(model, ())
+    return model
+
+
+def learner(model, *overrides, start=0):
+    recipe = build(composed("full.scheduler.warmup_t=0", *overrides).adapter)
+    return build_learner(model, recipe, total_updates=200, start=start)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(16, 1, 8, 8, generator=generator)
+    return images, torch.randint(0, 5, (16,), generator=generator)
+
+
+def products(adapters):
+    return [(a.B @ a.A).detach() for a in adapters]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8])
+@pytest.mark.parametrize("cond", [1.0, 1e2, 1e4])
+def test_S_solves_its_equation_and_has_its_inverse(rank, cond):
+    A, B, *_ = pair(rank, cond)
+    S, inverse = refactoring_matrices(A, B)
+    A, B = A.double(), B.double()
+    assert torch.allclose(S @ A @ A.mT @ S, B.mT @ B, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(S @ inverse, torch.eye(rank).double(), atol=1e-5)
+    assert torch.equal(S, S.mT) or torch.allclose(S, S.mT, rtol=1e-10)
+    assert (torch.linalg.eigvalsh(S) > 0).all()
+
+
+def test_refactoring_leaves_the_product_alone_and_balances_the_factors():
+    A, B, *_ = pair(cond=10.0)
+    S, _ = refactoring_matrices(A, B)
+    P = torch.linalg.cholesky(S).float()
+    balanced_A, balanced_B = P.mT @ A, B @ torch.linalg.inv(P).mT
+    assert torch.allclose(balanced_B @ balanced_A, B @ A, atol=1e-5)
+    gram_A, gram_B = balanced_A @ balanced_A.mT, balanced_B.mT @ balanced_B
+    assert torch.allclose(gram_A, gram_B, atol=1e-5)
+
+
+def test_a_balanced_pair_is_left_alone():
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
+    factors = WeightSVD()(weight, weight, 4)
+    S, inverse = refactoring_matrices(factors.A, factors.B)
+    assert torch.allclose(S, torch.eye(4).double(), atol=1e-5)
+    assert torch.allclose(inverse, torch.eye(4).double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["B is zero", "a row of A is zero", "both", "columns of B alike"])
+def test_a_singular_pair_has_the_identity(what):
+    A, B = (factor.detach().clone() for factor in pair()[:2])
+    if what in ("B is zero", "both"):
+        B.zero_()
+    if what in ("a row of A is zero", "both"):
+        A[1] = 0
+    if what == "columns of B alike":
+        B[:, 1] = 3 * B[:, 0] - B[:, 2]
+    S, inverse = refactoring_matrices(A, B)
+    assert torch.equal(S, torch.eye(4).double()) and torch.equal(inverse, S)
+
+
+def test_a_singular_pair_does_not_disturb_the_others_of_its_batch():
+    pairs = [pair(seed=0), pair(seed=1), pair(seed=2, inputs=40)]
+    nn.init.zeros_(pairs[1].B)
+    for each in pairs:
+        with_gradients(each)
+    before = [each.A.grad.clone() for each in pairs]
+    precondition(pairs)
+    for number in (0, 2):
+        _, inverse = refactoring_matrices(pairs[number].A, pairs[number].B)
+        expected = inverse.float() @ before[number]
+        assert torch.allclose(pairs[number].A.grad, expected, rtol=1e-5)
+    assert torch.equal(pairs[1].A.grad, before[1])
+
+
+def test_a_preconditioned_sgd_step_is_the_balanced_pairs_step_mapped_back():
+    each, lr = pair(cond=10.0), 0.01
+    loss = with_gradients(each)
+    S, _ = refactoring_matrices(each.A, each.B)
+    P = torch.linalg.cholesky(S).float()
+    inverse = torch.linalg.inv(P)
+    A, B = (P.mT @ each.A).detach(), (each.B @ inverse.mT).detach()
+    grad_A, grad_B = torch.func.grad(loss, argnums=(0, 1))(A, B)
+    precondition([each])
+    torch.optim.SGD([each.A, each.B], lr=lr).step()
+    assert torch.allclose(each.A, inverse.mT @ (A - lr * grad_A), atol=1e-5)
+    assert torch.allclose(each.B, (B - lr * grad_B) @ P.mT, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer,powers",
+    [
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), (1, 2, 2)),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), (1,)),
+    ],
+)
+def test_balancing_keeps_the_product_and_scales_moments_as_gradients(optimizer, powers):
+    each = pair()
+    stepped = optimizer([each.A, each.B])
+    with_gradients(each)
+    stepped.step()
+    keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if len(powers) > 1 else ("momentum_buffer",)
+    product = (each.B @ each.A).detach()
+    p = (each.B.norm() / each.A.norm()).sqrt().detach()
+    before = {f: {k: stepped.state[f][k].clone() for k in keys} for f in (each.A, each.B)}
+    balance([each], stepped)
+    assert torch.allclose(each.B @ each.A, product, atol=1e-5)
+    assert torch.allclose(each.A.norm(), each.B.norm(), rtol=1e-5)
+    for key, power in zip(keys, powers, strict=True):
+        for factor, scale in ((each.A, 1 / p), (each.B, p)):
+            expected = before[factor][key] * scale**power
+            assert torch.allclose(stepped.state[factor][key], expected, rtol=1e-5)
+
+
+def test_balancing_does_nothing_while_B_is_zero():
+    each = pair()
+    nn.init.zeros_(each.B)
+    before = each.A.clone()
+    balance([each], torch.optim.AdamW([each.A, each.B]))
+    assert torch.equal(each.A, before) and not each.B.any()
+
+
+@pytest.mark.parametrize("how", names("adapter/refactoring"))
+@pytest.mark.parametrize("recipe,init", [("adamw", zero_b), ("sgd", unbalanced)])
+def test_training_with_it_lowers_the_loss(how, recipe, init):
+    short = ["adapter.refactoring.warmup_updates=5"] if how == "reflora" else []
+    overrides = (f"recipe@full={recipe}", f"adapter/refactoring={how}", *short)
+    trained = learner(adapted(init), *overrides)
+    losses = [trained.update(*batch(), LOSS, number).loss for number in range(25)]
+    assert losses[-1] < 0.95 * losses[0]
+    if how == "reflora_s":
+        norms = [(a.A.norm(), a.B.norm()) for a in trained_adapters(trained.model)]
+        assert all(A.item() == pytest.approx(B.item(), rel=1e-4) for A, B in norms)
+
+
+def test_warm_up_and_intervals_count_from_where_the_recipe_took_over():
+    options = ("adapter.refactoring.warmup_updates=2", "adapter.refactoring.interval=3")
+    trained = learner(adapted(unbalanced), "adapter/refactoring=reflora", *options, start=10)
+    refactored = []
+    for number in range(10, 19):
+        trained.set_lr(number)
+        for adapter in trained_adapters(trained.model):
+            adapter.A.grad, adapter.B.grad = map(torch.ones_like, (adapter.A, adapter.B))
+        trained.optimizer.step()
+        if not torch.equal(adapter.A.grad, torch.ones_like(adapter.A)):
+            refactored.append(number)
+    assert refactored == [12, 15, 18]
+
+
+@pytest.mark.parametrize("refactoring", [RefLoRA(warmup_updates=0), RefLoRAS()])
+def test_pairs_with_a_frozen_factor_and_of_rank_zero_are_left_alone(refactoring):
+    model = adapted(unbalanced)
+    first, *_ = trained_adapters(model)
+    first.A.requires_grad_(False)
+    trained = learner(model)
+    refactoring(trained)
+    before = first.A.clone()
+    trained.update(*batch(), LOSS, 0)
+    assert torch.equal(first.A, before) and first.A.grad is None
+
+
+def test_a_run_that_is_resumed_goes_on_bit_equal(tmp_path, at_update):
+    options = (*START, "switch/init=weight_svd", "adapter/refactoring=reflora_s")
+    make_run(tmp_path / "whole", *options, "max_updates=12")
+
+    def stop(images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return images
+
+    at_update(9, stop)
+    with pytest.raises(Interrupted):
+        make_run(tmp_path / "parts", *options, "max_updates=12")
+    at_update(None, stop)
+    make_run(tmp_path / "parts", *options, "max_updates=12", "resume=auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="refactoring.interval is 0: give at least 1"):
+        RefLoRA(interval=0)
+    with pytest.raises(ValueError, match="refactoring does not go with system.parallel=fsdp"):
+        recipe = build(composed("adapter/refactoring=reflora").adapter)
+        build_learner(tiny_vit(), recipe, 10, parallel="fsdp")
