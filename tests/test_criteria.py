@@ -18,7 +18,8 @@ from switchlora.criteria import (
     at_start,
     never,
 )
-from switchlora.stability import BasisStability, StableRank
+from switchlora.records import measurement_of
+from switchlora.stability import StableRank
 
 CRITERIA = names("switch/criterion")
 
@@ -79,22 +80,6 @@ def test_a_quorum_lets_one_moving_target_be_outvoted_and_names_it():
     assert UpdateNorm(patience=1, quorum=0.75)(series).fires
 
 
-def test_stable_rank_derivative_is_numpys_gradient_as_seen_at_each_time():
-    ranks = np.random.default_rng(0).uniform(3, 9, size=20)
-    criterion = StableRank(patience=4)
-    average = [ranks[0]]
-    for value in ranks[1:]:
-        average.append(2 / 5 * value + 3 / 5 * average[-1])
-    seen = [np.abs(np.gradient(average[: t + 1]))[-4:].mean() for t in range(4, 20)]
-    assert np.allclose(criterion.derivatives(ranks), seen)
-
-
-def test_a_target_that_was_stable_once_stays_stable():
-    ranks = [5.0] * 10 + [5.0, 9.0, 3.0, 12.0]
-    series = history({"fc1": [stats(weight_rank=r) for r in ranks]})
-    assert StableRank(epsilon=0.1, patience=5)(series).fires
-
-
 def test_prelora_by_hand():
     norms = {"b.0.fc1": (100, 101, 101.5), "b.1.fc1": (100, 103, 104), "b.0.qkv": (50, 50, 50)}
     series = history(
@@ -110,6 +95,76 @@ def test_prelora_by_hand():
     assert verdict.margins["b.1.fc1"] == pytest.approx(2.5 - 3)
     assert verdict.margins[LOSS] == pytest.approx(6 - 5)
     assert "fc1" in verdict.reason
+
+
+RECORDED = {  # ||W||_F at updates 1000, 2000, 3000 and 4000
+    "blocks.0.attn.qkv": (40.0, 41.0, 41.205, 41.205),  # changes of 2.5, 0.5, 0 %
+    "blocks.1.attn.qkv": (50.0, 51.0, 51.51, 51.51),  # 2, 1, 0 %
+    "blocks.0.mlp.fc1": (80.0, 80.8, 82.012, 82.012),  # 1, 1.5, 0 %
+    "blocks.1.mlp.fc1": (60.0, 60.6, 60.903, 60.903),  # 1, 0.5, 0 %
+}
+LOSSES = (3.0, 2.8, 2.66, 2.6)  # changes of 6.67, 5.0, 2.26 %
+
+
+def recorded():
+    """What metrics.jsonl tells of four windows of two families."""
+    events = []
+    for t in range(4):
+        event = {"num_updates": 1000 * (t + 1), "epoch": t / 2, "train/window_loss": LOSSES[t]}
+        for name, norms in RECORDED.items():
+            others = ("update_norm", "weight_stable_rank", "update_stable_rank", "grad_norm")
+            event |= {f"weight_norm/{name}": norms[t], **{f"{key}/{name}": 1.0 for key in others}}
+        events.append(event)
+    return [measurement_of(event) for event in events]
+
+
+def test_prelora_fires_on_a_recorded_history_where_the_hand_calculation_says():
+    """D_qkv = (2.5 + 2) / 2, (0.5 + 1) / 2, 0 = 2.25, 0.75, 0; D_fc1 = 1, 1, 0.
+
+    With three windows, the test at update 3000 sees the pairs 1 and 2, and at 4000 the pairs 2
+    and 3: D_qkv <= 0.75, D_fc1 <= 1 and loss changes <= 5 %.
+    """
+    measured = recorded()
+    fired = [PreLoRA(tau=1.01, zeta=5.01)(measured[:n]).fires for n in range(1, 5)]
+    assert fired == [False, False, False, True]
+    assert not PreLoRA(tau=1.01, zeta=4.99)(measured).fires
+    assert not PreLoRA(tau=0.99, zeta=5.01)(measured).fires
+    assert PreLoRA(tau=2.26, zeta=6.67)(measured[:3]).fires
+    assert not PreLoRA(tau=2.24, zeta=6.67)(measured[:3]).fires
+    margins = PreLoRA(tau=1.01, zeta=5.01)(measured).margins
+    expected = dict(zip(RECORDED, (0.51, 0.01, -0.49, 0.51), strict=True)) | {LOSS: 0.01}
+    assert margins == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "accumulation, per_epoch, tests", [(2, 2502, 0), (2, 2503, 15), (1, 2502, 51), (1, 2503, 51)]
+)
+def test_preloras_published_counter_tests_as_often_as_its_code(accumulation, per_epoch, tests):
+    """In 20 epochs with a window of 1000 updates, counted from micro-batch 0."""
+    criterion = PreLoRA(published_counter=[accumulation, per_epoch])
+    updates = range(0, 20 * per_epoch // accumulation + 1, 1000)
+    assert sum(criterion.checks_at(num_updates) for num_updates in updates) == tests
+
+
+def test_preloras_published_counter_measures_where_it_does_not_test():
+    measured = recorded()
+    blind = PreLoRA(tau=2.26, zeta=6.67, published_counter=[2, 2502])
+    late = PreLoRA(tau=2.26, zeta=6.67, published_counter=[2, 2503])
+    assert [blind(measured[:n]).fires for n in (3, 4)] == [False, False]
+    assert "published_counter is blind at update 3000" in blind(measured[:3]).reason
+    assert [late(measured[:n]).fires for n in (3, 4)] == [False, True]  # 6000 and 8000 of 2503
+    assert blind(measured).margins == PreLoRA(tau=2.26, zeta=6.67)(measured).margins
+
+
+def test_preloras_shared_output_hides_attn_proj_behind_fc2():
+    norms = {"attn.proj": (1.0, 2.0, 4.0), "mlp.fc2": (1.0, 1.0, 1.0), "mlp.fc1": (1.0, 1.0, 1.0)}
+    series = {f"blocks.0.{n}": [stats(weight_norm=w) for w in ws] for n, ws in norms.items()}
+    assert not PreLoRA()(history(series)).fires
+    hidden = PreLoRA(shared_output=True)(history(series))
+    assert hidden.fires and hidden.margins["blocks.0.attn.proj"] == 5 - 100
+    del series["blocks.0.mlp.fc2"]
+    alone = PreLoRA(shared_output=True)(history(series))
+    assert not alone.fires and "family output changed most, 100 %" in alone.reason
 
 
 def test_a_rotation_at_constant_norm_counts_only_for_true_update_norms():
@@ -156,6 +211,8 @@ def test_all_of_needs_all_and_any_of_needs_one():
         lambda: StableRank(of="grad"),
         lambda: PreLoRA(windows=1),
         lambda: PreLoRA(signal="loss"),
+        lambda: PreLoRA(published_counter=[2]),
+        lambda: StableRank(relaxed=[9, 2.5]),
     ],
 )
 def test_impossible_settings_are_refused(make):

@@ -6,9 +6,14 @@ import pytest
 import scipy.linalg
 import torch
 
+from conf_yamls import composed
 from conftest import tiny_vit
+from runs import SHORT
 from switchlora.monitor import UpdateMonitor
+from switchlora.records import read_record
+from switchlora.run import prepare
 from switchlora.surgery import find_targets
+from switchlora.train import fit
 
 PATTERNS = [r"attn\.qkv", r"mlp\.fc1"]
 
@@ -67,6 +72,58 @@ def test_exact_mode_adds_effective_ranks_and_leading_singular_values():
     assert stats.weight_effective_rank == pytest.approx(math.exp(-(p * p_log(p)).sum()), rel=1e-3)
     assert stats.weight_singular_values == pytest.approx(S[:5], rel=1e-3)
     assert len(stats.update_singular_values) == 5
+
+
+def turn(weight, angle):
+    """Rotate the first two directions of the smaller side of ``weight`` (out, in)."""
+    rotation = torch.eye(32)
+    c, s = math.cos(angle), math.sin(angle)
+    rotation[:2, :2] = torch.tensor([[c, -s], [s, c]])
+    with torch.no_grad():
+        weight.copy_(weight @ rotation if weight.shape[1] == 32 else rotation @ weight)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"])
+def test_bases_know_a_turn_by_its_angle_and_do_not_see_growth(name):
+    model = tiny_vit()
+    targets = find_targets(model, [r"mlp\.fc1", r"mlp\.fc2"])
+    monitor = UpdateMonitor(model, targets, 10, bases=True)
+    weight = model.get_submodule(name).weight
+    with torch.no_grad():
+        weight.mul_(3)
+    assert monitor.measure(10, 1.0).layers[name].basis_stability == pytest.approx(1)
+    turn(weight, math.pi / 3)
+    layers = monitor.measure(20, 2.0).layers
+    assert layers[name].basis_stability == pytest.approx((30 + 2 * 0.5) / 32)
+    assert layers["blocks.1.mlp.fc1"].basis_stability == pytest.approx(1)
+
+
+def test_basis_stability_is_the_mean_cosine_between_columns_of_polar_factors():
+    model, monitor = monitored(bases=True)
+    name = "blocks.1.attn.qkv"
+    weight = model.get_submodule(name).weight
+    before = scipy.linalg.polar(weight.detach().numpy())[0]
+    move(model, scale=0.1)
+    now = scipy.linalg.polar(weight.detach().numpy())[0]
+    cosines = torch.cosine_similarity(torch.tensor(now), torch.tensor(before), dim=0)
+    stats = monitor.measure(10, 1.0).layers[name]
+    assert stats.basis_stability == pytest.approx(float(cosines.mean()), abs=1e-5)
+    assert monitored()[1].measure(10, 1.0).layers[name].basis_stability is None
+
+
+def test_a_run_logs_how_far_bases_turn_and_its_criterion_reads_it(tmp_path):
+    turning = ("monitor.bases=true", "switch/criterion=oialr", "switch.criterion.threshold=1")
+    run = prepare(composed(*SHORT, *turning, "max_updates=10"), tmp_path)
+    with run.log:
+        fit(run)
+    (measured,) = read_record(tmp_path).history()
+    assert [measured] == run.state.history
+    cosines = {name: stats.basis_stability for name, stats in measured.layers.items()}
+    assert all(0.5 < cosine < 1 for cosine in cosines.values())
+    (event,) = read_record(tmp_path).events("measure")
+    assert {n: event[f"switch/margin/{n}"] for n in cosines} == {
+        name: cosine - 1 for name, cosine in cosines.items()
+    }
 
 
 def p_log(p):
