@@ -1,0 +1,79 @@
+"""The picture of loss against training FLOPs: curves of all runs, their ends, and the fits."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from scaling_fit import PowerLaw
+
+from switchlora.figures import run_styles, tidy
+
+SHOWN_FROM = 0.1  # of a run: before, the warm-up's losses would flatten the rest
+
+
+def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
+    """Left the training loss of each run along its way, right the losses at the end.
+
+    ``points`` are those of ``scaling.Point``. Both axes are logarithmic; a marker is a run.
+    """
+    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    way, end = figure.subplots(1, 2)
+    for (label, law), style in zip(laws.items(), run_styles(len(laws)), strict=True):
+        members = [point for point in points if point.label == label]
+        for point in members:
+            draw_curve(way, point, style)
+        draw_ends(end, members, label, law, style)
+    way.set_title("training loss along each run", fontsize=10)
+    end.set_title("validation loss at the end", fontsize=10)
+    for axis in (way, end):
+        tidy_logarithms(axis)
+        axis.set_xlabel("training FLOPs", fontsize=9)
+    end.legend(fontsize=8, frameon=False)
+    way.set_ylabel("loss, nats", fontsize=9)
+    return figure
+
+
+def draw_curve(axis: Axes, point: Any, style: Mapping[str, Any]) -> None:
+    """A run's training loss over its FLOPs, without its first tenth."""
+    shown = [(c, loss) for c, loss in point.curve if c >= SHOWN_FROM * point.flops]
+    if shown:
+        axis.plot(
+            *zip(*shown, strict=True),
+            color=style["color"],
+            linestyle=style["linestyle"],
+            linewidth=0.8,
+            alpha=0.6,
+        )
+
+
+def draw_ends(
+    axis: Axes, members: Sequence[Any], label: str, law: PowerLaw, style: Mapping[str, Any]
+) -> None:
+    """The runs of one kind and the line through them, with its exponent in the legend."""
+    flops = [point.flops for point in members]
+    axis.plot(
+        flops,
+        [point.loss for point in members],
+        style["marker"],
+        color=style["color"],
+        markersize=5,
+        markerfacecolor="none",
+    )
+    told = f"{label}: b = {law.exponent:.3f} [{law.low:.3f}, {law.high:.3f}], n = {law.runs}"
+    ends = np.geomspace(min(flops), max(flops), 2)
+    axis.plot(ends, law(ends), markersize=5, markerfacecolor="none", label=told, **style)
+
+
+def tidy_logarithms(axis: Axes) -> None:
+    """Logarithmic axes with plain numbers for the loss, which spans less than a decade."""
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.xaxis.set_major_locator(LogLocator(numticks=6))
+    axis.yaxis.set_major_locator(MaxNLocator(6))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.minorticks_off()
+    tidy(axis)
