@@ -72,13 +72,16 @@ def forward_and_backward(module: nn.Module, x: Tensor, precision: str) -> Callab
 
 
 def interleaved_seconds(
-    steps: Mapping[str, Callable[[], object]], rounds: int = ROUNDS
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = synchronised_clock,
 ) -> dict[str, list[float]]:
     """Seconds that each step takes, ``rounds`` times: the steps take turns after a warm-up.
 
-    Other work on the machine then slows all of them alike. Queued work of a GPU is waited for.
+    Other work on the machine then slows all of them alike. The default ``clock`` waits for the
+    queued work of a GPU; ``time.process_time`` leaves out what other processes take.
     """
-    timers = {name: Timer(step, timer=synchronised_clock) for name, step in steps.items()}
+    timers = {name: Timer(step, timer=clock) for name, step in steps.items()}
     repeats = {n: max(1, round(SHORTEST / min(t.repeat(2, 1)))) for n, t in timers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
