@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 Config = Mapping[str, Any]
-FREE = ("name", "resume", "max_skipped", "system", "log", "checkpoint", "trunk", "objectives")
+FREE = (
+    *("name", "method", "resume", "max_skipped", "system", "log", "checkpoint", "trunk"),
+    "objectives",
+)
 """groups and keys of a configuration that change no result"""
 DIGITS = 10
 

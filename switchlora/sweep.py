@@ -41,6 +41,8 @@ FRESH_PROCESSES = "submitit"
 """launchers whose jobs are processes of their own already"""
 COUNTED = {"skipped": "finished before", "new": "new"}
 NAMED = ("resumed", "retried", "interrupted", "failed")
+METHOD = "+method"
+"""the group of yamls that each make a published system"""
 PLACED = ("resume", "system.threads", "system.device", "system.parallel")
 """keys that shape no identity of a run, and yet make another job of it"""
 
@@ -110,6 +112,8 @@ def job_folder(*, _root_: DictConfig) -> str:
 def readable(word: str) -> str:
     """An override as part of a file name: 'switch.criterion.tau=0.5' is 'tau-0.5'."""
     key, _, value = word.partition("=")
+    if key == METHOD:
+        return value
     if key.startswith(("+", "hydra.")) or (is_free(key) and not _places(word)):
         return ""
     short = re.split(r"[./]", key)[-1]
