@@ -2,6 +2,8 @@
 
 import io
 import math
+import time
+from statistics import median
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from switchlora.flops import FlopCounter
+from switchlora.gain import interleaved_seconds, linear_and_factors
 from switchlora.lowrank import (
     KINDS,
     LowRankLinear,
@@ -227,3 +230,18 @@ def test_it_compiles_without_graph_breaks_and_a_may_change(factory):
     compiled, x = torch.compile(module, backend="eager", fullgraph=True), torch.randn(4, 6)
     for module.mix in [cosine_mix(t / 20) for t in range(20)]:
         assert torch.allclose(compiled(x), module(x), atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_forwards_time_falls_with_the_share_of_the_parameters_at_width_1536():
+    width, x = 1536, torch.randn(128, 1536)
+    dense, most = linear_and_factors(width, 4 * width, width // 2)  # 62.5 % of the parameters
+    _, few = linear_and_factors(width, 4 * width, width // 4)  # 31.25 %
+    steps = {name: lambda m=m: m(x) for name, m in (("100", dense), ("63", most), ("31", few))}
+
+    def ordered():
+        found = interleaved_seconds(steps, rounds=3, clock=time.process_time)
+        seconds = {name: median(times) for name, times in found.items()}
+        return seconds["31"] < seconds["63"] < seconds["100"]
+
+    assert any(ordered() for _ in range(5))
