@@ -7,7 +7,14 @@ from typing import Any
 
 Config = Mapping[str, Any]
 FREE = (
-    *("name", "method", "resume", "max_skipped", "system", "log", "checkpoint", "trunk"),
+    "name",
+    "method",
+    "resume",
+    "max_skipped",
+    "system",
+    "log",
+    "checkpoint",
+    "trunk",
     "objectives",
 )
 """groups and keys of a configuration that change no result"""
