@@ -54,7 +54,7 @@ def load_weights(model: nn.Module, source: str) -> str:
         for key, tensor in weights.items()
         if key in found and found[key].shape != tensor.shape
     ]
-    parts = [f"{len(weights)} of {len(weights) + len(new)} tensors from {source}"]
+    parts = [f"{source}: {len(weights)} of {len(weights) + len(new)} tensors"]
     parts += [f"adapted: {', '.join(adapted)}"] if adapted else []
     parts += [f"new: {', '.join(new)}"] if new else []
     return "; ".join(parts)
