@@ -1,5 +1,6 @@
 """Rank policies against SciPy's spectra and hand calculations."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,17 +9,21 @@ import scipy.linalg
 import torch
 
 from conf_yamls import build_yaml, names
-from conftest import history, stats
+from conftest import history, stats, tiny_vit
 from switchlora.errors import NothingMeasured
 from switchlora.ranks import (
     Budget,
     Energy,
     Fixed,
+    ParameterRatio,
     PreLoRARanks,
+    RankRatio,
     StableRankRanks,
     SwitchContext,
+    Weights,
     saves_parameters,
 )
+from switchlora.surgery import find_targets
 
 SHAPES = {"blocks.0.fc1": (48, 24), "blocks.1.fc1": (48, 24), "blocks.0.fc2": (24, 48)}
 
@@ -83,6 +88,44 @@ def test_stable_rank_rounds_up_and_scales_as_cuttlefish_does():
     assert set(floor(context(measured=measured)).values()) == {12}
 
 
+def test_cuttlefishs_floors_are_a_share_of_the_full_rank_and_the_accumulative_rank():
+    torch.manual_seed(0)
+    weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    measured = history({n: [stats(weight_rank=1.5)] for n in SHAPES})  # 1.5 * 24 / 12 = 3
+    given = dataclasses.replace(context(measured=measured), weights=weights)
+    assert set(build_yaml("switch/rank", "cuttlefish")(given).values()) == {12}
+    assert set(StableRankRanks(of="weight", scaled=True)(given).values()) == {3}
+    floor = StableRankRanks(of="weight", scaled=True, accumulative=0.8)
+    for name, rank in floor(given).items():
+        values = scipy.linalg.svdvals(weights[name].double().numpy())
+        held = values.cumsum() / values.sum()
+        assert held[rank - 1] >= 0.8 > held[rank - 2]
+
+
+def test_weights_are_those_of_the_model_now():
+    model = tiny_vit()
+    targets = find_targets(model, [r"attn\.qkv"], split_qkv=True)
+    weights = Weights(model, targets)
+    assert list(weights) == list(targets) and len(weights) == 6
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight.fill_(2)
+    assert torch.equal(weights["blocks.1.attn.qkv.k"], torch.full((32, 32), 2.0))
+
+
+def test_a_rank_ratio_is_of_the_smaller_side():
+    updates = {"fc1": torch.ones(384, 96), "proj": torch.ones(96, 96), "thin": torch.ones(1, 9)}
+    assert RankRatio(0.25)(context(updates)) == {"fc1": 24, "proj": 24, "thin": 1}
+
+
+@pytest.mark.parametrize("ratio, divisor", [(0.625, 2), (0.3125, 4)])
+def test_a_parameter_ratio_gives_the_ranks_of_low_rank_ffn_training(ratio, divisor):
+    d = 96
+    updates = {"fc1": torch.ones(4 * d, d), "fc2": torch.ones(d, 4 * d)}
+    ranks = ParameterRatio(ratio)(context(updates))
+    assert ranks == {"fc1": d // divisor, "fc2": d // divisor}
+    assert ranks["fc1"] * (d + 4 * d) == ratio * d * 4 * d
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
 def test_energy_is_the_smallest_rank_that_captures_the_share(share):
     given = context()
@@ -135,6 +178,13 @@ def test_policies_that_read_updates_say_when_there_are_none(policy):
 def test_a_rank_saves_parameters_only_below_the_break_even():
     assert saves_parameters(15, (48, 24))
     assert not saves_parameters(16, (48, 24))  # 16 * 72 = 48 * 24
+
+
+@pytest.mark.parametrize("make", [RankRatio, ParameterRatio, Energy])
+@pytest.mark.parametrize("share", [0, 1.5])
+def test_shares_are_above_0_and_at_most_1(make, share):
+    with pytest.raises(ValueError, match="give a share above 0, at most 1"):
+        make(share)
 
 
 @pytest.mark.parametrize("bounds", [(4, 4), (3, 8), (8, 4)])
