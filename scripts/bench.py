@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from bench_arms import (
     ARMS,
-    LEANER,
+    ON_DEMAND,
     RESIDUAL_DTYPES,
     Cell,
     base_model,
@@ -89,7 +89,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--batch", type=int, default=16, help="images of one update, over all processes")
     add("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     add("--rank", type=int, nargs="+", default=[16])
-    add("--arms", nargs="+", default=ARMS, metavar="ARM", help=", ".join([*ARMS, *LEANER]))
+    add("--arms", nargs="+", default=ARMS, metavar="ARM", help=", ".join([*ARMS, *ON_DEMAND]))
     add("--rounds", type=int, default=8)
     add("--warmup", type=int, default=2, help="rounds before those that count")
     add("--accumulation", type=int, default=1)

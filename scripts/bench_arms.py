@@ -21,6 +21,7 @@ from switchlora.initializers import zero_b
 from switchlora.layers import is_factor, scaling_one
 from switchlora.learner import Learner, Recipe, autocast, build_learner
 from switchlora.models import create_model
+from switchlora.reflora import RefLoRA, RefLoRAS
 from switchlora.sharding import skeleton
 from switchlora.surgery import (
     Target,
@@ -36,6 +37,8 @@ from switchlora.switch import DEFAULT_TARGETS
 T = TypeVar("T")
 ARMS = ("full", "adapter", "adapter-merged", "adapter-split", "adapter-B", "peft", "frozen")
 LEANER = ("adapter-gelu", "adapter-B-blocks")  # with activation checkpointing; on demand only
+REFACTORED = {"adapter-reflora": RefLoRA(warmup_updates=0), "adapter-reflora_s": RefLoRAS()}
+ON_DEMAND = (*LEANER, *REFACTORED)
 RESIDUAL_DTYPES = {"none": None, "bf16": torch.bfloat16}
 UPDATES_FOR_PEAK = 2  # the second has moments beside its activations
 TOTAL_UPDATES = 10_000  # of the schedule; no benchmark comes to its end
@@ -83,7 +86,7 @@ class Clock:
     """Takes the parts of a learner's update from outside, by hooks that are there meanwhile.
 
     Forward is the model and the loss, optimizer is the optimizer's step, backward is the rest: the
-    backward pass, the exchange between ranks, the gradients' norm and their clipping.
+    backward pass, the exchange between ranks, the gradients' norm and their clipping, and RefLoRA.
     """
 
     def __init__(self, learner: Learner, device: torch.device) -> None:
@@ -171,7 +174,7 @@ def base_model(cell: Cell) -> nn.Module:
 
 
 def bench_recipe(cell: Cell, name: str = "full") -> Recipe:
-    """AdamW under a cosine schedule, clipped to norm 1; checkpointing as the arm's name says."""
+    """AdamW under a cosine schedule, clipped to norm 1; the rest as the arm's name says."""
     scheduler = partial(
         CosineLRScheduler, t_in_epochs=False, warmup_t=100, warmup_lr_init=1e-6, lr_min=1e-5
     )
@@ -182,6 +185,7 @@ def bench_recipe(cell: Cell, name: str = "full") -> Recipe:
         accumulation=cell.accumulation,
         precision=cell.precision,
         activation_checkpointing=name.split("-")[-1] if name in LEANER else None,
+        refactoring=REFACTORED.get(name),
     )
 
 
@@ -205,7 +209,7 @@ def make_arm(name: str, model: nn.Module, cell: Cell) -> Arm:
 
 def become(name: str, model: nn.Module, cell: Cell) -> list[str]:
     """Give ``model`` the adapters and the trained tensors of an arm; what did not work out."""
-    check_choice("--arms", name, (*ARMS, *LEANER))
+    check_choice("--arms", name, (*ARMS, *ON_DEMAND))
     targets = find_targets(model, DEFAULT_TARGETS)
     if name == "frozen":
         freeze(model, targets)

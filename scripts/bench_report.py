@@ -21,7 +21,12 @@ MEASURED = (
     "resident beyond what torch itself takes, with glibc told to return what is freed "
     "(MALLOC_MMAP_THRESHOLD_=65536)."
 )
-REFERENCES = {"full": "vs full", "frozen": "of the limit", "peft": "vs PEFT"}
+REFERENCES = {
+    "full": "vs full",
+    "frozen": "of the limit",
+    "peft": "vs PEFT",
+    "adapter": "vs adapter",
+}
 
 Result = dict[str, Any]  # of one cell, as it stands in bench.json
 

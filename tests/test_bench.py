@@ -113,6 +113,20 @@ def test_every_arm_starts_as_the_same_function(arms):
         torch.testing.assert_close(output, wanted)
 
 
+def test_the_refactored_arms_are_the_adapter_with_hooks_on_its_steps(cell):
+    base = bench_arms.base_model(cell)
+    names = ("adapter", *bench_arms.REFACTORED)
+    found = {name: bench_arms.make_arm(name, copy.deepcopy(base), cell) for name in names}
+    assert trained(found["adapter-reflora"]) == trained(found["adapter"])
+    for arm in found.values():
+        arm.lap(), arm.lap()
+    plain, refactored, scaled = (
+        adapted_modules(found[name].model)["blocks.0.attn.qkv"] for name in names
+    )
+    assert not torch.equal(refactored.lora_B, plain.lora_B)
+    torch.testing.assert_close(scaled.lora_A.norm(), scaled.lora_B.norm())
+
+
 def test_a_peft_that_trains_other_tensors_is_refused(arms):
     ours, theirs = arms["adapter"].model, arms["peft"].model
     bench_arms.check_same_shapes_train(ours, theirs)
