@@ -111,26 +111,27 @@ def rescale_moments(state: Mapping[str, Any], factor: Tensor | float) -> None:
 def prune_moments(moments: Moments, how: str, share: float, seed: int) -> None:
     """Zero a ``share`` of each factor's moments in place (ReLoRA, arXiv 2307.05695).
 
-    'random' keeps each entry with probability 1 - share, drawn from ``seed`` alone: the number of
-    updates, say, since all ranks must draw alike. 'magnitude' zeroes floor(share * n) of the n
-    entries of a moment, the smallest in absolute value; 'zero' all, whatever the share. Counters
-    of updates stay, and so do the moments of everything that is no factor.
+    'random' keeps each entry with probability 1 - share, with one draw for all moments of a
+    tensor, from ``seed`` alone: the number of updates, say, since all ranks must draw alike.
+    'magnitude' zeroes floor(share * n) of the n entries of a moment, the smallest in absolute
+    value; 'zero' all, whatever the share. Counters and moments of what is no factor stay.
     """
     check_choice("how", how, PRUNINGS)
     check_share("share", share)
     generator = torch.Generator().manual_seed(seed)
-    for name, state in moments.items():
-        for key in POWERS.keys() & state.keys() if is_factor(name) else ():
-            _prune(state[key], how, share, generator)
+    for state in (state for name, state in moments.items() if is_factor(name)):
+        found = [state[key] for key in POWERS if state.get(key) is not None]
+        drawn = torch.rand(found[0].shape if found else 0, generator=generator)
+        for moment in found:
+            moment.mul_(_kept(moment, how, share, drawn))
 
 
-def _prune(moment: Tensor, how: str, share: float, generator: torch.Generator) -> None:
+def _kept(moment: Tensor, how: str, share: float, drawn: Tensor) -> Tensor:
+    """Ones where an entry of ``moment`` is kept, zeros where not."""
+    kept = torch.ones_like(moment)
     if how == "zero":
-        moment.zero_()
-    elif how == "random":
-        kept = torch.rand(moment.shape, generator=generator) >= share
-        moment.mul_(kept.to(moment.device))
-    else:
-        count = int(share * moment.numel())
-        smallest = moment.abs().flatten().topk(count, largest=False).indices
-        moment.view(-1)[smallest] = 0
+        return kept.zero_()
+    if how == "random":
+        return kept.copy_(drawn >= share)
+    smallest = moment.abs().flatten().topk(int(share * moment.numel()), largest=False).indices
+    return kept.flatten().index_fill_(0, smallest, 0).view(moment.shape)

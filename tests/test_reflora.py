@@ -12,7 +12,7 @@ from conftest import tiny_vit
 from runs import assert_same_run, make_run
 from switchlora.errors import Interrupted
 from switchlora.factors import trained_adapters
-from switchlora.initializers import Factors, WeightSVD, zero_b
+from switchlora.initializers import Factors, WeightSVD, empty_factors, zero_b
 from switchlora.layers import Adapter, scaling_one
 from switchlora.learner import build_learner
 from switchlora.reflora import RefLoRA, RefLoRAS, balance, precondition, refactoring_matrices
@@ -48,11 +48,13 @@ def unbalanced(weight, update, rank):
 
 
 def adapted(init, seed=0, rank=2):
-    """A tiny ViT with adapters on everything, and its recipe for the adapter phase."""
+    """A tiny ViT with adapters on q, k, v and fc1, but for one v that has rank 0."""
     torch.manual_seed(seed)
     model = tiny_vit()
     targets = find_targets(model, (r"attn\.qkv", r"mlp\.fc1"), split_qkv=True)
-    chosen = {n: init(t.weight(model), t.weight(model), rank) for n, t in targets.items()}
+    weights = {name: target.weight(model) for name, target in targets.items()}
+    chosen = {name: init(weight, weight, rank) for name, weight in weights.items()}
+    chosen["blocks.0.attn.qkv.v"] = empty_factors(weights["blocks.0.attn.qkv.v"])
     inject(model, targets, chosen, scaling_one)
     train_only(model, ())
     return model
@@ -207,7 +209,8 @@ def test_warm_up_and_intervals_count_from_where_the_recipe_took_over():
 @pytest.mark.parametrize("refactoring", [RefLoRA(warmup_updates=0), RefLoRAS()])
 def test_pairs_with_a_frozen_factor_and_of_rank_zero_are_left_alone(refactoring):
     model = adapted(unbalanced)
-    first, *_ = trained_adapters(model)
+    first, *others = trained_adapters(model)
+    assert len(others) == 2 * 4 - 2
     first.A.requires_grad_(False)
     trained = learner(model)
     refactoring(trained)
