@@ -29,13 +29,12 @@ from torch.optim import Optimizer
 
 from switchlora import distributed
 from switchlora.errors import CheckpointUnusable, check_range
-from switchlora.layers import is_factor
 from switchlora.learner import Learner
 from switchlora.moments import load_moments, moments_of
 from switchlora.sharding import is_sharded
-from switchlora.surgery import inject_empty
+from switchlora.surgery import inject_empty, plain_shapes
 
-FORMAT = 3
+FORMAT = 4
 FOLDER = "checkpoints"
 STATE, SUMS, TENSORS = "state.pt", "SHA256SUMS", "tensors"
 NAME = re.compile(r"update-(\d+)(?:\.(\d+))?")
@@ -257,11 +256,7 @@ def learner_state(learner: Learner) -> dict[str, Any]:
             {key: value for key, value in group.items() if key != "params"}
             for group in learner.optimizer.param_groups
         ],
-        "shapes": {
-            name: tuple(tensor.shape)
-            for name, tensor in learner.model.state_dict().items()
-            if not is_factor(name)
-        },
+        "shapes": plain_shapes(learner.model),
         "trained": [name for name, p in learner.model.named_parameters() if p.requires_grad],
     }
 

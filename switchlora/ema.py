@@ -27,13 +27,15 @@ class WeightEMA:
     def update(self, model: nn.Module) -> None:
         """Move the average toward ``model``."""
         new = 1 - self.decay
-        present = model.state_dict()
+        present, adapted = model.state_dict(), adapted_modules(model)
+        residual = {n: m for n, m in adapted.items() if m.kind == AdaptedLinear.kind}
+        present |= {f"{n}.weight": adapted[n].merged() for n in adapted.keys() - residual.keys()}
         for name, average in self.model.state_dict().items():
             if average.is_floating_point():
                 average.lerp_(present[name].to(average), new)
             else:
                 average.copy_(present[name])
-        for name, module in adapted_modules(model).items():
+        for name, module in residual.items():
             self._add_adapters(f"{name}.weight", module, new)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -25,16 +25,20 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
     """The adapter in PEFT's format, beside ``residual.safetensors``, the model it belongs on.
 
     Load the residual with timm, then ``peft.PeftModel.from_pretrained(model, folder)``. Row slices
-    of a fused linear become one adapter of their summed rank with a block-diagonal B.
+    of a fused linear become one adapter of their summed rank with a block-diagonal B; the residual
+    of a factorised linear is zero.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors, ranks, alphas = {}, {}, {}
+    dense: dict[str, Tensor] = {}
     for name, module in adapted_modules(model).items():
         A, B = _stacked(module.adapters(), module.out_features)
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
         ranks[name] = alphas[name] = len(A)
-    residual = {n: t for n, t in model.state_dict().items() if not is_factor(n)}
+        if module.weight is None:
+            dense[f"{name}.weight"] = A.new_zeros(module.out_features, module.in_features)
+    residual = {n: t for n, t in model.state_dict().items() if not is_factor(n)} | dense
     _save(residual, folder / "residual.safetensors")
     _save(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(_peft_config(ranks, alphas), indent=2))

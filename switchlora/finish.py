@@ -19,7 +19,7 @@ from switchlora.surgery import adapted_modules
 def finish(run: Run, status: str) -> dict[str, Any]:
     """Write everything that a finished, or stopped, run leaves behind; return its summary."""
     folder = run.log.folder
-    run.state.phases[run.state.phase] = run.phase_summary()
+    run.state.end_segment(run.phase_summary())
     test = evaluate_on_test(run) if status == "finished" else None
     summary = summarise(run, status, test)
     model = run.learner.plain()
@@ -61,6 +61,7 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
         "epoch": state.switch_epoch,
         "reason": state.verdict.reason if state.verdict else None,
         "failures": state.failed_switches,
+        "taken_back": state.taken_back,
     }
     if report is not None:
         switch |= vars(report)
@@ -79,6 +80,8 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
             }
             for phase, figures in state.phases.items()
         },
+        "transitions": state.transitions,
+        "segments": state.segments,
         "cost": cost(run),
         "trunk": state.reused,
         "branched_from": state.branched_from,
@@ -92,16 +95,10 @@ def cost(run: Run) -> dict[str, Any]:
 
     What was taken from a trunk counts as if this run had computed it.
     """
-    phases = run.state.phases
-    flops = [
-        None if (one := run.state.flops.get(phase)) is None else one * figures["num_updates"]
-        for phase, figures in phases.items()
-        if figures["num_updates"]
-    ]
-    known = [count for count in flops if count is not None]
+    phases = run.state.phases.values()
     return {
-        "train_flops": sum(known) if len(known) == len(flops) else None,
-        "train_seconds": sum(figures["train_seconds"] for figures in phases.values()),
+        "train_flops": run.state.train_flops,
+        "train_seconds": sum(figures["train_seconds"] for figures in phases),
     }
 
 

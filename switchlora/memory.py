@@ -20,8 +20,8 @@ from switchlora.report import memory_metrics, memory_table
 from switchlora.run import Run
 from switchlora.sharding import is_sharded
 from switchlora.state import Phase
-from switchlora.surgery import adapted_modules
 from switchlora.storages import SavedTensors, held_bytes, local
+from switchlora.surgery import adapted_modules
 from switchlora.trace import stepped, without_content
 
 Bytes = dict[str, int | None]  # by part, None for what cannot be told
@@ -39,7 +39,7 @@ def record_memory(run: Run) -> None:
         state.memory[state.phase] = {"measured": measured, "predicted": predicted}
         metrics = memory_metrics(measured, predicted)
         run.log.event("memory", state.num_updates, run.epoch, **metrics)
-        if state.phase is Phase.ADAPTER:
+        if state.phase is not Phase.FULL:
             for line in memory_lines(run):
                 run.log.line(line)
 
@@ -58,13 +58,13 @@ def measure_memory(run: Run) -> Bytes:
     """
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     gradient_bytes = sum(local(gradient).nbytes for gradient in gradients)
-    monitor = run.monitor
+    references = run.monitor.references.values()
     found = {
         "parameters": held_bytes(_tensors(run.model)),
         "gradients": gradient_bytes,
         "optimizer_state": held_bytes(_moments(run.learner.optimizer)),
         "ema": held_bytes(_tensors(run.ema.model)) if run.ema else 0,
-        "monitor_reference": held_bytes(monitor.references.values()) if monitor else 0,
+        "monitor_reference": held_bytes(references),
         "ddp_buckets": held_bytes(gradients) - gradient_bytes,
         "activations": run.learner.activation_bytes,
     }
@@ -79,7 +79,7 @@ def predict_memory(run: Run) -> Bytes:
     model = run.learner.bones or run.model
     shards = world_size() if is_sharded(run.model) else 1
     trained = [p for p in model.parameters() if p.requires_grad]
-    targets = run.monitor.targets.values() if run.monitor else ()
+    targets = run.monitor.targets.values()
     moments = _attempted(run, "the optimizer's state", lambda: predict_moments(run, model))
     found: Bytes = {
         "parameters": held_bytes(_tensors(model)) // shards,

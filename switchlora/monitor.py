@@ -114,6 +114,8 @@ class UpdateMonitor:
     exact: bool = False
     leading: int = 16
     bases: bool = False
+    known: Mapping[str, Target] = field(init=False)
+    """all targets that there are, of which ``targets`` are watched now"""
     references: dict[str, Tensor] = field(init=False, default_factory=dict)
     initial_stable_ranks: dict[str, float] = field(init=False, default_factory=dict)
     """stable rank of each weight before training"""
@@ -121,6 +123,7 @@ class UpdateMonitor:
     def __post_init__(self) -> None:
         if self.window < 1:
             raise ValueError(f"monitor.window is {self.window}: give at least 1 update")
+        self.known = self.targets
         self._vectors: dict[str, Tensor] = {}
         self._losses: list[float] = []
         self._decay = 0.0
@@ -142,7 +145,8 @@ class UpdateMonitor:
     @torch.no_grad()
     def measure(self, num_updates: int, epoch: float) -> Measurement:
         """Statistics of every target at the end of the window; one transfer to the host."""
-        rows = torch.stack([self._measure_target(name, t) for name, t in self._items()]).tolist()
+        measured = [self._measure_target(name, t) for name, t in self._items()]
+        rows = torch.stack(measured).tolist() if measured else []
         layers = {
             name: LayerStats(*row, **self._exact_stats(name))
             for name, row in zip(self.targets, rows, strict=True)
@@ -157,6 +161,14 @@ class UpdateMonitor:
         """
         decay = self._decay if without_decay else 0.0
         return Updates(of or self.model, self.targets, self.references, decay)
+
+    def watch(self, names: Collection[str], num_updates: int) -> None:
+        """Measure these of the known targets from now on; give back what the others held."""
+        self.targets = {name: t for name, t in self.known.items() if name in names}
+        self.references = {n: r for n, r in self.references.items() if n in self.targets}
+        kept = {*self.targets, *(f"{name}:update" for name in self.targets)}
+        self._vectors = {key: vector for key, vector in self._vectors.items() if key in kept}
+        self.start_window(num_updates)
 
     @torch.no_grad()
     def start_window(self, num_updates: int) -> None:
@@ -173,6 +185,7 @@ class UpdateMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next measurement depends on: plain types and tensors."""
         return {
+            "window": self.window,
             "references": self.references,
             "initial_stable_ranks": self.initial_stable_ranks,
             "vectors": self._vectors,
@@ -183,15 +196,16 @@ class UpdateMonitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become the monitor that ``state_dict`` came from; ValueError for other targets."""
-        if set(state["references"]) != set(self.references):
+        if set(state["initial_stable_ranks"]) != set(self.known):
             raise ValueError("the checkpoint measured other switch.targets: give the same")
+        self.watch(state["references"], state["window_start"])
         for name, reference in state["references"].items():
             self.references[name].copy_(reference)
         self.initial_stable_ranks = dict(state["initial_stable_ranks"])
         device = next(self.model.parameters()).device
         self._vectors = {key: vector.to(device) for key, vector in state["vectors"].items()}
         self._losses, self._decay = list(state["losses"]), state["decay"]
-        self._window_start = state["window_start"]
+        self._window_start, self.window = state["window_start"], state["window"]
 
     def _items(self) -> list[tuple[str, Target]]:
         return list(self.targets.items())

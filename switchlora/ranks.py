@@ -34,6 +34,8 @@ class SwitchContext:
     train_factors: Sequence[str] = FACTORS
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """W per target (out, in)"""
+    part: float = 1.0
+    """share of the weights still to be adapted that this stage takes"""
 
 
 class Weights(Mapping[str, Tensor]):
@@ -246,6 +248,7 @@ class Budget:
         updates = context.updates
         costs = {name: _cost(update, context.train_factors) for name, update in updates.items()}
         left = int(self.share * context.total_parameters) - context.other_trainable
+        left = int(left * context.part)
         left -= self.r_min * sum(costs.values())
         if left < 0:
             raise ValueError(

@@ -8,11 +8,11 @@ from typing import Any
 from switchlora.criteria import LOSS, Verdict
 from switchlora.monitor import LayerStats, Measurement
 from switchlora.surgery import family
-from switchlora.switch import SwitchReport
+from switchlora.switch import Outcome, SwitchReport
 
 SHOWN_HOLDING_BACK = 3
 EXPECTED_DRIFT = 1e-5
-PHASES = ("full", "adapter")
+LATER_PHASES = ("adapter", "staged", "joint")
 FAMILY_STATISTICS = ("relative_update_norm", "update_stable_rank", "weight_stable_rank")
 MEMORY_PARTS = {
     "parameters": "parameters",
@@ -29,13 +29,18 @@ MEMORY_PARTS = {
 def measurement_metrics(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
     """Keys of a 'measure' event: ``<statistic>/<target>``, medians ``family/<statistic>/<family>``
     and ``switch/margin/<target>``."""
+    metrics = window_metrics(measurement)
+    metrics |= {f"switch/margin/{name}": margin for name, margin in verdict.margins.items()}
+    return metrics | {"switch/fires": verdict.fires, "switch/reason": verdict.reason}
+
+
+def window_metrics(measurement: Measurement) -> dict[str, Any]:
+    """Keys of a 'window' event, which no criterion reads: a measurement's without a verdict."""
     metrics: dict[str, Any] = {"train/window_loss": measurement.train_loss}
     for name, stats in measurement.layers.items():
         metrics |= {f"{key}/{name}": v for key, v in vars(stats).items() if v not in (None, ())}
         metrics[f"relative_update_norm/{name}"] = stats.relative_update_norm
-    metrics |= family_medians(measurement)
-    metrics |= {f"switch/margin/{name}": margin for name, margin in verdict.margins.items()}
-    return metrics | {"switch/fires": verdict.fires, "switch/reason": verdict.reason}
+    return metrics | family_medians(measurement)
 
 
 def family_medians(measurement: Measurement) -> dict[str, float]:
@@ -95,11 +100,14 @@ def switch_lines(
     report: SwitchReport, verdict: Verdict, num_updates: int, epoch: float
 ) -> list[str]:
     """Why the switch fired, the ranks per family, and what it changed."""
-    lines = [f"SWITCH at update {num_updates} (epoch {epoch:.2f}): {verdict.reason}"]
-    lines += [f"  ranks {row}" for row in rank_rows(report.ranks)]
+    lines = [f"{_title(report)} at update {num_updates} (epoch {epoch:.2f}): {verdict.reason}"]
+    adapted = {name: rank for name, rank in report.ranks.items() if rank}
+    if frozen := [name for name, rank in report.ranks.items() if not rank]:
+        lines.append(f"  frozen without an adapter: {', '.join(frozen)}")
+    lines += [f"  ranks {row}" for row in rank_rows(adapted)] if adapted else []
     if report.left_full:
         lines.append(
-            f"  left full, since factors of their rank would save nothing: "
+            f"  left full, since factors of their rank would save too little: "
             f"{', '.join(report.left_full)}"
         )
     lines.append(
@@ -117,6 +125,15 @@ def switch_lines(
     return lines
 
 
+def change_line(kind: str, where: str, what: str, outcome: Outcome) -> str:
+    """One line of a change that is no switch."""
+    return (
+        f"{kind.upper().replace('_', ' ')} at {where}: {what} | trained parameters "
+        f"{outcome.trainable_before:,} -> {outcome.trainable_after:,} | max logit drift "
+        f"{outcome.drift:.1e} | {outcome.seconds:.2f} s"
+    )
+
+
 def speedup_lines(parts: Mapping[str, float], warning: str | None) -> list[str]:
     """How much faster the cost model expects updates to be, and from where; its warning."""
     shown = " x ".join(f"{name} {part:.2f}" for name, part in parts.items())
@@ -124,9 +141,15 @@ def speedup_lines(parts: Mapping[str, float], warning: str | None) -> list[str]:
     return lines + ([f"  warning: {warning}"] if warning else [])
 
 
+def _title(report: SwitchReport) -> str:
+    if not report.waiting:
+        return "SWITCH"
+    return f"STAGE of {len(report.ranks)} targets, {len(report.waiting)} train on,"
+
+
 def _captured(report: SwitchReport) -> str:
     found = [e for name, e in report.captured_energy.items() if report.ranks[name]]
-    if any(math.isnan(e) for e in found):
+    if not found or any(math.isnan(e) for e in found):
         return "of no update"
     return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
@@ -187,13 +210,15 @@ def memory_metrics(
 def memory_table(
     memory: Mapping[str, Mapping[str, Mapping[str, int | None]]], **devices: str
 ) -> list[str]:
-    """MiB of each part in the full and in the adapter phase, '-' for what was not measured.
+    """MiB of each part in the full and in the latest phase, '-' for what was not measured.
 
     ``devices`` are those of the ``model``, whose total is shown, and of the monitor's
     ``reference``, which may be elsewhere.
     """
-    columns = [memory.get(p, {}).get(k, {}) for p in PHASES for k in ("measured", "predicted")]
-    titles = ("full", "predicted", "adapter", "predicted", "ratio")
+    later = next((phase for phase in LATER_PHASES if phase in memory), "adapter")
+    phases = ("full", later)
+    columns = [memory.get(p, {}).get(k, {}) for p in phases for k in ("measured", "predicted")]
+    titles = ("full", "predicted", later, "predicted", "ratio")
     lines = [f"  {'memory, MiB':<24}" + "".join(f"{title:>11}" for title in titles)]
     for part, label in MEMORY_PARTS.items():
         sizes = [column.get(part) for column in columns]

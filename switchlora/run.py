@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,13 +31,18 @@ from switchlora.engine import evaluate
 from switchlora.errors import NothingMeasured, check_choice
 from switchlora.interrupt import Interruption
 from switchlora.learner import PARALLEL, Learner, Recipe, build_learner
+from switchlora.lowrank import skipped_flops
 from switchlora.models import load_weights
 from switchlora.monitor import UpdateMonitor
+from switchlora.plan import check_start, choose_ranks
+from switchlora.policy import SwitchPolicy
 from switchlora.resume import AUTO, Found, find
 from switchlora.runlog import CONFIG, SUMMARY, RunLog
 from switchlora.sharding import is_sharded
 from switchlora.state import Phase, TrainState
 from switchlora.surgery import (
+    Target,
+    adapted_modules,
     adapter_layout,
     check_targets_are_called,
     count_parameters,
@@ -44,7 +50,7 @@ from switchlora.surgery import (
     inject_empty,
     merged_state_dict,
 )
-from switchlora.switch import SwitchPolicy, check_start, choose_ranks, trained_tensors
+from switchlora.switch import trained_tensors
 from switchlora.throughput import Stopwatch
 from switchlora.trunk import Trunk, give_back, trunk_key
 
@@ -62,7 +68,7 @@ class Run:
     policy: SwitchPolicy
     recipes: dict[Phase, Recipe]
     learner: Learner
-    monitor: UpdateMonitor | None
+    monitor: UpdateMonitor
     state: TrainState
     stopwatch: Stopwatch
     saves: SaveSchedule
@@ -72,6 +78,8 @@ class Run:
     """updates of all epochs, which the schedule is drawn over"""
     last_update: int
     """where max_updates ends the run"""
+    window: int
+    """updates of a window of the monitor"""
     interruption: Interruption = field(default_factory=Interruption)
     trunk: Trunk | None = None
     """the full phase that it shares with runs that switch at another time"""
@@ -141,13 +149,34 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe of the present phase."""
-        return self.recipes[self.state.phase]
+        return recipe_of(self.state.phase, self.recipes, self.policy, self.state)
+
+    @property
+    def adapted_targets(self) -> dict[str, Target]:
+        """The targets whose modules have adapters now."""
+        adapted = adapted_modules(self.model)
+        return {n: t for n, t in self.monitor.known.items() if t.module in adapted}
+
+    @property
+    def sample(self) -> Tensor:
+        """As many inputs as a rank's share of a batch, from the validation split."""
+        inputs = torch.cat([inputs for inputs, _ in islice(self.data.val, 1)])
+        return inputs[: self.share].to(self.device)
+
+    def count_flops(self) -> None:
+        """Add those of the update that was just made, with what guided layers left out."""
+        known, total = self.state.flops[self.state.phase], self.state.train_flops
+        if known is None or total is None:
+            self.state.train_flops = None
+        else:
+            skipped = skipped_flops(self.model) * distributed.world_size()
+            self.state.train_flops = total + known - skipped
 
     def build_learner(self, model: nn.Module, phase: Phase) -> Learner:
         """A fresh learner of ``phase`` for the plain ``model``; the loss scale goes on."""
         return build_learner(
             model,
-            self.recipes[phase],
+            recipe_of(phase, self.recipes, self.policy, self.state),
             self.total_updates,
             start=self.state.num_updates,
             parallel=self.config["system"]["parallel"],
@@ -164,7 +193,7 @@ class Run:
             "train": self.state.state_dict(),
             "adapters": adapter_layout(self.model),
             "start": self.learner.start,
-            "monitor": self.monitor and self.monitor.state_dict(),
+            "monitor": self.monitor.state_dict(),
             "ema": self.ema and self.ema.state_dict(),
             "stopwatch": self.stopwatch.state_dict(),
             "log": self.log.position(),
@@ -210,7 +239,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     begins = found is None and config.init_checkpoint is not None
     loaded = load_weights(model, config.init_checkpoint) if begins else None
     policy = build(config.switch)
-    recipes = {Phase.FULL: build(config.full), Phase.ADAPTER: build(config.adapter)}
+    recipes = build_recipes(config)
     targets = policy.find_targets(model)
     check_targets_are_called(model, targets.values(), probe_images(data, _device_of(model)))
     _device(config.monitor.device)
@@ -224,7 +253,10 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     state = _restore_parts(found, model, monitor)
     replicated = distributed.world_size() > 1 and not sharded
     unused = freeze_unused(model, probe_images(data, device)) if replicated else []
-    learner = _first_learner(model, recipes, total_updates, found, state, config.system.parallel)
+    if not state.full_parameters:
+        state.full_parameters = [n for n, p in model.named_parameters() if p.requires_grad]
+    recipe = recipe_of(state.phase, recipes, policy, state)
+    learner = _first_learner(model, recipe, total_updates, found, config.system.parallel)
     log = RunLog(
         folder,
         plain,
@@ -240,7 +272,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
         policy=policy,
         recipes=recipes,
         learner=learner,
-        monitor=monitor if state.phase is Phase.FULL else None,
+        monitor=monitor,
         state=state,
         stopwatch=Stopwatch(device),
         saves=saves,
@@ -248,6 +280,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
         ema=ema,
         total_updates=total_updates,
         last_update=last_update,
+        window=window,
         interruption=interruption,
         trunk=trunk,
     )
@@ -264,6 +297,27 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     else:
         random_seed(config.seed, distributed.rank())  # whatever was drawn on the way
     return run
+
+
+def build_recipes(config: DictConfig) -> dict[Phase, Recipe]:
+    """One for each phase: all but the full phase follow the adapter's."""
+    full, adapter = build(config.full), build(config.adapter)
+    return {
+        Phase.FULL: full,
+        Phase.JOINT: replace(adapter, rewarmup_updates=0),
+        Phase.STAGED: adapter,
+        Phase.ADAPTER: adapter,
+    }
+
+
+def recipe_of(
+    phase: Phase, recipes: Mapping[Phase, Recipe], policy: SwitchPolicy, state: TrainState
+) -> Recipe:
+    """The recipe of a phase; with a ramp for a full phase that comes after an adapter's."""
+    recipe = recipes[phase]
+    if phase is Phase.FULL and state.taken_back and policy.guard is not None:
+        return replace(recipe, rewarmup_updates=policy.guard.rewarmup_updates)
+    return recipe
 
 
 def as_plain(config: DictConfig) -> dict[str, Any]:
@@ -362,7 +416,7 @@ def _trunk(
         return None
     if found is not None:
         past = found.state["train"]
-        if found.branches or past["branched_from"] or past["phase"] != str(Phase.FULL):
+        if found.branches or past["branched_from"] or past["transitions"]:
             return None
     key = distributed.from_primary(lambda: trunk_key(plain, device, data.digest()))
     return Trunk(Path(place), key, **options)
@@ -380,22 +434,20 @@ def _restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor
     trained = set(found.state["trained"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    if state.phase is Phase.FULL:
-        monitor.load_state_dict(found.state["monitor"])
+    monitor.load_state_dict(found.state["monitor"])
     return state
 
 
 def _first_learner(
     model: nn.Module,
-    recipes: Mapping[Phase, Recipe],
+    recipe: Recipe,
     total_updates: int,
     found: Found | None,
-    state: TrainState,
     parallel: str,
 ) -> Learner:
     start = found.state["start"] if found else 0
     try:
-        return build_learner(model, recipes[state.phase], total_updates, start, parallel)
+        return build_learner(model, recipe, total_updates, start, parallel)
     except TypeError as error:
         raise ValueError(f"full.optimizer or full.scheduler: {error}") from error
 

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from switchlora.criteria import Verdict
+from switchlora.guard import Loss
 from switchlora.monitor import LayerStats, Measurement
 from switchlora.switch import SwitchReport
 
@@ -14,6 +15,10 @@ class Phase(StrEnum):
     """Which parameters train."""
 
     FULL = "full"
+    JOINT = "joint"
+    """the weights of the targets and their factors together"""
+    STAGED = "staged"
+    """factors on some targets, the weights of the others"""
     ADAPTER = "adapter"
 
 
@@ -35,8 +40,26 @@ class TrainState:
     switch_report: SwitchReport | None = None
     switch_update: int | None = None
     switch_epoch: float | None = None
+    joint_until: int | None = None
+    """updates made when the joint phase ends"""
     failed_switches: list[str] = field(default_factory=list)
     """reasons of the switches that were undone"""
+    transitions: list[dict[str, Any]] = field(default_factory=list)
+    """every change of the trained tensors: 'kind', 'num_updates', 'epoch', 'reason', counts"""
+    segments: list[dict[str, Any]] = field(default_factory=list)
+    """figures of what lay between the transitions"""
+    last_stage: int | None = None
+    """updates made at the last switch of any target"""
+    taken_back: int = 0
+    """switches that the guard took back"""
+    forgotten: int = 0
+    """measurements before the last switch that was taken back: the criterion does not see them"""
+    full_parameters: list[str] = field(default_factory=list)
+    """names of what trains in the full phase"""
+    losses: list[Loss] = field(default_factory=list)
+    """of windows and on the validation split, which the guard compares"""
+    guarded_since: int = 0
+    """updates made at the last switch, or act of the guard"""
     skipped_updates: int = 0
     """updates left out because loss or gradient was not finite"""
     skipped_in_a_row: int = 0
@@ -47,14 +70,36 @@ class TrainState:
     """updates made when ``best_top1`` was reached"""
     phases: dict[Phase, dict[str, Any]] = field(default_factory=dict)
     """figures of each phase that has ended"""
+    recorded: bool = False
+    """whether memory and FLOPs of the present trained tensors are known"""
     memory: dict[Phase, dict[str, dict[str, int | None]]] = field(default_factory=dict)
     """bytes after the first update of each phase by category, 'measured' and 'predicted'"""
     flops: dict[Phase, int | None] = field(default_factory=dict)
     """of one update of each phase over all ranks; None with torch.compile"""
+    train_flops: int | None = 0
+    """of all updates; None when those of any are unknown"""
     reused: dict[str, Any] | None = None
     """'folder', 'reused_updates' and 'reused_seconds' of the full phase that came from a trunk"""
     branched_from: str | None = None
     """checkpoint of another run that this one branched off from"""
+
+    @property
+    def fresh_history(self) -> list[Measurement]:
+        """What the criterion may look at: all since the last switch that was taken back."""
+        return self.history[self.forgotten :]
+
+    def end_segment(self, figures: Mapping[str, Any]) -> None:
+        """Note the ``figures`` of what ends here, and add them to those of its phase."""
+        self.segments.append(
+            {
+                "phase": str(self.phase),
+                "until": self.num_updates,
+                **figures,
+                "flops_per_update": self.flops.get(self.phase),
+                "memory": self.memory.get(self.phase),
+            }
+        )
+        self.phases[self.phase] = _together(self.phases.get(self.phase), figures)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only."""
@@ -63,6 +108,7 @@ class TrainState:
         plain["phases"] = {str(phase): figures for phase, figures in self.phases.items()}
         plain["memory"] = {str(phase): found for phase, found in self.memory.items()}
         plain["flops"] = {str(phase): flops for phase, flops in self.flops.items()}
+        plain["losses"] = [list(loss) for loss in self.losses]
         return plain
 
     def load_state_dict(self, plain: Mapping[str, Any]) -> None:
@@ -73,10 +119,19 @@ class TrainState:
         self.phases = {Phase(phase): figures for phase, figures in plain["phases"].items()}
         self.memory = {Phase(phase): found for phase, found in plain["memory"].items()}
         self.flops = {Phase(phase): flops for phase, flops in plain["flops"].items()}
+        self.losses = [Loss(*loss) for loss in plain["losses"]]
         self.history = [_measurement(measured) for measured in plain["history"]]
         self.verdict = Verdict(**plain["verdict"]) if plain["verdict"] else None
         report = plain["switch_report"]
         self.switch_report = SwitchReport(**report) if report else None
+
+
+def _together(earlier: Mapping[str, Any] | None, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of a phase that has come again: counts are summed, all else is the last."""
+    if earlier is None:
+        return dict(figures)
+    sums = {key: earlier[key] + figures[key] for key in ("num_updates", "train_seconds")}
+    return {**figures, **sums}
 
 
 def _measurement(plain: Mapping[str, Any]) -> Measurement:

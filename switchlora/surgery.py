@@ -16,9 +16,9 @@ from switchlora.layers import (
     AdaptedLinear,
     Adapter,
     adapted_linear,
-    add_adapters,
     is_factor,
 )
+from switchlora.lowrank import rebuilt
 from switchlora.models import eval_mode
 
 QKV = ("q", "k", "v")
@@ -29,7 +29,8 @@ class Target:
     """A linear, or some rows of a fused one, that is measured and gets an adapter.
 
     ``name`` is the module's name, with '.q', '.k' or '.v' behind it for a row slice. In a sharded
-    model, ``weight`` and ``grad`` are gathered: all ranks must ask for them.
+    model, ``weight`` and ``grad`` are gathered: all ranks must ask for them. The weight of a
+    module with adapters is the effective one.
     """
 
     name: str
@@ -38,15 +39,19 @@ class Target:
     part: str = ""
 
     def weight(self, model: nn.Module) -> Tensor:
-        """The target's weight in ``model``: a detached view (out, in)."""
+        """The target's weight in ``model``, detached (out, in); a view of one without adapters."""
+        module = model.get_submodule(self.module)
+        if isinstance(module, AdaptedLinear):
+            return module.merged().detach()[self.rows]
         return full(self._parameter(model).detach())[self.rows]
 
     def grad(self, model: nn.Module) -> Tensor | None:
         """The gradient of the target's weight (out, in), None where it has none."""
-        grad = self._parameter(model).grad
+        parameter = self._parameter(model)
+        grad = None if parameter is None else parameter.grad
         return None if grad is None else full(grad)[self.rows]
 
-    def _parameter(self, model: nn.Module) -> nn.Parameter:
+    def _parameter(self, model: nn.Module) -> nn.Parameter:  # None in a factorised module
         return model.get_submodule(self.module).weight  # type: ignore[return-value]
 
 
@@ -90,7 +95,7 @@ def check_targets_are_called(model: nn.Module, targets: Iterable[Target], images
         reason = str(error).splitlines()[0]
         shape = tuple(images.shape[1:])
         raise ValueError(
-            f"the model cannot take the data's images of {shape}: {reason}"
+            f"the model cannot take the data's inputs of {shape}: {reason}"
         ) from error
     finally:
         for hook in hooks:
@@ -122,11 +127,14 @@ def inject(
     targets: Mapping[str, Target],
     factors: Mapping[str, Factors],
     scaling: Callable[[int], float],
+    make: Callable[[nn.Linear, Mapping[str, Adapter]], AdaptedLinear] = adapted_linear,
+    dropout: float = 0.0,
 ) -> dict[str, nn.Linear]:
-    """Put adapters on the targets that ``factors`` names; return the linears they replace.
+    """Put adapters on the targets that ``factors`` names; return the modules they replace.
 
-    A module whose factors all have rank 0 stays an ``nn.Linear``. The function of the model does
-    not change; ``restore`` undoes it exactly.
+    ``make`` puts them on a plain linear, whose function most keep; a module that has adapters
+    already is merged first. A module whose factors all have rank 0 stays an ``nn.Linear``.
+    ``restore`` undoes it exactly.
     """
     adapters: dict[str, dict[str, Adapter]] = {}
     for name, (A, B) in factors.items():
@@ -138,17 +146,44 @@ def inject(
         for module, parts in adapters.items()
         if any(len(adapter.A) for adapter in parts.values())
     }
-    adapted = {name: adapted_linear(linear, adapters[name]) for name, linear in linears.items()}
+    adapted = {name: make(plain(linear), adapters[name]) for name, linear in linears.items()}
     for name, module in adapted.items():
+        module.dropout = dropout
         model.set_submodule(name, module)
     return linears
 
 
+def plain(module: nn.Linear) -> nn.Linear:
+    """``module`` if it has no adapters, else an ``nn.Linear`` with its effective weight.
+
+    The bias is the same parameter.
+    """
+    if not isinstance(module, AdaptedLinear):
+        return module
+    merged = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    merged.weight, merged.bias = nn.Parameter(module.merged().detach()), module.bias
+    return merged.train(module.training)
+
+
+def merge(model: nn.Module) -> dict[str, nn.Linear]:
+    """Replace all adapted modules by plain linears of the same function; return what they were.
+
+    ``restore(model, merge(model))`` leaves every bit as it was.
+    """
+    adapted: dict[str, nn.Linear] = {**adapted_modules(model)}
+    for name, module in adapted.items():
+        model.set_submodule(name, plain(module))
+    return adapted
+
+
 def adapter_layout(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What ``inject_empty`` needs, by module: rank and scaling by row slice, and the dtype."""
+    """What ``inject_empty`` needs, by module: rank and scaling by row slice, dtype, settings."""
     return {
         name: {
-            "dtype": str(module.weight.dtype).removeprefix("torch."),
+            "dtype": str(
+                module.merged().dtype if module.weight is None else module.weight.dtype
+            ).removeprefix("torch."),
+            "settings": module.settings(),
             "parts": {
                 part: {"rank": len(adapter.A), "scaling": adapter.scaling}
                 for part, adapter in module.adapters().items()
@@ -169,13 +204,15 @@ def inject_empty(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> N
             B = linear.weight.new_zeros(rows, values["rank"])
             place = slice(i * rows, (i + 1) * rows)
             adapters[part] = Adapter(A, B, place, values["scaling"])
-        model.set_submodule(name, adapted_linear(linear, adapters))
-        round_residual(model.get_submodule(name), getattr(torch, kept["dtype"]))
+        module = rebuilt(linear, adapters, **kept["settings"])
+        model.set_submodule(name, module)
+        round_residual(module, getattr(torch, kept["dtype"]))
 
 
-def round_residual(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the frozen weight of an adapted module in ``dtype``."""
-    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)  # type: ignore
+def round_residual(module: AdaptedLinear, dtype: torch.dtype) -> None:
+    """Keep the frozen weight of an adapted module, if it has one, in ``dtype``."""
+    if module.weight is not None:
+        module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
 
 
 def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
@@ -185,15 +222,18 @@ def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
 
 
 def frozen_outright(
-    model: nn.Module, targets: Mapping[str, Target], freeze: Sequence[str]
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    freeze: Sequence[str],
+    known: Iterable[str] = (),
 ) -> tuple[set[str], set[str]]:
-    """Parameters and targets in whose names ``freeze``, regular expressions, are found.
+    """Parameters and ``targets`` in whose names ``freeze``, regular expressions, are found.
 
     A target counts when its weight does, and the bias of a module whose targets all do. A pattern
-    that finds nothing is a ValueError.
+    that finds nothing, not even a name that is ``known`` besides, is a ValueError.
     """
     parameters = [n for n, _ in model.named_parameters()]
-    names = [*parameters, *targets]
+    names = [*parameters, *targets, *known, *(f"{name}.weight" for name in known)]
     found = set(matching(freeze, names, "switch.freeze", "parameter", re.search))
     frozen = {n for n, t in targets.items() if n in found or f"{t.module}.weight" in found}
     adapted = {target.module for name, target in targets.items() if name not in frozen}
@@ -256,8 +296,34 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     merged = {n: t for n, t in model.state_dict().items() if not is_factor(n)}
     for name, module in adapted_modules(model).items():
-        merged[f"{name}.weight"] = add_adapters(module.weight, module.adapters())
+        merged[f"{name}.weight"] = module.merged()
     return merged
+
+
+def plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the plain model's state dict, by name."""
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not is_factor(n)}
+    for name, module in adapted_modules(model).items():
+        shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+    return shapes
+
+
+@torch.no_grad()
+def call_order(model: nn.Module, inputs: Tensor) -> list[str]:
+    """Names of the modules with parameters of their own, in the order of their first calls."""
+    names: dict[str, None] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: names.setdefault(name))
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    try:
+        with eval_mode(model):
+            model(inputs.to(next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(names)
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:

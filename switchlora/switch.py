@@ -1,118 +1,71 @@
-"""The switch: from all parameters to low-rank adapters, all or nothing, in the same process."""
+"""What changes the trained tensors of a run, all or nothing, in the same process.
 
-import re
+``switch`` puts adapters on targets, ``settle`` ends the joint phase, ``restart`` and ``grow``
+replace adapters by new ones, ``take_back`` merges them and returns to full training. Each is a
+change of the plain model inside ``operate``, which undoes it on all ranks when anything fails on
+any.
+"""
+
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from switchlora.criteria import SwitchCriterion, Verdict
 from switchlora.distributed import agreed_checksum, from_primary, full, lost_rank, together
-from switchlora.errors import SwitchFailed, check_choice, check_patterns, near
-from switchlora.initializers import AdapterInit, Factors, empty_factors
-from switchlora.layers import FACTORS, Adapter, scaling_one
+from switchlora.errors import SwitchFailed
+from switchlora.initializers import Factors
+from switchlora.layers import AdaptedLinear, Adapter, is_factor
 from switchlora.learner import Learner, set_checkpointing
+from switchlora.lowrank import GuidedLinear, settled
 from switchlora.models import eval_mode
-from switchlora.moments import factor_moments, load_moments, moments_of
+from switchlora.moments import Moments, factor_moments, load_moments, moments_of, prune_moments
 from switchlora.monitor import Measurement, UpdateMonitor
-from switchlora.ranks import RankPolicy, SwitchContext, saves_parameters
-from switchlora.spectral import captured_energy
+from switchlora.plan import going_on, make_plan
+from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
+from switchlora.spectral import truncated_svd
 from switchlora.surgery import (
     Target,
     adapted_modules,
     applied_ranks,
     count_parameters,
-    find_targets,
-    frozen_outright,
     inject,
-    kept_parameters,
+    merge,
     restore,
     round_residual,
     train_only,
 )
 
-RESIDUAL_DTYPES = {"bf16": torch.bfloat16}
-DEFAULT_TARGETS = (
-    r"attn\.(qkv|[qkv]_proj)",
-    r"attn\.proj",
-    r"mlp\.(fc1|fc1_[gx]|w12)",
-    r"mlp\.(fc2|w3)",
-)
+Rebuild = Callable[[nn.Module], Learner]
+Replaced = dict[str, nn.Linear]
+T = TypeVar("T", bound="Outcome")
+Inherit = Callable[[Moments, Mapping[str, Mapping[str, Adapter]]], Moments]
 
 
 @dataclass(frozen=True)
-class SwitchPolicy:
-    """When to switch, with what, and what goes on training.
+class Outcome:
+    """What every change of the trained tensors tells."""
 
-    ``earliest`` and ``latest`` bound, in updates, when the criterion may fire. ``keep`` names the
-    parameters besides the factors that go on training (regular expressions; target weights never
-    do). ``moments`` says what the new optimizer inherits: 'surviving' tensors' state, that plus
-    its projection onto the 'factors', or nothing ('reset').
-    """
-
-    criterion: SwitchCriterion
-    rank: RankPolicy
-    init: AdapterInit
-    scaling: Callable[[int], float] = scaling_one
-    targets: Sequence[str] = DEFAULT_TARGETS
-    split_qkv: bool = False
-    keep: Sequence[str] = (".*",)
-    earliest: int = 0
-    latest: int | None = None
-    moments: str = "surviving"
-    remove_weight_decay: bool = False
-    """take decoupled weight decay's share out of the recent update"""
-    max_drift: float = 1e-3
-    """largest logit change that is accepted; a larger one undoes the switch"""
-    train_factors: Sequence[str] = FACTORS
-    """which factors train; with [B], A stays where the switch put it, and no layer keeps its
-    inputs for the backward pass"""
-    residual_dtype: str | None = None
-    """'bf16' halves the bytes of the frozen residual weights; their rounding moves the logits. Not
-    for starts at B = 0: a bf16 sum of the two would lose the adapter's first small steps"""
-    freeze: Sequence[str] = ()
-    """what stops training without an adapter: regular expressions, searched in the names of
-    parameters and targets, of whose modules the biases stop too; a frozen front of a model costs
-    no backward pass"""
-
-    def __post_init__(self) -> None:
-        check_choice("switch.moments", self.moments, ("surviving", "factors", "reset"))
-        check_patterns("switch.targets", self.targets)
-        check_patterns("switch.keep", self.keep)
-        check_patterns("switch.freeze", self.freeze)
-        if self.residual_dtype is not None:
-            check_choice("switch.residual_dtype", self.residual_dtype, tuple(RESIDUAL_DTYPES))
-        if "B" not in self.train_factors or set(self.train_factors) - set(FACTORS):
-            raise ValueError(
-                f"switch.train_factors is {list(self.train_factors)}: give [A, B] or [B]"
-            )
-        if self.latest is not None and self.latest < self.earliest:
-            raise ValueError(
-                f"switch.latest {self.latest} is before switch.earliest {self.earliest}"
-            )
-
-    def find_targets(self, model: nn.Module) -> dict[str, Target]:
-        """Targets of this policy in ``model``."""
-        return find_targets(model, self.targets, self.split_qkv)
-
-    def decide(self, history: Sequence[Measurement]) -> Verdict:
-        """The criterion's verdict, held back outside the earliest and latest update."""
-        verdict = self.criterion(history)
-        done = history[-1].num_updates if history else 0
-        if verdict.fires and done < self.earliest:
-            why = f"waits for switch.earliest={self.earliest}, at update {done}: {verdict.reason}"
-            return Verdict(False, verdict.margins, why)
-        if verdict.fires and self.latest is not None and done > self.latest:
-            why = f"too late, switch.latest={self.latest} is past: {verdict.reason}"
-            return Verdict(False, verdict.margins, why)
-        return verdict
+    drift: float
+    """largest absolute change of a logit on the probe, in float32"""
+    rounding_drift: float | None
+    """the same from keeping the residual weights in fewer bytes"""
+    checksum: str
+    """of all trained tensors, the same on all ranks"""
+    moments_carried: int
+    parameters: int
+    """of the model before, which adapters do not add to"""
+    trainable_before: int
+    trainable_after: int
+    seconds: float
 
 
 @dataclass(frozen=True)
-class SwitchReport:
+class SwitchReport(Outcome):
     """What the switch did."""
 
     ranks: Mapping[str, int]
@@ -121,32 +74,21 @@ class SwitchReport:
     """targets that stay as they are, since their rank would save nothing"""
     captured_energy: Mapping[str, float]
     """share of the recent update's energy in the adapter's row space; NaN where nothing moved"""
-    drift: float
-    """largest absolute change of a logit on the probe images, in float32"""
-    rounding_drift: float | None
-    """the same from keeping the residual weights in fewer bytes"""
-    checksum: str
-    """of all trained tensors, the same on all ranks"""
-    moments_carried: int
-    parameters: int
-    """of the model before the switch, which adapters do not add to"""
-    trainable_before: int
-    trainable_after: int
-    seconds: float
+    waiting: Sequence[str] = ()
+    """targets that train on as they are, for a later stage"""
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What the primary rank has chosen, on the CPU.
-
-    Factors are contiguous: products of transposed ones would round in another way than those of
-    the tensors that a checkpoint gives back.
-    """
-
-    ranks: dict[str, int]
-    left_full: list[str]
-    factors: dict[str, Factors]
-    captured_energy: dict[str, float]
+    def after(self, earlier: "SwitchReport") -> "SwitchReport":
+        """This stage and the ``earlier`` ones as one switch."""
+        return replace(
+            self,
+            ranks={**earlier.ranks, **self.ranks},
+            left_full=[*earlier.left_full, *self.left_full],
+            captured_energy={**earlier.captured_energy, **self.captured_energy},
+            drift=max(earlier.drift, self.drift),
+            parameters=earlier.parameters,
+            trainable_before=earlier.trainable_before,
+            seconds=earlier.seconds + self.seconds,
+        )
 
 
 def switch(
@@ -155,42 +97,195 @@ def switch(
     monitor: UpdateMonitor,
     history: Sequence[Measurement],
     probe: Tensor,
-    rebuild: Callable[[nn.Module], Learner],
+    rebuild: Rebuild,
+    chosen: Sequence[str] | None = None,
+    inputs: Tensor | None = None,
 ) -> tuple[Learner, SwitchReport]:
-    """Replace the targets by adapters and the learner by ``rebuild(model)``; report on it.
+    """Put adapters on the ``chosen`` targets (None: all); the learner is ``rebuild(model)`` then.
 
     All or nothing, on all ranks: when anything raises on any of them, modules and flags are put
     back, the optimizer has not been touched, and SwitchFailed says why. The primary rank chooses
-    ranks and factors. The global RNG is left where it was. ``probe`` (N, C, H, W) are the images
-    on which the drift of the logits is measured, the same on all ranks. A sharded model is
-    gathered and stays as it is.
+    ranks and factors. The global RNG is left where it was. ``probe`` (N, ...) are the inputs on
+    which the drift of the logits is measured, the same on all ranks. A sharded model is gathered
+    and stays as it is. With a joint phase the weights train on beside their factors. ``inputs``, a
+    share of a batch, are what a least gain is measured on.
+    """
+    flags = {n: p.requires_grad for n, p in learner.model.named_parameters()}
+
+    def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
+        precision = learner.recipe.precision
+        plan = from_primary(
+            lambda: make_plan(model, policy, monitor, history, chosen, inputs, precision)
+        )
+        with together():
+            _inject(model, policy, monitor.targets, plan.factors, replaced)
+            assert applied_ranks(model, monitor.targets, plan.factors) == plan.ranks
+            if policy.joint_epochs:
+                _train_jointly(model, flags)
+            else:
+                _train_adapters(model, policy, monitor.known, plan.ranks, bool(plan.waiting))
+        return {
+            "ranks": plan.ranks,
+            "left_full": plan.left_full,
+            "captured_energy": plan.captured_energy,
+            "waiting": plan.waiting,
+        }
+
+    inherit = {"reset": _nothing, "surviving": _surviving, "factors": _with_factors}
+    return operate(learner, policy, probe, rebuild, change, inherit[policy.moments], SwitchReport)
+
+
+def settle(
+    learner: Learner,
+    policy: SwitchPolicy,
+    targets: Mapping[str, Target],
+    ranks: Mapping[str, int],
+    probe: Tensor,
+    rebuild: Rebuild,
+) -> tuple[Learner, Outcome]:
+    """End the joint phase: freeze the weights of the targets, or drop those that only guided."""
+
+    def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
+        with together():
+            for name, module in adapted_modules(model).items():
+                if isinstance(module, GuidedLinear):
+                    replaced[name] = module
+                    model.set_submodule(name, settled(module))
+            _train_adapters(model, policy, targets, ranks, waits=False)
+        return {}
+
+    inherit = _nothing if policy.moments == "reset" else _surviving
+    return operate(learner, policy, probe, rebuild, change, inherit, Outcome)
+
+
+def restart(
+    learner: Learner,
+    policy: SwitchPolicy,
+    monitor: UpdateMonitor,
+    history: Sequence[Measurement],
+    probe: Tensor,
+    rebuild: Rebuild,
+    num_updates: int,
+) -> tuple[Learner, Outcome]:
+    """Merge the adapters and start new ones of the same ranks (ReLoRA, arXiv 2307.05695).
+
+    The monitor's references are the weights at the last merge. Moments of the factors are pruned
+    as ``policy.restart`` says, all others survive.
+    """
+    how = policy.restart
+    assert how is not None
+    flags = {n: p.requires_grad for n, p in learner.model.named_parameters()}
+
+    def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
+        ranks = applied_ranks(model, monitor.targets, monitor.targets)
+        fresh = replace(policy, init=how.init or policy.init, rank=lambda _: ranks, freeze=())
+        plan = from_primary(lambda: make_plan(model, fresh, monitor, history))
+        with together():
+            _inject(model, policy, monitor.targets, plan.factors, replaced)
+            _train_as(model, flags, policy)
+        return {}
+
+    def inherit(moments: Moments, _: Mapping[str, Mapping[str, Adapter]]) -> Moments:
+        factors = {n: deepcopy(dict(state)) for n, state in moments.items() if is_factor(n)}
+        prune_moments(factors, how.prune, how.pruned, seed=num_updates)
+        return {**moments, **factors}
+
+    return operate(learner, policy, probe, rebuild, change, inherit, Outcome)
+
+
+def grow(
+    learner: Learner,
+    policy: SwitchPolicy,
+    targets: Mapping[str, Target],
+    gradients: Mapping[str, Tensor],
+    growth: int,
+    probe: Tensor,
+    rebuild: Rebuild,
+) -> tuple[Learner, Outcome, dict[str, int]]:
+    """Multiply the adapters' ranks by ``growth``; also returns the new ranks.
+
+    The new rows of A are the leading right singular vectors of the loss's gradient by the
+    effective weight, ``gradients`` (out, in) on the primary rank, of what lies outside A's row
+    space, with the norm sqrt(1/3) of LoRA's start; the new columns of B are zero. The function
+    does not move. Factors begin with fresh moments.
+    """
+    flags = {n: p.requires_grad for n, p in learner.model.named_parameters()}
+    ranks: dict[str, int] = {}
+
+    def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
+        wider = from_primary(lambda: _wider(model, policy, targets, gradients, growth))
+        with together():
+            _inject(model, policy, targets, wider, replaced)
+            _train_as(model, flags, policy)
+        ranks.update({name: len(A) for name, (A, _) in wider.items()})
+        return {}
+
+    new, outcome = operate(learner, policy, probe, rebuild, change, _without_factors, Outcome)
+    return new, outcome, ranks
+
+
+def take_back(
+    learner: Learner,
+    policy: SwitchPolicy,
+    trained: Iterable[str],
+    probe: Tensor,
+    rebuild: Rebuild,
+) -> tuple[Learner, Outcome]:
+    """Merge all adapters and train the ``trained`` parameters of the full phase again.
+
+    What trained on keeps its moments; merged weights begin with fresh ones, since those of the
+    factors do not determine them.
+    """
+    names = set(trained)
+
+    def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
+        with together():
+            replaced.update(merge(model))
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in names)
+        return {}
+
+    inherit = _nothing if policy.moments == "reset" else _without_factors
+    return operate(learner, policy, probe, rebuild, change, inherit, Outcome)
+
+
+def operate(
+    learner: Learner,
+    policy: SwitchPolicy,
+    probe: Tensor,
+    rebuild: Rebuild,
+    change: Callable[[nn.Module, Replaced], dict[str, object]],
+    inherit: Inherit,
+    report: type[T],
+) -> tuple[Learner, T]:
+    """Apply ``change`` to the plain model and rebuild the learner, or leave all as it was.
+
+    ``change`` notes the modules that it replaces as it goes, and returns what ``report`` tells
+    besides. ``inherit`` makes the moments that the new optimizer starts with.
     """
     begin = time.perf_counter()
     learner.optimizer.zero_grad(set_to_none=True)
-    moments = {} if policy.moments == "reset" else _whole(learner)
+    moments = _whole(learner)
     model = learner.plain()
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    parameters, before = count_parameters(model), count_parameters(model, trainable=True)
-    replaced: dict[str, nn.Linear] = {}
+    before = count_parameters(model, trainable=True)
+    parameters = _plain_parameters(model)
+    replaced: Replaced = {}
     with torch.random.fork_rng([probe.device] if probe.is_cuda else []):
         try:
             with together():
                 logits = _logits(model, probe)
-            plan = from_primary(lambda: make_plan(model, policy, monitor, history))
+            found = change(model, replaced)
             with together():
-                factors = _placed(plan.factors, model)
-                replaced.update(inject(model, monitor.targets, factors, policy.scaling))
-                assert applied_ranks(model, monitor.targets, factors) == plan.ranks
-                train_only(model, _kept(model, policy, monitor, plan), policy.train_factors)
                 adapted = _logits(model, probe)
-                drift = _checked_drift(logits, adapted, policy.max_drift)
+                drift = _checked_drift(logits, adapted, _limit(model, policy))
                 rounding = _round_residuals(model, policy, adapted, probe)
             after = count_parameters(model, trainable=True)
             checksum = agreed_checksum(trained_tensors(model))
             adapters = _snapshot(model)
             new = rebuild(model)
             with together():
-                carried = _carry(policy.moments, moments, adapters, learner, new)
+                carried = _carry(inherit(moments, adapters), learner, new)
         except BaseException as error:
             restore(model, replaced)
             set_checkpointing(model, learner.recipe.activation_checkpointing)
@@ -199,10 +294,7 @@ def switch(
             if isinstance(error, Exception) and lost_rank(error) is None:
                 raise SwitchFailed(f"{type(error).__name__}: {error}") from error
             raise
-    return new, SwitchReport(
-        ranks=plan.ranks,
-        left_full=plan.left_full,
-        captured_energy=plan.captured_energy,
+    outcome = report(
         drift=drift,
         rounding_drift=rounding,
         checksum=checksum,
@@ -211,94 +303,91 @@ def switch(
         trainable_before=before,
         trainable_after=after,
         seconds=time.perf_counter() - begin,
+        **found,  # type: ignore[arg-type]
     )
-
-
-def make_plan(
-    model: nn.Module,
-    policy: SwitchPolicy,
-    monitor: UpdateMonitor,
-    history: Sequence[Measurement],
-) -> Plan:
-    """Ranks and factors of every target, from the recent updates of ``model``, a plain one."""
-    ranks, left_full = choose_ranks(model, policy, monitor, history)
-    updates = monitor.updates(policy.remove_weight_decay, of=model)
-    factors, captured = {}, {}
-    for name, rank in ranks.items():
-        weight, update = monitor.targets[name].weight(model), updates[name]
-        s = policy.scaling(rank)
-        chosen = policy.init(weight / s, update / s, rank) if rank else empty_factors(weight)
-        check_start(policy, name, chosen)
-        factors[name] = Factors(*(factor.cpu().contiguous() for factor in chosen))
-        captured[name] = captured_energy(update, chosen.A) if rank else 0.0
-    return Plan(ranks, left_full, factors, captured)
-
-
-def check_start(policy: SwitchPolicy, name: str, factors: Factors) -> None:
-    """ValueError for an adapter at B = 0 beside a residual weight that is rounded.
-
-    W_res lies on the grid of bf16 numbers, so W_res + s B A is rounded back to it as long as the
-    adapter is smaller than half a step of the grid, and its first updates would do nothing.
-    """
-    if policy.residual_dtype is not None and len(factors.A) and not factors.B.any():
-        raise ValueError(
-            f"switch.residual_dtype={policy.residual_dtype} does not go with a start at B = 0, "
-            f"as {name} has: use switch/init=update_svd or residual_dtype=null"
-        )
-
-
-def choose_ranks(
-    model: nn.Module,
-    policy: SwitchPolicy,
-    monitor: UpdateMonitor,
-    history: Sequence[Measurement],
-) -> tuple[dict[str, int], list[str]]:
-    """Rank per target to switch, and the targets left full because their rank saves nothing.
-
-    A fused module switches whole: one row slice that saves nothing leaves all of it full.
-    """
-    kept = _kept(model, policy, monitor)
-    _, frozen = frozen_outright(model, monitor.targets, policy.freeze)
-    targets = {name: t for name, t in monitor.targets.items() if name not in frozen}
-    context = SwitchContext(
-        [measured.only(targets) for measured in history],
-        monitor.updates(policy.remove_weight_decay, of=model).only(targets),
-        monitor.initial_stable_ranks,
-        total_parameters=count_parameters(model),
-        other_trainable=sum(parameter.numel() for parameter in kept.values()),
-        train_factors=policy.train_factors,
-    )
-    if not targets:
-        raise ValueError("switch.freeze leaves no target, so nothing would adapt: freeze fewer")
-    wanted = policy.rank(context)
-    if odd := sorted(set(wanted) ^ set(targets)):
-        raise ValueError(
-            f"the rank policy must give each target a rank, but '{odd[0]}' is "
-            f"{'missing' if odd[0] in targets else 'no target'}; {near(odd[0], targets)}"
-        )
-    if not any(wanted.values()):
-        raise ValueError("every rank is 0, so nothing would adapt: choose larger ranks")
-    useless = {
-        targets[name].module
-        for name, rank in wanted.items()
-        if not saves_parameters(rank, targets[name].weight(model).shape)
-    }
-    left_full = [name for name in wanted if targets[name].module in useless]
-    for name in frozen:
-        if (module := monitor.targets[name].module) in useless:
-            raise ValueError(
-                f"switch.freeze freezes {name}, but {module} stays full, since ranks this large "
-                "save nothing: lower the ranks, or freeze all of it"
-            )
-    if len(left_full) == len(wanted):
-        raise ValueError("no rank saves parameters on any target: choose smaller ranks")
-    ranks = {n: r for n, r in wanted.items() if n not in left_full} | dict.fromkeys(frozen, 0)
-    return {n: ranks[n] for n in monitor.targets if n in ranks}, left_full
+    return new, outcome
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that train, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _inject(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    targets: Mapping[str, Target],
+    factors: Mapping[str, Factors],
+    replaced: Replaced,
+) -> None:
+    device = next(model.parameters()).device
+    placed = {name: Factors(A.to(device), B.to(device)) for name, (A, B) in factors.items()}
+    make, dropout = policy.adapter, policy.dropout
+    replaced.update(inject(model, targets, placed, policy.scaling, make, dropout))
+
+
+def _train_adapters(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    targets: Mapping[str, Target],
+    ranks: Mapping[str, int],
+    waits: bool,
+) -> None:
+    """Train the factors, what the policy keeps, and the targets that stay as they are."""
+    adapted = adapted_modules(model)
+    full = [n for n, t in targets.items() if t.module not in adapted and n not in ranks]
+    train_only(model, going_on(model, policy, targets, full, waits), policy.train_factors)
+
+
+def _train_jointly(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Train what trained before, and the factors beside it."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, parameter.numel() > 0))
+
+
+def _train_as(model: nn.Module, flags: Mapping[str, bool], policy: SwitchPolicy) -> None:
+    """Train what trained before; new adapters have the names of the old ones."""
+    kept = [name for name, trains in flags.items() if trains and not is_factor(name)]
+    train_only(model, kept, policy.train_factors)
+
+
+def _wider(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    targets: Mapping[str, Target],
+    gradients: Mapping[str, Tensor],
+    growth: int,
+) -> dict[str, Factors]:
+    factors, adapted = {}, adapted_modules(model)
+    for name, gradient in gradients.items():
+        A, B, _, scaling = adapted[targets[name].module].adapters()[targets[name].part]
+        if not len(A):
+            factors[name] = Factors(A.detach().cpu(), B.detach().cpu())
+            continue
+        rank = min(growth * len(A), min(gradient.shape))
+        basis = torch.linalg.qr(A.detach().mT).Q
+        outside = gradient - (gradient @ basis) @ basis.mT
+        rows = torch.cat([A.detach(), truncated_svd(outside, rank - len(A)).Vh / 3**0.5])
+        old = B.detach() * (scaling / policy.scaling(rank))
+        columns = torch.cat([old, B.new_zeros(len(B), rank - len(A))], dim=1)
+        factors[name] = Factors(rows.cpu().contiguous(), columns.cpu().contiguous())
+    return factors
+
+
+def _nothing(moments: Moments, adapters: Mapping[str, Mapping[str, Adapter]]) -> Moments:
+    return {}
+
+
+def _surviving(moments: Moments, adapters: Mapping[str, Mapping[str, Adapter]]) -> Moments:
+    return moments
+
+
+def _with_factors(moments: Moments, adapters: Mapping[str, Mapping[str, Adapter]]) -> Moments:
+    return {**moments, **factor_moments(adapters, moments)}
+
+
+def _without_factors(moments: Moments, adapters: Mapping[str, Mapping[str, Adapter]]) -> Moments:
+    return {name: state for name, state in moments.items() if not is_factor(name)}
 
 
 def _whole(learner: Learner) -> dict[str, dict[str, object]]:
@@ -307,6 +396,12 @@ def _whole(learner: Learner) -> dict[str, dict[str, object]]:
         name: {k: full(v).cpu() if isinstance(v, DTensor) else v for k, v in state.items()}
         for name, state in moments_of(learner.model, learner.optimizer).items()
     }
+
+
+def _plain_parameters(model: nn.Module) -> int:
+    factors = sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
+    dropped = [m for m in adapted_modules(model).values() if m.weight is None]
+    return count_parameters(model) - factors + sum(m.in_features * m.out_features for m in dropped)
 
 
 def _snapshot(model: nn.Module) -> dict[str, dict[str, Adapter]]:
@@ -320,24 +415,6 @@ def _snapshot(model: nn.Module) -> dict[str, dict[str, Adapter]]:
     }
 
 
-def _placed(factors: Mapping[str, Factors], model: nn.Module) -> dict[str, Factors]:
-    device = next(model.parameters()).device
-    return {name: Factors(A.to(device), B.to(device)) for name, (A, B) in factors.items()}
-
-
-def _kept(
-    model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor, plan: Plan | None = None
-) -> dict[str, nn.Parameter]:
-    """What trains on besides the factors: with no plan yet, no target's weight is among it."""
-    targets = monitor.targets
-    full_modules = {targets[name].module for name in plan.left_full} if plan else set()
-    patterns = [*policy.keep, *(rf"^{re.escape(module)}\." for module in sorted(full_modules))]
-    adapted = {target.module for target in targets.values()} - full_modules
-    frozen, _ = frozen_outright(model, targets, policy.freeze)
-    kept = kept_parameters(model, adapted, patterns)
-    return {name: parameter for name, parameter in kept.items() if name not in frozen}
-
-
 def _round_residuals(
     model: nn.Module, policy: SwitchPolicy, logits: Tensor, probe: Tensor
 ) -> float | None:
@@ -348,17 +425,9 @@ def _round_residuals(
     return float((logits - _logits(model, probe)).abs().max())
 
 
-def _carry(
-    how: str,
-    moments: Mapping[str, Mapping[str, object]],
-    adapters: Mapping[str, Mapping[str, Adapter]],
-    old: Learner,
-    new: Learner,
-) -> int:
+def _carry(moments: Moments, old: Learner, new: Learner) -> int:
     if type(old.optimizer) is not type(new.optimizer):
         return 0
-    if how == "factors":
-        moments = {**moments, **factor_moments(adapters, moments)}
     return load_moments(new.model, new.optimizer, moments)
 
 
@@ -366,6 +435,12 @@ def _carry(
 def _logits(model: nn.Module, probe: Tensor) -> Tensor:
     with eval_mode(model):
         return model(probe.to(next(model.parameters()).device)).float()
+
+
+def _limit(model: nn.Module, policy: SwitchPolicy) -> float:
+    """The largest drift: none where an adapter stands instead of its weight."""
+    keeps = all(m.kind == AdaptedLinear.kind for m in adapted_modules(model).values())
+    return policy.max_drift if keeps else float("inf")
 
 
 def _checked_drift(before: Tensor, after: Tensor, limit: float) -> float:

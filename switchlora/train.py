@@ -1,6 +1,5 @@
 """The entry point: ``switchlora key=value ...`` makes one run, in the order told here."""
 
-import gc
 import math
 import os
 import sys
@@ -10,30 +9,18 @@ from functools import cache
 from pathlib import Path
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from switchlora import distributed
-from switchlora.cost import speedup_parts, warning
-from switchlora.criteria import Verdict
-from switchlora.errors import Interrupted, SwitchFailed, TrainingStopped
+from switchlora.errors import Interrupted, TrainingStopped
 from switchlora.exits import exit_with_one_line, one_line
 from switchlora.finish import finish
-from switchlora.forecast import predicted_update
 from switchlora.interrupt import Interruption
 from switchlora.learner import Update
 from switchlora.memory import record_memory
-from switchlora.monitor import Measurement, UpdateMonitor
-from switchlora.report import (
-    eval_line,
-    measurement_line,
-    measurement_metrics,
-    speedup_lines,
-    switch_lines,
-    switch_metrics,
-)
+from switchlora.report import eval_line
 from switchlora.resume import finished_summary
 from switchlora.run import Run, as_plain, prepare
 from switchlora.runlog import FolderLock
@@ -57,7 +44,7 @@ from switchlora.sweep import (
     run_job,
     told,
 )
-from switchlora.switch import switch
+from switchlora.transitions import after_update, consider_switch, guide, look_after, note_loss
 
 
 def train(config: DictConfig, folder: Path) -> dict:
@@ -96,7 +83,7 @@ def train_and_finish(run: Run) -> dict:
 
 
 def fit(run: Run) -> None:
-    """All epochs, with the switch wherever the criterion fires."""
+    """All epochs, with the switch wherever the criterion fires, and what follows from it."""
     if run.starts_elsewhere:
         save(run)
     if run.state.undecided:
@@ -104,6 +91,7 @@ def fit(run: Run) -> None:
     while not run.over:
         train_epoch(run)
         evaluate_epoch(run)
+        look_after(run)
         save(run)
         leave_if_asked(run)
 
@@ -118,6 +106,7 @@ def train_epoch(run: Run) -> None:
     for images, targets in run.data.train:
         if run.data.mixup is not None:
             images, targets = run.data.mixup(images, targets)
+        guide(run)
         update = run.learner.update(images, targets, run.data.loss, state.num_updates)
         state.position += 1
         if keep(run, update):
@@ -132,14 +121,13 @@ def count_update(run: Run, update: Update) -> None:
     run.stopwatch.lap()
     run.state.num_updates += 1
     record_update(run, update)
-    if run.state.phase not in run.state.memory:
+    if not run.state.recorded:
         record_memory(run)
         run.state.flops[run.state.phase] = run.flops_per_update
-    if run.monitor is not None:
-        run.monitor.observe(update.loss, run.learner.decay(update.lr))
-        if run.monitor.due(run.state.num_updates):
-            measure(run, run.monitor)
-            consider_switch(run)
+        run.state.recorded = True
+    run.count_flops()
+    run.monitor.observe(update.loss, run.learner.decay(update.lr))
+    after_update(run)
 
 
 def keep(run: Run, update: Update) -> bool:
@@ -176,112 +164,18 @@ def record_update(run: Run, update: Update) -> None:
             "train/lr": update.lr,
             "train/grad_norm": update.grad_norm,
             "train/phase": run.state.phase,
-            "train/adapter_phase": int(run.state.phase is Phase.ADAPTER),
+            "train/adapter_phase": int(run.state.phase is not Phase.FULL),
         }
         run.log.event("train", num_updates, run.epoch, **metrics)
-
-
-def measure(run: Run, monitor: UpdateMonitor) -> None:
-    """Add the finished window to the history: the primary rank's measurement."""
-    with run.stopwatch.paused(monitor=True):
-        measured = monitor.measure(run.state.num_updates, run.epoch)
-        run.state.history.append(distributed.from_primary(lambda: measured))
-        run.state.undecided = True
-
-
-def consider_switch(run: Run) -> None:
-    """Ask the criterion; when it fires, switch; when that fails, go on in the full phase."""
-    assert run.monitor is not None
-    state = run.state
-    share_measurement(run)
-    verdict = distributed.from_primary(lambda: run.policy.decide(state.history))
-    state.verdict = verdict
-    if verdict.fires:
-        leave_trunk(run)
-        save(run)
-    with run.stopwatch.paused():
-        if state.history:
-            report_measurement(run, state.history[-1], verdict)
-        switched = verdict.fires and try_switch(run, verdict)
-        state.undecided = False
-        if switched:
-            release_memory(run.device)
-    if switched:
-        run.stopwatch.start_phase()
-        save(run)
-    elif state.history:
-        with run.stopwatch.paused(monitor=True):
-            run.monitor.start_window(state.num_updates)
-
-
-def share_measurement(run: Run) -> None:
-    """With the runs that have the same full phase."""
-    if run.trunk is not None and run.state.history:
-        with run.stopwatch.paused():
-            run.trunk.publish(run)
-
-
-def leave_trunk(run: Run) -> None:
-    """From here on this run is its own."""
-    if run.trunk is not None:
-        with run.stopwatch.paused():
-            run.trunk.leave(run)
-
-
-def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> None:
-    """A 'measure' event and a line on the terminal."""
-    run.log.event(
-        "measure",
-        measurement.num_updates,
-        measurement.epoch,
-        **measurement_metrics(measurement, verdict),
-    )
-    run.log.line(measurement_line(measurement, verdict))
-
-
-def try_switch(run: Run, verdict: Verdict) -> bool:
-    """Switch to the adapter phase: new learner, no monitor. Whether it worked."""
-    assert run.monitor is not None
-    state = run.state
-    full_phase, expected = run.phase_summary(), predicted_update(run)
-    try:
-        run.learner, report = switch(
-            run.learner,
-            run.policy,
-            run.monitor,
-            state.history,
-            run.probe,
-            lambda model: run.build_learner(model, Phase.ADAPTER),
-        )
-    except SwitchFailed as failure:
-        run.log.line(f"the switch failed and was undone, full training goes on: {failure}")
-        run.log.event("switch_failed", state.num_updates, run.epoch, reason=str(failure))
-        state.failed_switches.append(str(failure))
-        return False
-    run.monitor = None
-    state.switch_report = report
-    state.phases[Phase.FULL] = full_phase
-    state.phase = Phase.ADAPTER
-    state.switch_update, state.switch_epoch = state.num_updates, run.epoch
-    for line in switch_lines(report, verdict, state.num_updates, run.epoch):
-        run.log.line(line)
-    if distributed.world_size() > 1:
-        run.log.line(f"  {distributed.agreement_line(report.checksum)}")
-    speedup = {}
-    if expected is not None and (adapter := predicted_update(run)) is not None:
-        speedup = speedup_parts(expected, adapter)
-        for line in speedup_lines(speedup, warning(expected, adapter)):
-            run.log.line(line)
-    metrics = switch_metrics(report, verdict) | {f"speedup/{k}": v for k, v in speedup.items()}
-    run.log.event("switch", state.num_updates, run.epoch, **metrics)
-    return True
 
 
 def evaluate_epoch(run: Run) -> None:
     """Validation metrics after an epoch, which is then done: an 'eval' event and a line."""
     state = run.state
+    guide(run)
     with run.stopwatch.paused():
         metrics = run.evaluate(run.data.val)
+        note_loss(run, "val", metrics["loss"])
         speed = run.stopwatch.summary(run.batch_size, len(run.data.train))
         if metrics["top1"] > state.best_top1:
             state.best_top1, state.best_update = metrics["top1"], state.num_updates
@@ -302,13 +196,6 @@ def evaluate_epoch(run: Run) -> None:
             },
         )
     run.log.line(eval_line(state.epoch, state.phase, metrics))
-
-
-def release_memory(device: torch.device) -> None:
-    """Return what the full phase held: optimizer state, gradients, replaced weights."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _folder_of(name: str) -> Path:

@@ -33,11 +33,12 @@ from switchlora.exits import one_line
 from switchlora.identity import Config, identity, shaping
 from switchlora.interrupt import Interruption
 from switchlora.monitor import Measurement
+from switchlora.policy import SwitchPolicy
 from switchlora.provenance import code_digest, machine
 from switchlora.records import TRUNK_KEY
 from switchlora.resume import Found
 from switchlora.runlog import CONFIG, METRICS, locked
-from switchlora.switch import SwitchPolicy
+from switchlora.surgery import Target
 from switchlora.trunklog import TrunkLog
 
 if TYPE_CHECKING:
@@ -69,11 +70,20 @@ def trunk_key(config: Config, device: torch.device, data: str) -> dict[str, Any]
     }
 
 
-def first_firing(policy: SwitchPolicy, history: Sequence[Measurement]) -> int | None:
-    """Updates made when ``policy`` fires first on a history, 0 before the first; None if never."""
+def first_firing(
+    policy: SwitchPolicy,
+    history: Sequence[Measurement],
+    targets: Mapping[str, Target] | None = None,
+) -> int | None:
+    """Updates made when ``policy`` switches any of ``targets`` first, 0 before the first update.
+
+    None where the history holds no such moment; without targets only a whole switch counts.
+    """
     for length in range(len(history) + 1):
-        if policy.decide(history[:length]).fires:
-            return history[length - 1].num_updates if length else 0
+        verdict = policy.decide(history[:length])
+        done = history[length - 1].num_updates if length else 0
+        if verdict.fires or policy.chosen(verdict, targets or {}, done, None):
+            return done
     return None
 
 
@@ -171,7 +181,7 @@ class Trunk:
         say: Say,
     ) -> tuple[Path | None, int, bool]:
         """A borrowed checkpoint, bytes of the run's log there, and whether the run extends."""
-        fires = self._wait_for_a_decision(policy, own, interruption, say)
+        fires = self._wait_for_a_decision(policy, model, own, interruption, say)
         least = own.state["train"]["num_updates"] if own else 0
         for path in checkpoint.find_all(self.folder):
             if not least < checkpoint.updates_of(path) <= (math.inf if fires is None else fires):
@@ -189,17 +199,23 @@ class Trunk:
         return None, 0, self._lock is not None
 
     def _wait_for_a_decision(
-        self, policy: SwitchPolicy, own: Found | None, interruption: Interruption, say: Say
+        self,
+        policy: SwitchPolicy,
+        model: nn.Module,
+        own: Found | None,
+        interruption: Interruption,
+        say: Say,
     ) -> int | None:
         """Updates at which ``policy`` fires on the trunk; None when this run has to train on, and
         NO_RELATION when what it has done so far is not what the trunk tells of."""
+        targets = policy.find_targets(model)
         waits = self._wait and distributed.world_size() == 1
         known, told = -1, False
         while True:
             held = self._take_lock()
             if held or known != self.log.size():
                 known, history = self.log.size(), self.log.history()
-                fires = first_firing(policy, history)
+                fires = first_firing(policy, history, targets)
                 goes_on = _continues(own, history)
             if fires is not None or not goes_on:
                 self.release()

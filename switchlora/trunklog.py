@@ -8,10 +8,10 @@ from typing import Any
 
 from switchlora.criteria import Verdict
 from switchlora.monitor import Measurement
+from switchlora.policy import SwitchPolicy
 from switchlora.records import measurement_of
 from switchlora.report import measurement_metrics
 from switchlora.runlog import METRICS, as_record
-from switchlora.switch import SwitchPolicy
 
 UNDECIDED = Verdict(False, {}, "")
 

@@ -1,0 +1,51 @@
+"""The gradient of the loss by effective weights, whatever module computes with them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from switchlora.learner import autocast
+from switchlora.run import Run
+from switchlora.surgery import Target
+
+
+def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """Gradient (out, in) by each target's effective weight, on the next batch to train on.
+
+    On this rank's share of it. G = sum over tokens of g_y x^T, from the inputs and the outputs'
+    gradients that pass through the target's module; neither ``.grad`` nor the order of the
+    epoch's batches is touched.
+    """
+    run.data.set_epoch(run.state.epoch)
+    inputs, labels = next(iter(run.data.train))
+    if run.data.mixup is not None:
+        inputs, labels = run.data.mixup(inputs, labels)
+    names = sorted({target.module for target in targets.values()})
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        found = module_gradients(run.model, names, run, inputs, labels)
+    return {name: found[target.module][target.rows] for name, target in targets.items()}
+
+
+def module_gradients(
+    model: nn.Module, names: list[str], run: Run, inputs: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """G (out, in) of the linears ``names`` of a model, from one forward and backward pass."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: seen.update({name: (args[0].detach(), output)})
+        )
+        for name in names
+    ]
+    try:
+        with autocast(run.device.type, run.recipe.precision):
+            loss = run.data.loss(model(inputs.to(run.device)), labels.to(run.device))
+        grads = torch.autograd.grad(loss, [seen[name][1] for name in names])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        name: grad.flatten(0, -2).float().mT @ seen[name][0].flatten(0, -2).float()
+        for name, grad in zip(names, grads, strict=True)
+    }

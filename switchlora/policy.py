@@ -1,0 +1,203 @@
+"""What a switch is made of: when, of what, to what ranks, from which start, and what follows."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import nn
+
+from switchlora.criteria import SwitchCriterion, Verdict
+from switchlora.errors import check_choice, check_patterns, check_range, check_share
+from switchlora.guard import Guard
+from switchlora.initializers import AdapterInit
+from switchlora.layers import FACTORS, AdaptedLinear, Adapter, adapted_linear, scaling_one
+from switchlora.monitor import Measurement
+from switchlora.ranks import RankPolicy
+from switchlora.surgery import Target, family, find_targets
+
+AdapterFactory = Callable[[nn.Linear, Mapping[str, Adapter]], AdaptedLinear]
+RESIDUAL_DTYPES = {"bf16": torch.bfloat16}
+DEFAULT_TARGETS = (
+    r"attn\.(qkv|[qkv]_proj)",
+    r"attn\.proj",
+    r"mlp\.(fc1|fc1_[gx]|w12)",
+    r"mlp\.(fc2|w3)",
+)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Switch in stages: what has converged by its own margin goes first, the rest trains on.
+
+    A stage takes all ``by`` 'target' modules (row slices of a fused one together), 'family' or
+    'block' groups whose members have all converged, at least ``least`` targets at once and
+    ``interval`` updates after the stage before, since each stage rebuilds the learner. A target
+    whose margin reaches ``still`` needs no adapter, if nothing that trains is called before it:
+    this front of the model is frozen outright, and the backward pass ends behind it.
+    """
+
+    by: str = "target"
+    interval: int = 0
+    least: int = 1
+    still: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("switch.stages.by", self.by, ("target", "family", "block"))
+        check_range("switch.stages.interval", self.interval, 0)
+        check_range("switch.stages.least", self.least, 1)
+
+    def ready(
+        self, margins: Mapping[str, float], waiting: Mapping[str, Target], updates_since: int
+    ) -> list[str]:
+        """Of the targets that wait, those to switch ``updates_since`` the last stage."""
+        if updates_since < self.interval:
+            return []
+        moving = {self._group(t) for n, t in waiting.items() if not margins.get(n, -math.inf) >= 0}
+        found = [name for name, target in waiting.items() if self._group(target) not in moving]
+        return found if len(found) >= min(self.least, len(waiting)) else []
+
+    def front(self, margins: Mapping[str, float], moving: Sequence[str]) -> list[str]:
+        """Those first of the ``moving`` targets, in the order of their calls, that stand still."""
+        limit = self.still
+        if limit is None:
+            return []
+        return list(takewhile(lambda name: margins.get(name, -math.inf) >= limit, moving))
+
+    def _group(self, target: Target) -> str:
+        if self.by == "target":
+            return target.module
+        shared = family(target.module)
+        return shared if self.by == "family" else target.module.removesuffix(shared)
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Merge the adapter and start a new one, every ``every`` updates (ReLoRA, arXiv 2307.05695).
+
+    ``init`` is the new start, None the policy's; with update_svd the recent update is that since
+    the last merge. Of the factors' moments a share ``pruned`` is set to zero, 'random' entries
+    or those of smallest 'magnitude', or all of them ('zero'). ``adapter.rewarmup_updates`` ramps
+    the learning rate after each restart: the jagged cosine.
+    """
+
+    every: int = 500
+    init: AdapterInit | None = None
+    prune: str = "random"
+    pruned: float = 0.999
+
+    def __post_init__(self) -> None:
+        check_range("switch.restart.every", self.every, 1)
+        check_choice("switch.restart.prune", self.prune, ("random", "magnitude", "zero"))
+        check_share("switch.restart.pruned", self.pruned)
+
+
+@dataclass(frozen=True)
+class SwitchPolicy:
+    """When to switch, with what, and what goes on training.
+
+    ``earliest`` and ``latest`` bound, in updates, when the criterion may fire. ``keep`` names the
+    parameters besides the factors that go on training (regular expressions; target weights never
+    do). ``moments`` says what the new optimizer inherits: 'surviving' tensors' state, that plus
+    its projection onto the 'factors', or nothing ('reset').
+    """
+
+    criterion: SwitchCriterion
+    rank: RankPolicy
+    init: AdapterInit
+    scaling: Callable[[int], float] = scaling_one
+    adapter: AdapterFactory = adapted_linear
+    """what a target becomes: factors beside its residual weight, or instead of it"""
+    targets: Sequence[str] = DEFAULT_TARGETS
+    split_qkv: bool = False
+    keep: Sequence[str] = (".*",)
+    earliest: int = 0
+    latest: int | None = None
+    joint_epochs: float = 0.0
+    """epochs in which weights and factors train together before the weights are frozen"""
+    stages: Stages | None = None
+    restart: Restart | None = None
+    guard: Guard | None = None
+    moments: str = "surviving"
+    remove_weight_decay: bool = False
+    """take decoupled weight decay's share out of the recent update"""
+    max_drift: float = 1e-3
+    """largest logit change that is accepted, where a residual weight keeps the function; a larger
+    one undoes the switch"""
+    least_gain: float | None = None
+    """how many times faster than a target its factors must be, measured at the switch with the
+    batch's shapes, if it is not to stay as it is"""
+    train_factors: Sequence[str] = FACTORS
+    """which factors train; with [B], A stays where the switch put it, and no layer keeps its
+    inputs for the backward pass"""
+    dropout: float = 0.0
+    """of an adapter's inputs while it trains"""
+    residual_dtype: str | None = None
+    """'bf16' halves the bytes of the frozen residual weights; their rounding moves the logits. Not
+    for starts at B = 0: a bf16 sum of the two would lose the adapter's first small steps"""
+    freeze: Sequence[str] = ()
+    """what stops training without an adapter: regular expressions, searched in the names of
+    parameters and targets, of whose modules the biases stop too; a frozen front of a model costs
+    no backward pass"""
+
+    def __post_init__(self) -> None:
+        check_choice("switch.moments", self.moments, ("surviving", "factors", "reset"))
+        check_patterns("switch.targets", self.targets)
+        check_patterns("switch.keep", self.keep)
+        check_patterns("switch.freeze", self.freeze)
+        check_range("switch.joint_epochs", self.joint_epochs, 0)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"switch.dropout is {self.dropout}: give a share from 0 to below 1")
+        if self.residual_dtype is not None:
+            check_choice("switch.residual_dtype", self.residual_dtype, tuple(RESIDUAL_DTYPES))
+        if "B" not in self.train_factors or set(self.train_factors) - set(FACTORS):
+            raise ValueError(
+                f"switch.train_factors is {list(self.train_factors)}: give [A, B] or [B]"
+            )
+        if self.latest is not None and self.latest < self.earliest:
+            raise ValueError(
+                f"switch.latest {self.latest} is before switch.earliest {self.earliest}"
+            )
+        for one, other in (("stages", "joint_epochs"), ("stages", "restart")):
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"switch.{one} does not go with switch.{other}: leave one out")
+
+    def find_targets(self, model: nn.Module) -> dict[str, Target]:
+        """Targets of this policy in ``model``."""
+        return find_targets(model, self.targets, self.split_qkv)
+
+    def decide(self, history: Sequence[Measurement], again: bool = False) -> Verdict:
+        """The criterion's verdict, held back outside the earliest and latest update.
+
+        ``again`` asks the guard's criterion, if it has one: after a switch was taken back.
+        """
+        own = self.guard.criterion if again and self.guard else None
+        verdict = (own or self.criterion)(history)
+        done = history[-1].num_updates if history else 0
+        if verdict.fires and done < self.earliest:
+            why = f"waits for switch.earliest={self.earliest}, at update {done}: {verdict.reason}"
+            return Verdict(False, verdict.margins, why)
+        if verdict.fires and self.latest is not None and done > self.latest:
+            why = f"too late, switch.latest={self.latest} is past: {verdict.reason}"
+            return Verdict(False, verdict.margins, why)
+        return verdict
+
+    def chosen(
+        self,
+        verdict: Verdict,
+        waiting: Mapping[str, Target],
+        num_updates: int,
+        last_stage: int | None,
+    ) -> list[str]:
+        """The targets that switch after this verdict: all, none, or those of a stage."""
+        if verdict.fires:
+            return list(waiting)
+        if self.stages is None or not self._may_switch(num_updates):
+            return []
+        since = num_updates if last_stage is None else num_updates - last_stage
+        return self.stages.ready(verdict.margins, waiting, since)
+
+    def _may_switch(self, num_updates: int) -> bool:
+        late = self.latest is not None and num_updates > self.latest
+        return num_updates >= self.earliest and not late
