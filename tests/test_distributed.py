@@ -1,4 +1,4 @@
-"""Real processes under torchrun: they agree, they repeat, and others can go on from them."""
+"""Real processes of torchrun's launcher: they agree, they repeat, others can go on from them."""
 
 import json
 import os
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ranks import run_and_look, run_with_a_broken_switch
 from runs import SHORT, assert_same_run, make_run
+from starts import Started, program, torchrun
 from switchlora.checkpoint import STATE, find_all
 from switchlora.runlog import read_events
 
@@ -21,23 +23,14 @@ PLATEAU = (
     "checkpoint.keep=99",
     "full.accumulation=2",
 )
-RANKS = str(Path(__file__).with_name("ranks.py"))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def torchrun(processes, *command):
-    """The command line that starts ``command`` on several gloo ranks."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(processes), *command]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run_ranks(processes, folder, *overrides):
+def run_ranks(processes, folder, *overrides, act=run_and_look):
     """A run on several ranks that also looks around; what it found."""
-    command = torchrun(processes, RANKS, str(folder), *overrides)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    words = (processes, act, str(folder), *overrides)
+    with Started(f"{folder}.said", torchrun, *words) as started:
+        done = started.finish()
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((Path(folder) / "ranks.json").read_text())
 
@@ -171,9 +164,9 @@ def test_sharded_ranks_go_on_from_the_checkpoint_of_replicas(alone, pair, tmp_pa
     assert_like(alone, tmp_path)
 
 
-def test_a_switch_that_fails_on_one_rank_is_undone_on_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("BREAK_THE_FIRST_SWITCH", "1")
-    found = run_ranks(2, tmp_path, *PLATEAU, "full.accumulation=1")
+def test_a_switch_that_fails_on_one_rank_is_undone_on_all(tmp_path):
+    options = (*PLATEAU, "full.accumulation=1")
+    found = run_ranks(2, tmp_path, *options, act=run_with_a_broken_switch)
     assert found["spread"] == 0.0
     (failed,) = read_events(tmp_path, "switch_failed")
     assert failed["num_updates"] == 20 and "broken on rank 1" in failed["reason"]
@@ -192,9 +185,11 @@ def rank_of(pid):
 
 def test_a_rank_killed_at_the_switch_ends_the_run_and_one_process_goes_on(alone, tmp_path):
     folder = tmp_path / "run"
-    command = torchrun(2, "-m", "switchlora", *SHORT, *PLATEAU, f"hydra.run.dir={folder}")
+    options = (*SHORT, *PLATEAU, f"hydra.run.dir={folder}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "switchlora", *options]
     with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment())
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=ENVIRONMENT)
         while not checkpoint_at(folder, "update-00000020").exists():
             assert process.poll() is None, (tmp_path / "said").read_text()
             time.sleep(0.001)
@@ -205,9 +200,9 @@ def test_a_rank_killed_at_the_switch_ends_the_run_and_one_process_goes_on(alone,
     assert "switchlora: another process of this run is gone" in said, said
     assert "go on with: torchrun" in said and 'switchlora/train.py", line' not in said, said
     assert find_all(folder)
-    refused = subprocess.run(
-        [*command, "resume=auto", "seed=1"], capture_output=True, text=True, env=environment()
-    )
+    again = (2, program, *options, "resume=auto", "seed=1")
+    with Started(tmp_path / "refused", torchrun, *again) as started:
+        refused = started.finish()
     lines = [x for x in refused.stderr.splitlines() if x.startswith("switchlora") and ":" in x]
     assert len(lines) == 1 and "another configuration (seed: 0 there, 1 here)" in lines[0], lines
     assert 'switchlora/train.py", line' not in refused.stderr

@@ -4,41 +4,44 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from runs import BY_DATE, SHORT, make_run
+from starts import Started, program
 from switchlora.checkpoint import find_all, read
 from switchlora.errors import LoaderDied, TrainingStopped
 from switchlora.learner import Learner
 from switchlora.runlog import read_events
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+def with_small_files(size, *words):
+    """The program where no file may be larger than ``size`` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    program(*words)
 
 
 def test_a_full_disk_stops_the_run_with_one_line_and_a_valid_checkpoint(tmp_path):
     """The system's limit on the size of a file stands for the disk: the switch needs less."""
-    options = [*SHORT, *BY_DATE, f"hydra.run.dir={tmp_path / 'run'}", "checkpoint.every_updates=4"]
-    options += ["max_updates=8", "checkpoint.keep=9"]
-    first = [sys.executable, "-m", "switchlora", *options]
-    subprocess.run(first, check=True, capture_output=True, env=ENVIRONMENT)
-    (tmp_path / "run" / "summary.json").unlink()
-    for later in find_all(tmp_path / "run")[:-1]:
+    folder, options = tmp_path / "run", (*BY_DATE, "checkpoint.every_updates=4")
+    options += ("max_updates=8", "checkpoint.keep=9")
+    make_run(folder, *options)
+    (folder / "summary.json").unlink()
+    for later in find_all(folder)[:-1]:
         shutil.rmtree(later)
-    size = max(p.stat().st_size for p in find_all(tmp_path / "run")[0].iterdir())
-    limited = f"ulimit -f {size // 2048}; exec {sys.executable} -m switchlora resume=auto "
-    limited += " ".join(f"'{option}'" for option in options)
-    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=ENVIRONMENT)
+    size = max(p.stat().st_size for p in find_all(folder)[0].iterdir())
+    words = (*SHORT, *options, f"hydra.run.dir={folder}", "resume=auto")
+    with Started(tmp_path / "said", with_small_files, size // 2, *words) as started:
+        done = started.finish()
     assert done.returncode == 1
     (line,) = [x for x in done.stderr.splitlines() if x]
     assert re.match("switchlora: no checkpoint could be written to .*: .*too large", line), line
-    assert read(find_all(tmp_path / "run")[0])["train"]["num_updates"] == 4
-    assert not list((tmp_path / "run" / "checkpoints").glob(".writing*"))
+    assert read(find_all(folder)[0])["train"]["num_updates"] == 4
+    assert not list((folder / "checkpoints").glob(".writing*"))
 
 
 def test_a_run_folder_that_is_gone_is_told(tmp_path, at_update):
@@ -81,16 +84,15 @@ def test_a_signal_to_all_processes_saves_although_it_meets_loader_workers(tmp_pa
         "full.optimizer.lr=1e-4",
         "epochs=30",
     )
-    command = [sys.executable, "-m", "switchlora", *SHORT, *options, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=ENVIRONMENT
-    )
-    while not (folder / "metrics.jsonl").exists() or not list(read_events(folder, "train")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    words = (*SHORT, *options, f"hydra.run.dir={folder}")
+    with Started(tmp_path / "said", program, *words) as started:
+        while not (folder / "metrics.jsonl").exists() or not list(read_events(folder, "train")):
+            assert started.running, started.said()
+            time.sleep(0.05)
+        os.killpg(started.process.pid, signal.SIGTERM)
+        done = started.finish()
+    assert done.returncode == 128 + signal.SIGTERM
+    said = done.stderr
     assert re.search(r"switchlora: interrupted by SIGTERM after update \d+; the last", said), said
     number = int(re.search(r"after update (\d+)", said)[1])
     assert read(find_all(folder)[0])["train"]["num_updates"] == number
@@ -121,8 +123,10 @@ def test_an_fp16_overflow_lowers_the_scale_and_does_not_stop_the_run(tmp_path, m
         return found
 
     monkeypatch.setattr(Learner, "update", scaled)
-    options = (*BY_DATE, "full.precision=fp16", "max_skipped=3", "max_updates=12", "model.depth=1")
-    summary = make_run(tmp_path, *options, "switch.criterion.epoch=0.5")
+    options = (*BY_DATE, "full.precision=fp16", "max_skipped=3", "max_updates=12")
+    options += ("model.depth=1", "model.embed_dim=16", "model.num_heads=1", "switch/rank=fixed")
+    options += ("switch.rank.rank=1", "switch.criterion.epoch=0.5")
+    summary = make_run(tmp_path, *options)
     skipped = [overflow for _, applied, overflow in scales if not applied]
     assert len(skipped) == summary["skipped_updates"] > 3 and all(skipped)
     assert summary["num_updates"] == 12 and summary["switch"]["fired"]

@@ -1,0 +1,94 @@
+"""Starts of the program in forks of a server that has imported it: a start costs no imports."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from subprocess import CompletedProcess
+
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tqdm import tqdm
+
+from switchlora.train import main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from killtest import PRELOADED
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(PRELOADED)
+PATIENCE = 240
+"""seconds that a start may take on a busy machine"""
+
+
+class Started:
+    """``act(*words)`` in a session of its own, all of which ends with the test.
+
+    What it and its processes say goes to ``output`` and to ``output``.err.
+    """
+
+    def __init__(self, output, act, *words):
+        self.files = [Path(output), Path(f"{output}.err")]
+        self.words = words
+        self.process = FORKS.Process(target=_enter, args=(self.files, act, words))
+        self.process.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    @property
+    def running(self):
+        return self.process.exitcode is None
+
+    def kill(self):
+        """SIGKILL whatever of it still runs."""
+        for call in (os.killpg, os.kill):  # its session may not have begun
+            with suppress(ProcessLookupError):
+                call(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    def said(self):
+        """Standard output and standard error so far."""
+        return [file.read_text() if file.exists() else "" for file in self.files]
+
+    def finish(self):
+        """What ``subprocess.run`` returns."""
+        self.process.join(PATIENCE)
+        assert not self.running, self.said()
+        return CompletedProcess(self.words, self.process.exitcode, *self.said())
+
+
+def _enter(files, act, words):
+    os.setsid()
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    tqdm.set_lock(threading.RLock())  # its own would be told as leaked after a kill
+    for descriptor, path in enumerate(files, start=1):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    act(*words)
+
+
+def program(*words):
+    """``switchlora *words``."""
+    sys.argv = ["switchlora", *words]
+    main()
+
+
+def torchrun(processes, act, *words):
+    """``act(*words)`` on several gloo ranks, by the launcher that is behind ``torchrun``."""
+    config = LaunchConfig(
+        *(1, 1, processes),
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    elastic_launch(config, act)(*words)
