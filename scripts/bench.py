@@ -57,9 +57,9 @@ from switchlora.cost import (
 from switchlora.errors import OtherRankFailed, check_range
 from switchlora.learner import PRECISIONS
 from switchlora.models import eval_mode
+from switchlora.policy import DEFAULT_TARGETS
 from switchlora.provenance import environment
 from switchlora.surgery import count_parameters, family, find_targets
-from switchlora.switch import DEFAULT_TARGETS
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from switchlora.initializers import zero_b
 from switchlora.layers import is_factor, scaling_one
 from switchlora.learner import Learner, Recipe, autocast, build_learner
 from switchlora.models import create_model
+from switchlora.policy import DEFAULT_TARGETS
 from switchlora.reflora import RefLoRA, RefLoRAS
 from switchlora.sharding import skeleton
 from switchlora.surgery import (
@@ -32,7 +33,6 @@ from switchlora.surgery import (
     kept_parameters,
     train_only,
 )
-from switchlora.switch import DEFAULT_TARGETS
 
 T = TypeVar("T")
 ARMS = ("full", "adapter", "adapter-merged", "adapter-split", "adapter-B", "peft", "frozen")

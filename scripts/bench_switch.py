@@ -34,9 +34,10 @@ from switchlora.errors import check_range
 from switchlora.initializers import UpdateSVD
 from switchlora.learner import build_learner
 from switchlora.monitor import UpdateMonitor
+from switchlora.policy import SwitchPolicy
 from switchlora.provenance import environment
 from switchlora.ranks import Fixed
-from switchlora.switch import SwitchPolicy, switch
+from switchlora.switch import switch
 from switchlora.throughput import STATUS, peak_memory, reset_peak_memory
 
 MIB = 2**20

@@ -25,7 +25,7 @@ TIMED = {
         "stopwatch",
         "log",
         "seconds",
-        "switch/seconds",
+        *(f"{kind}/seconds" for kind in ("switch", "settle", "restart", "grow", "take_back")),
         "monitor/time_share",
         "time_share",
     ),

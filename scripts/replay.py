@@ -24,8 +24,8 @@ from switchlora.criteria import Verdict
 from switchlora.exits import USER_ERRORS, one_line
 from switchlora.figures import run_labels
 from switchlora.monitor import Measurement
+from switchlora.policy import SwitchPolicy
 from switchlora.records import Record, find_records
-from switchlora.switch import SwitchPolicy
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

@@ -14,9 +14,9 @@ from hydra.core.override_parser.types import Override
 
 from switchlora.exits import USER_ERRORS, one_line
 from switchlora.identity import is_free, leaves
+from switchlora.policy import SwitchPolicy
 from switchlora.records import Record
 from switchlora.run import build
-from switchlora.switch import SwitchPolicy
 
 REPLAYED = ("switch", "adapter")
 """parts of a configuration that the full phase does not depend on"""

@@ -23,13 +23,15 @@ from tables_columns import (
     trainable_share,
     val_top1,
 )
-from tables_rows import Row
+from tables_rows import METHOD, Row
 
 from switchlora.identity import shaping
 from switchlora.records import Record
 
 MACHINE = ("device", "threads", "world_size")
 LENGTH = ("epochs", "max_updates", "ema")
+RECIPES = {"joint": "adapter", "staged": "adapter"}
+"""by phase, where it is called otherwise"""
 
 References = Mapping[Path, Sequence[Record]]
 """by folder of a run: the baseline's runs that it is compared with"""
@@ -97,7 +99,7 @@ def choose(row: Row, candidates: Sequence[Row]) -> Row | str:
 
 def only_switches_apart(row: Row) -> bool:
     """Whether all that sets a row apart says what happens at and after a switch."""
-    return all(key.startswith(("switch.", "adapter.")) for key in row.settings)
+    return all(key.startswith(("switch.", "adapter.", METHOD)) for key in row.settings)
 
 
 def nearest(row: Row, others: Sequence[Row]) -> list[Row]:
@@ -123,9 +125,10 @@ def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[
     """
     here, there = machine_and_task(record), machine_and_task(reference)
     for key in ("precision", "accumulation", "compile"):
-        for phase in phases_made(record):
-            here[f"{phase}.{key}"] = record.config[phase][key]
-            there[f"{phase}.{key}"] = reference.config[last_phase(reference)][key]
+        for recipe in {RECIPES.get(phase, phase) for phase in phases_made(record)}:
+            last = last_phase(reference)
+            here[f"{recipe}.{key}"] = record.config[recipe][key]
+            there[f"{recipe}.{key}"] = reference.config[RECIPES.get(last, last)][key]
     return here, there
 
 

@@ -171,13 +171,24 @@ def of_phase(phase: str, key: str, scale: float = 1) -> Read:
 
 
 def of_last_phase(key: str) -> Read:
-    """Reads a number of the adapter phase, or of the full phase where no other was reached."""
-    return lambda record: of_phase(last_phase(record), key)(record)
+    """Reads a number of the phase that the last update was made in."""
+    return lambda record: last_segment(record).get(key)
+
+
+def segments(record: Record) -> list[Mapping[str, Any]]:
+    """What lay between the run's transitions; its phases where it does not tell."""
+    phases = record.summary["phases"].items()
+    return record.summary.get("segments") or [{"phase": name, **found} for name, found in phases]
+
+
+def last_segment(record: Record) -> Mapping[str, Any]:
+    """What the run's last update was made in; empty where none was made."""
+    return next((found for found in reversed(segments(record)) if found["num_updates"]), {})
 
 
 def last_phase(record: Record) -> str:
-    """The phase that the run ended in."""
-    return "adapter" if "adapter" in record.summary["phases"] else "full"
+    """The phase that the last update was made in."""
+    return last_segment(record).get("phase", "full")
 
 
 def quartiles_of(phase: str) -> Callable[[Record], tuple[float, float] | None]:
@@ -191,8 +202,8 @@ def quartiles_of(phase: str) -> Callable[[Record], tuple[float, float] | None]:
 
 
 def trainable(record: Record) -> float | None:
-    """Parameters that train in the phase that the run ended in."""
-    return of_last_phase("trainable_parameters")(record)
+    """Parameters that train at the end of the run."""
+    return segments(record)[-1].get("trainable_parameters")
 
 
 def trainable_share(record: Record) -> float | None:
@@ -209,15 +220,16 @@ def phases_made(record: Record) -> dict[str, Mapping[str, Any]]:
 
 
 def cost_flops(record: Record) -> float | None:
-    """FLOPs of all updates of both phases; None where a phase does not tell."""
-    return _sum(
+    """FLOPs of all updates; None where a phase does not tell."""
+    told = record.summary.get("cost", {}).get("train_flops")
+    return told or _sum(
         phase.get("flops_per_update") and phase["flops_per_update"] * phase["num_updates"]
         for phase in phases_made(record).values()
     )
 
 
 def cost_seconds(record: Record) -> float | None:
-    """Seconds of all updates of both phases, evaluation left out; None where one does not tell."""
+    """Seconds of all updates, evaluation left out; None where a phase does not tell."""
     return _sum(phase.get("train_seconds") for phase in phases_made(record).values())
 
 

@@ -16,6 +16,8 @@ from switchlora.records import Record
 
 CONF = Path(__file__).parents[1] / "conf"
 CRITERION, NEVER = "switch.criterion", "never"
+METHOD = "method"
+OF_METHODS = ("switch.", "adapter.", "monitor.")  # what a method consists of: its name tells it
 FULL_TRAINING = "full training"
 UNUSED_BY_FULL_TRAINING = ("switch.", "adapter.")
 
@@ -68,12 +70,26 @@ def make_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
             notes.append(f"{second}: not counted, the same configuration and seed as {first}.")
         row.setdefault(seed, record)
     members = [tuple(row[seed] for seed in sorted(row)) for row in groups.values()]
-    told = telling_settings([settings_of(row[0].config) for row in members])
+    told = telling_settings(with_methods(members))
     rows = [
         Row(label, settings, row, {})
         for label, settings, row in zip(labels(told), told, members, strict=True)
     ]
     return sorted(rows, key=lambda row: (not row.trains_in_full, natural(row.label))), notes
+
+
+def with_methods(members: Sequence[Sequence[Record]]) -> list[Settings]:
+    """The settings of each row, its ``method`` among them where rows have several of them.
+
+    A row that none was chosen for is called by its criterion.
+    """
+    found = [settings_of(row[0].config) for row in members]
+    methods = [next(filter(None, (r.config.get(METHOD) for r in row)), None) for row in members]
+    if len(set(methods)) < 2:
+        return found
+    criteria = [FULL_TRAINING if s[CRITERION] == NEVER else s[CRITERION] for s in found]
+    named = zip(found, methods, criteria, strict=True)
+    return [{METHOD: method or criterion, **settings} for settings, method, criterion in named]
 
 
 def natural(text: str) -> list[tuple[float, str]]:
@@ -126,7 +142,8 @@ def telling_settings(all_settings: Sequence[Settings]) -> list[Settings]:
     """Of each row's settings those that set it apart from rows with objects of the same kinds.
 
     Full training uses no key of the switch or of the adapter, so these say nothing there. What
-    full and adapter phase share is told once.
+    full and adapter phase share is told once. What a method consists of is told where it sets two
+    rows of that method apart.
     """
     told = []
     for settings in all_settings:
@@ -141,6 +158,8 @@ def telling_settings(all_settings: Sequence[Settings]) -> list[Settings]:
 
 
 def _tells(key: str, settings: Settings, all_settings: Sequence[Settings]) -> bool:
+    if key.startswith(OF_METHODS):
+        all_settings = [o for o in all_settings if o.get(METHOD) == settings.get(METHOD)]
     if key.startswith(UNUSED_BY_FULL_TRAINING) and key != CRITERION:
         if settings.get(CRITERION) == NEVER:
             return False
@@ -157,15 +176,16 @@ def _told_of_full(key: str, value: Any, found: Settings) -> bool:
 
 
 def labels(told: Sequence[Settings]) -> list[str]:
-    """One label a row: its criterion, then short keys with their values."""
+    """One label a row: its method or criterion, then short keys with their values."""
     keys = {key for settings in told for key in settings}
     return [_label(settings, keys) for settings in told]
 
 
 def _label(settings: Settings, keys: set[str]) -> str:
     criterion = settings.get(CRITERION)
-    words = [] if criterion is None else [FULL_TRAINING if criterion == NEVER else criterion]
-    others = (key for key in settings if key != CRITERION)
+    words = [settings[METHOD]] if METHOD in settings else []
+    words += [] if criterion is None else [FULL_TRAINING if criterion == NEVER else criterion]
+    others = (key for key in settings if key not in (METHOD, CRITERION))
     words += [f"{short_key(key, keys)}={value_text(settings[key])}" for key in others]
     return ", ".join(words)
 

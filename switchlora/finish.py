@@ -7,7 +7,6 @@ from torch import nn
 
 from switchlora.distributed import is_primary, together
 from switchlora.export import save_adapter, save_merged
-from switchlora.figures import draw_figures
 from switchlora.memory import memory_lines
 from switchlora.provenance import environment
 from switchlora.report import final_table, never_switched_lines
@@ -28,6 +27,8 @@ def finish(run: Run, status: str) -> dict[str, Any]:
             save_models(run, model, folder)
             run.log.summary(summary)
             if run.config["log"]["figures"]:
+                from switchlora.figures import draw_figures  # matplotlib: only where it draws
+
                 run.log.images(draw_figures(folder))
     run.log.end_progress()
     for line in closing_lines(run, status, test, folder):

@@ -6,7 +6,6 @@ from timeit import Timer
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import timer as synchronised_clock
 
 from switchlora.learner import autocast
 from switchlora.lowrank import factorized_linear
@@ -69,6 +68,13 @@ def forward_and_backward(module: nn.Module, x: Tensor, precision: str) -> Callab
 
     direction = torch.randn_like(outputs())
     return lambda: torch.autograd.grad(outputs(), wanted, direction)
+
+
+def synchronised_clock() -> float:
+    """Seconds, read when the queued work of a GPU is done."""
+    from torch.utils.benchmark import timer  # which brings setuptools along
+
+    return timer()
 
 
 def interleaved_seconds(

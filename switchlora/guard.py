@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import theilslopes
 
 from switchlora.criteria import SwitchCriterion
 from switchlora.errors import check_choice, check_range
@@ -40,14 +39,14 @@ class Standing(NamedTuple):
 class Guard:
     """Watches the losses after a switch and says what to do when the adapter falls behind.
 
-       Full training is expected at L(n) = L(m) (n / m)^slope at least, with L(m) its last level and
-       the flattest slope of log L on log n that the later half of the full phase's windows allow: the
-       end of Theil and Sen's 95 % interval, robust to noisy windows, wide where there are few. The
-    adapter is behind when train or validation loss exceeds that by more than
-       ``tolerance``, a share, ``patience`` times running. Then: 'warn' says so; 'ranks' multiplies
-       the ranks by ``growth``, with new directions from the gradient; 'full' returns to full
-       training, with the learning rate ramped over ``rewarmup_updates``, and ``criterion`` (None: the
-       one before) must fire on what is measured from there.
+    Full training is expected at L(n) = L(m) (n / m)^slope, with L(m) its last level and the
+    flattest slope of log L on log n that the later half of the full phase's windows allow: the end
+    of Theil and Sen's 95 % interval, robust to noisy windows, wide where there are few. The
+    adapter is behind when train or validation loss exceeds that by more than ``tolerance``, a
+    share, ``patience`` times running. Then: 'warn' says so; 'ranks' multiplies the ranks by
+    ``growth``, with new directions from the gradient; 'full' returns to full training, with the
+    learning rate ramped over ``rewarmup_updates``, and ``criterion`` (None: the one before) must
+    fire on what is measured from there.
     """
 
     tolerance: float = 0.1
@@ -99,6 +98,8 @@ def extrapolate(full: Sequence[Loss], split: str) -> Callable[[int], float] | No
     level = [(loss.num_updates, loss.value) for loss in full if loss.split == split]
     if len(train) < LEAST_POINTS or not level:
         return None
+    from scipy.stats import theilslopes  # seconds of imports, of which few runs have a use
+
     updates, values = np.log(train[-max(LEAST_POINTS, len(train) // 2) :]).T
     slope = min(theilslopes(values, updates).high_slope, 0.0)
     n, height = np.log(level[-(LEAST_POINTS if split == "train" else 1) :]).T

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlora.errors import near
+from switchlora.gain import measured_gains
 from switchlora.initializers import Factors, empty_factors
 from switchlora.layers import is_factor
 from switchlora.models import eval_mode
@@ -58,6 +59,11 @@ def make_plan(
     if policy.least_gain is not None and inputs is not None:
         left_full += _slow(model, policy, monitor, ranks, inputs, precision)
         ranks = {name: rank for name, rank in ranks.items() if name not in left_full}
+        if not ranks:
+            raise ValueError(
+                f"no target is switch.least_gain={policy.least_gain:g} times faster with factors, "
+                "so nothing would adapt: choose smaller ranks or a smaller gain"
+            )
     updates = monitor.updates(policy.remove_weight_decay, of=model)
     factors, captured = {}, {}
     for name, rank in ranks.items():
@@ -209,8 +215,6 @@ def _slow(
     precision: str,
 ) -> list[str]:
     """Targets whose factors, measured, are not ``least_gain`` times faster than the target."""
-    from switchlora.gain import measured_gains
-
     assert policy.least_gain is not None
     adapted = {name: rank for name, rank in ranks.items() if rank}
     with eval_mode(model), torch.enable_grad():

@@ -116,6 +116,8 @@ class SwitchPolicy:
     latest: int | None = None
     joint_epochs: float = 0.0
     """epochs in which weights and factors train together before the weights are frozen"""
+    skip_rest_of_epoch: bool = False
+    """after the joint phase: a published bug of PreLoRA's, to compare with"""
     stages: Stages | None = None
     restart: Restart | None = None
     guard: Guard | None = None

@@ -1,5 +1,6 @@
 """Everything one run works with, built from its configuration and checked before it starts."""
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -30,10 +31,11 @@ from switchlora.ema import WeightEMA
 from switchlora.engine import evaluate
 from switchlora.errors import NothingMeasured, check_choice
 from switchlora.interrupt import Interruption
-from switchlora.learner import PARALLEL, Learner, Recipe, build_learner
+from switchlora.layers import adapted_linear
+from switchlora.learner import PARALLEL, Learner, Recipe, build_learner, check_goes_with_fsdp
 from switchlora.lowrank import skipped_flops
 from switchlora.models import load_weights
-from switchlora.monitor import UpdateMonitor
+from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.plan import check_start, choose_ranks
 from switchlora.policy import SwitchPolicy
 from switchlora.resume import AUTO, Found, find
@@ -169,7 +171,8 @@ class Run:
         if known is None or total is None:
             self.state.train_flops = None
         else:
-            skipped = skipped_flops(self.model) * distributed.world_size()
+            micro_batches = self.recipe.accumulation * distributed.world_size()
+            skipped = skipped_flops(self.model) * micro_batches
             self.state.train_flops = total + known - skipped
 
     def build_learner(self, model: nn.Module, phase: Phase) -> Learner:
@@ -244,7 +247,10 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     check_targets_are_called(model, targets.values(), probe_images(data, _device_of(model)))
     _device(config.monitor.device)
     monitor = UpdateMonitor(model, targets, **{**config.monitor, "window": window})
-    _check_switch(model, policy, monitor)
+    _check_switch(model, policy, monitor, config.system.parallel)
+    if sharded:
+        for recipe in recipes.values():
+            check_goes_with_fsdp(recipe)
     saves = SaveSchedule(**config.checkpoint)
     ema = WeightEMA(model, config.ema) if config.ema else None
     trunk = _trunk(config, plain, data, device, found)
@@ -304,7 +310,7 @@ def build_recipes(config: DictConfig) -> dict[Phase, Recipe]:
     full, adapter = build(config.full), build(config.adapter)
     return {
         Phase.FULL: full,
-        Phase.JOINT: replace(adapter, rewarmup_updates=0),
+        Phase.JOINT: replace(adapter, rewarmup_updates=0, unreduced=()),
         Phase.STAGED: adapter,
         Phase.ADAPTER: adapter,
     }
@@ -393,13 +399,35 @@ def _window(window: int | str, updates_per_epoch: int, total_updates: int) -> in
     return updates
 
 
-def _check_switch(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
+def _check_switch(
+    model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor, parallel: str
+) -> None:
     if policy.criterion is never:
         return
+    if parallel == "fsdp":
+        _refuse_what_shards_cannot(policy)
+    bases = 1.0 if monitor.bases else None
+    still = LayerStats(1.0, 0.0, 1.0, 0.0, math.nan, basis_stability=bases)
+    policy.criterion([Measurement(0, 0.0, math.nan, dict.fromkeys(monitor.targets, still))])
     with nullcontext() if policy.decide([]).fires else suppress(NothingMeasured):
         choose_ranks(model, policy, monitor, [])
         name, update = next(iter(monitor.updates().items()))
         check_start(policy, name, policy.init(monitor.targets[name].weight(model), update, 1))
+
+
+def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:
+    found = {
+        "joint_epochs": policy.joint_epochs,
+        "stages": policy.stages,
+        "restart": policy.restart,
+        "guard": policy.guard is not None and policy.guard.act != "warn",
+        "adapter": policy.adapter is not adapted_linear,
+    }
+    for name, asked in found.items():
+        if asked:
+            raise ValueError(
+                f"switch.{name} does not go with system.parallel=fsdp: use DDP, or leave it out"
+            )
 
 
 def _trunk(

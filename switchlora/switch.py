@@ -177,6 +177,7 @@ def restart(
     flags = {n: p.requires_grad for n, p in learner.model.named_parameters()}
 
     def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
+        torch.manual_seed(num_updates)  # inside of operate's fork: other directions each time
         ranks = applied_ranks(model, monitor.targets, monitor.targets)
         fresh = replace(policy, init=how.init or policy.init, rank=lambda _: ranks, freeze=())
         plan = from_primary(lambda: make_plan(model, fresh, monitor, history))
@@ -421,7 +422,8 @@ def _round_residuals(
     if policy.residual_dtype is None:
         return None
     for module in adapted_modules(model).values():
-        round_residual(module, RESIDUAL_DTYPES[policy.residual_dtype])
+        if module.weight is not None and not module.weight.requires_grad:
+            round_residual(module, RESIDUAL_DTYPES[policy.residual_dtype])
     return float((logits - _logits(model, probe)).abs().max())
 
 

@@ -111,7 +111,7 @@ def train_epoch(run: Run) -> None:
         state.position += 1
         if keep(run, update):
             count_update(run, update)
-        if state.num_updates >= run.last_update:
+        if state.num_updates >= run.last_update or state.position >= len(run.data.train):
             break
         save_or_leave(run)
 

@@ -212,6 +212,8 @@ def end_joint_phase(run: Run) -> None:
         enter(run, Phase.ADAPTER, "settle", outcome, reason, figures)
         watch_the_rest(run, ())
         tell(run, "settle", outcome, reason)
+    if run.policy.skip_rest_of_epoch:
+        state.position = len(run.data.train)
     begin_segment(run)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from conf_yamls import CONF, build, composed, names
 from switchlora.learner import Recipe
-from switchlora.switch import DEFAULT_TARGETS, SwitchPolicy
+from switchlora.policy import DEFAULT_TARGETS, SwitchPolicy
 
 
 @pytest.mark.parametrize("part", ["criterion", "rank", "init", "scaling"])

@@ -37,7 +37,7 @@ def setting(criterion):
 def sweep(tmp_path_factory):
     """A run in full, and one by each criterion."""
     folder = tmp_path_factory.mktemp("sweep")
-    make_run(folder / "never", *TINY, NEVER)
+    make_run(folder / "never", *TINY, NEVER, "monitor.bases=true")
     for criterion in SETTINGS:
         make_run(folder / criterion, *TINY, *setting(criterion))
     return folder

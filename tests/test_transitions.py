@@ -1,0 +1,311 @@
+"""What comes after a switch or before its end: joint phase, stages, restarts, growth, return."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from conf_yamls import build, composed
+from conftest import tiny_vit
+from switchlora.errors import SwitchFailed
+from switchlora.learner import build_learner
+from switchlora.lowrank import LowRankLinear, set_mix
+from switchlora.monitor import UpdateMonitor
+from switchlora.surgery import adapted_modules, applied_ranks, merge, restore
+from switchlora.switch import grow, restart, settle, switch, take_back
+
+TOTAL, SWITCH_AT = 40, 12
+LOSS = nn.CrossEntropyLoss()
+BASE = ("switch/criterion=at_start", "switch/rank=fixed", "switch.rank.rank=2")
+
+
+def batch(seed, size=16):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 1, 8, 8, generator=generator)
+    return images, torch.randint(0, 5, (size,), generator=generator)
+
+
+class Trial:
+    """A full phase of ``SWITCH_AT`` updates, and what a run does with it afterwards."""
+
+    def __init__(self, *overrides):
+        torch.manual_seed(0)
+        config = composed(*BASE, "full.scheduler.warmup_t=4", *overrides)
+        self.model = tiny_vit()
+        self.policy = build(config.switch)
+        self.recipes = build(config.full), build(config.adapter)
+        self.trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        self.monitor = UpdateMonitor(self.model, self.policy.find_targets(self.model), SWITCH_AT)
+        self.learner = build_learner(self.model, self.recipes[0], TOTAL)
+        self.done = 0
+        self.train(SWITCH_AT)
+        self.history = [self.monitor.measure(self.done, 1.0)] * 2
+        self.probe = batch(99)[0]
+
+    def train(self, updates):
+        for _ in range(updates):
+            assert self.learner.update(*batch(self.done), LOSS, self.done).applied
+            self.done += 1
+
+    def rebuild(self, model, full=False):
+        return build_learner(model, self.recipes[0 if full else 1], TOTAL, start=self.done)
+
+    def switch(self, chosen=None):
+        self.learner, report = switch(
+            self.learner,
+            self.policy,
+            self.monitor,
+            self.history,
+            self.probe,
+            self.rebuild,
+            chosen,
+        )
+        self.ranks = report.ranks
+        return report
+
+    def settle(self):
+        known = self.monitor.known
+        self.learner, outcome = settle(
+            self.learner, self.policy, known, self.ranks, self.probe, self.rebuild
+        )
+        return outcome
+
+    def restart(self):
+        self.learner, outcome = restart(
+            self.learner,
+            self.policy,
+            self.monitor,
+            self.history,
+            self.probe,
+            self.rebuild,
+            self.done,
+        )
+        return outcome
+
+    def grow(self, gradients, growth=2):
+        known = self.monitor.known
+        self.learner, outcome, ranks = grow(
+            self.learner, self.policy, known, gradients, growth, self.probe, self.rebuild
+        )
+        return outcome, ranks
+
+    def take_back(self):
+        self.learner, outcome = take_back(
+            self.learner,
+            self.policy,
+            self.trained,
+            self.probe,
+            lambda model: self.rebuild(model, full=True),
+        )
+        return outcome
+
+    def logits(self):
+        with torch.no_grad():
+            return self.model.eval()(self.probe)
+
+    def trained_now(self):
+        return {n for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+def weights(trial):
+    return {n: t.weight(trial.model).clone() for n, t in trial.monitor.known.items()}
+
+
+def test_in_the_joint_phase_weights_and_factors_train_and_then_the_factors_alone():
+    keep = composed("+method=prelora").switch["keep"][0]
+    trial = Trial("switch.joint_epochs=1", "switch.moments=reset", "switch/init=zero_b")
+    trial.policy = dataclasses.replace(trial.policy, keep=[keep])
+    trial.switch()
+    jointly = trial.trained_now()
+    assert jointly >= set(trial.trained)
+    residual = {n: m.weight.detach().clone() for n, m in adapted_modules(trial.model).items()}
+    trial.train(3)
+    for name, module in adapted_modules(trial.model).items():
+        assert not torch.equal(module.weight, residual[name])
+        assert module.lora_B.any()
+    outcome = trial.settle()
+    assert outcome.drift == 0 and outcome.moments_carried == 0
+    targets = {t.module for t in trial.monitor.known.values()}
+    gone = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
+    assert trial.trained_now() == jointly - gone
+    frozen = {n: m.weight.detach().clone() for n, m in adapted_modules(trial.model).items()}
+    trial.train(3)
+    assert all(torch.equal(m.weight, frozen[n]) for n, m in adapted_modules(trial.model).items())
+
+
+def test_guided_layers_end_as_their_factors_alone_and_keep_the_moments():
+    trial = Trial("switch/adapter=guided", "switch/init=weight_svd", "switch.joint_epochs=1")
+    trial.switch()
+    set_mix(trial.model, 0.5, 0)
+    trial.train(3)
+    set_mix(trial.model, 0.0, 0)
+    before = trial.logits()
+    factors = {n for n in trial.trained_now() if "lora_" in n}
+    outcome = trial.settle()
+    assert torch.allclose(trial.logits(), before, atol=1e-6)
+    assert all(isinstance(m, LowRankLinear) for m in adapted_modules(trial.model).values())
+    assert outcome.moments_carried == len(trial.trained_now()) and factors <= trial.trained_now()
+    trial.train(2)
+
+
+@pytest.mark.parametrize("mask", range(1, 15, 3))
+def test_any_mask_of_switched_targets_trains_and_the_rest_trains_in_full(mask):
+    trial = Trial()
+    names = list(trial.monitor.known)
+    chosen = [name for bit, name in enumerate(names) if mask >> (bit % 4) & 1]
+    report = trial.switch(chosen)
+    assert set(report.ranks) == set(chosen) and set(report.waiting) == set(names) - set(chosen)
+    assert report.drift <= 1e-5
+    before = weights(trial)
+    trial.train(2)
+    moved = weights(trial)
+    assert all(not torch.equal(moved[n], before[n]) for n in names)
+    for name in names:
+        weight = trial.model.get_submodule(name).weight
+        assert weight.requires_grad == (name not in chosen)
+    trial.monitor.watch(report.waiting, trial.done)
+    assert set(trial.monitor.references) == set(report.waiting)
+    trial.train(2)
+    trial.history = [trial.monitor.measure(trial.done, 2.0)]
+    assert trial.switch().drift <= 1e-5
+    assert set(adapted_modules(trial.model)) == set(names)
+    trial.train(2)
+
+
+def test_a_restart_merges_and_begins_where_the_adapter_began():
+    trial = Trial("switch/init=zero_b", "switch/restart=relora")
+    trial.switch()
+    trial.monitor.watch(trial.monitor.known, trial.done)
+    trial.train(4)
+    before, logits = weights(trial), trial.logits()
+    old = {n: m.lora_A.detach().clone() for n, m in adapted_modules(trial.model).items()}
+    trial.restart()
+    after = weights(trial)
+    assert torch.allclose(trial.logits(), logits, atol=1e-5)
+    for name, module in adapted_modules(trial.model).items():
+        assert torch.allclose(after[name], before[name], atol=1e-6)
+        assert not module.lora_B.any() and not torch.equal(module.lora_A, old[name])
+        assert torch.equal(module.weight, after[name])
+    trial.train(2)
+
+
+def test_restarts_at_different_updates_draw_different_directions():
+    trial = Trial("switch/init=zero_b", "switch/restart=relora")
+    trial.switch()
+    drawn = []
+    for _ in range(2):
+        trial.train(1)
+        trial.restart()
+        drawn.append(trial.model.blocks[0].mlp.fc1.lora_A.detach().clone())
+    assert not torch.equal(*drawn)
+
+
+def test_a_restart_from_the_svd_spans_the_updates_since_the_last_merge():
+    trial = Trial("switch/init=zero_b", "switch/restart=update_svd")
+    trial.switch()
+    trial.monitor.watch(trial.monitor.known, trial.done)
+    merged = weights(trial)
+    trial.train(4)
+    moved = weights(trial)
+    trial.restart()
+    for name, module in adapted_modules(trial.model).items():
+        update = moved[name] - merged[name]
+        assert torch.allclose(module.lora_B @ module.lora_A, update, atol=1e-6)  # rank 2 as well
+
+
+def test_of_the_factors_moments_a_restart_prunes_a_share_and_the_others_survive():
+    trial = Trial(
+        "switch/init=zero_b",
+        "switch/restart=relora",
+        "switch.restart.prune=magnitude",
+        "switch.restart.pruned=0.75",
+    )
+    trial.switch()
+    trial.train(4)
+    head = trial.learner.optimizer.state[trial.model.head.weight]["exp_avg"].clone()
+    trial.restart()
+    state = trial.learner.optimizer.state
+    assert torch.equal(state[trial.model.head.weight]["exp_avg"], head)
+    moment = state[trial.model.blocks[0].mlp.fc1.lora_B]["exp_avg"]
+    assert int((moment == 0).sum()) == int(0.75 * moment.numel())
+
+
+def gradients(trial):
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: torch.randn(target.weight(trial.model).shape, generator=generator)
+        for name, target in trial.monitor.known.items()
+    }
+
+
+def test_growing_adds_directions_outside_the_old_ones_and_keeps_the_function():
+    trial = Trial("switch/scaling=alpha_over_rank")
+    trial.switch()
+    trial.train(3)
+    before, logits = weights(trial), trial.logits()
+    old = {n: m.lora_A.detach().clone() for n, m in adapted_modules(trial.model).items()}
+    outcome, ranks = trial.grow(gradients(trial))
+    assert set(ranks.values()) == {4} and outcome.drift <= 1e-5
+    assert applied_ranks(trial.model, trial.monitor.known, ranks) == ranks
+    assert torch.allclose(trial.logits(), logits, atol=1e-5)
+    for name, module in adapted_modules(trial.model).items():
+        assert torch.allclose(weights(trial)[name], before[name], atol=1e-6)
+        assert torch.equal(module.lora_A[:2], old[name])
+        overlap = module.lora_A[2:] @ old[name].mT
+        assert overlap.abs().max() < 1e-4 and not module.lora_B[:, 2:].any()
+    trial.train(2)
+
+
+def test_a_switch_that_is_taken_back_leaves_the_function_and_trains_everything_again():
+    trial = Trial()
+    trial.switch()
+    trial.train(3)
+    before, logits = weights(trial), trial.logits()
+    surviving = trial.learner.optimizer.state[trial.model.head.weight]["exp_avg"].clone()
+    outcome = trial.take_back()
+    assert not adapted_modules(trial.model)
+    assert trial.trained_now() == set(trial.trained)
+    assert outcome.drift <= 1e-5 and torch.allclose(trial.logits(), logits, atol=1e-5)
+    assert all(torch.allclose(w, before[n], atol=1e-6) for n, w in weights(trial).items())
+    state = trial.learner.optimizer.state
+    assert torch.equal(state[trial.model.head.weight]["exp_avg"], surviving)
+    assert trial.model.blocks[0].mlp.fc1.weight not in state
+    trial.train(2)
+    trial.monitor.watch(trial.monitor.known, trial.done)
+    trial.train(2)
+    trial.switch()
+    trial.train(2)
+
+
+@pytest.mark.parametrize("operation", ["settle", "restart", "take_back"])
+def test_what_fails_leaves_everything_as_it_was(operation, monkeypatch):
+    trial = Trial("switch/init=zero_b", "switch/restart=relora")
+    trial.switch()
+    trial.monitor.watch(trial.monitor.known, trial.done)
+    trial.train(2)
+    state, flags = copy.deepcopy(trial.model.state_dict()), trial.trained_now()
+    old = trial.learner
+
+    def failing(model, full=False):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(trial, "rebuild", failing)
+    with pytest.raises(SwitchFailed, match="no memory left"):
+        getattr(trial, operation)()
+    assert trial.learner is old and trial.trained_now() == flags
+    assert all(torch.equal(t, state[n]) for n, t in trial.model.state_dict().items())
+    trial.train(2)
+
+
+def test_merging_and_unmerging_many_times_moves_no_bit():
+    trial = Trial()
+    trial.switch()
+    trial.train(2)
+    state = copy.deepcopy(trial.model.state_dict())
+    for _ in range(300):
+        replaced = merge(trial.model)
+        assert not adapted_modules(trial.model)
+        restore(trial.model, replaced)
+    assert all(torch.equal(t, state[n]) for n, t in trial.model.state_dict().items())
