@@ -22,7 +22,7 @@ demo: .venv/.installed  ## train a small ViT on Fashion-MNIST, switch, and show 
 	$(BIN)/switchlora +experiments=demo
 
 test: .venv/.installed  ## run the tests
-	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 killtest: .venv/.installed  ## kill a run 30 times and compare with an uninterrupted one
 	$(TEST_ENV) $(BIN)/python scripts/killtest.py

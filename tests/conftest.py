@@ -7,6 +7,15 @@ import torch
 from switchlora.learner import Learner
 from switchlora.monitor import LayerStats, Measurement
 
+LONGEST = ("resume", "distributed", "sweep", "trunk", "train", "launch", "killtest", "transitions")
+"""files that take minutes"""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that processes that take a file each end at the same time."""
+    names = [f"test_{name}" for name in LONGEST]
+    items.sort(key=lambda item: (*names, item.path.stem).index(item.path.stem))
+
 
 def tiny_vit(**options):
     """A ViT of two blocks that runs in milliseconds."""
@@ -31,7 +40,11 @@ def images():
 @pytest.fixture
 def at_update(monkeypatch):
     """Do something to the images, or to the world, while a run makes a given update."""
+    return acting(monkeypatch)
 
+
+def acting(monkeypatch):
+    """What ``at_update`` gives, for fixtures of a module."""
     update = Learner.update
 
     def when(number, act):

@@ -15,7 +15,8 @@ from switchlora.train import train
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from compare import TIMED, differences
 
-DIGITS = ("data=digits", "model=digits", "log=quiet", "log.figures=false")
+SHALLOW = "model.depth=2"
+DIGITS = ("data=digits", "model=digits", SHALLOW, "log=quiet", "log.figures=false")
 SHORT = (*DIGITS, "epochs=3", "full.scheduler.warmup_t=10", "monitor.window=10", "log.every=1")
 BY_DATE = ("switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
 

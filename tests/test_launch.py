@@ -6,8 +6,6 @@ Pickles, signal handlers and restarts are those of a Slurm job; only the queue i
 import glob
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 
 from conf_yamls import CONF, composed, names
 from runs import DIGITS, events_without_times
+from starts import PATIENCE, Started, program
 from switchlora.runlog import read_events
 from switchlora.train import train
 
@@ -26,49 +25,35 @@ pytest.importorskip(
 
 SHORT = (*DIGITS, "log.every=1", "data.train_size=640", "epochs=4", "full.scheduler.warmup_t=5")
 BY_DATE = ("monitor.window=5", "switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
-PATIENCE = 120
 
 
-class Launched:
-    """``switchlora -m +launch=local`` in a session of its own, all of which ends with the test."""
+class Launched(Started):
+    """``switchlora -m +launch=local`` and the jobs that it waits for."""
 
     def __init__(self, folder, *overrides):
         self.folder = folder
         words = ["-m", "+launch=local", *SHORT, *BY_DATE, f"hydra.sweep.dir={folder}"]
         words += ["hydra.sweep.subdir=${hydra.job.num}", *overrides]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "switchlora", *words],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        super().__init__(f"{folder}.said", program, *words)
 
     def wait_for_updates(self, folder, count):
         """Until ``metrics.jsonl`` of a run folder has ``count`` lines."""
         end = time.monotonic() + PATIENCE
         metrics = folder / "metrics.jsonl"
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
-            assert time.monotonic() < end and self.process.poll() is None, self.said()
+            assert time.monotonic() < end and self.running, self.logs()
             time.sleep(0.02)
 
-    def finish(self):
-        """Wait for the launcher, which waits for its jobs."""
-        said, _ = self.process.communicate(timeout=PATIENCE)
-        assert self.process.returncode == 0, said + self.said()
-
-    def said(self):
+    def logs(self):
         """What all tasks of all jobs wrote, those before a restart too."""
         logs = sorted((self.folder / ".submitit").glob("*/*_log.*"))
         return "\n".join(path.read_text() for path in logs)
+
+    def finish_well(self):
+        """Wait for the launcher, which waits for its jobs; what they wrote."""
+        done = self.finish()
+        assert done.returncode == 0, done.stdout + done.stderr + self.logs()
+        return self.logs()
 
 
 def tasks(job):
@@ -104,8 +89,7 @@ def test_a_job_that_is_put_back_ends_as_one_that_was_left_alone(tmp_path):
         launched.wait_for_updates(preempted, 25)
         (task,) = tasks(job_of(preempted))
         os.kill(task, signal.SIGUSR2)
-        launched.finish()
-        said = launched.said()
+        said = launched.finish_well()
     assert said.count("resumed from") == 1, said
     train(composed(*SHORT, *BY_DATE, "system.threads=1"), alone)
     assert events_without_times(preempted) == events_without_times(alone)
@@ -122,8 +106,7 @@ def test_two_tasks_of_a_job_train_one_run_and_are_put_back_together(tmp_path):
         assert len(both) == 2
         for task in both:
             os.kill(task, signal.SIGUSR2)
-        launched.finish()
-        said = launched.said()
+        said = launched.finish_well()
     assert said.count("resumed from") == 1, said
     assert said.count("all 2 ranks train the same tensors") == 2, "at the switch and the resume"
     updates = [event["num_updates"] for event in read_events(run, "train")]

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from conf_yamls import composed
+from conftest import acting
 from runs import (
     BY_DATE,
     DIGITS,
@@ -44,7 +45,6 @@ WORKERS = (
     "data.train_transform={auto_augment: rand-m9-mstd0.5, re_prob: 0.2}",
     "data.eval_transform={}",
     "system.workers=2",
-    "max_updates=45",
 )
 KINDS = {
     "everything": EVERYTHING,
@@ -57,7 +57,11 @@ KINDS = {
         *(r"switch.freeze=[patch_embed,pos_embed,cls_token,'blocks\.0\.','blocks\.1.*\.q$']",),
         *("switch.split_qkv=true", "adapter.activation_checkpointing=gelu", "ema=0.9"),
     ),
-    "fp16": (*BY_DATE, "full.precision=fp16", "model.depth=1", "max_updates=34"),
+    "fp16": (
+        *BY_DATE,
+        *("full.precision=fp16", "switch/rank=fixed", "switch.rank.rank=2"),
+        *("model.depth=1", "model.embed_dim=16", "model.num_heads=1"),
+    ),
     "criterion": (
         "switch/criterion=update_norm",
         "switch.criterion.patience=1",
@@ -72,7 +76,6 @@ KINDS = {
         "switch/rank=fixed",
         "switch.rank.rank=4",
     ),
-    "never": ("switch/criterion=never",),
 }
 STOPS = (7, 20, 30, 31)
 """in the middle of an epoch and at its end, at the switch and after it"""
@@ -81,20 +84,22 @@ STOPS = (7, 20, 30, 31)
 @pytest.fixture
 def signal_at(at_update):
     """Send this process a real signal while it makes a given update."""
+    return lambda number, update: at_update(update, killing(number))
 
-    def send(number, update):
-        def kill(images):
-            os.kill(os.getpid(), number)
-            return images
 
-        at_update(update, kill)
+def killing(number):
+    """Sends this process a signal and gives its argument back."""
 
-    return send
+    def kill(images):
+        os.kill(os.getpid(), number)
+        return images
+
+    return kill
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopping_anywhere_and_resuming_is_bit_identical(kind, tmp_path, signal_at):
-    options = KINDS[kind]
+    options = (*KINDS[kind], "max_updates=42")
     make_run(tmp_path / "whole", *options)
     for stop in STOPS:
         signal_at(signal.SIGTERM, stop)
@@ -192,6 +197,15 @@ def damage(path, kind):
         (path / SUMS).write_text(f"{_digest(state_file)}  {STATE}\n")
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A run of ten updates that did not come to write its summary."""
+    folder = tmp_path_factory.mktemp("short")
+    make_run(folder, "checkpoint.every_updates=4", "max_updates=10")
+    (folder / "summary.json").unlink()
+    return folder
+
+
 @pytest.mark.parametrize(
     "kind,words",
     [
@@ -209,10 +223,9 @@ def damage(path, kind):
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
-    kind, words, tmp_path, capsys
+    kind, words, short, tmp_path, capsys
 ):
-    make_run(tmp_path, "checkpoint.every_updates=4", "max_updates=10")
-    (tmp_path / "summary.json").unlink()
+    shutil.copytree(short, tmp_path, dirs_exist_ok=True)
     newest, before = find_all(tmp_path)
     damage(newest, kind)
     make_run(tmp_path, "resume=auto", "checkpoint.every_updates=4", "max_updates=10")
@@ -293,14 +306,20 @@ def test_auto_starts_from_the_beginning_where_there_is_nothing(tmp_path):
     assert make_run(tmp_path / "new", "resume=auto", "max_updates=5")["num_updates"] == 5
 
 
-@pytest.fixture
-def stopped(tmp_path, signal_at):
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
     """A run that was interrupted after update 12."""
-    signal_at(signal.SIGTERM, 12)
-    with pytest.raises(Interrupted):
-        make_run(tmp_path / "stopped")
-    signal_at(signal.SIGTERM, None)
-    return tmp_path / "stopped"
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        acting(patch)(12, killing(signal.SIGTERM))
+        make_run(folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(interrupted, tmp_path):
+    """A copy of it for a test of its own."""
+    return shutil.copytree(interrupted, tmp_path / "stopped")
 
 
 def test_wandb_goes_on_without_a_gap_or_a_double_step(tmp_path, signal_at):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,52 +15,32 @@ from omegaconf import OmegaConf
 
 from conf_yamls import composed
 from runs import DIGITS
+from starts import PATIENCE, Started, program
 from switchlora.identity import identity, shaping
 from switchlora.records import find_records
 from switchlora.sweep import JOB, _begun, _wait_for, job_folder, job_values, objectives, readable
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import tables
 
 JOBS = (
     *DIGITS,
     *("data.train_size=640", "epochs=2", "monitor.window=5", "full.scheduler.warmup_t=5"),
     *("system.threads=1", "switch/criterion=at_epoch", "log.every=1"),
 )
-PATIENCE = 240
 
 
-class Started:
-    """``switchlora -m`` in a session of its own, all of which ends with the test."""
-
-    def __init__(self, folder, *overrides):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "switchlora", "-m", *JOBS, f"hydra.sweep.dir={folder}"]
-            + list(overrides),
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.kill()
-
-    def kill(self):
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def finish(self):
-        """Exit status and everything that was said."""
-        said, _ = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, said
+def started(folder, *overrides):
+    """``switchlora -m`` of the jobs in ``folder``."""
+    words = ("-m", *JOBS, f"hydra.sweep.dir={folder}", *overrides)
+    return Started(f"{folder}.said", program, *words)
 
 
 def multirun(folder, *overrides):
-    with Started(folder, *overrides) as started:
-        return started.finish()
+    """Exit status and everything that was said."""
+    with started(folder, *overrides) as process:
+        done = process.finish()
+    return done.returncode, done.stdout + done.stderr
 
 
 def outcomes(folder):
@@ -77,26 +56,28 @@ def wait_for_updates(folder, count):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_and_started_again_ends_as_one_that_was_left_alone(tmp_path):
+def test_a_sweep_that_is_killed_and_started_again_ends_as_one_that_was_left_alone(
+    tmp_path, monkeypatch
+):
     epochs = "switch.criterion.epoch=0.5,1"
     status, said = multirun(tmp_path / "whole", epochs)
     assert status == 0 and "2 jobs in" in said and "new: 2" in said
-    with Started(tmp_path / "killed", epochs) as started:
+    with started(tmp_path / "killed", epochs):
         wait_for_updates(tmp_path / "killed", 12)
-        started.kill()
     status, said = multirun(tmp_path / "killed", epochs)
     assert status == 0 and "new: 1" in said and "resumed: " in said, said
-    assert table(tmp_path / "killed") == table(tmp_path / "whole")
+    tables_of = [table(tmp_path / name, monkeypatch) for name in ("killed", "whole")]
+    assert tables_of[0] == tables_of[1]
     status, said = multirun(tmp_path / "killed", epochs)
     assert status == 0 and "finished before: 2" in said
     assert set(outcomes(tmp_path / "killed").values()) == {"skipped"}
 
 
-def table(folder):
+def table(folder, monkeypatch):
     """The bytes of a sweep's table, without what a clock or the memory says."""
-    words = ["scripts/tables.py", str(folder), "--no-times", "--out", str(folder / "tables")]
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, *words], check=True, cwd=root, capture_output=True)
+    words = ["tables.py", str(folder), "--no-times", "--out", str(folder / "tables")]
+    monkeypatch.setattr(sys, "argv", words)
+    tables.main()
     files = sorted((folder / "tables").glob("*.*"))
     assert files
     return {file.name: file.read_bytes() for file in files if file.suffix != ".png"}
@@ -104,29 +85,42 @@ def table(folder):
 
 @pytest.mark.slow
 def test_a_job_that_fails_takes_no_other_along_and_is_retried(tmp_path):
+    folder = tmp_path / "sweep"
     jobs = ("switch.criterion.epoch=1", "data.batch_size=100000,64")
-    status, said = multirun(tmp_path, *jobs)
+    status, said = multirun(folder, *jobs)
     assert status == 1 and "Traceback" not in said
     assert re.search("  failed: .*_batch_size-100000_", said)
     assert "data.batch_size=100000 must lie between 1 and the 640 training images" in said
-    assert sorted(outcomes(tmp_path).values()) == ["failed", "new"]
-    (failed,) = (name for name, outcome in outcomes(tmp_path).items() if outcome == "failed")
-    status, said = multirun(tmp_path, *jobs)
+    assert sorted(outcomes(folder).values()) == ["failed", "new"]
+    (failed,) = (name for name, outcome in outcomes(folder).items() if outcome == "failed")
+    status, said = multirun(folder, *jobs)
     assert status == 1 and "finished before: 1" in said
-    assert outcomes(tmp_path)[failed] == "failed"
+    assert outcomes(folder)[failed] == "failed"
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """The folder of two trials of Optuna's at the same time, started as a shell starts them."""
+    for plugin in ("joblib_launcher", "optuna_sweeper"):
+        pytest.importorskip(f"hydra_plugins.hydra_{plugin}", reason="it is not installed")
+    folder = tmp_path_factory.mktemp("searched")
+    words = ("+launch=joblib", "+search=optuna", "hydra.sweeper.n_trials=2")
+    words += ("hydra.sweeper.n_jobs=2", "switch.criterion.epoch=interval(0.3, 1.7)")
+    words += ("log.wandb.mode=offline", f"hydra.sweep.dir={folder}")
+    command = [sys.executable, "-m", "switchlora", "-m", *JOBS, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "new: 2" in done.stdout, done.stdout + done.stderr
+    return folder
 
 
 @pytest.mark.slow
-def test_jobs_at_the_same_time_write_their_output_to_files(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="it is not installed")
-    words = ("+launch=joblib", "switch.criterion.epoch=0.5,1", "log.wandb.mode=offline")
-    status, said = multirun(tmp_path, *words)
-    assert status == 0 and "new: 2" in said, said
-    records = find_records([tmp_path])
+def test_jobs_at_the_same_time_write_their_output_to_files(searched):
+    records = find_records([searched])
     assert len(records) == 2 and all(record.finished for record in records)
     for record in records:
         wandb = record.config["log"]["wandb"]
-        assert wandb["name"] == record.folder.name and wandb["group"] == f"run-{tmp_path.name}"
+        assert wandb["name"] == record.folder.name and wandb["group"] == f"run-{searched.name}"
         assert len(list(record.folder.glob("wandb/offline-run-*"))) == 1
         assert "finished; everything is in" in (record.folder / "output.log").read_text()
         updates = [event["num_updates"] for event in record.events("train")]
@@ -134,14 +128,9 @@ def test_jobs_at_the_same_time_write_their_output_to_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_optuna_seeks_accuracy_against_cost(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="it is not installed")
-    space = "switch.criterion.epoch=choice(0.5,1,1.5)"
-    words = ("+search=optuna", "hydra.sweeper.n_trials=2", space)
-    status, said = multirun(tmp_path, *words)
-    assert status == 0, said
-    results = OmegaConf.load(tmp_path / "optimization_results.yaml")
-    summaries = [record.summary for record in find_records([tmp_path])]
+def test_optuna_seeks_accuracy_against_cost(searched):
+    results = OmegaConf.load(searched / "optimization_results.yaml")
+    summaries = [record.summary for record in find_records([searched])]
     values = {(s["val"]["top1"], float(s["cost"]["train_flops"])) for s in summaries}
     assert {tuple(solution["values"]) for solution in results.solutions} <= values
 
@@ -155,7 +144,7 @@ def job_config(*overrides, sweep="nowhere"):
 def test_the_folder_of_a_job_tells_its_settings_and_its_identity():
     words = ("+experiments=thresholds", "switch.criterion.fraction=0.5", "seed=1", "name=mine")
     folder = job_folder(_root_=job_config(*words))
-    assert folder.startswith("data-digits_model-digits_fraction-0.5_seed-1_")
+    assert folder.startswith("data-digits_model-digits_depth-2_fraction-0.5_seed-1_")
     config = OmegaConf.to_container(composed(*DIGITS, *words), resolve=True)
     assert folder.endswith(identity(shaping(config)))
 
