@@ -19,24 +19,25 @@ from matplotlib.figure import Figure
 from switchlora.exits import USER_ERRORS, one_line
 from switchlora.figures import (
     STATISTICS,
-    Event,
     family_panels,
     heat_map,
-    layer_figures,
-    number,
     run_labels,
     run_styles,
-    switch_update,
-    targets_of,
+    statistics_figures,
+    window_note,
 )
 from switchlora.identity import leaves
+from switchlora.marks import tick
 from switchlora.records import Record, find_records
 from switchlora.surgery import family
+from switchlora.timeline import Timeline, measured_targets, read_timeline, series
 
-QUARTILES = (25, 75)
+QUARTILES = (25, 50, 75)
 MOST_RUNS = 12  # that one picture tells apart
 LEGEND_COLUMNS = 3
-KEY = "lines: median of the layers; bands: quartiles; vertical lines and large markers: switch"
+LAYERS = "lines: median of the layers; bands: quartiles"
+SWITCH = "vertical lines and large markers: switch"
+CHANGES = "large markers: switches; vertical lines: all changes but restarts, which are ticks"
 FORMATS = {"png": {"dpi": 150}, "pdf": {"metadata": {"CreationDate": None}}}
 
 
@@ -45,17 +46,7 @@ class Curves:
     """What the monitor of one run measured."""
 
     label: str
-    events: Sequence[Event]
-
-    @property
-    def measured(self) -> list[Event]:
-        """The 'measure' events."""
-        return [event for event in self.events if event["event"] == "measure"]
-
-    @property
-    def window(self) -> int:
-        """Updates of one window."""
-        return self.measured[0]["num_updates"]
+    course: Timeline
 
 
 def main() -> None:
@@ -86,14 +77,15 @@ def read(records: Sequence[Record]) -> tuple[list[Curves], list[str]]:
     """
     labels = run_labels([record.folder for record in records])
     curves = [
-        Curves(label, list(record.events())) for label, record in zip(labels, records, strict=True)
+        Curves(label, read_timeline(list(record.events())))
+        for label, record in zip(labels, records, strict=True)
     ]
-    told = [(c, record) for c, record in zip(curves, records, strict=True) if c.measured]
+    told = [(c, record) for c, record in zip(curves, records, strict=True) if c.course.windows]
     if not told:
         raise ValueError(f"nothing was measured in {', '.join(labels)}: there is nothing to draw")
     for other, record in told[1:]:
         refuse_other_model(told[0], (other, record))
-    return [c for c, _ in told], [c.label for c in curves if not c.measured]
+    return [c for c, _ in told], [c.label for c in curves if not c.course.windows]
 
 
 def refuse_other_model(first: tuple[Curves, Record], other: tuple[Curves, Record]) -> None:
@@ -107,7 +99,7 @@ def refuse_other_model(first: tuple[Curves, Record], other: tuple[Curves, Record
                 f"{names} are of different models, model.{key} is {one} and {two}: draw them apart"
             )
     key = STATISTICS["update_norms"][0]
-    targets = [set(targets_of(curves.measured[0], key)) for curves, _ in (first, other)]
+    targets = [set(measured_targets(curves.course, key)) for curves, _ in (first, other)]
     if alone := sorted(targets[0] ^ targets[1]):
         raise ValueError(
             f"{names} measured different targets, only one has {alone[0]}: draw them apart"
@@ -117,7 +109,7 @@ def refuse_other_model(first: tuple[Curves, Record], other: tuple[Curves, Record
 def draw(runs: Sequence[Curves]) -> dict[str, Figure]:
     """Pictures by file name: all of one run; of several, overlays and a map each."""
     if len(runs) == 1:
-        return layer_figures(runs[0].events)
+        return statistics_figures(runs[0].course)
     if len(runs) > MOST_RUNS:
         raise ValueError(f"{len(runs)} runs cannot be told apart: give at most {MOST_RUNS}")
     together = {
@@ -125,10 +117,7 @@ def draw(runs: Sequence[Curves]) -> dict[str, Figure]:
     }
     key = STATISTICS["update_norms"][0]
     maps = {
-        f"update_norm_map-{run.label.replace('/', '-')}": heat_map(
-            run.measured, key, switch_update(run.events)
-        )
-        for run in runs
+        f"update_norm_map-{run.label.replace('/', '-')}": heat_map(run.course, key) for run in runs
     }
     return together | maps
 
@@ -136,16 +125,15 @@ def draw(runs: Sequence[Curves]) -> dict[str, Figure]:
 def overlay(runs: Sequence[Curves], key: str, label: str, unit: float = 1.0) -> Figure:
     """One panel per family; a line per run for the median of its layers, a band for quartiles.
 
-    The larger marker at the end of a line is the run's switch.
+    A larger marker on a line is a switch of its run: the first one, or a stage.
     """
-    names = targets_of(runs[0].measured[0], key)
+    names = measured_targets(runs[0].course, key)
     families = list(dict.fromkeys(family(name) for name in names))
     figure, axes = family_panels(families)
     for run, style in zip(runs, run_styles(len(runs)), strict=True):
         for name, axis in zip(families, axes.flat, strict=False):
-            members = [n for n in names if family(n) == name]
-            values = [[unit * number(e.get(f"{key}/{n}")) for n in members] for e in run.measured]
-            draw_line(axis, run, np.array(values), style)
+            members = [f"{key}/{n}" for n in names if family(n) == name]
+            draw_line(axis, run, *series(run.course.windows, members, unit), style)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(
         handles,
@@ -156,33 +144,49 @@ def overlay(runs: Sequence[Curves], key: str, label: str, unit: float = 1.0) -> 
         frameon=False,
     )
     figure.supylabel(label, fontsize=10)
-    figure.supxlabel("\n".join(["optimizer updates", KEY, *window_note(runs)]), fontsize=9)
+    figure.supxlabel("\n".join(["optimizer updates", key_of(runs), *windows(runs)]), fontsize=9)
     return figure
 
 
-def draw_line(axis: Axes, run: Curves, values: np.ndarray, style: dict[str, Any]) -> None:
+def key_of(runs: Sequence[Curves]) -> str:
+    """What lines, bands and markers mean."""
+    kinds = {kind for run in runs for kind, _ in run.course.changes}
+    return f"{LAYERS}; {SWITCH if kinds <= {'switch'} else CHANGES}"
+
+
+def windows(runs: Sequence[Curves]) -> list[str]:
+    """A line where the runs' windows differ in their length."""
+    return window_note({w.end - w.begin for run in runs for w in run.course.windows})
+
+
+def draw_line(
+    axis: Axes, run: Curves, updates: Sequence[int], values: np.ndarray, style: dict[str, Any]
+) -> None:
     """Median and quartiles of ``values`` (windows, layers) over the run's updates."""
-    updates = [event["num_updates"] for event in run.measured]
-    low, high = np.nanpercentile(values, QUARTILES, axis=1)
+    low, median, high = quartiles(values)
     axis.fill_between(updates, low, high, color=style["color"], alpha=0.13, linewidth=0)
-    median = np.nanmedian(values, axis=1)
     every = max(len(updates) // 6, 1)
     axis.plot(
         updates, median, markersize=3.5, markevery=every, linewidth=1.4, label=run.label, **style
     )
-    if (switch := switch_update(run.events)) is not None:
-        axis.axvline(switch, color=style["color"], linestyle=style["linestyle"], linewidth=0.7)
-        marker = {"marker": style["marker"], "color": style["color"], "markeredgecolor": "black"}
-        axis.plot(switch, median[-1], markersize=7, zorder=3, **marker)
+    seen = np.isfinite(median)
+    for kind, update in run.course.changes:
+        if kind == "restart":
+            tick(axis, update, style["color"])
+            continue
+        axis.axvline(update, color=style["color"], linestyle=style["linestyle"], linewidth=0.7)
+        if kind in ("switch", "stage") and seen.any():
+            marker = {"marker": style["marker"], "color": style["color"], "markersize": 7}
+            height = np.interp(update, np.array(updates)[seen], median[seen])
+            axis.plot(update, height, markeredgecolor="black", zorder=3, **marker)
 
 
-def window_note(runs: Sequence[Curves]) -> list[str]:
-    """A line for runs whose updates, over other windows, cannot be compared as they stand."""
-    windows = sorted({run.window for run in runs})
-    if len(windows) == 1:
-        return []
-    told = " and ".join(map(str, windows))
-    return [f"windows of {told} updates: a longer one holds a larger update"]
+def quartiles(values: np.ndarray) -> np.ndarray:
+    """Quartiles (3, windows) over the layers that were measured; NaN where none was."""
+    found = np.full((len(QUARTILES), len(values)), np.nan)
+    seen = np.isfinite(values).any(axis=1)
+    found[:, seen] = np.nanpercentile(values[seen], QUARTILES, axis=1)
+    return found
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

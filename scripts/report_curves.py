@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from switchlora.figures import number
+from switchlora.timeline import number
 from switchlora.records import Record
 from switchlora.surgery import family
 

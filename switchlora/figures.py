@@ -1,7 +1,7 @@
 """Pictures of one run, drawn from its metrics.jsonl, and what pictures of several share."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,23 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from switchlora.marks import (
+    GREY,
+    NAMES,
+    ORANGE,
+    keys,
+    mark_changes,
+    mark_end,
+    restart_key,
+    shade,
+    tick,
+)
 from switchlora.runlog import read_events
 from switchlora.surgery import family
+from switchlora.timeline import Event, Timeline, measured_targets, number, read_timeline, series
 
-Event = dict[str, Any]
-FULL_SHADE, ADAPTER_SHADE = "#dfe7f1", "#f6e6d3"
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#555555"
+BLUE = "#0072b2"
+UNMEASURED = "#eeeeee"
 RUN_COLORS = ("#0072b2", "#d55e00", "#000000", "#cc79a7", "#009e73", "#e69f00", "#56b4e9")
 """of Okabe and Ito, who see red and green alike"""
 RUN_DASHES = ("-", "--", "-.", (0, (1, 1.2)))
@@ -29,6 +40,12 @@ STATISTICS = {
     "weight_stable_ranks": ("weight_stable_rank", "stable rank of the weight", 1.0),
 }
 """by picture: key of the events, label, and what its values are multiplied with"""
+ABOVE: dict[str, Any] = {
+    "loc": "outside upper center",
+    "ncols": 5,
+    "fontsize": 8,
+    "frameon": False,
+}
 
 
 def draw_figures(folder: Path) -> list[Path]:
@@ -42,36 +59,49 @@ def draw_figures(folder: Path) -> list[Path]:
 
 def layer_figures(events: Sequence[Event]) -> dict[str, Figure]:
     """Pictures, by name, of what the monitor measured in each layer; none where nothing was."""
-    measured = [e for e in events if e["event"] == "measure"]
-    if not measured:
-        return {}
-    switch = switch_update(events)
+    course = read_timeline(events)
+    return statistics_figures(course) if course.windows else {}
+
+
+def statistics_figures(course: Timeline) -> dict[str, Figure]:
+    """A picture of each statistic, by name, and the map of layers by time."""
     pictures = {
-        name: small_multiples(measured, key, label, switch, unit)
+        name: small_multiples(course, key, label, unit)
         for name, (key, label, unit) in STATISTICS.items()
     }
-    return pictures | {"update_norm_map": heat_map(measured, "relative_update_norm", switch)}
+    return pictures | {"update_norm_map": heat_map(course, "relative_update_norm")}
 
 
-def small_multiples(
-    measured: Sequence[Event], key: str, label: str, switch: int | None, unit: float = 1.0
-) -> Figure:
-    """One panel per family with a line per layer, dark for the first block, light for the last."""
-    names = targets_of(measured[0], key)
+def small_multiples(course: Timeline, key: str, label: str, unit: float = 1.0) -> Figure:
+    """One panel per family with a line per layer, dark for the first block, light for the last.
+
+    A line ends where its layer switches, unless it is measured between restarts.
+    """
+    names = measured_targets(course, key)
     families = list(dict.fromkeys(family(name) for name in names))
     figure, axes = family_panels(families)
-    updates = [e["num_updates"] for e in measured]
     for name, axis in zip(families, axes.flat, strict=False):
         members = [n for n in names if family(n) == name]
         for place, member in enumerate(members):
             color = colormaps["viridis"](0.9 * place / max(len(members) - 1, 1))
-            values = [unit * number(e.get(f"{key}/{member}")) for e in measured]
-            axis.plot(updates, values, color=color, linewidth=1.4)
-        _mark_switch(axis, switch)
+            updates, values = series(course.windows, [f"{key}/{member}"], unit)
+            axis.plot(updates, values[:, 0], color=color, linewidth=1.4)
+        _mark(axis, course)
+    if not course.ends_at_switch:
+        figure.legend(handles=keys(course, course.last_measured), **ABOVE)
     _label_blocks(figure, axes, len(names) // len(families))
     figure.supylabel(label, fontsize=10)
-    figure.supxlabel("optimizer updates", fontsize=10)
+    note = window_note({window.end - window.begin for window in course.windows})
+    figure.supxlabel("\n".join(["optimizer updates", *note]), fontsize=10)
     return figure
+
+
+def window_note(lengths: Collection[int]) -> list[str]:
+    """A line where updates are over windows of several lengths, which do not compare."""
+    if len(lengths) < 2:
+        return []
+    told = " and ".join(map(str, sorted(lengths)))
+    return [f"windows of {told} updates: a longer one holds a larger update"]
 
 
 def family_panels(families: Sequence[str]) -> tuple[Figure, np.ndarray]:
@@ -107,48 +137,70 @@ def run_labels(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def heat_map(measured: Sequence[Event], key: str, switch: int | None) -> Figure:
-    """Layers by time: the relative update norm of every target."""
-    names = sorted(targets_of(measured[0], key), key=lambda n: (family(n), _depth(n)))
-    values = np.array([[100 * number(e.get(f"{key}/{n}")) for e in measured] for n in names])
+def heat_map(course: Timeline, key: str) -> Figure:
+    """Layers by time: the relative update norm of every target, and where each switched."""
+    names = sorted(measured_targets(course, key), key=lambda n: (family(n), _depth(n)))
+    updates, values = series(course.windows, [f"{key}/{n}" for n in names], 100)
     figure = Figure(figsize=(7.2, 1.2 + 0.16 * len(names)), layout="constrained")
     axis = figure.subplots()
-    updates = [e["num_updates"] for e in measured]
-    edges = [0, *updates] if len(updates) == 1 else [2 * updates[0] - updates[1], *updates]
+    axis.set_facecolor(UNMEASURED)
+    edges = [course.windows[0].begin, *updates]
     mesh = axis.pcolormesh(
-        edges, np.arange(len(names) + 1), values, vmin=0, cmap="viridis", rasterized=True
+        edges, np.arange(len(names) + 1), values.T, vmin=0, cmap="viridis", rasterized=True
     )
     axis.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=6)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names), 0)
     axis.set_xlabel("optimizer updates")
-    if switch is not None:
-        axis.set_title(f"until the switch at update {switch:,}", fontsize=10)
+    axis.set_title(_mark_map(axis, course, names), fontsize=10)
     figure.colorbar(mesh, label="relative update norm, %")
     return figure
 
 
+def _mark_map(axis: Axes, course: Timeline, names: Sequence[str]) -> str:
+    """Mark what changed on a map of layers; returns what the marks mean."""
+    if course.ends_at_switch:
+        return "" if course.switch is None else f"until the switch at update {course.switch:,}"
+    seen = [change for change in course.changes if change.num_updates <= course.last_measured]
+    for name, update in course.switched:
+        if name in names and update <= course.last_measured:
+            row = names.index(name)
+            axis.plot([update, update], [row, row + 1], color=ORANGE, linewidth=2, clip_on=False)
+    for kind, update in seen:
+        if kind == "restart":
+            tick(axis, update)
+        elif kind in NAMES:
+            axis.axvline(update, color="white", linestyle="--", linewidth=1.2)
+    told = ["orange: a target switches"]
+    told += ["ticks: restarts"] if any(kind == "restart" for kind, _ in seen) else []
+    lines = dict.fromkeys(NAMES[kind] for kind, _ in seen if kind in NAMES)
+    return "; ".join([*told, *([f"white: {', '.join(lines)}"] if lines else [])])
+
+
 def training_curves(events: Sequence[Event]) -> Figure:
-    """Train and validation loss, and top1, with the full and the adapter phase shaded."""
+    """Train and validation loss, and top1, with the phases shaded."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss, top1 = figure.subplots(1, 2)
-    switch, last = switch_update(events), max(e["num_updates"] for e in events)
-    series = _series(events)
-    loss.plot(*series("train", "train/loss"), color=GREY, linewidth=0.6, label="train")
-    loss.plot(*series("eval", "val/loss"), "o-", color=BLUE, markersize=3, label="validation")
-    top1.plot(*series("eval", "val/top1"), "o-", color=BLUE, markersize=3, label="validation")
-    updates, averaged = series("eval", "val/ema_top1")
+    course, last = read_timeline(events), max(e["num_updates"] for e in events)
+    points = _points(events)
+    loss.plot(*points("train", "train/loss"), color=GREY, linewidth=0.6, label="train")
+    loss.plot(*points("eval", "val/loss"), "o-", color=BLUE, markersize=3, label="validation")
+    top1.plot(*points("eval", "val/top1"), "o-", color=BLUE, markersize=3, label="validation")
+    updates, averaged = points("eval", "val/ema_top1")
     if updates:
         top1.plot(updates, averaged, "o-", color=ORANGE, markersize=3, label="validation, EMA")
     for axis, name in ((loss, "loss"), (top1, "top1, %")):
-        _shade(axis, switch, last)
+        shade(axis, course.spans, last)
+        if len(course.changes) > 1:
+            mark_changes(axis, course.changes, last)
         axis.set_xlabel("optimizer updates")
         axis.set_title(name, fontsize=10)
-        axis.legend(fontsize=8, framealpha=1, edgecolor="none")
+        handles = [*axis.get_legend_handles_labels()[0], *restart_key(course.changes, last)]
+        axis.legend(handles=handles, fontsize=8, framealpha=1, edgecolor="none")
         tidy(axis)
     return figure
 
 
-def _series(events: Sequence[Event]) -> Callable[[str, str], tuple[list[int], list[float]]]:
+def _points(events: Sequence[Event]) -> Callable[[str, str], tuple[list[int], list[float]]]:
     def points(event: str, key: str) -> tuple[list[int], list[float]]:
         found = [(e["num_updates"], e[key]) for e in events if e["event"] == event and key in e]
         return [n for n, _ in found], [number(value) for _, value in found]
@@ -156,37 +208,13 @@ def _series(events: Sequence[Event]) -> Callable[[str, str], tuple[list[int], li
     return points
 
 
-def targets_of(event: Event, key: str) -> list[str]:
-    """Targets of which an event holds the statistic ``key``."""
-    return [name.removeprefix(f"{key}/") for name in event if name.startswith(f"{key}/")]
-
-
-def switch_update(events: Sequence[Event]) -> int | None:
-    """Update at which a run switched."""
-    return next((e["num_updates"] for e in events if e["event"] == "switch"), None)
-
-
-def _mark_switch(axis: Axes, switch: int | None) -> None:
-    if switch is not None:
-        axis.axvline(switch, color=ORANGE, linestyle="--", linewidth=1.2)
-        axis.annotate(
-            "switch",
-            (switch, 1),
-            xytext=(-3, -2),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=ORANGE,
-        )
-
-
-def _shade(axis: Axes, switch: int | None, last: int) -> None:
-    axis.axvspan(0, last if switch is None else switch, color=FULL_SHADE, label="full phase")
-    if switch is not None:
-        axis.axvspan(switch, last, color=ADAPTER_SHADE, label="adapter phase")
-    axis.set_xlim(0, last)
+def _mark(axis: Axes, course: Timeline) -> None:
+    """The switch where curves end at it; phases and changes where they go on."""
+    if course.ends_at_switch:
+        mark_end(axis, course.switch)
+    else:
+        shade(axis, course.spans, course.last_measured)
+        mark_changes(axis, course.changes, course.last_measured)
 
 
 def _label_blocks(figure: Figure, axes: np.ndarray, layers: int) -> None:
@@ -200,11 +228,6 @@ def _label_blocks(figure: Figure, axes: np.ndarray, layers: int) -> None:
 
 def _depth(name: str) -> list[int]:
     return [int(part) for part in name.split(".") if part.isdigit()]
-
-
-def number(value: float | None) -> float:
-    """NaN for what JSON has no number for."""
-    return math.nan if value is None else value
 
 
 def tidy(axis: Axes) -> None:

@@ -74,7 +74,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class Restart:
-    """Merge the adapter and start a new one, every ``every`` updates (ReLoRA, arXiv 2307.05695).
+    """Merge the adapter and start a new one, each ``every_epochs`` (ReLoRA, arXiv 2307.05695).
 
     ``init`` is the new start, None the policy's; with update_svd the recent update is that since
     the last merge. Of the factors' moments a share ``pruned`` is set to zero, 'random' entries
@@ -82,13 +82,13 @@ class Restart:
     the learning rate after each restart: the jagged cosine.
     """
 
-    every: int = 500
+    every_epochs: float = 2.0
     init: AdapterInit | None = None
     prune: str = "random"
     pruned: float = 0.999
 
     def __post_init__(self) -> None:
-        check_range("switch.restart.every", self.every, 1)
+        check_range("switch.restart.every_epochs", self.every_epochs, 0)
         check_choice("switch.restart.prune", self.prune, ("random", "magnitude", "zero"))
         check_share("switch.restart.pruned", self.pruned)
 

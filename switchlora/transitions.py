@@ -184,7 +184,8 @@ def watch_the_rest(run: Run, waiting: Any) -> None:
     """
     monitor, how = run.monitor, run.policy.restart
     adapted = run.adapted_targets if how is not None and run.state.phase is Phase.ADAPTER else ()
-    monitor.window = how.every if how is not None and adapted else run.window
+    cycle = 0.0 if how is None else how.every_epochs * len(run.data.train)
+    monitor.window = max(1, round(cycle)) if adapted else run.window
     monitor.watch(adapted or waiting, run.state.num_updates)
 
 

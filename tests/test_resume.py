@@ -46,6 +46,7 @@ WORKERS = (
     "data.eval_transform={}",
     "system.workers=2",
 )
+RANK_2 = ("switch/rank=fixed", "switch.rank.rank=2")
 KINDS = {
     "everything": EVERYTHING,
     "workers": WORKERS,
@@ -59,7 +60,7 @@ KINDS = {
     ),
     "fp16": (
         *BY_DATE,
-        *("full.precision=fp16", "switch/rank=fixed", "switch.rank.rank=2"),
+        *("full.precision=fp16", *RANK_2),
         *("model.depth=1", "model.embed_dim=16", "model.num_heads=1"),
     ),
     "criterion": (
@@ -70,11 +71,26 @@ KINDS = {
         "monitor.exact=true",
         "switch.remove_weight_decay=true",
     ),
-    "start": (
-        "switch/criterion=at_start",
-        "switch/init=zero_b",
-        "switch/rank=fixed",
-        "switch.rank.rank=4",
+    "guided": (
+        *("+method=self_guided_32", "switch.joint_epochs=1.25"),
+        *("switch.dropout=0.1", "ema=0.9", r"switch.targets=['blocks\.1\.mlp\.fc[12]']"),
+    ),
+    "joint": (
+        *("+method=prelora", "switch.joint_epochs=0.25", "monitor.window=5"),
+        *("switch.criterion.tau=90", "switch.criterion.zeta=90"),
+    ),
+    "staged": (
+        *("+method=staged", "switch.stages.interval=10", "monitor.window=5", *RANK_2),
+        *("switch.criterion.fraction=0.9", "switch.criterion.patience=1"),
+    ),
+    "restarts": (
+        *("+method=relora", "switch.criterion.epoch=0.5", "switch.restart.every_epochs=0.4"),
+        *("adapter/refactoring=reflora", "adapter.refactoring.warmup_updates=3", *RANK_2),
+    ),
+    "taken back": (
+        *("switch/guard=full", "switch.guard.patience=1", "switch.guard.criterion.patience=1"),
+        *("switch.guard.criterion.fraction=1.1", "adapter.factor_lr_scale=300", *RANK_2),
+        *("switch/criterion=at_epoch", "switch.criterion.epoch=0.75", "monitor.window=5"),
     ),
 }
 STOPS = (7, 20, 30, 31)
