@@ -170,14 +170,15 @@ def draw_line(
         updates, median, markersize=3.5, markevery=every, linewidth=1.4, label=run.label, **style
     )
     seen = np.isfinite(median)
+    measured = np.array(updates)[seen]
     for kind, update in run.course.changes:
         if kind == "restart":
             tick(axis, update, style["color"])
             continue
         axis.axvline(update, color=style["color"], linestyle=style["linestyle"], linewidth=0.7)
-        if kind in ("switch", "stage") and seen.any():
+        if kind in ("switch", "stage") and update <= max(measured, default=0):
             marker = {"marker": style["marker"], "color": style["color"], "markersize": 7}
-            height = np.interp(update, np.array(updates)[seen], median[seen])
+            height = np.interp(update, measured, median[seen])
             axis.plot(update, height, markeredgecolor="black", zorder=3, **marker)
 
 

@@ -29,6 +29,7 @@ from report_curves import (
 )
 from report_parts import (
     NONE,
+    changes,
     differing_settings,
     environment,
     groups_of,
@@ -91,6 +92,7 @@ def content(sweep: Path) -> dict[str, Any]:
         "keys": keys,
         "settings": settings,
         "runs": [_run(record, differing) for record in records],
+        "changes": any(_several_changes(record) for record in records),
         "common": common,
         "differing": differing,
     }
@@ -177,11 +179,16 @@ def _run(record: Record, differing: Sequence[str]) -> dict[str, Any]:
         "seed": record.config.get("seed", NONE),
         "status": status(record),
         "switch": NONE if switch is None else f"{switch:,}",
+        "changes": changes(record),
         "reason": reason(record),
         "reused": reused(record),
         "command": found.get("command", NONE),
         "environment": [found.get(key, NONE) for key in differing],
     }
+
+
+def _several_changes(record: Record) -> bool:
+    return len((record.summary or {}).get("transitions") or ()) > 1
 
 
 def _templates() -> Environment:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -13,9 +14,9 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from switchlora.timeline import number
 from switchlora.records import Record
 from switchlora.surgery import family
+from switchlora.timeline import Change, measured_targets, number, read_timeline, series
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")
 """Okabe and Ito's, which colour-blind readers tell apart; black turns into the text colour"""
@@ -37,6 +38,8 @@ SVG_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "switchlora", "font.size": 
 MARGINS = {"left": 0.13, "right": 0.97, "bottom": 0.21, "top": 0.95}
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 MARKER = {"zorder": 5, "markersize": 6, "markeredgecolor": "#ffffff", "markeredgewidth": 0.8}
+MARKERS = {"switch": "o", "stage": "o", "settle": "D", "grow": "^", "take_back": "X"}
+"""by kind of change; restarts have none"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Curve:
     group: int
     updates: Sequence[float]
     values: Sequence[float]
-    switch: int | None
+    changes: Sequence[Change] = ()
 
     def thinned(self) -> "Curve":
         """At most ``MOST_POINTS`` finite points, the first and the last among them."""
@@ -54,44 +57,47 @@ class Curve:
         count = min(len(finite), MOST_POINTS)
         kept = finite[np.linspace(0, len(finite) - 1, count).round().astype(int)]
         return Curve(
-            self.group, np.asarray(self.updates)[kept], np.asarray(self.values)[kept], self.switch
+            self.group, np.asarray(self.updates)[kept], np.asarray(self.values)[kept], self.changes
         )
 
 
 def family_medians(record: Record, group: int) -> dict[str, dict[str, Curve]]:
     """For each statistic and family, the median over the family's layers at each measurement."""
-    history = record.history()
-    families: dict[str, list[str]] = {}
-    for name in history[0].layers if history else ():
-        families.setdefault(family(name), []).append(name)
-    updates, switch = [measured.num_updates for measured in history], switch_update(record)
+    course = read_timeline(list(record.events()))
     found: dict[str, dict[str, Curve]] = {key: {} for key in STATISTICS}
-    for (key, (_, unit)), (name, members) in product(STATISTICS.items(), families.items()):
-        values = [[getattr(m.layers[layer], key) for layer in members] for m in history]
-        medians = unit * np.median(np.array(values, dtype=float), axis=1)
-        found[key][name] = Curve(group, updates, medians, switch)
+    for key, (_, unit) in STATISTICS.items():
+        families: dict[str, list[str]] = {}
+        for name in measured_targets(course, key):
+            families.setdefault(family(name), []).append(f"{key}/{name}")
+        for name, members in families.items():
+            updates, values = series(course.windows, members, unit)
+            found[key][name] = Curve(group, updates, medians(values), course.changes)
+    return found
+
+
+def medians(values: np.ndarray) -> np.ndarray:
+    """Medians (windows) over the layers that were measured; NaN where none was."""
+    found = np.full(len(values), math.nan)
+    seen = np.isfinite(values).any(axis=1)
+    found[seen] = np.nanmedian(values[seen], axis=1)
     return found
 
 
 def validation_curves(record: Record, group: int) -> dict[str, Curve]:
-    """Loss and top1 at each evaluation, over both phases."""
-    events = [event for event in record.events("eval") if set(event) >= set(VALIDATION)]
-    updates, switch = [event["num_updates"] for event in events], switch_update(record)
+    """Loss and top1 at each evaluation, over all phases."""
+    events = list(record.events())
+    evals = [e for e in events if e["event"] == "eval" and set(e) >= set(VALIDATION)]
+    updates, changes = [e["num_updates"] for e in evals], read_timeline(events).changes
     return {
-        key: Curve(group, updates, [number(event[key]) for event in events], switch)
-        for key in VALIDATION
+        key: Curve(group, updates, [number(e[key]) for e in evals], changes) for key in VALIDATION
     }
-
-
-def switch_update(record: Record) -> int | None:
-    """When the run switched; None where it did not (yet)."""
-    return next((event["num_updates"] for event in record.events("switch")), None)
 
 
 def panel(curves: Sequence[Curve], name: str, description: str, limits: tuple | None) -> Markup:
     """A chart as inline SVG; ids begin with ``name``, which is unique on the page.
 
-    Each curve is a ``<g>`` whose id ends in ``-g<group>-<number>``; a dot marks its switch.
+    Each curve is a ``<g>`` whose id ends in ``-g<group>-<number>``; its changes, of which a dot
+    is the switch, have theirs with the kind behind it, and a number where there are several.
     ``limits`` are those of the y axis, None for its own.
     """
     with matplotlib.rc_context(SVG_STYLE):
@@ -140,9 +146,13 @@ def _draw(axis: Axes, curve: Curve, gid: str) -> None:
     color, dash = STYLES[curve.group % len(STYLES)]
     dashes = (0, [float(length) for length in dash.split()]) if dash else "solid"
     axis.plot(curve.updates, curve.values, color=color, linestyle=dashes, linewidth=1.3, gid=gid)
-    if curve.switch is not None and len(curve.updates) and curve.updates[0] <= curve.switch:
-        height = np.interp(curve.switch, curve.updates, curve.values)
-        axis.plot(curve.switch, height, "o", color=color, gid=f"{gid}-switch", **MARKER)
+    told: Counter[str] = Counter()
+    for kind, update in curve.changes if len(curve.updates) else ():
+        if kind in MARKERS and curve.updates[0] <= update <= curve.updates[-1]:
+            height = np.interp(update, curve.updates, curve.values)
+            name = f"{gid}-{kind}-{told[kind]}" if told[kind] else f"{gid}-{kind}"
+            axis.plot(update, height, MARKERS[kind], color=color, gid=name, **MARKER)
+            told[kind] += 1
 
 
 def group_swatches(labels: Mapping[int, str]) -> list[tuple[int, str, str, str]]:

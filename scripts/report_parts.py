@@ -128,6 +128,14 @@ def reason(record: Record) -> str:
     return _switch(record).get("reason") or NONE
 
 
+def changes(record: Record) -> str:
+    """Kind and updates of all that changed the trained tensors: 'switch 20; restart 35, 50'."""
+    kinds: dict[str, list[str]] = {}
+    for change in (record.summary or {}).get("transitions") or ():
+        kinds.setdefault(change["kind"].replace("_", " "), []).append(f"{change['num_updates']:,}")
+    return "; ".join(f"{kind} {', '.join(updates)}" for kind, updates in kinds.items()) or NONE
+
+
 def status(record: Record) -> str:
     """What a run's summary says of its end."""
     return record.summary["status"] if record.summary is not None else "unfinished"

@@ -135,7 +135,7 @@ def test_every_chart_has_a_line_for_each_readable_run_and_a_dot_for_each_switch(
 
 
 def test_a_long_curve_is_thinned_but_keeps_its_ends():
-    curve = Curve(0, range(10_000), [float("nan"), *range(1, 10_000)], None).thinned()
+    curve = Curve(0, range(10_000), [float("nan"), *range(1, 10_000)]).thinned()
     assert len(curve.values) == MOST_POINTS
     assert (curve.values[0], curve.values[-1]) == (1, 9_999)
 
