@@ -30,6 +30,7 @@ class WeightEMA:
         present, adapted = model.state_dict(), adapted_modules(model)
         residual = {n: m for n, m in adapted.items() if m.kind == AdaptedLinear.kind}
         present |= {f"{n}.weight": adapted[n].merged() for n in adapted.keys() - residual.keys()}
+        present |= {f"{n}.weight": m.residual() for n, m in residual.items()}
         for name, average in self.model.state_dict().items():
             if average.is_floating_point():
                 average.lerp_(present[name].to(average), new)

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from switchlora.layers import Adapter, is_factor
-from switchlora.surgery import adapted_modules, merged_state_dict
+from switchlora.layers import Adapter
+from switchlora.surgery import adapted_modules, merged_state_dict, without_adapters
 
 PEFT_PREFIX = "base_model.model."
 
@@ -38,7 +38,7 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
         ranks[name] = alphas[name] = len(A)
         if module.weight is None:
             dense[f"{name}.weight"] = A.new_zeros(module.out_features, module.in_features)
-    residual = {n: t for n, t in model.state_dict().items() if not is_factor(n)} | dense
+    residual = without_adapters(model) | dense
     _save(residual, folder / "residual.safetensors")
     _save(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(_peft_config(ranks, alphas), indent=2))

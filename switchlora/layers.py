@@ -53,13 +53,21 @@ class AdaptedLinear(nn.Linear):
         """The adapters by the name of their row slice, in the order of the rows."""
         raise NotImplementedError
 
+    def dense_rows(self) -> dict[str, nn.Parameter]:
+        """Weights of the row slices without an adapter that train in full, by name."""
+        return {}
+
+    def residual(self) -> Tensor:
+        """What the adapters add to (out, in): W_res, and the weights of dense rows."""
+        return self.weight
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         adapters = list(self.adapters().values())
         if self.dropout and self.training:
-            return dropped_forward(input, self.weight, self.bias, adapters, self.dropout)
-        if self.weight.requires_grad:
-            return joint_forward(input, self.weight, self.bias, adapters)
+            return dropped_forward(input, self.residual(), self.bias, adapters, self.dropout)
+        if self.weight.requires_grad or self.dense_rows():
+            return joint_forward(input, self.residual(), self.bias, adapters)
         return self._frozen_forward(input, adapters)
 
     def _frozen_forward(self, input: Tensor, adapters: Sequence[Adapter]) -> Tensor:
@@ -77,7 +85,7 @@ class AdaptedLinear(nn.Linear):
 
     def merged(self) -> Tensor:
         """The effective weight W_res + s B A (out, in): summed in float64, rounded once."""
-        return add_adapters(self.weight.detach(), self.adapters())
+        return add_adapters(self.residual().detach(), self.adapters())
 
     def settings(self) -> dict[str, Any]:
         """Kind and attributes, besides weights and ranks, that ``lowrank.rebuilt`` needs."""
@@ -119,7 +127,8 @@ class SlicedLoRALinear(AdaptedLinear):
 
     The slices cover all rows in order; a slice of rank 0 is frozen without an adapter.
     ``lora_A.q`` is (r_q, in), ``lora_B.q`` (rows of q, r_q), and so on: the cost is that of the
-    separate low-rank products, never of a block-diagonal B.
+    separate low-rank products, never of a block-diagonal B. A slice that is to switch later is
+    dense: its rows are not in ``weight``, they are the parameter ``dense.q`` (rows of q, in).
     """
 
     def __init__(
@@ -134,6 +143,33 @@ class SlicedLoRALinear(AdaptedLinear):
         self.lora_B = nn.ParameterDict(
             OrderedDict((name, nn.Parameter(a.B)) for name, a in adapters.items())
         )
+        self.dense = nn.ParameterDict()
+
+    @torch.no_grad()
+    def make_dense(self, parts: Sequence[str]) -> None:
+        """Let the rows of these slices, whose adapters have rank 0, train in full."""
+        rows = {name: self.weight[adapter.rows] for name, adapter in self.adapters().items()}
+        self.dense.update({part: nn.Parameter(rows.pop(part).clone()) for part in parts})
+        self.weight = nn.Parameter(torch.cat(list(rows.values())), requires_grad=False)
+
+    def settings(self) -> dict[str, Any]:
+        """Kind and attributes, with the names of the dense slices."""
+        return {**super().settings(), "dense": list(self.dense)}
+
+    def dense_rows(self) -> dict[str, nn.Parameter]:
+        """The slices that ``make_dense`` took out of ``weight``."""
+        return dict(self.dense.items())
+
+    def residual(self) -> Tensor:
+        """Rows of ``weight`` and dense ones in their order (out, in); gradients pass."""
+        dense = self.dense_rows()
+        if not dense:
+            return self.weight
+        sizes = [len(B) for name, B in self.lora_B.items() if name not in dense]
+        frozen = iter(self.weight.split(sizes))
+        own = {name: weight * 1 for name, weight in dense.items()}  # gradients not views of one
+        dtype = next(iter(own.values())).dtype
+        return torch.cat([own[n] if n in own else next(frozen).to(dtype) for n in self.lora_B])
 
     def adapters(self) -> dict[str, Adapter]:
         """The adapter of each row slice by its name."""

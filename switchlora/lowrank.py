@@ -1,15 +1,15 @@
 """Linear layers that are a product of two factors, with no residual weight beside them."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchlora.layers import AdaptedLinear, LoRALinear, adapted_linear
+from switchlora.layers import AdaptedLinear, LoRALinear, SlicedLoRALinear, adapted_linear
 from switchlora.products import Adapter
 
 
@@ -143,10 +143,16 @@ KINDS: dict[str, Callable[..., AdaptedLinear]] = {
 
 
 def rebuilt(
-    linear: nn.Linear, adapters: Mapping[str, Adapter], kind: str, **attributes: Any
+    linear: nn.Linear,
+    adapters: Mapping[str, Adapter],
+    kind: str,
+    dense: Sequence[str] = (),
+    **attributes: Any,
 ) -> AdaptedLinear:
-    """The adapted module whose ``settings()`` are ``kind`` and ``attributes``."""
+    """The adapted module whose ``settings()`` are the other arguments."""
     module = KINDS[kind](linear, adapters)
+    if dense:
+        cast(SlicedLoRALinear, module).make_dense(dense)
     for name, value in attributes.items():
         setattr(module, name, value)
     return module

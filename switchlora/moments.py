@@ -54,12 +54,15 @@ def factor_moments(
     ``adapters`` are those of each module by row slice. Gradients obey g_A = s B^T g_W and g_B = s
     g_W A^T, so first moments map exactly: m_A = s B^T m_W, m_B = s m_W A^T. For second moments the
     entries of g_W are taken as uncorrelated: v_A = s^2 (B*B)^T v_W, v_B = s^2 v_W (A*A)^T. Factors
-    whose images would be zero (B = 0) keep a fresh state.
+    whose images would be zero (B = 0) keep a fresh state. A slice that was dense before has had
+    moments of its own.
     """
     projected = {}
     for name, parts in adapters.items():
-        state = moments.get(f"{name}.weight", {})
         for part, (A, B, rows, s) in parts.items():
+            state = moments.get(f"{name}.weight", {})
+            if alone := moments.get(f"{name}.dense.{part}"):
+                state, rows = alone, slice(None)
             if state and A.any() and B.any():
                 end = f".{part}" if part else ""
                 projected[f"{name}.lora_A{end}"] = {
@@ -69,6 +72,31 @@ def factor_moments(
                     k: _project_B(k, v, A, rows, s) for k, v in state.items()
                 }
     return projected
+
+
+@torch.no_grad()
+def dense_moments(
+    slices: Mapping[str, Mapping[str, slice]], moments: Moments
+) -> dict[str, dict[str, Any]]:
+    """Moments of dense slices, copied from those rows of the fused weight's.
+
+    ``slices`` are the rows of each dense slice by module. What has no rows, such as the number of
+    steps, is copied whole.
+    """
+    return {
+        f"{name}.dense.{part}": {
+            key: _rows_of(value, rows) for key, value in moments[f"{name}.weight"].items()
+        }
+        for name, parts in slices.items()
+        for part, rows in parts.items()
+        if f"{name}.weight" in moments
+    }
+
+
+def _rows_of(value: Any, rows: slice) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value[rows].clone() if value.ndim and len(value) > 1 else value.clone()
 
 
 def _project_A(key: str, value: Any, B: Tensor, rows: slice, s: float) -> Any:

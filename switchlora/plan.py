@@ -1,7 +1,7 @@
 """What a switch is going to do: which targets, at what ranks, with which factors."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,7 +57,9 @@ def make_plan(
     """
     ranks, left_full = choose_ranks(model, policy, monitor, history, chosen)
     if policy.least_gain is not None and inputs is not None:
-        left_full += _slow(model, policy, monitor, ranks, inputs, precision)
+        slow = _slow(model, policy, monitor, ranks, inputs, precision)
+        units = {_unit(policy, monitor.targets[name]) for name in slow}
+        left_full += [n for n in ranks if _unit(policy, monitor.targets[n]) in units]
         ranks = {name: rank for name, rank in ranks.items() if name not in left_full}
         if not ranks:
             raise ValueError(
@@ -99,7 +101,8 @@ def choose_ranks(
 ) -> tuple[dict[str, int], list[str]]:
     """Rank per target to switch, and the targets left full because their rank saves nothing.
 
-    A fused module switches whole: one row slice that saves nothing leaves all of it full.
+    A fused module switches whole: one row slice that saves nothing leaves all of it full. In
+    stages each slice is on its own.
     """
     now = {n: t for n, t in monitor.targets.items() if chosen is None or n in chosen}
     _, frozen = frozen_outright(model, now, policy.freeze, monitor.known)
@@ -115,15 +118,15 @@ def choose_ranks(
     if targets and not any(wanted.values()):
         raise ValueError("every rank is 0, so nothing would adapt: choose larger ranks")
     useless = {
-        targets[name].module
+        _unit(policy, targets[name])
         for name, rank in wanted.items()
         if not saves_parameters(rank, targets[name].weight(model).shape)
     }
-    left_full = [name for name in wanted if targets[name].module in useless]
+    left_full = [name for name in wanted if _unit(policy, targets[name]) in useless]
     for name in frozen:
-        if (module := now[name].module) in useless:
+        if (unit := _unit(policy, now[name])) in useless:
             raise ValueError(
-                f"switch.freeze freezes {name}, but {module} stays full, since ranks this large "
+                f"switch.freeze freezes {name}, but {unit} stays full, since ranks this large "
                 "save nothing: lower the ranks, or freeze all of it"
             )
     if targets and len(left_full) == len(wanted):
@@ -141,13 +144,15 @@ def going_on(
 ) -> dict[str, nn.Parameter]:
     """What trains besides the factors, where of all ``targets`` those in ``full`` stay linears.
 
-    While targets wait for a later stage (``waits``), everything else trains with them.
+    While targets wait for a later stage (``waits``), everything else trains with them. Dense rows
+    beside adapters train where their target is in ``full``.
     """
     full_modules = {targets[name].module for name in full}
     patterns = [".*"] if waits else list(policy.keep)
     patterns += [rf"^{re.escape(module)}\." for module in sorted(full_modules)]
     adapted = {target.module for target in targets.values()} - full_modules
     frozen, _ = frozen_outright(model, targets, policy.freeze)
+    frozen |= {t.parameter_name(model) for name, t in targets.items() if name not in full}
     kept = kept_parameters(model, adapted, patterns)
     return {name: parameter for name, parameter in kept.items() if name not in frozen}
 
@@ -169,8 +174,9 @@ def with_frozen_front(
         return policy
     place = {name: number for number, name in enumerate(call_order(model, probe))}
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
-    modules = {name.split(".lora_")[0].removesuffix(".weight") for name in trains}
-    moving = [name for name, target in targets.items() if target.module in modules]
+    modules = {name: _module_of(name, place) for name in trains}
+    with_weights = {modules[name] for name in trains if not name.endswith(".bias")}
+    moving = [name for name, target in targets.items() if target.module in with_weights]
     moving.sort(key=lambda name: place[targets[name].module])
     asked = {name: margin for name, margin in margins.items() if name in chosen}
     still = policy.stages.front(asked, moving)
@@ -178,9 +184,20 @@ def with_frozen_front(
         return policy
     rest = [place[targets[name].module] for name in moving[len(still) :]]
     end = min(rest, default=place[targets[still[-1]].module] + 1)
-    front = [n for n in trains if "." not in n or place[n.rpartition(".")[0]] < end]
+    front = [n for n in trains if "." not in n or place[modules[n]] < end]
     patterns = [f"^{re.escape(name)}$" for name in front]
     return replace(policy, freeze=[*policy.freeze, *patterns])
+
+
+def _module_of(parameter_name: str, modules: Container[str]) -> str:
+    """Which of ``modules`` has this parameter; those of an adapter are two levels below."""
+    name = parameter_name.rpartition(".")[0]
+    return name if not name or name in modules else name.rpartition(".")[0]
+
+
+def _unit(policy: SwitchPolicy, target: Target) -> str:
+    """What becomes an adapted linear, or stays full, as one."""
+    return target.name if policy.stages else target.module
 
 
 def _context(

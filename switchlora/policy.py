@@ -31,8 +31,8 @@ DEFAULT_TARGETS = (
 class Stages:
     """Switch in stages: what has converged by its own margin goes first, the rest trains on.
 
-    A stage takes all ``by`` 'target' modules (row slices of a fused one together), 'family' or
-    'block' groups whose members have all converged, at least ``least`` targets at once and
+    A stage takes each ``by`` 'target' (a row slice of a fused one is a target), 'family' or
+    'block' group whose members have all converged, at least ``least`` targets at once and
     ``interval`` updates after the stage before, since each stage rebuilds the learner. A target
     whose margin reaches ``still`` needs no adapter, if nothing that trains is called before it:
     this front of the model is frozen outright, and the backward pass ends behind it.
@@ -67,7 +67,7 @@ class Stages:
 
     def _group(self, target: Target) -> str:
         if self.by == "target":
-            return target.module
+            return target.name
         shared = family(target.module)
         return shared if self.by == "family" else target.module.removesuffix(shared)
 

@@ -15,6 +15,7 @@ from switchlora.layers import (
     FACTORS,
     AdaptedLinear,
     Adapter,
+    SlicedLoRALinear,
     adapted_linear,
     is_factor,
 )
@@ -40,19 +41,36 @@ class Target:
 
     def weight(self, model: nn.Module) -> Tensor:
         """The target's weight in ``model``, detached (out, in); a view of one without adapters."""
-        module = model.get_submodule(self.module)
+        module = cast(nn.Linear, model.get_submodule(self.module))
+        alone = self._dense_rows(model)
+        if alone is not None:
+            return alone.detach()
         if isinstance(module, AdaptedLinear):
             return module.merged().detach()[self.rows]
-        return full(self._parameter(model).detach())[self.rows]
+        return full(module.weight.detach())[self.rows]
 
     def grad(self, model: nn.Module) -> Tensor | None:
         """The gradient of the target's weight (out, in), None where it has none."""
-        parameter = self._parameter(model)
-        grad = None if parameter is None else parameter.grad
+        alone = self._dense_rows(model)
+        if alone is not None:
+            return alone.grad
+        weight = cast(nn.Linear, model.get_submodule(self.module)).weight
+        grad = None if weight is None else weight.grad  # no weight in a factorised module
         return None if grad is None else full(grad)[self.rows]
 
-    def _parameter(self, model: nn.Module) -> nn.Parameter:  # None in a factorised module
-        return model.get_submodule(self.module).weight  # type: ignore[return-value]
+    def is_dense(self, model: nn.Module) -> bool:
+        """Whether it has no adapter and is not frozen beside slices that have one."""
+        module = model.get_submodule(self.module)
+        return not isinstance(module, AdaptedLinear) or self._dense_rows(model) is not None
+
+    def parameter_name(self, model: nn.Module) -> str:
+        """Name of the parameter with its rows, or with those of its residual weight."""
+        alone = self._dense_rows(model) is not None
+        return f"{self.module}.dense.{self.part}" if alone else f"{self.module}.weight"
+
+    def _dense_rows(self, model: nn.Module) -> nn.Parameter | None:
+        module = model.get_submodule(self.module)
+        return module.dense_rows().get(self.part) if isinstance(module, AdaptedLinear) else None
 
 
 def find_targets(
@@ -133,22 +151,27 @@ def inject(
     """Put adapters on the targets that ``factors`` names; return the modules they replace.
 
     ``make`` puts them on a plain linear, whose function most keep; a module that has adapters
-    already is merged first. A module whose factors all have rank 0 stays an ``nn.Linear``.
-    ``restore`` undoes it exactly.
+    already is merged first. Of a fused one, slices in ``targets`` that ``factors`` does not name
+    keep the factors that they have, or stay dense. A module whose rows are all to be of rank 0
+    stays an ``nn.Linear``. ``restore`` undoes it exactly.
     """
-    adapters: dict[str, dict[str, Adapter]] = {}
+    chosen: dict[str, dict[str, Adapter]] = {}
     for name, (A, B) in factors.items():
         target = targets[name]
         adapter = Adapter(A, B, target.rows, scaling(len(A)))
-        adapters.setdefault(target.module, {})[target.part] = adapter
-    linears = {
-        module: cast(nn.Linear, model.get_submodule(module))
-        for module, parts in adapters.items()
-        if any(len(adapter.A) for adapter in parts.values())
-    }
-    adapted = {name: make(plain(linear), adapters[name]) for name, linear in linears.items()}
+        chosen.setdefault(target.module, {})[target.part] = adapter
+    linears, adapted = {}, {}
+    for name, new in chosen.items():
+        linear = cast(nn.Linear, model.get_submodule(name))
+        rows = {t.part: t.rows for t in targets.values() if t.module == name}
+        adapters, dense = _of_all_slices(linear, rows, new)
+        if dense or isinstance(linear, AdaptedLinear) or any(len(A) for A, *_ in new.values()):
+            module = make(plain(linear), adapters)
+            if dense:
+                cast(SlicedLoRALinear, module).make_dense(dense)
+            module.dropout = dropout
+            linears[name], adapted[name] = linear, module
     for name, module in adapted.items():
-        module.dropout = dropout
         model.set_submodule(name, module)
     return linears
 
@@ -294,15 +317,23 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     The tensors of everything else are shared with ``model``, which is not changed.
     """
-    merged = {n: t for n, t in model.state_dict().items() if not is_factor(n)}
-    for name, module in adapted_modules(model).items():
-        merged[f"{name}.weight"] = module.merged()
-    return merged
+    merged = {n: m.merged() for n, m in adapted_modules(model).items()}
+    return without_adapters(model) | {f"{n}.weight": weight for n, weight in merged.items()}
+
+
+def without_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of the plain model as it is below the adapters: W_res in the place of W."""
+    adapted = adapted_modules(model)
+    dense = {f"{name}.dense.{part}" for name, m in adapted.items() for part in m.dense_rows()}
+    state = model.state_dict()
+    found = {n: t for n, t in state.items() if n not in dense and not is_factor(n)}
+    partly = {f"{n}.weight": m.residual().detach() for n, m in adapted.items() if m.dense_rows()}
+    return found | partly
 
 
 def plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of the plain model's state dict, by name."""
-    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not is_factor(n)}
+    shapes = {n: tuple(t.shape) for n, t in without_adapters(model).items()}
     for name, module in adapted_modules(model).items():
         shapes[f"{name}.weight"] = (module.out_features, module.in_features)
     return shapes
@@ -361,6 +392,22 @@ def matching(
             raise ValueError(f"{what} '{pattern}' matches no {kind}; {near(pattern, families)}")
         matched |= found
     return [name for name in names if name in matched]
+
+
+def _of_all_slices(
+    linear: nn.Linear, rows: Mapping[str, slice], new: Mapping[str, Adapter]
+) -> tuple[dict[str, Adapter], list[str]]:
+    """Adapters of all slices of ``rows``, ``new`` or old or empty, and the names of dense ones."""
+    old: dict[str, Adapter] = {}
+    if isinstance(linear, AdaptedLinear):
+        old = {n: a for n, a in linear.adapters().items() if n not in linear.dense_rows()}
+    known = {**old, **new}
+    dense = [part for part in rows if part not in known]
+    zeros = next(iter(new.values())).A.new_zeros
+    for part in dense:
+        size = rows[part].stop - rows[part].start
+        known[part] = Adapter(zeros(0, linear.in_features), zeros(size, 0), rows[part], 1.0)
+    return {part: known[part] for part in rows}, dense
 
 
 def _match_ending(pattern: str, name: str) -> re.Match | None:

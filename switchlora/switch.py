@@ -23,7 +23,14 @@ from switchlora.layers import AdaptedLinear, Adapter, is_factor
 from switchlora.learner import Learner, set_checkpointing
 from switchlora.lowrank import GuidedLinear, settled
 from switchlora.models import eval_mode
-from switchlora.moments import Moments, factor_moments, load_moments, moments_of, prune_moments
+from switchlora.moments import (
+    Moments,
+    dense_moments,
+    factor_moments,
+    load_moments,
+    moments_of,
+    prune_moments,
+)
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.plan import going_on, make_plan
 from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
@@ -118,7 +125,7 @@ def switch(
             lambda: make_plan(model, policy, monitor, history, chosen, inputs, precision)
         )
         with together():
-            _inject(model, policy, monitor.targets, plan.factors, replaced)
+            _inject(model, policy, monitor.known, plan.factors, replaced)
             assert applied_ranks(model, monitor.targets, plan.factors) == plan.ranks
             if policy.joint_epochs:
                 _train_jointly(model, flags)
@@ -284,6 +291,7 @@ def operate(
             after = count_parameters(model, trainable=True)
             checksum = agreed_checksum(trained_tensors(model))
             adapters = _snapshot(model)
+            moments |= dense_moments(_fresh_dense_rows(model, replaced), moments)
             new = rebuild(model)
             with together():
                 carried = _carry(inherit(moments, adapters), learner, new)
@@ -335,8 +343,7 @@ def _train_adapters(
     waits: bool,
 ) -> None:
     """Train the factors, what the policy keeps, and the targets that stay as they are."""
-    adapted = adapted_modules(model)
-    full = [n for n, t in targets.items() if t.module not in adapted and n not in ranks]
+    full = [n for n, t in targets.items() if n not in ranks and t.is_dense(model)]
     train_only(model, going_on(model, policy, targets, full, waits), policy.train_factors)
 
 
@@ -361,6 +368,8 @@ def _wider(
 ) -> dict[str, Factors]:
     factors, adapted = {}, adapted_modules(model)
     for name, gradient in gradients.items():
+        if targets[name].is_dense(model):
+            continue
         A, B, _, scaling = adapted[targets[name].module].adapters()[targets[name].part]
         if not len(A):
             factors[name] = Factors(A.detach().cpu(), B.detach().cpu())
@@ -413,6 +422,15 @@ def _snapshot(model: nn.Module) -> dict[str, dict[str, Adapter]]:
             for part, a in module.adapters().items()
         }
         for name, module in adapted_modules(model).items()
+    }
+
+
+def _fresh_dense_rows(model: nn.Module, replaced: Replaced) -> dict[str, dict[str, slice]]:
+    """Rows of the slices that were rows of a plain weight until now."""
+    return {
+        name: {part: module.adapters()[part].rows for part in module.dense_rows()}
+        for name, module in adapted_modules(model).items()
+        if name in replaced and not isinstance(replaced[name], AdaptedLinear)
     }
 
 
