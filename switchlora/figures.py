@@ -169,11 +169,11 @@ def _mark_map(axis: Axes, course: Timeline, names: Sequence[str]) -> str:
         if kind == "restart":
             tick(axis, update)
         elif kind in NAMES:
-            axis.axvline(update, color="white", linestyle="--", linewidth=1.2)
+            axis.axvline(update, color=GREY, linestyle="--", linewidth=1.2)
     told = ["orange: a target switches"]
     told += ["ticks: restarts"] if any(kind == "restart" for kind, _ in seen) else []
     lines = dict.fromkeys(NAMES[kind] for kind, _ in seen if kind in NAMES)
-    return "; ".join([*told, *([f"white: {', '.join(lines)}"] if lines else [])])
+    return "; ".join([*told, *([f"grey: {', '.join(lines)}"] if lines else [])])
 
 
 def training_curves(events: Sequence[Event]) -> Figure:

@@ -74,6 +74,25 @@ def test_each_run_that_switched_is_marked_at_its_own_update(tmp_path):
     assert [line.get_color() for line in upright] == [style["color"] for style in styles]
 
 
+def test_a_line_ends_where_its_layers_switch_and_only_marks_what_it_reaches(tmp_path):
+    write_run(tmp_path / "a", windows=4, switch=False)
+    path = tmp_path / "a" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[3:]:
+        for key in [key for key in line if key.endswith("mlp.fc1")]:
+            del line[key]
+    lines.insert(3, event("switch", 20, **{"train/phase": "staged"}))
+    lines += [event("switch", 40), event("restart", 45)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs, _ = read(tmp_path)
+    whole, half = overlay(runs).axes
+    for axis, marked in ((whole, [20, 40]), (half, [20])):
+        large = [line for line in axis.get_lines() if line.get_markersize() == 7]
+        assert [line.get_xdata()[0] for line in large] == marked
+    assert np.isnan(half.get_lines()[0].get_ydata()[2:]).all()
+    assert "restarts, which are ticks" in curves.key_of(runs)
+
+
 def test_other_windows_share_the_axis_of_updates_and_are_told(tmp_path):
     write_run(tmp_path / "a", window=10)
     write_run(tmp_path / "b", window=25)

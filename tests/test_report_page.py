@@ -13,11 +13,12 @@ import pytest
 
 from runs import BY_DATE, make_run
 from switchlora.records import find_records, read_record
+from switchlora.timeline import Change
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from report import main, write_page
-from report_curves import MOST_POINTS, Curve, family_medians
-from report_parts import differing_settings, problems, rank_maps, reused
+from report_curves import MOST_POINTS, Curve, family_medians, panel
+from report_parts import changes, differing_settings, problems, rank_maps, reused
 
 HOSTILE = 'stopped: <script>alert(1)</script> & "quoted" {{ 1 }}'
 COMPARED = """<script>
@@ -132,6 +133,22 @@ def test_every_chart_has_a_line_for_each_readable_run_and_a_dot_for_each_switch(
     for chart in charts:
         assert len(re.findall(r'-g\d+-\d+"', chart)) == 5
         assert len(re.findall(r'-g\d+-\d+-switch"', chart)) == 4
+
+
+def test_each_change_that_a_curve_reaches_has_a_mark_of_its_own():
+    kinds = (("switch", 10), ("restart", 15), ("grow", 20), ("grow", 30), ("take_back", 90))
+    curve = Curve(0, [5, 40], [1.0, 2.0], [Change(*each) for each in kinds])
+    ids = re.findall(r'id="x-(g0[^"]*)"', panel([curve], "x", "a chart", None))
+    assert ids == ["g0-0", "g0-0-switch", "g0-0-grow", "g0-0-grow-1"]
+
+
+def test_all_changes_of_a_run_are_listed_by_kind(sweep, tmp_path):
+    shutil.copytree(sweep / "date-0", tmp_path / "run")
+    told = [{"kind": kind, "num_updates": n} for kind, n in (("switch", 9), ("take_back", 1234))]
+    rewrite(tmp_path / "run", transitions=told)
+    assert changes(read_record(tmp_path / "run")) == "switch 9; take back 1,234"
+    page = write_page(tmp_path, tmp_path / "page.html").read_text()
+    assert "all changes, updates" in page and "<td>switch 9; take back 1,234</td>" in page
 
 
 def test_a_long_curve_is_thinned_but_keeps_its_ends():
