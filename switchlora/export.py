@@ -25,14 +25,16 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
     """The adapter in PEFT's format, beside ``residual.safetensors``, the model it belongs on.
 
     Load the residual with timm, then ``peft.PeftModel.from_pretrained(model, folder)``. Row slices
-    of a fused linear become one adapter of their summed rank with a block-diagonal B; the residual
-    of a factorised linear is zero.
+    of a fused linear become one adapter of their summed rank with a block-diagonal B; linears with
+    frozen or dense slices alone get none. The residual of a factorised linear is zero.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors, ranks, alphas = {}, {}, {}
     dense: dict[str, Tensor] = {}
     for name, module in adapted_modules(model).items():
         A, B = _stacked(module.adapters(), module.out_features)
+        if not len(A):
+            continue
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
         ranks[name] = alphas[name] = len(A)
@@ -66,7 +68,7 @@ def _stacked(adapters: dict[str, Adapter], out_features: int) -> tuple[Tensor, T
 
 
 def _peft_config(ranks: dict[str, int], alphas: dict[str, int]) -> dict[str, object]:
-    largest = max(ranks.values())
+    largest = max(ranks.values(), default=0)
     return {
         "peft_type": "LORA",
         "r": largest,

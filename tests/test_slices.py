@@ -175,6 +175,15 @@ def test_exports_are_the_plain_model_and_peft_adapters_on_its_residual(tmp_path)
     assert torch.allclose(plain(trial.probe), logits, atol=1e-5)
 
 
+def test_an_export_has_no_adapter_where_slices_are_frozen_or_dense_alone(tmp_path):
+    trial = trained(rf"switch.freeze=['{QKV}\.k$']")
+    trial.switch([f"{QKV}.k", "blocks.0.mlp.fc1"])
+    folder = save_adapter(trial.model, tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["blocks.0.mlp.fc1"]
+    tiny_vit().load_state_dict(load_file(folder / "residual.safetensors"), strict=True)
+
+
 def test_the_average_of_the_weights_goes_on_through_the_stages():
     trial = trained()
     ema = WeightEMA(trial.model, 0.9)
