@@ -29,8 +29,7 @@ from switchlora.surgery import (
 class Plan:
     """What the primary rank has chosen, on the CPU.
 
-    Factors are contiguous: products of transposed ones would round in another way than those of
-    the tensors that a checkpoint gives back.
+    Factors lie in memory as a checkpoint gives them back: products would round differently.
     """
 
     ranks: dict[str, int]
@@ -73,10 +72,15 @@ def make_plan(
         s = policy.scaling(rank)
         found = policy.init(weight / s, update / s, rank) if rank else empty_factors(weight)
         check_start(policy, name, found)
-        factors[name] = Factors(*(factor.cpu().contiguous() for factor in found))
+        factors[name] = Factors(*map(as_loaded, found))
         captured[name] = captured_energy(update, found.A) if rank else 0.0
     waiting = [n for n in monitor.targets if n not in ranks and n not in left_full]
     return Plan(ranks, left_full, waiting, factors, captured)
+
+
+def as_loaded(factor: Tensor) -> Tensor:
+    """``factor`` (m, n) on the CPU with strides (n, 1): one column counts as contiguous in any."""
+    return factor.detach().cpu().contiguous().flatten().view(factor.shape)
 
 
 def check_start(policy: SwitchPolicy, name: str, factors: Factors) -> None:

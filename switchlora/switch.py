@@ -32,7 +32,7 @@ from switchlora.moments import (
     prune_moments,
 )
 from switchlora.monitor import Measurement, UpdateMonitor
-from switchlora.plan import going_on, make_plan
+from switchlora.plan import as_loaded, going_on, make_plan
 from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
 from switchlora.spectral import truncated_svd
 from switchlora.surgery import (
@@ -380,7 +380,7 @@ def _wider(
         rows = torch.cat([A.detach(), truncated_svd(outside, rank - len(A)).Vh / 3**0.5])
         old = B.detach() * (scaling / policy.scaling(rank))
         columns = torch.cat([old, B.new_zeros(len(B), rank - len(A))], dim=1)
-        factors[name] = Factors(rows.cpu().contiguous(), columns.cpu().contiguous())
+        factors[name] = Factors(as_loaded(rows), as_loaded(columns))
     return factors
 
 

@@ -60,7 +60,7 @@ KINDS = {
     ),
     "fp16": (
         *BY_DATE,
-        *("full.precision=fp16", *RANK_2),
+        *("full.precision=fp16", "switch/rank=fixed", "switch.rank.rank=1"),
         *("model.depth=1", "model.embed_dim=16", "model.num_heads=1"),
     ),
     "criterion": (
@@ -80,8 +80,8 @@ KINDS = {
         *("switch.criterion.tau=90", "switch.criterion.zeta=90"),
     ),
     "staged": (
-        *("+method=staged", "switch.stages.interval=10", "monitor.window=5", *RANK_2),
-        *("switch.criterion.fraction=0.9", "switch.criterion.patience=1"),
+        *("+method=staged", "switch.stages.interval=5", "monitor.window=5", *RANK_2),
+        *("switch.criterion.fraction=0.77", "switch.criterion.patience=1"),
     ),
     "restarts": (
         *("+method=relora", "switch.criterion.epoch=0.5", "switch.restart.every_epochs=0.4"),
@@ -90,7 +90,8 @@ KINDS = {
     "taken back": (
         *("switch/guard=full", "switch.guard.patience=1", "switch.guard.criterion.patience=1"),
         *("switch.guard.criterion.fraction=1.1", "adapter.factor_lr_scale=300", *RANK_2),
-        *("switch/criterion=at_epoch", "switch.criterion.epoch=0.75", "monitor.window=5"),
+        *("switch/criterion=at_epoch", "switch.criterion.epoch=0.4", "monitor.window=3"),
+        *("switch.guard.tolerance=0", "full.scheduler.warmup_t=2"),
     ),
 }
 STOPS = (7, 20, 30, 31)
