@@ -291,9 +291,9 @@ def test_a_slice_that_switches_trains_its_factors_instead_of_its_rows_alone():
 
 
 def one_by_one(history):
-    """A criterion that lets q go at update 10 and v at 20, and keeps everything else."""
+    """A criterion that lets q go at update 4 and v at 8, and keeps everything else."""
     done = history[-1].num_updates if history else 0
-    margins = {f"{QKV}.q": done - 10.0, f"{QKV}.v": done - 20.0}
+    margins = {f"{QKV}.q": done - 4.0, f"{QKV}.v": done - 8.0}
     return Verdict(False, margins, "each slice has its day")
 
 
@@ -302,13 +302,14 @@ def test_a_run_switches_slices_in_stages_and_resumes_bit_equal_between_them(tmp_
         *STAGES,
         *("switch/criterion=never", "switch.criterion.path=test_slices.one_by_one"),
         *("switch.stages.interval=1", "switch/rank=fixed", "switch.rank.rank=4"),
-        *("switch.moments=factors", "switch.targets=[attn.qkv]", "model.depth=1"),
-        *("ema=0.9", "max_updates=28", "checkpoint.every_updates=5", "checkpoint.keep=9"),
+        *("switch.moments=factors", "switch.targets=[attn.qkv]", "checkpoint.keep=9"),
+        "checkpoint.every_updates=2",
+        *("ema=0.9", "model.depth=1", "epochs=1", "max_updates=12", "monitor.window=4"),
     )
     summary = make_run(tmp_path / "whole", *options)
     stages = [(t["num_updates"], list(t["ranks"])) for t in summary["transitions"]]
-    assert stages == [(10, [f"{QKV}.q"]), (20, [f"{QKV}.v"])]
-    between = next(p for p in find_all(tmp_path / "whole") if updates_of(p) == 15)
+    assert stages == [(4, [f"{QKV}.q"]), (8, [f"{QKV}.v"])]
+    between = next(p for p in find_all(tmp_path / "whole") if updates_of(p) == 6)
     assert set(fused(load_model(between)).dense) == {"k", "v"}
     make_run(tmp_path / "branch", *options, f"resume={between}")
     assert_same_run(tmp_path / "whole", tmp_path / "branch")
