@@ -108,6 +108,40 @@ def test_a_rank_holds_the_bytes_that_were_predicted_and_a_shard_its_part_of_them
         assert measured[states] / 2 <= part[states] <= 0.6 * measured[states]
 
 
+STAGED = (
+    *("+method=staged", "switch.split_qkv=true", "switch.stages.interval=5", "monitor.window=5"),
+    *("switch/rank=fixed", "switch.rank.rank=2", "max_updates=42"),
+    *("switch.criterion.fraction=0.77", "switch.criterion.patience=1"),
+)
+GUIDED = (
+    *("+method=self_guided_32", "switch.joint_epochs=0.5", "max_updates=24"),
+    r"switch.targets=['blocks\.1\.mlp\.fc[12]']",
+)
+TAKEN_BACK = (
+    *("switch/guard=full", "switch.guard.patience=1", "switch.guard.tolerance=0"),
+    *("switch/criterion=at_epoch", "switch.criterion.epoch=0.4", "monitor.window=3"),
+    *("switch.guard.criterion.patience=1", "switch.guard.criterion.fraction=1.1"),
+    *("switch/rank=fixed", "switch.rank.rank=2", "max_updates=30", "adapter.factor_lr_scale=300"),
+    "full.scheduler.warmup_t=2",
+)
+
+
+@pytest.mark.parametrize(
+    "options,kinds",
+    [
+        (STAGED, {"stage"}),
+        (GUIDED, {"switch", "settle"}),
+        (TAKEN_BACK, {"switch", "take_back"}),
+    ],
+    ids=["staged", "guided", "taken back"],
+)
+def test_ranks_stay_together_through_every_change(options, kinds, tmp_path):
+    found = run_ranks(2, tmp_path, *options)
+    transitions = json.loads((tmp_path / "summary.json").read_text())["transitions"]
+    assert {each["kind"] for each in transitions} == kinds and len(transitions) > 1
+    assert found["spread"] == 0.0 and found["trained"] > 0
+
+
 def test_ranks_agree_on_values_and_on_failures(pair):
     for seen in pair[1]["ranks"]:
         assert seen["sum"] == [2.0, 1.0] and seen["any"] == [True, False]
