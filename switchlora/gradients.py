@@ -1,6 +1,6 @@
 """The gradient of the loss by effective weights, whatever module computes with them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,7 @@ from switchlora.surgery import Target
 def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tensor]:
     """Gradient (out, in) by each target's effective weight, on the next batch to train on.
 
-    On this rank's share of it. G = sum over tokens of g_y x^T, from the inputs and the outputs'
-    gradients that pass through the target's module; neither ``.grad`` nor the order of the
-    epoch's batches is touched.
+    On this rank's share of it. Neither ``.grad`` nor the order of the epoch's batches is touched.
     """
     run.data.set_epoch(run.state.epoch)
     inputs, labels = next(iter(run.data.train))
@@ -23,14 +21,25 @@ def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tenso
         inputs, labels = run.data.mixup(inputs, labels)
     names = sorted({target.module for target in targets.values()})
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        found = module_gradients(run.model, names, run, inputs, labels)
+        found = module_gradients(
+            run.model, names, run.data.loss, run.recipe.precision, inputs, labels
+        )
     return {name: found[target.module][target.rows] for name, target in targets.items()}
 
 
 def module_gradients(
-    model: nn.Module, names: list[str], run: Run, inputs: Tensor, labels: Tensor
+    model: nn.Module,
+    names: Sequence[str],
+    loss_fn: nn.Module,
+    precision: str,
+    inputs: Tensor,
+    labels: Tensor,
 ) -> dict[str, Tensor]:
-    """G (out, in) of the linears ``names`` of a model, from one forward and backward pass."""
+    """G = sum over tokens of g_y x^T (out, in) of the linears ``names``.
+
+    From one forward and backward pass, by the inputs and the outputs' gradients that pass through
+    each module.
+    """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     hooks = [
         model.get_submodule(name).register_forward_hook(
@@ -38,9 +47,10 @@ def module_gradients(
         )
         for name in names
     ]
+    device = next(model.parameters()).device
     try:
-        with autocast(run.device.type, run.recipe.precision):
-            loss = run.data.loss(model(inputs.to(run.device)), labels.to(run.device))
+        with autocast(device.type, precision):
+            loss = loss_fn(model(inputs.to(device)), labels.to(device))
         grads = torch.autograd.grad(loss, [seen[name][1] for name in names])
     finally:
         for hook in hooks:

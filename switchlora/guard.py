@@ -60,6 +60,7 @@ class Guard:
         check_range("switch.guard.tolerance", self.tolerance, 0)
         check_range("switch.guard.patience", self.patience, 1)
         check_range("switch.guard.growth", self.growth, 2)
+        check_range("switch.guard.rewarmup_updates", self.rewarmup_updates, 0)
         check_choice("switch.guard.act", self.act, ACTIONS)
 
     def __call__(self, losses: Sequence[Loss], since: int) -> Standing:

@@ -55,7 +55,8 @@ def end_window(run: Run) -> None:
         return
     with run.stopwatch.paused():
         run.log.event("window", measured.num_updates, measured.epoch, **window_metrics(measured))
-        if state.phase is Phase.ADAPTER and run.policy.restart is not None:
+        goes_on = state.num_updates < run.last_update
+        if state.phase is Phase.ADAPTER and run.policy.restart is not None and goes_on:
             restart_adapter(run)
         run.monitor.start_window(state.num_updates)
 
