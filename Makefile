@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test thresholds killtest check format clean
+.PHONY: help install demo test thresholds systems guard scaling killtest check format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,6 +23,20 @@ demo: .venv/.installed  ## train a small ViT on Fashion-MNIST, switch, and show 
 
 test: .venv/.installed  ## run the tests
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+systems: .venv/.installed  ## run every system of the field on the same images and make their table, in hours
+	$(BIN)/switchlora +experiments=systems
+	$(BIN)/python scripts/tables.py runs/systems/sweep --preset systems --out experiments/systems
+
+guard: .venv/.installed  ## switch too early on purpose, with and without a guard
+	$(BIN)/switchlora +experiments=guard
+	$(BIN)/python scripts/tables.py runs/guard/sweep --preset systems --out experiments/guard
+
+scaling: .venv/.installed  ## loss against training FLOPs, dense and low-rank, images and text
+	$(BIN)/switchlora +experiments=scaling
+	$(BIN)/python scripts/scaling.py runs/scaling/sweep --out experiments/scaling
+	$(BIN)/switchlora +experiments=scaling_text
+	$(BIN)/python scripts/scaling.py runs/scaling_text/sweep --out experiments/scaling_text
 
 killtest: .venv/.installed  ## kill a run 30 times and compare with an uninterrupted one
 	$(TEST_ENV) $(BIN)/python scripts/killtest.py

@@ -40,10 +40,10 @@ class Guard:
     """Watches the losses after a switch and says what to do when the adapter falls behind.
 
     Full training is expected at L(n) = L(m) (n / m)^slope, with L(m) its last level and the
-    flattest slope of log L on log n that the later half of the full phase's windows allow: the end
-    of Theil and Sen's 95 % interval, robust to noisy windows, wide where there are few. The
-    adapter is behind when train or validation loss exceeds that by more than ``tolerance``, a
-    share, ``patience`` times running. Then: 'warn' says so; 'ranks' multiplies the ranks by
+    flattest slope of log L on log n that the full phase's windows allow: the end of Theil and
+    Sen's 95 % interval, robust to noisy windows, wide where there are few. The adapter is behind
+    when train or validation loss exceeds that by more than ``tolerance``, a share, ``patience``
+    times running. Then: 'warn' says so; 'ranks' multiplies the ranks by
     ``growth``, with new directions from the gradient; 'full' returns to full training, with the
     learning rate ramped over ``rewarmup_updates``, and ``criterion`` (None: the one before) must
     fire on what is measured from there.
@@ -65,8 +65,11 @@ class Guard:
 
     def __call__(self, losses: Sequence[Loss], since: int) -> Standing:
         """The standing after ``since``, the update of the last switch or action."""
-        full = [loss for loss in losses if loss.phase == "full"]
-        after = [loss for loss in losses if loss.num_updates > since and loss.phase != "full"]
+        trained = {loss.num_updates for loss in losses if loss.phase == "full"}
+        full = [loss for loss in losses if loss.num_updates in trained]  # a switch moves no loss
+        after = [
+            loss for loss in losses if loss.num_updates > since and loss.num_updates not in trained
+        ]
         worst = Standing(False, -np.inf, "nothing to compare with yet")
         for split, name in (("val", "validation"), ("train", "train")):
             expected = extrapolate(full, split)
@@ -101,7 +104,7 @@ def extrapolate(full: Sequence[Loss], split: str) -> Callable[[int], float] | No
         return None
     from scipy.stats import theilslopes  # seconds of imports, of which few runs have a use
 
-    updates, values = np.log(train[-max(LEAST_POINTS, len(train) // 2) :]).T
+    updates, values = np.log(train).T
     slope = min(theilslopes(values, updates).high_slope, 0.0)
     n, height = np.log(level[-(LEAST_POINTS if split == "train" else 1) :]).T
     intercept = float(np.median(height - slope * n))

@@ -69,6 +69,14 @@ def test_an_adapter_is_behind_only_when_it_is_so_for_the_patience(split):
     assert standing(1.05, 1.2, 1.15, split=split).behind
 
 
+def test_a_validation_right_after_the_switch_is_still_full_trainings():
+    at_switch = Loss(100, "val", "adapter", 1.2 * power(100))
+    full = [loss for loss in FULL if loss.split == "train"]
+    behind = [Loss(n, "val", "adapter", 2.0) for n in (110, 120)]
+    assert Guard()([*full, at_switch, *behind], since=100).behind
+    assert not Guard()([*full, *behind], since=100).behind
+
+
 def test_the_reason_names_loss_expectation_and_tolerance():
     reason = standing(1.2, 1.2).reason
     assert "validation loss" in reason and "20.0% above" in reason and "tolerance 10%" in reason

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -13,6 +14,8 @@ from switchlora.errors import SwitchFailed
 from switchlora.learner import build_learner
 from switchlora.lowrank import LowRankLinear, set_mix
 from switchlora.monitor import UpdateMonitor
+from switchlora.plan import with_frozen_front
+from switchlora.policy import Stages
 from switchlora.surgery import adapted_modules, applied_ranks, merge, restore
 from switchlora.switch import grow, restart, settle, switch, take_back
 
@@ -309,3 +312,65 @@ def test_merging_and_unmerging_many_times_moves_no_bit():
         assert not adapted_modules(trial.model)
         restore(trial.model, replaced)
     assert all(torch.equal(t, state[n]) for n, t in trial.model.state_dict().items())
+
+
+def test_factorised_targets_are_the_best_approximation_of_their_rank_and_the_rest_stays_dense():
+    trial = Trial()
+    trial.policy = build(composed("+method=pufferfish").switch)
+    trial.monitor = UpdateMonitor(trial.model, trial.policy.find_targets(trial.model), SWITCH_AT)
+    before = weights(trial)
+    assert trial.switch().drift > 1e-3
+    assert all(name.startswith("blocks.1.") for name in adapted_modules(trial.model))
+    for name, weight in weights(trial).items():
+        U, S, Vh = scipy.linalg.svd(before[name].double().numpy(), full_matrices=False)
+        rank = min(weight.shape) // 4
+        best = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+        assert trial.ranks[name] == rank
+        assert torch.allclose(weight.double(), torch.from_numpy(best), atol=1e-5)
+    trial.train(2)
+
+
+def test_a_still_front_is_frozen_outright_and_the_backward_pass_ends_behind_it():
+    trial = Trial("switch/stages=by_margin", "switch.stages.still=0.4")
+    names = list(trial.monitor.known)
+    margins = dict.fromkeys(names, 0.5) | {"blocks.1.mlp.fc1": 0.1, "blocks.1.mlp.fc2": -0.1}
+    chosen = [name for name in names if margins[name] >= 0]
+    trial.policy = with_frozen_front(
+        trial.model, trial.policy, trial.monitor.known, margins, chosen, trial.probe
+    )
+    report = trial.switch(chosen)
+    assert report.waiting == ["blocks.1.mlp.fc2"]
+    assert {n for n, rank in report.ranks.items() if rank} == {"blocks.1.mlp.fc1"}
+    kept = {n.rpartition(".")[0] for n in trial.trained_now()}
+    assert kept == {"blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "norm", "head"}
+    reached = []
+    trial.model.blocks[1].attn.register_full_backward_hook(lambda *_: reached.append("attn"))
+    trial.model.blocks[1].mlp.fc2.register_full_backward_hook(lambda *_: reached.append("fc2"))
+    trial.train(1)
+    assert reached == ["fc2"]
+
+
+def test_a_front_that_moves_or_that_has_adapters_is_not_frozen():
+    trial = Trial("switch/stages=by_margin", "switch.stages.still=0.4")
+    names = list(trial.monitor.known)
+    arguments = trial.model, trial.policy, trial.monitor.known
+    moving = dict.fromkeys(names, 0.5) | {names[0]: 0.3}
+    assert with_frozen_front(*arguments, moving, names, trial.probe) == trial.policy
+    trial.switch(names[:1])
+    still = dict.fromkeys(names[1:], 0.5)
+    assert with_frozen_front(*arguments, still, names[1:], trial.probe) == trial.policy
+
+
+@pytest.mark.parametrize(
+    "by,groups", [("target", 8), ("family", 4), ("block", 2)], ids=["target", "family", "block"]
+)
+def test_a_stage_takes_whole_groups_that_have_converged(by, groups):
+    targets = Trial().monitor.known
+    stages = Stages(by=by, interval=10, least=1)
+    converged = dict.fromkeys(targets, 0.1)
+    assert stages.ready(converged, targets, 9) == []
+    assert stages.ready(converged, targets, 10) == list(targets)
+    one_moves = converged | {"blocks.0.attn.qkv": -0.1}
+    waiting = set(targets) - set(stages.ready(one_moves, targets, 10))
+    assert len(waiting) == 8 // groups and "blocks.0.attn.qkv" in waiting
+    assert Stages(by=by, least=8).ready(one_moves, targets, 10) == []
