@@ -108,11 +108,15 @@ def label_of(record: Record) -> str:
         return DENSE
     adapter = switch.get("adapter", {})
     made_by = adapter.get("path", adapter.get("_target_", "")).rpartition(".")[2]
-    if made_by not in KINDS or "ratio" not in switch["rank"]:
+    by_parameters = switch["rank"]["_target_"].endswith(".ParameterRatio")
+    if made_by not in KINDS or not by_parameters:
         raise ValueError(
             f"{record.folder} is neither dense nor low-rank: give runs with switch/criterion=never"
             ", or with switch/adapter=factorized or guided and switch/rank=parameter_ratio"
         )
+    assert record.summary is not None
+    if record.summary["segments"][-1]["phase"] != "adapter":
+        raise ValueError(f"{record.folder} did not end with its factors alone: see its log")
     return f"{KINDS[made_by]}, {100 * switch['rank']['ratio']:.0f} %"
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from switchlora.layers import Adapter
+from switchlora.lowrank import GuidedLinear
 from switchlora.surgery import adapted_modules, merged_state_dict, without_adapters
 
 PEFT_PREFIX = "base_model.model."
@@ -26,14 +27,16 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
 
     Load the residual with timm, then ``peft.PeftModel.from_pretrained(model, folder)``. Row slices
     of a fused linear become one adapter of their summed rank with a block-diagonal B; linears with
-    frozen or dense slices alone get none. The residual of a factorised linear is zero.
+    frozen or dense slices alone get none, nor do guided ones. The residual of a factorised linear
+    is zero.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors, ranks, alphas = {}, {}, {}
     dense: dict[str, Tensor] = {}
     for name, module in adapted_modules(model).items():
         A, B = _stacked(module.adapters(), module.out_features)
-        if not len(A):
+        if not len(A) or module.kind == GuidedLinear.kind:
+            dense[f"{name}.weight"] = module.merged()
             continue
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B

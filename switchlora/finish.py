@@ -111,6 +111,7 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
         lines += [*memory_lines(run), ""]
     if state.phase is Phase.FULL and state.verdict is not None:
         failures = state.failed_switches
+        lines += [f"The switch was taken back {state.taken_back} time(s)"] * bool(state.taken_back)
         lines += never_switched_lines(state.verdict, len(state.history), failures)
     if test is not None:
         average = f" (EMA {test['ema_top1']:.2f} %)" if "ema_top1" in test else ""

@@ -11,7 +11,7 @@ from switchlora.surgery import Target
 
 
 def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tensor]:
-    """Gradient (out, in) by each target's effective weight, on the next batch to train on.
+    """Gradient (out, in) by each target's effective weight, on the next micro-batch to train on.
 
     On this rank's share of it. Neither ``.grad`` nor the order of the epoch's batches is touched.
     """
@@ -19,11 +19,11 @@ def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tenso
     inputs, labels = next(iter(run.data.train))
     if run.data.mixup is not None:
         inputs, labels = run.data.mixup(inputs, labels)
+    micro_batch = run.learner.recipe.accumulation
+    inputs, labels = inputs.chunk(micro_batch)[0], labels.chunk(micro_batch)[0]
     names = sorted({target.module for target in targets.values()})
-    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        found = module_gradients(
-            run.model, names, run.data.loss, run.recipe.precision, inputs, labels
-        )
+    recipe = run.learner.recipe
+    found = module_gradients(run.model, names, run.data.loss, recipe.precision, inputs, labels)
     return {name: found[target.module][target.rows] for name, target in targets.items()}
 
 

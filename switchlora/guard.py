@@ -5,6 +5,7 @@ early training follows well (Kaplan et al., arXiv 2001.08361; Hestness et al., a
 A guard is a pure function of logged losses.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,10 +44,10 @@ class Guard:
     flattest slope of log L on log n that the full phase's windows allow: the end of Theil and
     Sen's 95 % interval, robust to noisy windows, wide where there are few. The adapter is behind
     when train or validation loss exceeds that by more than ``tolerance``, a share, ``patience``
-    times running. Then: 'warn' says so; 'ranks' multiplies the ranks by
-    ``growth``, with new directions from the gradient; 'full' returns to full training, with the
-    learning rate ramped over ``rewarmup_updates``, and ``criterion`` (None: the one before) must
-    fire on what is measured from there.
+    times running, at the end of an epoch. Then: 'warn' says so; 'ranks' multiplies the ranks by
+    ``growth``, with new directions from the gradient, and where none can grow acts as 'full'. That
+    returns to full training, with the learning rate ramped over ``rewarmup_updates``, at ``most``
+    so many times; ``criterion`` (None: the one before) must fire on what is measured from there.
     """
 
     tolerance: float = 0.1
@@ -54,12 +55,14 @@ class Guard:
     act: str = "full"
     growth: int = 2
     rewarmup_updates: int = 20
+    most: int = 2
     criterion: SwitchCriterion | None = None
 
     def __post_init__(self) -> None:
         check_range("switch.guard.tolerance", self.tolerance, 0)
         check_range("switch.guard.patience", self.patience, 1)
         check_range("switch.guard.growth", self.growth, 2)
+        check_range("switch.guard.most", self.most, 1)
         check_range("switch.guard.rewarmup_updates", self.rewarmup_updates, 0)
         check_choice("switch.guard.act", self.act, ACTIONS)
 
@@ -76,20 +79,25 @@ class Guard:
             found = [loss for loss in after if loss.split == split][-self.patience :]
             if expected is None or not found:
                 continue
-            excesses = [loss.value / expected(loss.num_updates) - 1 for loss in found]
+            excesses = [_excess(loss.value, expected(loss.num_updates)) for loss in found]
             behind = len(found) == self.patience and min(excesses) > self.tolerance
-            worst = max(worst, self._standing(name, behind, found[-1], excesses[-1]))
+            reason = self._reason(name, behind, found[-1], expected(found[-1].num_updates))
+            worst = max(worst, Standing(behind, excesses[-1], reason))
         return worst
 
-    def _standing(self, name: str, behind: bool, last: Loss, excess: float) -> Standing:
-        where = f"{name} loss {last.value:.4f} is {abs(excess):.1%}"
+    def _reason(self, name: str, behind: bool, last: Loss, expected: float) -> str:
+        excess = _excess(last.value, expected)
         side = "above" if excess > 0 else "below"
         times = f", {self.patience} time(s) running" if behind else ""
-        reason = (
-            f"{where} {side} what full training was heading for "
-            f"({last.value / (1 + excess):.4f}; tolerance {self.tolerance:.0%}{times})"
+        return (
+            f"{name} loss {last.value:.4f} is {abs(excess):.1%} {side} what full training was "
+            f"heading for ({expected:.4f}; tolerance {self.tolerance:.0%}{times})"
         )
-        return Standing(behind, excess, reason)
+
+
+def _excess(value: float, expected: float) -> float:
+    """Share by which a loss is above what was expected; one that is no number is endlessly."""
+    return value / expected - 1 if math.isfinite(value) else math.inf
 
 
 def extrapolate(full: Sequence[Loss], split: str) -> Callable[[int], float] | None:

@@ -57,6 +57,8 @@ class Recipe:
     clip_grad: float | None = 1.0
     accumulation: int = 1
     """micro-batches per update; the batch and the number of updates stay the same"""
+    lr_scale: float = 1.0
+    """of the whole plan, which other recipes of the run follow as it is"""
     precision: str = "fp32"
     compile: Mapping[str, Any] | None = None
     """arguments of torch.compile; None leaves the model eager"""
@@ -70,6 +72,10 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, tuple(PRECISIONS))
         check_range("accumulation", self.accumulation, 1)
+        for name in ("lr_scale", "factor_lr_scale", "factor_B_lr_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
+        check_range("rewarmup_updates", self.rewarmup_updates, 0)
         check_range("frobenius_decay", self.frobenius_decay, 0)
         check_patterns("unreduced", self.unreduced)
         if self.frobenius_decay and self.factor_weight_decay:
@@ -160,7 +166,7 @@ class Learner:
         self.since = num_updates - self.start
         ramp = min(1.0, (self.since + 1) / max(1, self.recipe.rewarmup_updates))
         for group in self.optimizer.param_groups:
-            group["lr"] *= ramp
+            group["lr"] *= ramp * self.recipe.lr_scale
         return self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]
 
     def decay(self, lr: float) -> float:

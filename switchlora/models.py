@@ -71,6 +71,12 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         model.train(training)
 
 
+def _own_name(model: nn.Module) -> str:
+    """The name that timm knows the model's pretrained weights by, with their tag."""
+    config = _config(model)
+    return ".".join(str(config[key]) for key in ("architecture", "tag") if config.get(key))
+
+
 def _read(model: nn.Module, source: str) -> dict[str, Tensor]:
     """Tensors of ``source`` by name, in float32 so that they are not resampled in float16."""
     remote = source == PRETRAINED or source.startswith(HUB)
@@ -81,7 +87,7 @@ def _read(model: nn.Module, source: str) -> dict[str, Tensor]:
         )
     try:
         if remote:
-            name = str(_config(model)["architecture"]) if source == PRETRAINED else source
+            name = _own_name(model) if source == PRETRAINED else source
             found = timm.create_model(name, pretrained=True).state_dict()
         else:
             found = load_state_dict(source)

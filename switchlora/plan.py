@@ -7,22 +7,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from switchlora.criteria import AtEpoch, LossPlateau, at_start, never
 from switchlora.errors import near
 from switchlora.gain import measured_gains
 from switchlora.initializers import Factors, empty_factors
-from switchlora.layers import is_factor
+from switchlora.layers import AdaptedLinear, is_factor
 from switchlora.models import eval_mode
 from switchlora.monitor import Measurement, UpdateMonitor
-from switchlora.policy import SwitchPolicy
+from switchlora.policy import SwitchPolicy, sample_of
 from switchlora.ranks import SwitchContext, Weights, saves_parameters
 from switchlora.spectral import captured_energy
 from switchlora.surgery import (
     Target,
     call_order,
-    count_parameters,
     frozen_outright,
     kept_parameters,
+    plain_parameters,
 )
+
+WHOLE = (AtEpoch, LossPlateau)
+"""criteria that judge all targets at once"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def make_plan(
         units = {_unit(policy, monitor.targets[name]) for name in slow}
         left_full += [n for n in ranks if _unit(policy, monitor.targets[n]) in units]
         ranks = {name: rank for name, rank in ranks.items() if name not in left_full}
-        if not ranks:
+        if not ranks and policy.stages is None:
             raise ValueError(
                 f"no target is switch.least_gain={policy.least_gain:g} times faster with factors, "
                 "so nothing would adapt: choose smaller ranks or a smaller gain"
@@ -76,6 +80,43 @@ def make_plan(
         captured[name] = captured_energy(update, found.A) if rank else 0.0
     waiting = [n for n in monitor.targets if n not in ranks and n not in left_full]
     return Plan(ranks, left_full, waiting, factors, captured)
+
+
+def check_criterion(policy: SwitchPolicy) -> None:
+    """ValueError for a criterion that stages or a guard cannot work with."""
+    plain = (never, at_start)
+    if policy.stages and (policy.criterion in plain or isinstance(policy.criterion, WHOLE)):
+        raise ValueError(
+            "switch.stages needs a criterion with a margin for each target, such as update_norm"
+        )
+    if policy.guard is None:
+        return
+    if policy.criterion is at_start:
+        raise ValueError(
+            "switch.guard compares with a full phase, which criterion=at_start does not have"
+        )
+    again = policy.guard.criterion or policy.criterion
+    if policy.guard.act == "full" and isinstance(again, AtEpoch):
+        raise ValueError(
+            "switch.guard takes back what criterion=at_epoch would switch again at once: give "
+            "switch.guard.criterion, such as update_norm"
+        )
+
+
+@torch.no_grad()
+def check_factors_alone(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
+    """ValueError where factors are to stand instead of a weight but begin elsewhere."""
+    if sample_of(policy.adapter).kind == AdaptedLinear.kind:
+        return
+    weight = next(iter(monitor.targets.values())).weight(model)
+    rank = min(weight.shape)
+    s = policy.scaling(rank)
+    A, B = policy.init(weight / s, torch.randn_like(weight), rank)
+    if torch.linalg.vector_norm(s * B @ A - weight) > 0.01 * torch.linalg.vector_norm(weight):
+        raise ValueError(
+            "switch/adapter=factorized and guided keep no residual weight, so that factors must "
+            "begin as the weight: use switch/init=weight_svd with gain 1"
+        )
 
 
 def as_loaded(factor: Tensor) -> Tensor:
@@ -119,7 +160,8 @@ def choose_ranks(
             f"the rank policy must give each target a rank, but '{odd[0]}' is "
             f"{'missing' if odd[0] in targets else 'no target'}; {near(odd[0], targets)}"
         )
-    if targets and not any(wanted.values()):
+    whole = bool(targets) and policy.stages is None
+    if whole and not any(wanted.values()):
         raise ValueError("every rank is 0, so nothing would adapt: choose larger ranks")
     useless = {
         _unit(policy, targets[name])
@@ -133,7 +175,7 @@ def choose_ranks(
                 f"switch.freeze freezes {name}, but {unit} stays full, since ranks this large "
                 "save nothing: lower the ranks, or freeze all of it"
             )
-    if targets and len(left_full) == len(wanted):
+    if whole and len(left_full) == len(wanted):
         raise ValueError("no rank saves parameters on any target: choose smaller ranks")
     ranks = {n: r for n, r in wanted.items() if n not in left_full} | dict.fromkeys(frozen, 0)
     return {n: ranks[n] for n in now if n in ranks}, left_full
@@ -188,7 +230,8 @@ def with_frozen_front(
         return policy
     rest = [place[targets[name].module] for name in moving[len(still) :]]
     end = min(rest, default=place[targets[still[-1]].module] + 1)
-    front = [n for n in trains if "." not in n or place[modules[n]] < end]
+    never = len(place)
+    front = [n for n in trains if "." not in n or place.get(modules[n], never) < end]
     patterns = [f"^{re.escape(name)}$" for name in front]
     return replace(policy, freeze=[*policy.freeze, *patterns])
 
@@ -211,14 +254,16 @@ def _context(
     history: Sequence[Measurement],
     targets: Mapping[str, Target],
 ) -> SwitchContext:
-    kept = going_on(model, policy, monitor.known)
+    known = monitor.known
+    full = [n for n in known if n not in monitor.targets and known[n].trains_in_full(model)]
+    kept = going_on(model, policy, known, full)
     factors = sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
     sizes = {name: target.weight(model).numel() for name, target in monitor.targets.items()}
     return SwitchContext(
         [measured.only(targets) for measured in history],
         monitor.updates(policy.remove_weight_decay, of=model).only(targets),
         monitor.initial_stable_ranks,
-        total_parameters=count_parameters(model) - factors,
+        total_parameters=plain_parameters(model),
         other_trainable=sum(parameter.numel() for parameter in kept.values()) + factors,
         train_factors=policy.train_factors,
         weights=Weights(model, targets),

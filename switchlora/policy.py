@@ -8,7 +8,7 @@ from itertools import takewhile
 import torch
 from torch import nn
 
-from switchlora.criteria import SwitchCriterion, Verdict
+from switchlora.criteria import LOSS, SwitchCriterion, Verdict
 from switchlora.errors import check_choice, check_patterns, check_range, check_share
 from switchlora.guard import Guard
 from switchlora.initializers import AdapterInit
@@ -33,9 +33,10 @@ class Stages:
 
     A stage takes each ``by`` 'target' (a row slice of a fused one is a target), 'family' or
     'block' group whose members have all converged, at least ``least`` targets at once and
-    ``interval`` updates after the stage before, since each stage rebuilds the learner. A target
-    whose margin reaches ``still`` needs no adapter, if nothing that trains is called before it:
-    this front of the model is frozen outright, and the backward pass ends behind it.
+    ``interval`` updates after the stage before, since each stage rebuilds the learner; when the
+    criterion fires, the last stage takes all that are left. A target whose margin, in the
+    criterion's unit, reaches ``still`` needs no adapter, if nothing that trains is called before
+    it: this front of the model is frozen outright, and the backward pass ends behind it.
     """
 
     by: str = "target"
@@ -51,8 +52,11 @@ class Stages:
     def ready(
         self, margins: Mapping[str, float], waiting: Mapping[str, Target], updates_since: int
     ) -> list[str]:
-        """Of the targets that wait, those to switch ``updates_since`` the last stage."""
-        if updates_since < self.interval:
+        """Of the targets that wait, those to switch ``updates_since`` the last stage.
+
+        None as long as a test of the loss holds the criterion back.
+        """
+        if updates_since < self.interval or margins.get(LOSS, 0.0) < 0:
             return []
         moving = {self._group(t) for n, t in waiting.items() if not margins.get(n, -math.inf) >= 0}
         found = [name for name, target in waiting.items() if self._group(target) not in moving]
@@ -77,9 +81,9 @@ class Restart:
     """Merge the adapter and start a new one, each ``every_epochs`` (ReLoRA, arXiv 2307.05695).
 
     ``init`` is the new start, None the policy's; with update_svd the recent update is that since
-    the last merge. Of the factors' moments a share ``pruned`` is set to zero, 'random' entries
-    or those of smallest 'magnitude', or all of them ('zero'). ``adapter.rewarmup_updates`` ramps
-    the learning rate after each restart: the jagged cosine.
+    the last merge. Of the factors' moments a share ``pruned`` is set to zero, 'random' entries or
+    those of smallest 'magnitude', or all of them ('zero'); all other moments survive.
+    ``adapter.rewarmup_updates`` ramps the learning rate after each restart: the jagged cosine.
     """
 
     every_epochs: float = 2.0
@@ -88,9 +92,49 @@ class Restart:
     pruned: float = 0.999
 
     def __post_init__(self) -> None:
-        check_range("switch.restart.every_epochs", self.every_epochs, 0)
+        if not self.every_epochs > 0:
+            raise ValueError(
+                f"switch.restart.every_epochs is {self.every_epochs}: give more than 0"
+            )
         check_choice("switch.restart.prune", self.prune, ("random", "magnitude", "zero"))
         check_share("switch.restart.pruned", self.pruned)
+
+
+def sample_of(make: AdapterFactory) -> AdaptedLinear:
+    """A small module as ``make`` makes them."""
+    adapter = Adapter(torch.zeros(1, 2), torch.zeros(2, 1), slice(0, 2), 1.0)
+    return make(nn.Linear(2, 2), {"": adapter})
+
+
+def check_adapter(policy: "SwitchPolicy") -> None:
+    """ValueError for options that an adapter which stands instead of its weight has no use for."""
+    kind = sample_of(policy.adapter).kind
+    if kind == AdaptedLinear.kind:
+        if policy.least_gain is not None:
+            raise ValueError(
+                "switch.least_gain measures factors in place of weights: use "
+                "switch/adapter=factorized"
+            )
+        return
+    refused = {
+        "joint_epochs": policy.joint_epochs and kind != "guided",
+        "stages": policy.stages and kind == "guided",
+        "restart": policy.restart,
+        "split_qkv": policy.split_qkv,
+        "residual_dtype": policy.residual_dtype,
+        "guard.act=ranks": policy.guard and policy.guard.act == "ranks",
+    }
+    for name, asked in refused.items():
+        if asked:
+            raise ValueError(
+                f"switch/adapter={kind} keeps no residual weight, so it does not go with "
+                f"switch.{name}"
+            )
+    if kind == "guided" and not policy.joint_epochs:
+        raise ValueError(
+            "switch/adapter=guided fades its dense weight out in the joint phase: give "
+            "switch.joint_epochs"
+        )
 
 
 @dataclass(frozen=True)
@@ -164,6 +208,13 @@ class SwitchPolicy:
         for one, other in (("stages", "joint_epochs"), ("stages", "restart")):
             if getattr(self, one) and getattr(self, other):
                 raise ValueError(f"switch.{one} does not go with switch.{other}: leave one out")
+        if self.skip_rest_of_epoch and not self.joint_epochs:
+            raise ValueError(
+                "switch.skip_rest_of_epoch needs switch.joint_epochs, after which it is"
+            )
+        if self.least_gain is not None:
+            check_range("switch.least_gain", self.least_gain, 0)
+        check_adapter(self)
 
     def find_targets(self, model: nn.Module) -> dict[str, Target]:
         """Targets of this policy in ``model``."""

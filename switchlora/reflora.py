@@ -6,9 +6,11 @@ matters: the one symmetric positive definite solution of S (A A^T) S = B^T B, wh
 geometric mean of (A A^T)^-1 and B^T B.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,9 +50,10 @@ class RefLoRA:
         """Give the optimizer of ``learner`` a hook that acts before its steps."""
         pairs = sorted(trained_pairs(learner), key=_rank)
         batches = [list(alike) for _, alike in groupby(pairs, _rank)]
+        its = weakref.ref(learner)  # a cycle would keep the moments of learners that are replaced
 
         def before_step(*_: object) -> None:
-            done = learner.since - self.warmup_updates
+            done = cast(Learner, its()).since - self.warmup_updates
             if done >= 0 and done % self.interval == 0:
                 for batch in batches:
                     precondition(batch, self.eps)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +35,7 @@ from switchlora.learner import PARALLEL, Learner, Recipe, build_learner, check_g
 from switchlora.lowrank import skipped_flops
 from switchlora.models import load_weights
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
-from switchlora.plan import check_start, choose_ranks
+from switchlora.plan import check_criterion, check_factors_alone, check_start, choose_ranks
 from switchlora.policy import SwitchPolicy
 from switchlora.resume import AUTO, Found, find
 from switchlora.runlog import CONFIG, SUMMARY, RunLog
@@ -161,9 +160,9 @@ class Run:
 
     @property
     def sample(self) -> Tensor:
-        """As many inputs as a rank's share of a batch, from the validation split."""
-        inputs = torch.cat([inputs for inputs, _ in islice(self.data.val, 1)])
-        return inputs[: self.share].to(self.device)
+        """Inputs from the validation split, as many as a micro-batch has where it has so many."""
+        inputs, _ = next(iter(self.data.val))
+        return inputs[: -(-self.share // self.recipe.accumulation)].to(self.device)
 
     def count_flops(self) -> None:
         """Add those of the update that was just made, with what guided layers left out."""
@@ -172,7 +171,8 @@ class Run:
             self.state.train_flops = None
         else:
             micro_batches = self.recipe.accumulation * distributed.world_size()
-            skipped = skipped_flops(self.model) * micro_batches
+            again = 4 / 3 if self.recipe.activation_checkpointing == "blocks" else 1
+            skipped = round(skipped_flops(self.model) * micro_batches * again)
             self.state.train_flops = total + known - skipped
 
     def build_learner(self, model: nn.Module, phase: Phase) -> Learner:
@@ -261,6 +261,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     unused = freeze_unused(model, probe_images(data, device)) if replicated else []
     if not state.full_parameters:
         state.full_parameters = [n for n, p in model.named_parameters() if p.requires_grad]
+    state.full_parameters = [name for name in state.full_parameters if name not in unused]
     recipe = recipe_of(state.phase, recipes, policy, state)
     learner = _first_learner(model, recipe, total_updates, found, config.system.parallel)
     log = RunLog(
@@ -408,7 +409,12 @@ def _check_switch(
         _refuse_what_shards_cannot(policy)
     bases = 1.0 if monitor.bases else None
     still = LayerStats(1.0, 0.0, 1.0, 0.0, math.nan, basis_stability=bases)
-    policy.criterion([Measurement(0, 0.0, math.nan, dict.fromkeys(monitor.targets, still))])
+    once = [Measurement(0, 0.0, math.nan, dict.fromkeys(monitor.targets, still))]
+    policy.criterion(once)
+    if policy.guard is not None and policy.guard.criterion is not None:
+        policy.guard.criterion(once)
+    check_criterion(policy)
+    check_factors_alone(model, policy, monitor)
     with nullcontext() if policy.decide([]).fires else suppress(NothingMeasured):
         choose_ranks(model, policy, monitor, [])
         name, update = next(iter(monitor.updates().items()))

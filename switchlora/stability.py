@@ -108,7 +108,7 @@ class BasisStability:
                 )
             margins[name] = stats.basis_stability - self.threshold
         if last.num_updates < self.delay:
-            return Verdict(False, margins, f"update {last.num_updates} of the delay {self.delay}")
+            return Verdict(False, {}, f"update {last.num_updates} of the delay {self.delay}")
         return vote(margins, self.quorum, f"bases stable to a mean cosine >= {self.threshold:g}")
 
 

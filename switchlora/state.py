@@ -89,7 +89,10 @@ class TrainState:
         return self.history[self.forgotten :]
 
     def end_segment(self, figures: Mapping[str, Any]) -> None:
-        """Note the ``figures`` of what ends here, and add them to those of its phase."""
+        """Note the ``figures`` of what ends here, once, and add them to those of its phase."""
+        ended = self.segments[-1] if self.segments else {}
+        if (ended.get("until"), ended.get("phase")) == (self.num_updates, str(self.phase)):
+            return
         self.segments.append(
             {
                 "phase": str(self.phase),

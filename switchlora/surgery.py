@@ -63,6 +63,11 @@ class Target:
         module = model.get_submodule(self.module)
         return not isinstance(module, AdaptedLinear) or self._dense_rows(model) is not None
 
+    def trains_in_full(self, model: nn.Module) -> bool:
+        """Whether its own rows train, beside no factors of theirs."""
+        parameter = self.parameter_name(model)
+        return self.is_dense(model) and model.get_parameter(parameter).requires_grad
+
     def parameter_name(self, model: nn.Module) -> str:
         """Name of the parameter with its rows, or with those of its residual weight."""
         alone = self._dense_rows(model) is not None
@@ -203,9 +208,7 @@ def adapter_layout(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What ``inject_empty`` needs, by module: rank and scaling by row slice, dtype, settings."""
     return {
         name: {
-            "dtype": str(
-                module.merged().dtype if module.weight is None else module.weight.dtype
-            ).removeprefix("torch."),
+            "dtype": str(_kept_in(module)).removeprefix("torch."),
             "settings": module.settings(),
             "parts": {
                 part: {"rank": len(adapter.A), "scaling": adapter.scaling}
@@ -360,6 +363,24 @@ def call_order(model: nn.Module, inputs: Tensor) -> list[str]:
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Number of parameters, or of those that train."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def _kept_in(module: AdaptedLinear) -> torch.dtype:
+    """The dtype of the residual weight, of the factors where there is none."""
+    return next(module.parameters()).dtype if module.weight is None else module.weight.dtype
+
+
+def plain_parameters(model: nn.Module) -> int:
+    """Number of parameters of the plain model, which adapters neither add to nor take from."""
+    factors = sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
+    dropped = [m for m in adapted_modules(model).values() if m.weight is None]
+    kept = count_parameters(model) - factors
+    return kept + sum(m.in_features * m.out_features for m in dropped)
+
+
+def training_flags(model: nn.Module) -> dict[str, bool]:
+    """Which parameters train, by name."""
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
 def _targets_of(module: str, out_features: int, split_qkv: bool) -> list[Target]:

@@ -6,11 +6,12 @@ change of the plain model inside ``operate``, which undoes it on all ranks when 
 any.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ from switchlora.moments import (
 )
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.plan import as_loaded, going_on, make_plan
-from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
+from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy, sample_of
+from switchlora.ranks import largest_saving_rank
 from switchlora.spectral import truncated_svd
 from switchlora.surgery import (
     Target,
@@ -42,9 +44,11 @@ from switchlora.surgery import (
     count_parameters,
     inject,
     merge,
+    plain_parameters,
     restore,
     round_residual,
     train_only,
+    training_flags,
 )
 
 Rebuild = Callable[[nn.Module], Learner]
@@ -117,7 +121,7 @@ def switch(
     and stays as it is. With a joint phase the weights train on beside their factors. ``inputs``, a
     share of a batch, are what a least gain is measured on.
     """
-    flags = {n: p.requires_grad for n, p in learner.model.named_parameters()}
+    flags = training_flags(learner.model)
 
     def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
         precision = learner.recipe.precision
@@ -128,7 +132,7 @@ def switch(
             _inject(model, policy, monitor.known, plan.factors, replaced)
             assert applied_ranks(model, monitor.targets, plan.factors) == plan.ranks
             if policy.joint_epochs:
-                _train_jointly(model, flags)
+                _train_as(model, flags, policy)
             else:
                 _train_adapters(model, policy, monitor.known, plan.ranks, bool(plan.waiting))
         return {
@@ -138,8 +142,12 @@ def switch(
             "waiting": plan.waiting,
         }
 
+    keeps = sample_of(policy.adapter).kind == AdaptedLinear.kind
+    limit = policy.max_drift if keeps else math.inf
     inherit = {"reset": _nothing, "surviving": _surviving, "factors": _with_factors}
-    return operate(learner, policy, probe, rebuild, change, inherit[policy.moments], SwitchReport)
+    return operate(
+        learner, policy, probe, rebuild, change, inherit[policy.moments], SwitchReport, limit
+    )
 
 
 def settle(
@@ -162,7 +170,7 @@ def settle(
         return {}
 
     inherit = _nothing if policy.moments == "reset" else _surviving
-    return operate(learner, policy, probe, rebuild, change, inherit, Outcome)
+    return operate(learner, policy, probe, rebuild, change, inherit, Outcome, policy.max_drift)
 
 
 def restart(
@@ -181,7 +189,7 @@ def restart(
     """
     how = policy.restart
     assert how is not None
-    flags = {n: p.requires_grad for n, p in learner.model.named_parameters()}
+    flags = training_flags(learner.model)
 
     def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
         torch.manual_seed(num_updates)  # inside of operate's fork: other directions each time
@@ -198,37 +206,40 @@ def restart(
         prune_moments(factors, how.prune, how.pruned, seed=num_updates)
         return {**moments, **factors}
 
-    return operate(learner, policy, probe, rebuild, change, inherit, Outcome)
+    return operate(learner, policy, probe, rebuild, change, inherit, Outcome, policy.max_drift)
 
 
 def grow(
     learner: Learner,
     policy: SwitchPolicy,
     targets: Mapping[str, Target],
-    gradients: Mapping[str, Tensor],
+    gradients: Callable[[], Mapping[str, Tensor]],
     growth: int,
     probe: Tensor,
     rebuild: Rebuild,
 ) -> tuple[Learner, Outcome, dict[str, int]]:
-    """Multiply the adapters' ranks by ``growth``; also returns the new ranks.
+    """Multiply the adapters' ranks by ``growth``, as long as that saves parameters.
 
     The new rows of A are the leading right singular vectors of the loss's gradient by the
-    effective weight, ``gradients`` (out, in) on the primary rank, of what lies outside A's row
+    effective weight, ``gradients()`` (out, in) on the primary rank, of what lies outside A's row
     space, with the norm sqrt(1/3) of LoRA's start; the new columns of B are zero. The function
-    does not move. Factors begin with fresh moments.
+    does not move. Factors begin with fresh moments. Also returns the new ranks; SwitchFailed where
+    none can grow.
     """
-    flags = {n: p.requires_grad for n, p in learner.model.named_parameters()}
+    flags = training_flags(learner.model)
     ranks: dict[str, int] = {}
 
     def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
-        wider = from_primary(lambda: _wider(model, policy, targets, gradients, growth))
+        wider = from_primary(lambda: _wider(model, policy, targets, gradients(), growth))
         with together():
             _inject(model, policy, targets, wider, replaced)
             _train_as(model, flags, policy)
         ranks.update({name: len(A) for name, (A, _) in wider.items()})
         return {}
 
-    new, outcome = operate(learner, policy, probe, rebuild, change, _without_factors, Outcome)
+    new, outcome = operate(
+        learner, policy, probe, rebuild, change, _without_factors, Outcome, policy.max_drift
+    )
     return new, outcome, ranks
 
 
@@ -254,7 +265,7 @@ def take_back(
         return {}
 
     inherit = _nothing if policy.moments == "reset" else _without_factors
-    return operate(learner, policy, probe, rebuild, change, inherit, Outcome)
+    return operate(learner, policy, probe, rebuild, change, inherit, Outcome, policy.max_drift)
 
 
 def operate(
@@ -265,20 +276,23 @@ def operate(
     change: Callable[[nn.Module, Replaced], dict[str, object]],
     inherit: Inherit,
     report: type[T],
+    limit: float,
 ) -> tuple[Learner, T]:
     """Apply ``change`` to the plain model and rebuild the learner, or leave all as it was.
 
     ``change`` notes the modules that it replaces as it goes, and returns what ``report`` tells
-    besides. ``inherit`` makes the moments that the new optimizer starts with.
+    besides. ``inherit`` makes the moments that the new optimizer starts with; ``limit`` is the
+    largest drift of a logit that is accepted.
     """
     begin = time.perf_counter()
     learner.optimizer.zero_grad(set_to_none=True)
     moments = _whole(learner)
     model = learner.plain()
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    flags = training_flags(model)
     before = count_parameters(model, trainable=True)
-    parameters = _plain_parameters(model)
+    parameters = plain_parameters(model)
     replaced: Replaced = {}
+    exact: dict[str, nn.Parameter] = {}
     with torch.random.fork_rng([probe.device] if probe.is_cuda else []):
         try:
             with together():
@@ -286,8 +300,8 @@ def operate(
             found = change(model, replaced)
             with together():
                 adapted = _logits(model, probe)
-                drift = _checked_drift(logits, adapted, _limit(model, policy))
-                rounding = _round_residuals(model, policy, adapted, probe)
+                drift = _checked_drift(logits, adapted, limit)
+                rounding = _round_residuals(model, policy, adapted, probe, exact)
             after = count_parameters(model, trainable=True)
             checksum = agreed_checksum(trained_tensors(model))
             adapters = _snapshot(model)
@@ -296,6 +310,8 @@ def operate(
             with together():
                 carried = _carry(inherit(moments, adapters), learner, new)
         except BaseException as error:
+            for name, weight in exact.items():
+                setattr(model.get_submodule(name), "weight", weight)  # noqa: B010
             restore(model, replaced)
             set_checkpointing(model, learner.recipe.activation_checkpointing)
             for name, parameter in model.named_parameters():
@@ -343,18 +359,12 @@ def _train_adapters(
     waits: bool,
 ) -> None:
     """Train the factors, what the policy keeps, and the targets that stay as they are."""
-    full = [n for n, t in targets.items() if n not in ranks and t.is_dense(model)]
+    full = [n for n, t in targets.items() if n not in ranks and t.trains_in_full(model)]
     train_only(model, going_on(model, policy, targets, full, waits), policy.train_factors)
 
 
-def _train_jointly(model: nn.Module, flags: Mapping[str, bool]) -> None:
-    """Train what trained before, and the factors beside it."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags.get(name, parameter.numel() > 0))
-
-
 def _train_as(model: nn.Module, flags: Mapping[str, bool], policy: SwitchPolicy) -> None:
-    """Train what trained before; new adapters have the names of the old ones."""
+    """Train what trained before, whatever has its name now, and the factors beside it."""
     kept = [name for name, trains in flags.items() if trains and not is_factor(name)]
     train_only(model, kept, policy.train_factors)
 
@@ -366,21 +376,23 @@ def _wider(
     gradients: Mapping[str, Tensor],
     growth: int,
 ) -> dict[str, Factors]:
-    factors, adapted = {}, adapted_modules(model)
+    factors, grown, adapted = {}, [], adapted_modules(model)
     for name, gradient in gradients.items():
         if targets[name].is_dense(model):
             continue
         A, B, _, scaling = adapted[targets[name].module].adapters()[targets[name].part]
-        if not len(A):
-            factors[name] = Factors(A.detach().cpu(), B.detach().cpu())
-            continue
-        rank = min(growth * len(A), min(gradient.shape))
-        basis = torch.linalg.qr(A.detach().mT).Q
-        outside = gradient - (gradient @ basis) @ basis.mT
-        rows = torch.cat([A.detach(), truncated_svd(outside, rank - len(A)).Vh / 3**0.5])
-        old = B.detach() * (scaling / policy.scaling(rank))
-        columns = torch.cat([old, B.new_zeros(len(B), rank - len(A))], dim=1)
-        factors[name] = Factors(as_loaded(rows), as_loaded(columns))
+        A, B = A.detach(), B.detach()
+        rank = max(len(A), min(growth * len(A), largest_saving_rank(gradient.shape)))
+        if rank > len(A):
+            basis = torch.linalg.qr(A.mT).Q
+            outside = gradient - (gradient @ basis) @ basis.mT
+            new = truncated_svd(outside, rank - len(A)).Vh / 3**0.5
+            old = B * (scaling / policy.scaling(rank))
+            A, B = torch.cat([A, new]), torch.cat([old, B.new_zeros(len(B), len(new))], dim=1)
+            grown.append(name)
+        factors[name] = Factors(as_loaded(A), as_loaded(B))
+    if not grown:
+        raise ValueError("no rank can grow without becoming as costly as its weight")
     return factors
 
 
@@ -408,12 +420,6 @@ def _whole(learner: Learner) -> dict[str, dict[str, object]]:
     }
 
 
-def _plain_parameters(model: nn.Module) -> int:
-    factors = sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
-    dropped = [m for m in adapted_modules(model).values() if m.weight is None]
-    return count_parameters(model) - factors + sum(m.in_features * m.out_features for m in dropped)
-
-
 def _snapshot(model: nn.Module) -> dict[str, dict[str, Adapter]]:
     """The adapters where they are now: sharding moves the parameters themselves."""
     return {
@@ -435,12 +441,18 @@ def _fresh_dense_rows(model: nn.Module, replaced: Replaced) -> dict[str, dict[st
 
 
 def _round_residuals(
-    model: nn.Module, policy: SwitchPolicy, logits: Tensor, probe: Tensor
+    model: nn.Module,
+    policy: SwitchPolicy,
+    logits: Tensor,
+    probe: Tensor,
+    exact: dict[str, nn.Parameter],
 ) -> float | None:
+    """Round what is frozen; ``exact`` keeps the weights as they were."""
     if policy.residual_dtype is None:
         return None
-    for module in adapted_modules(model).values():
+    for name, module in adapted_modules(model).items():
         if module.weight is not None and not module.weight.requires_grad:
+            exact[name] = cast(nn.Parameter, module.weight)
             round_residual(module, RESIDUAL_DTYPES[policy.residual_dtype])
     return float((logits - _logits(model, probe)).abs().max())
 
@@ -455,12 +467,6 @@ def _carry(moments: Moments, old: Learner, new: Learner) -> int:
 def _logits(model: nn.Module, probe: Tensor) -> Tensor:
     with eval_mode(model):
         return model(probe.to(next(model.parameters()).device)).float()
-
-
-def _limit(model: nn.Module, policy: SwitchPolicy) -> float:
-    """The largest drift: none where an adapter stands instead of its weight."""
-    keeps = all(m.kind == AdaptedLinear.kind for m in adapted_modules(model).values())
-    return policy.max_drift if keeps else float("inf")
 
 
 def _checked_drift(before: Tensor, after: Tensor, limit: float) -> float:

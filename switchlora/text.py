@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from switchlora.batches import Batch, EpochSampler, Key, eval_batches
 from switchlora.data import Data, load, share_of
+from switchlora.errors import check_range
 
 VOCABULARY = 256
 
@@ -71,6 +72,7 @@ def build_text(
     ``world_size`` processes; ``train_size`` keeps only the first windows to train on. Raises
     ValueError when the text is too short for that, and OSError when it cannot be read.
     """
+    check_range("data.context", context, 1)
     pieces = cut(read(path), val_fraction, test_fraction)
     train, val, test = (Windows(piece, context) for piece in pieces)
     if not min(map(len, (train, val, test))):

@@ -3,6 +3,7 @@ a restart, what the guard asks for. Each ends a segment of the run and begins an
 
 import gc
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
 from switchlora.forecast import predicted_update
 from switchlora.gradients import weight_gradients
-from switchlora.guard import Loss, Standing
+from switchlora.guard import Loss, Standing, extrapolate
 from switchlora.lowrank import cosine_mix, set_mix
 from switchlora.monitor import Measurement
 from switchlora.plan import with_frozen_front
@@ -28,14 +29,17 @@ from switchlora.report import (
 )
 from switchlora.run import Run
 from switchlora.saves import save
-from switchlora.state import Phase
+from switchlora.state import Phase, TrainState
 from switchlora.switch import Outcome, grow, restart, settle, switch, take_back
+
+TRIES = 3
+"""switches that fail for the same reason until no other is tried"""
 
 
 def after_update(run: Run) -> None:
     """End the joint phase, or a window of updates, where it is time."""
     state = run.state
-    if state.phase is Phase.JOINT and state.num_updates >= (state.joint_until or 0):
+    if state.joint_until is not None and state.num_updates >= state.joint_until:
         end_joint_phase(run)
     if run.monitor.due(state.num_updates):
         end_window(run)
@@ -55,10 +59,14 @@ def end_window(run: Run) -> None:
         return
     with run.stopwatch.paused():
         run.log.event("window", measured.num_updates, measured.epoch, **window_metrics(measured))
-        goes_on = state.num_updates < run.last_update
-        if state.phase is Phase.ADAPTER and run.policy.restart is not None and goes_on:
+        if state.phase is Phase.ADAPTER and run.policy.restart is not None and goes_on(run):
             restart_adapter(run)
         run.monitor.start_window(state.num_updates)
+
+
+def goes_on(run: Run) -> bool:
+    """Whether updates are left to make: a change after the last one would serve nothing."""
+    return run.state.num_updates < run.last_update
 
 
 def note_loss(run: Run, split: str, value: float) -> None:
@@ -69,7 +77,7 @@ def note_loss(run: Run, split: str, value: float) -> None:
 def guide(run: Run) -> None:
     """Set how much guided layers still lean on their dense weights (2406.16450)."""
     state = run.state
-    if state.phase is Phase.JOINT and state.joint_until and state.switch_update is not None:
+    if state.joint_until is not None and state.switch_update is not None:
         length = state.joint_until - state.switch_update
         done = (state.num_updates - state.switch_update) / length
         set_mix(run.model, cosine_mix(done), state.num_updates)
@@ -83,6 +91,8 @@ def consider_switch(run: Run) -> None:
         lambda: run.policy.decide(state.fresh_history, again=state.taken_back > 0)
     )
     chosen = run.policy.chosen(verdict, run.monitor.targets, state.num_updates, state.last_stage)
+    if not goes_on(run) or given_up(state):
+        chosen = []
     state.verdict = verdict
     if chosen:
         leave_trunk(run)
@@ -97,6 +107,12 @@ def consider_switch(run: Run) -> None:
     elif state.history:
         with run.stopwatch.paused(monitor=True):
             run.monitor.start_window(state.num_updates)
+
+
+def given_up(state: TrainState) -> bool:
+    """Whether the last switches failed for one and the same reason."""
+    last = state.failed_switches[-TRIES:]
+    return len(last) == TRIES and len(set(last)) == 1
 
 
 def share_measurement(run: Run) -> None:
@@ -145,12 +161,15 @@ def try_switch(run: Run, verdict: Verdict, chosen: list[str]) -> bool:
     except SwitchFailed as failure:
         not_changed(run, "switch", failure)
         return False
-    first = state.switch_report is None
-    enter(run, phase, "stage" if run.policy.stages else "switch", report, verdict.reason, figures)
+    kind = "stage" if run.policy.stages else "switch"
+    reason = verdict.reason if verdict.fires else f"{len(chosen)} targets have converged alone"
+    enter(run, phase, kind, report, reason, figures)
     state.transitions[-1] |= {"ranks": dict(report.ranks), "left_full": list(report.left_full)}
-    state.switch_report = report if first else report.after(state.switch_report)  # type: ignore
-    if first:
+    if state.switch_report is None:
+        state.switch_report = report
         state.switch_update, state.switch_epoch = state.num_updates, run.epoch
+    else:
+        state.switch_report = report.after(state.switch_report)
     state.last_stage = state.guarded_since = state.num_updates
     if phase is Phase.JOINT:
         length = max(1, round(run.policy.joint_epochs * len(run.data.train)))
@@ -166,7 +185,12 @@ def tell_switch(run: Run, report: Any, verdict: Verdict, expected: Any) -> None:
     for line in switch_lines(report, verdict, state.num_updates, run.epoch):
         run.log.line(line)
     if state.joint_until is not None:
-        run.log.line(f"  weights and factors train together until update {state.joint_until}")
+        late = ", which never comes" if state.joint_until > run.last_update else ""
+        run.log.line(
+            f"  weights and factors train together until update {state.joint_until}{late}"
+        )
+    if run.policy.guard is not None and extrapolate(state.losses, "train") is None:
+        run.log.line("  the guard has too short a full phase to compare with, and stays silent")
     tell_agreement(run, report)
     speedup = {}
     if expected is not None and (adapter := predicted_update(run)) is not None:
@@ -207,9 +231,10 @@ def end_joint_phase(run: Run) -> None:
                 lambda model: run.build_learner(model, Phase.ADAPTER),
             )
         except SwitchFailed as failure:
-            state.joint_until = run.total_updates + 1
+            state.joint_until = None
             not_changed(run, "end of the joint phase", failure)
             return
+        state.joint_until = None
         reason = f"the joint phase of {run.policy.joint_epochs:g} epochs is over"
         enter(run, Phase.ADAPTER, "settle", outcome, reason, figures)
         watch_the_rest(run, ())
@@ -235,7 +260,7 @@ def restart_adapter(run: Run) -> None:
     except SwitchFailed as failure:
         not_changed(run, "restart", failure)
         return
-    run.monitor.model = run.model
+    release_memory(run.device)
     note_transition(run, "restart", outcome, "a cycle of updates is over")
     tell(run, "restart", outcome, "the adapters are merged, new ones begin")
 
@@ -243,7 +268,7 @@ def restart_adapter(run: Run) -> None:
 def look_after(run: Run) -> None:
     """Let the guard compare the losses since the switch with full training's, and act."""
     guard, state = run.policy.guard, run.state
-    if guard is None or state.phase is Phase.FULL or state.num_updates >= run.last_update:
+    if guard is None or state.phase in (Phase.FULL, Phase.JOINT) or run.over:
         return
     standing = distributed.from_primary(lambda: guard(state.losses, state.guarded_since))
     if not standing.behind:
@@ -252,7 +277,7 @@ def look_after(run: Run) -> None:
     run.log.line(f"GUARD at update {state.num_updates}: {standing.reason}")
     metrics = {"guard/excess": standing.excess, "guard/reason": standing.reason}
     run.log.event("guard", state.num_updates, run.epoch, **metrics)
-    if guard.act == "warn":
+    if guard.act == "warn" or state.taken_back >= guard.most:
         return
     with run.stopwatch.paused():
         grown = guard.act == "ranks" and try_growing(run, standing)
@@ -271,7 +296,7 @@ def try_growing(run: Run, standing: Standing) -> bool:
             run.learner,
             run.policy,
             run.monitor.known,
-            weight_gradients(run, run.adapted_targets),
+            lambda: weight_gradients(run, run.adapted_targets),
             guard.growth,
             run.probe,
             lambda model: run.build_learner(model, state.phase),
@@ -281,8 +306,8 @@ def try_growing(run: Run, standing: Standing) -> bool:
         return False
     enter(run, state.phase, "grow", outcome, standing.reason, figures)
     state.transitions[-1]["ranks"] = ranks
-    merged = {**vars(state.switch_report), "ranks": {**state.switch_report.ranks, **ranks}}
-    state.switch_report = type(state.switch_report)(**merged)
+    merged = {**state.switch_report.ranks, **ranks}
+    state.switch_report = replace(state.switch_report, ranks=merged)
     tell(run, "grow", outcome, f"ranks are {guard.growth} times what they were")
     return True
 
@@ -376,8 +401,10 @@ def not_changed(run: Run, what: str, failure: SwitchFailed) -> None:
     """A line, an event and a note: the run goes on as it was."""
     state = run.state
     run.log.line(f"the {what} failed and was undone, {state.phase} training goes on: {failure}")
-    run.log.event("switch_failed", state.num_updates, run.epoch, reason=str(failure))
-    state.failed_switches.append(str(failure))
+    run.log.event("switch_failed", state.num_updates, run.epoch, what=what, reason=str(failure))
+    state.failed_switches.append(f"{what}: {failure}")
+    if given_up(state):
+        run.log.line(f"it failed {TRIES} times in the same way and is not tried again")
 
 
 def release_memory(device: torch.device) -> None:

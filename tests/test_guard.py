@@ -77,6 +77,11 @@ def test_a_validation_right_after_the_switch_is_still_full_trainings():
     assert not Guard()([*full, *behind], since=100).behind
 
 
+def test_a_loss_that_is_no_number_is_behind():
+    lost = [Loss(n, "val", "adapter", float("nan")) for n in (110, 120)]
+    assert Guard()(FULL + lost, since=100).behind
+
+
 def test_the_reason_names_loss_expectation_and_tolerance():
     reason = standing(1.2, 1.2).reason
     assert "validation loss" in reason and "20.0% above" in reason and "tolerance 10%" in reason

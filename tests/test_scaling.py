@@ -39,6 +39,7 @@ def write_run(folder, words, width, loss, flops=1e9, updates=40, seed=0):
         "status": "finished",
         "val": {"loss": loss},
         "cost": {"train_flops": flops},
+        "segments": [{"phase": "adapter"}],
         "phases": {
             "full": {"num_updates": half, "flops_per_update": 2 * each},
             "adapter": {"num_updates": half, "flops_per_update": each},

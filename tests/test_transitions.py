@@ -6,16 +6,19 @@ import dataclasses
 import pytest
 import scipy.linalg
 import torch
+from hydra.errors import InstantiationException
 from torch import nn
 
 from conf_yamls import build, composed
 from conftest import tiny_vit
+from runs import make_run
 from switchlora.errors import SwitchFailed
 from switchlora.learner import build_learner
 from switchlora.lowrank import LowRankLinear, set_mix
 from switchlora.monitor import UpdateMonitor
 from switchlora.plan import with_frozen_front
 from switchlora.policy import Stages
+from switchlora.ranks import largest_saving_rank
 from switchlora.surgery import adapted_modules, applied_ranks, merge, restore
 from switchlora.switch import grow, restart, settle, switch, take_back
 
@@ -90,7 +93,7 @@ class Trial:
     def grow(self, gradients, growth=2):
         known = self.monitor.known
         self.learner, outcome, ranks = grow(
-            self.learner, self.policy, known, gradients, growth, self.probe, self.rebuild
+            self.learner, self.policy, known, lambda: gradients, growth, self.probe, self.rebuild
         )
         return outcome, ranks
 
@@ -374,3 +377,106 @@ def test_a_stage_takes_whole_groups_that_have_converged(by, groups):
     waiting = set(targets) - set(stages.ready(one_moves, targets, 10))
     assert len(waiting) == 8 // groups and "blocks.0.attn.qkv" in waiting
     assert Stages(by=by, least=8).ready(one_moves, targets, 10) == []
+
+
+@pytest.mark.parametrize(
+    "options", [("switch.stages.still=0.4",), ("switch.freeze=[patch_embed]",)]
+)
+def test_a_second_stage_goes_on_beside_what_was_frozen_outright(options):
+    trial = Trial("switch/stages=by_margin", *options)
+    names = list(trial.monitor.known)
+    margins = dict.fromkeys(names, 0.5)
+    plain = trial.policy
+    trial.policy = with_frozen_front(
+        trial.model, plain, trial.monitor.known, margins, names[:3], trial.probe
+    )
+    trial.monitor.watch(trial.switch(names[:3]).waiting, trial.done)
+    frozen = {n for n, p in trial.model.named_parameters() if not p.requires_grad}
+    trial.train(2)
+    trial.policy, trial.history = plain, [trial.monitor.measure(trial.done, 2.0)]
+    report = trial.switch(names[3:6])
+    assert set(report.ranks) == set(names[3:6]) and report.waiting == names[6:]
+    assert not frozen & trial.trained_now()
+    trial.train(2)
+
+
+def test_a_stage_whose_rank_would_save_nothing_leaves_its_target_full():
+    trial = Trial("switch/stages=by_margin", "switch.rank.rank=20")
+    report = trial.switch(["blocks.0.attn.proj"])
+    assert report.left_full == ["blocks.0.attn.proj"] and not report.ranks
+    assert "blocks.0.attn.proj" not in report.waiting
+    assert "blocks.0.attn.proj.weight" in trial.trained_now()
+
+
+def test_a_failed_end_of_the_joint_phase_leaves_exact_weights_that_train():
+    trial = Trial("switch.joint_epochs=1", "switch.residual_dtype=bf16")
+    trial.switch()
+    trial.train(2)
+    module = trial.model.blocks[0].mlp.fc1
+    weight = module.weight
+    trial.rebuild = lambda model, full=False: 1 / 0
+    with pytest.raises(SwitchFailed):
+        trial.settle()
+    assert module.weight is weight and weight.dtype == torch.float32 and weight.requires_grad
+    trial.train(1)
+
+
+def test_ranks_grow_only_as_long_as_that_saves_parameters():
+    trial = Trial("switch.rank.rank=8")
+    trial.switch()
+    _, ranks = trial.grow(gradients(trial), growth=4)
+    shapes = {n: t.weight(trial.model).shape for n, t in trial.monitor.known.items()}
+    assert ranks == {n: min(32, largest_saving_rank(shapes[n])) for n in shapes}
+    with pytest.raises(SwitchFailed, match="no rank can grow"):
+        for _ in range(3):
+            trial.grow(gradients(trial))
+
+
+FACTORIZED = ("switch/adapter=factorized", "switch/init=weight_svd")
+
+
+@pytest.mark.parametrize(
+    "options,says",
+    [
+        (("switch/adapter=guided", "switch/init=weight_svd"), "give switch.joint_epochs"),
+        ((*FACTORIZED, "switch/restart=relora"), "does not go with switch.restart"),
+        ((*FACTORIZED, "switch.joint_epochs=1"), "does not go with switch.joint_epochs"),
+        ((*FACTORIZED, "switch.split_qkv=true"), "does not go with switch.split_qkv"),
+        ((*FACTORIZED, "switch.residual_dtype=bf16"), "does not go with switch.residual_dtype"),
+        ((*FACTORIZED, "switch/guard=ranks"), "does not go with switch.guard"),
+        (("switch.least_gain=1.5",), "use switch/adapter=factorized"),
+        (("switch.skip_rest_of_epoch=true",), "needs switch.joint_epochs"),
+        (("switch/stages=by_margin", "switch/restart=relora"), "leave one out"),
+        (("switch/restart=relora", "switch.restart.every_epochs=0"), "every_epochs is 0"),
+        (("switch.dropout=1",), "switch.dropout is 1"),
+    ],
+)
+def test_options_that_fight_each_other_are_refused(options, says):
+    with pytest.raises(InstantiationException, match=says):
+        build(composed(*BASE, *options).switch)
+
+
+@pytest.mark.parametrize(
+    "options,says",
+    [
+        (("switch/adapter=factorized",), "use switch/init=weight_svd with gain 1"),
+        ((*FACTORIZED, "switch.init.gain=2"), "use switch/init=weight_svd with gain 1"),
+        (("switch/stages=by_margin", "switch/criterion=at_epoch"), "a margin for each target"),
+        (("switch/guard=warn", "switch/criterion=at_start"), "criterion=at_start does not have"),
+        (
+            ("switch/guard=full", "switch/criterion=at_epoch", "switch.guard.criterion=null"),
+            "give switch.guard.criterion",
+        ),
+        (("switch/criterion=oialr",), "monitor.bases=true"),
+        (
+            (
+                "switch/guard=warn",
+                "+switch.guard.criterion={_target_: switchlora.stability.BasisStability}",
+            ),
+            "bases=true",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_update(options, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        make_run(tmp_path, *options)

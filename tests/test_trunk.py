@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -208,6 +209,22 @@ def test_a_replay_finds_the_first_measurement_at_which_a_policy_fires(sweep):
     history = read_record(place / "never").history()
     policy = build(composed(*DATED, LATE).switch)
     assert [first_firing(policy, history[:n]) for n in range(5)] == [None, None, None, 15, 15]
+
+
+def test_a_run_in_stages_leaves_the_trunk_at_its_first_stage(sweep):
+    place, _ = sweep
+    history = read_record(place / "never").history()
+    policy = build(composed("+method=staged", "switch.criterion.patience=1").switch)
+    settled = history[-1].layers["blocks.0.attn.qkv"]
+    moving = replace(settled, update_norm=9 * settled.update_norm)
+    measured = [
+        replace(m, layers=dict.fromkeys(m.layers, moving) | {"blocks.0.attn.qkv": stats})
+        for m, stats in zip(history[:2], (moving, settled), strict=True)
+    ]
+    later = replace(measured[1], num_updates=measured[0].num_updates + 52)
+    targets = policy.find_targets(build(composed(*SMALL).model))
+    assert first_firing(policy, [measured[0], later]) is None
+    assert first_firing(policy, [measured[0], later], targets) == later.num_updates
 
 
 def train_in_a_process(folder, words, trunk):
