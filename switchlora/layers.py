@@ -34,8 +34,8 @@ class AdaptedLinear(nn.Linear):
     'merged' or 'split', None leaves it to ``cheaper_form``. With ``recompute_gelu``, inputs that
     come from a gelu are made again in the backward pass instead of kept. Where ``weight`` trains,
     as in the joint phase, it gets its gradient. ``dropout`` is the share of the adapter's inputs
-    that training zeroes. Both make and keep what a plain linear does, so ``form`` and
-    ``recompute_gelu`` have no effect there.
+    that training zeroes. A weight that trains and dropout use autograd's own products, where
+    ``form`` and ``recompute_gelu`` have no effect.
     """
 
     kind = "lora"

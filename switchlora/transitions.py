@@ -33,7 +33,7 @@ from switchlora.state import Phase, TrainState
 from switchlora.switch import Outcome, grow, restart, settle, switch, take_back
 
 TRIES = 3
-"""switches that fail for the same reason until no other is tried"""
+"""changes that fail for the same reason until no other is tried"""
 
 
 def after_update(run: Run) -> None:
@@ -59,7 +59,8 @@ def end_window(run: Run) -> None:
         return
     with run.stopwatch.paused():
         run.log.event("window", measured.num_updates, measured.epoch, **window_metrics(measured))
-        if state.phase is Phase.ADAPTER and run.policy.restart is not None and goes_on(run):
+        restarts = state.phase is Phase.ADAPTER and run.policy.restart is not None
+        if restarts and goes_on(run) and not given_up(state):
             restart_adapter(run)
         run.monitor.start_window(state.num_updates)
 
@@ -110,7 +111,7 @@ def consider_switch(run: Run) -> None:
 
 
 def given_up(state: TrainState) -> bool:
-    """Whether the last switches failed for one and the same reason."""
+    """Whether the last changes that were tried failed for one and the same reason."""
     last = state.failed_switches[-TRIES:]
     return len(last) == TRIES and len(set(last)) == 1
 
