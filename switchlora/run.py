@@ -1,6 +1,7 @@
 """Everything one run works with, built from its configuration and checked before it starts."""
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from switchlora.ema import WeightEMA
 from switchlora.engine import evaluate
 from switchlora.errors import NothingMeasured, check_choice
 from switchlora.interrupt import Interruption
-from switchlora.layers import adapted_linear
+from switchlora.layers import FACTORS, adapted_linear
 from switchlora.learner import PARALLEL, Learner, Recipe, build_learner, check_goes_with_fsdp
 from switchlora.lowrank import skipped_flops
 from switchlora.models import load_weights
@@ -49,6 +50,7 @@ from switchlora.surgery import (
     count_parameters,
     freeze_unused,
     inject_empty,
+    matching,
     merged_state_dict,
 )
 from switchlora.switch import trained_tensors
@@ -248,6 +250,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     _device(config.monitor.device)
     monitor = UpdateMonitor(model, targets, **{**config.monitor, "window": window})
     _check_switch(model, policy, monitor, config.system.parallel)
+    _check_adapter_recipe(recipes[Phase.ADAPTER], model, policy, len(data.train))
     if sharded:
         for recipe in recipes.values():
             check_goes_with_fsdp(recipe)
@@ -419,6 +422,23 @@ def _check_switch(
         choose_ranks(model, policy, monitor, [])
         name, update = next(iter(monitor.updates().items()))
         check_start(policy, name, policy.init(monitor.targets[name].weight(model), update, 1))
+
+
+def _check_adapter_recipe(
+    recipe: Recipe, model: nn.Module, policy: SwitchPolicy, updates_per_epoch: int
+) -> None:
+    names = [*(name for name, _ in model.named_parameters()), "lora_A", "lora_B"]
+    matching(recipe.unreduced, names, "adapter.unreduced", "parameter", re.search)
+    if recipe.refactoring is None:
+        return
+    if set(policy.train_factors) != set(FACTORS):
+        raise ValueError("adapter.refactoring needs both factors: set switch.train_factors=[A, B]")
+    waits = getattr(recipe.refactoring, "warmup_updates", 0)
+    if policy.restart is not None and waits >= policy.restart.every_epochs * updates_per_epoch:
+        raise ValueError(
+            f"adapter.refactoring.warmup_updates={waits} is no shorter than a cycle of "
+            "switch.restart, so that refactoring would never begin: shorten it"
+        )
 
 
 def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:

@@ -44,7 +44,14 @@ from switchlora.sweep import (
     run_job,
     told,
 )
-from switchlora.transitions import after_update, consider_switch, guide, look_after, note_loss
+from switchlora.transitions import (
+    after_update,
+    consider_switch,
+    guide,
+    look_after,
+    note_loss,
+    watch_as_configured,
+)
 
 
 def train(config: DictConfig, folder: Path) -> dict:
@@ -85,6 +92,7 @@ def train_and_finish(run: Run) -> dict:
 def fit(run: Run) -> None:
     """All epochs, with the switch wherever the criterion fires, and what follows from it."""
     if run.starts_elsewhere:
+        watch_as_configured(run)
         save(run)
     if run.state.undecided:
         consider_switch(run)

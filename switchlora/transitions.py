@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from switchlora import distributed
-from switchlora.cost import speedup_parts, warning
+from switchlora.cost import Prediction, speedup_parts, warning
 from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
 from switchlora.forecast import predicted_update
@@ -193,14 +193,20 @@ def tell_switch(run: Run, report: Any, verdict: Verdict, expected: Any) -> None:
     if run.policy.guard is not None and extrapolate(state.losses, "train") is None:
         run.log.line("  the guard has too short a full phase to compare with, and stays silent")
     tell_agreement(run, report)
-    speedup = {}
-    if expected is not None and (adapter := predicted_update(run)) is not None:
-        speedup = speedup_parts(expected, adapter)
-        state.transitions[-1]["predicted_speedup"] = speedup
-        for line in speedup_lines(speedup, warning(expected, adapter)):
-            run.log.line(line)
+    speedup = {} if state.phase is Phase.JOINT else tell_speed(run, expected)
     metrics = switch_metrics(report, verdict) | {f"speedup/{k}": v for k, v in speedup.items()}
     run.log.event("switch", state.num_updates, run.epoch, **metrics)
+
+
+def tell_speed(run: Run, expected: Prediction | None) -> dict[str, float]:
+    """Lines on how much faster updates should be than those ``expected`` before, by its parts."""
+    if expected is None or (now := predicted_update(run)) is None:
+        return {}
+    speedup = speedup_parts(expected, now)
+    run.state.transitions[-1]["predicted_speedup"] = speedup
+    for line in speedup_lines(speedup, warning(expected, now)):
+        run.log.line(line)
+    return speedup
 
 
 def watch_the_rest(run: Run, waiting: Any) -> None:
@@ -215,13 +221,21 @@ def watch_the_rest(run: Run, waiting: Any) -> None:
     monitor.watch(adapted or waiting, run.state.num_updates)
 
 
+def watch_as_configured(run: Run) -> None:
+    """A run that branches off may measure other windows, or restart where the other did not."""
+    if run.state.phase is not Phase.ADAPTER or run.policy.restart is None:
+        run.monitor.window = run.window
+    if run.state.phase is Phase.ADAPTER and bool(run.policy.restart) != bool(run.monitor.targets):
+        watch_the_rest(run, ())
+
+
 def end_joint_phase(run: Run) -> None:
     """Freeze the targets' weights: from here on their factors train alone."""
     state = run.state
     assert state.switch_report is not None
     set_mix(run.model, 0.0, state.num_updates)
     with run.stopwatch.paused():
-        figures = run.phase_summary()
+        figures, expected = run.phase_summary(), predicted_update(run)
         try:
             run.learner, outcome = settle(
                 run.learner,
@@ -240,6 +254,7 @@ def end_joint_phase(run: Run) -> None:
         enter(run, Phase.ADAPTER, "settle", outcome, reason, figures)
         watch_the_rest(run, ())
         tell(run, "settle", outcome, reason)
+        tell_speed(run, expected)
     if run.policy.skip_rest_of_epoch:
         state.position = len(run.data.train)
     begin_segment(run)

@@ -468,6 +468,15 @@ def test_options_that_fight_each_other_are_refused(options, says):
             "give switch.guard.criterion",
         ),
         (("switch/criterion=oialr",), "monitor.bases=true"),
+        (("adapter.unreduced=[nothing]",), "adapter.unreduced 'nothing' matches no parameter"),
+        (
+            ("adapter/refactoring=reflora", "switch.train_factors=[B]"),
+            "adapter.refactoring needs both factors",
+        ),
+        (
+            ("adapter/refactoring=reflora", "switch/restart=relora"),
+            "warmup_updates=100 is no shorter than a cycle",
+        ),
         (
             (
                 "switch/guard=warn",
