@@ -64,7 +64,8 @@ def draw_ends(
     )
     told = f"{label}: b = {law.exponent:.3f} [{law.low:.3f}, {law.high:.3f}], n = {law.runs}"
     ends = np.geomspace(min(flops), max(flops), 2)
-    axis.plot(ends, law(ends), markersize=5, markerfacecolor="none", label=told, **style)
+    look = {"markersize": 5, "markerfacecolor": "none", "markevery": []}  # the legend alone has it
+    axis.plot(ends, law(ends), label=told, **look, **style)
 
 
 def tidy_logarithms(axis: Axes) -> None:
