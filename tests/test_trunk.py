@@ -258,7 +258,8 @@ def test_runs_at_the_same_time_wait_for_the_one_that_extends_or_go_alone(wait, s
     assert ("waits for the run that extends" in said) == (wait == "true")
     if wait == "true":
         made_by = sum(computed(read_record(tmp_path / name).summary) for name in settings)
-        assert made_by == 25 + 15 + 30
+        window = 5  # computed again where a run sees a measurement before its checkpoint
+        assert 25 + 15 + 30 <= made_by <= 25 + 15 + 30 + 2 * window
 
 
 def test_a_killed_extender_leaves_a_trunk_that_the_next_run_extends(sweep, tmp_path):
