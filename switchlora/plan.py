@@ -11,10 +11,10 @@ from switchlora.criteria import AtEpoch, LossPlateau, at_start, never
 from switchlora.errors import near
 from switchlora.gain import measured_gains
 from switchlora.initializers import Factors, empty_factors
-from switchlora.layers import AdaptedLinear, is_factor
+from switchlora.layers import is_factor
 from switchlora.models import eval_mode
 from switchlora.monitor import Measurement, UpdateMonitor
-from switchlora.policy import SwitchPolicy, sample_of
+from switchlora.policy import SwitchPolicy
 from switchlora.ranks import SwitchContext, Weights, saves_parameters
 from switchlora.spectral import captured_energy
 from switchlora.surgery import (
@@ -106,7 +106,7 @@ def check_criterion(policy: SwitchPolicy) -> None:
 @torch.no_grad()
 def check_factors_alone(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
     """ValueError where factors are to stand instead of a weight but begin elsewhere."""
-    if sample_of(policy.adapter).kind == AdaptedLinear.kind:
+    if policy.keeps_residual:
         return
     weight = next(iter(monitor.targets.values())).weight(model)
     rank = min(weight.shape)

@@ -217,6 +217,11 @@ class SwitchPolicy:
             check_range("switch.least_gain", self.least_gain, 0)
         check_adapter(self)
 
+    @property
+    def keeps_residual(self) -> bool:
+        """Whether factors stand beside a residual weight, which keeps the function."""
+        return sample_of(self.adapter).kind == AdaptedLinear.kind
+
     def find_targets(self, model: nn.Module) -> dict[str, Target]:
         """Targets of this policy in ``model``."""
         return find_targets(model, self.targets, self.split_qkv)

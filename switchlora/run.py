@@ -174,7 +174,8 @@ class Run:
         else:
             micro_batches = self.recipe.accumulation * distributed.world_size()
             again = 4 / 3 if self.recipe.activation_checkpointing == "blocks" else 1
-            skipped = round(skipped_flops(self.model) * micro_batches * again)
+            guided = self.state.phase is Phase.JOINT
+            skipped = round(skipped_flops(self.model) * micro_batches * again) if guided else 0
             self.state.train_flops = total + known - skipped
 
     def build_learner(self, model: nn.Module, phase: Phase) -> Learner:

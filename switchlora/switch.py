@@ -34,7 +34,7 @@ from switchlora.moments import (
 )
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.plan import as_loaded, going_on, make_plan
-from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy, sample_of
+from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
 from switchlora.ranks import largest_saving_rank
 from switchlora.spectral import truncated_svd
 from switchlora.surgery import (
@@ -142,8 +142,7 @@ def switch(
             "waiting": plan.waiting,
         }
 
-    keeps = sample_of(policy.adapter).kind == AdaptedLinear.kind
-    limit = policy.max_drift if keeps else math.inf
+    limit = policy.max_drift if policy.keeps_residual else math.inf
     inherit = {"reset": _nothing, "surviving": _surviving, "factors": _with_factors}
     return operate(
         learner, policy, probe, rebuild, change, inherit[policy.moments], SwitchReport, limit
@@ -286,7 +285,7 @@ def operate(
     """
     begin = time.perf_counter()
     learner.optimizer.zero_grad(set_to_none=True)
-    moments = _whole(learner)
+    moments = {} if inherit is _nothing else _whole(learner)
     model = learner.plain()
     flags = training_flags(model)
     before = count_parameters(model, trainable=True)

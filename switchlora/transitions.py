@@ -2,7 +2,7 @@
 a restart, what the guard asks for. Each ends a segment of the run and begins another one."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from switchlora.report import (
 from switchlora.run import Run
 from switchlora.saves import save
 from switchlora.state import Phase, TrainState
-from switchlora.switch import Outcome, grow, restart, settle, switch, take_back
+from switchlora.switch import Outcome, SwitchReport, grow, restart, settle, switch, take_back
 
 TRIES = 3
 """changes that fail for the same reason until no other is tried"""
@@ -144,7 +144,8 @@ def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> 
 def try_switch(run: Run, verdict: Verdict, chosen: list[str]) -> bool:
     """Put adapters on the ``chosen`` targets; whether it worked."""
     state, whole = run.state, len(chosen) == len(run.monitor.targets)
-    figures, expected = run.phase_summary(), predicted_update(run)
+    figures = run.phase_summary()
+    expected = None if run.policy.joint_epochs else predicted_update(run)
     phase = Phase.JOINT if run.policy.joint_epochs else Phase.ADAPTER if whole else Phase.STAGED
     known, probe = run.monitor.known, run.probe
     try:
@@ -180,7 +181,9 @@ def try_switch(run: Run, verdict: Verdict, chosen: list[str]) -> bool:
     return True
 
 
-def tell_switch(run: Run, report: Any, verdict: Verdict, expected: Any) -> None:
+def tell_switch(
+    run: Run, report: SwitchReport, verdict: Verdict, expected: Prediction | None
+) -> None:
     """Lines and a 'switch' event: why, what changed, how much faster updates should be."""
     state = run.state
     for line in switch_lines(report, verdict, state.num_updates, run.epoch):
@@ -193,7 +196,7 @@ def tell_switch(run: Run, report: Any, verdict: Verdict, expected: Any) -> None:
     if run.policy.guard is not None and extrapolate(state.losses, "train") is None:
         run.log.line("  the guard has too short a full phase to compare with, and stays silent")
     tell_agreement(run, report)
-    speedup = {} if state.phase is Phase.JOINT else tell_speed(run, expected)
+    speedup = tell_speed(run, expected)
     metrics = switch_metrics(report, verdict) | {f"speedup/{k}": v for k, v in speedup.items()}
     run.log.event("switch", state.num_updates, run.epoch, **metrics)
 
@@ -209,7 +212,7 @@ def tell_speed(run: Run, expected: Prediction | None) -> dict[str, float]:
     return speedup
 
 
-def watch_the_rest(run: Run, waiting: Any) -> None:
+def watch_the_rest(run: Run, waiting: Collection[str]) -> None:
     """The monitor goes on with what is still to be measured, and lets go of the rest.
 
     Targets of later stages; or, where adapters are restarted, these, from one merge to the next.
@@ -349,8 +352,7 @@ def try_taking_back(run: Run, standing: Standing) -> bool:
     state.switch_report = state.switch_update = state.switch_epoch = None
     state.joint_until = state.last_stage = None
     state.forgotten = len(state.history)
-    run.monitor.window = run.window
-    run.monitor.watch(run.monitor.known, state.num_updates)
+    watch_the_rest(run, run.monitor.known)
     tell(run, "take_back", outcome, "all parameters train again")
     return True
 
@@ -400,10 +402,9 @@ def tell(run: Run, kind: str, outcome: Outcome, what: str) -> None:
     where = f"update {run.state.num_updates} (epoch {run.epoch:.2f})"
     run.log.line(change_line(kind, where, what, outcome))
     tell_agreement(run, outcome)
-    event = {key: value for key, value in run.state.transitions[-1].items() if key != "kind"}
-    metrics = {
-        f"{kind}/{key}": v for key, v in event.items() if key not in ("num_updates", "epoch")
-    }
+    here = ("kind", "num_updates", "epoch")
+    noted = run.state.transitions[-1]
+    metrics = {f"{kind}/{key}": value for key, value in noted.items() if key not in here}
     run.log.event(kind, run.state.num_updates, run.epoch, **metrics)
 
 
