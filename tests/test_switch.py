@@ -21,58 +21,7 @@ from switchlora.models import create_model
 from switchlora.monitor import UpdateMonitor
 from switchlora.surgery import adapted_modules, merged_state_dict
 from switchlora.switch import switch
-
-TOTAL, SWITCH_AT = 40, 12
-LOSS = nn.CrossEntropyLoss()
-
-
-def batch(seed, size=16):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(size, 1, 8, 8, generator=generator)
-    return images, torch.randint(0, 5, (size,), generator=generator)
-
-
-class Trial:
-    """A full phase of ``SWITCH_AT`` updates, ready to switch."""
-
-    def __init__(self, *overrides):
-        torch.manual_seed(0)
-        config = composed(
-            "switch/criterion=at_start",
-            "switch/rank=fixed",
-            "switch.rank.rank=2",
-            "full.scheduler.warmup_t=4",
-            *overrides,
-        )
-        self.model = tiny_vit()
-        self.policy = build(config.switch)
-        self.full, self.adapter = build(config.full), build(config.adapter)
-        targets = self.policy.find_targets(self.model)
-        self.monitor = UpdateMonitor(self.model, targets, SWITCH_AT)
-        self.learner = build_learner(self.model, self.full, TOTAL)
-        self.done, self.history = 0, []
-        self.train(SWITCH_AT)
-        self.history = [self.monitor.measure(self.done, 1.0)] * 2
-
-    def train(self, updates):
-        for _ in range(updates):
-            result = self.learner.update(*batch(self.done), LOSS, self.done)
-            assert result.applied
-            self.done += 1
-
-    def rebuild(self, model):
-        return build_learner(model, self.adapter, TOTAL, start=self.done)
-
-    def switch(self, rebuild=None):
-        self.learner, report = switch(
-            self.learner,
-            self.policy,
-            self.monitor,
-            self.history,
-            batch(99)[0],
-            rebuild or self.rebuild,
-        )
-        return report
+from trials import LOSS, SWITCH_AT, TOTAL, Trial, batch
 
 
 def snapshot(model):

@@ -7,67 +7,31 @@ import pytest
 import scipy.linalg
 import torch
 from hydra.errors import InstantiationException
-from torch import nn
 
+import trials
 from conf_yamls import build, composed
-from conftest import tiny_vit
 from runs import make_run
 from switchlora.errors import SwitchFailed
-from switchlora.learner import build_learner
 from switchlora.lowrank import LowRankLinear, set_mix
 from switchlora.monitor import UpdateMonitor
 from switchlora.plan import with_frozen_front
 from switchlora.policy import Stages
 from switchlora.ranks import largest_saving_rank
 from switchlora.surgery import adapted_modules, applied_ranks, merge, restore
-from switchlora.switch import grow, restart, settle, switch, take_back
-
-TOTAL, SWITCH_AT = 40, 12
-LOSS = nn.CrossEntropyLoss()
-BASE = ("switch/criterion=at_start", "switch/rank=fixed", "switch.rank.rank=2")
+from switchlora.switch import grow, restart, settle, take_back
+from trials import BASE, SWITCH_AT, batch
 
 
-def batch(seed, size=16):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(size, 1, 8, 8, generator=generator)
-    return images, torch.randint(0, 5, (size,), generator=generator)
-
-
-class Trial:
-    """A full phase of ``SWITCH_AT`` updates, and what a run does with it afterwards."""
+class Trial(trials.Trial):
+    """And what a run does with it after the switch."""
 
     def __init__(self, *overrides):
-        torch.manual_seed(0)
-        config = composed(*BASE, "full.scheduler.warmup_t=4", *overrides)
-        self.model = tiny_vit()
-        self.policy = build(config.switch)
-        self.recipes = build(config.full), build(config.adapter)
+        super().__init__(*overrides)
         self.trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        self.monitor = UpdateMonitor(self.model, self.policy.find_targets(self.model), SWITCH_AT)
-        self.learner = build_learner(self.model, self.recipes[0], TOTAL)
-        self.done = 0
-        self.train(SWITCH_AT)
-        self.history = [self.monitor.measure(self.done, 1.0)] * 2
         self.probe = batch(99)[0]
 
-    def train(self, updates):
-        for _ in range(updates):
-            assert self.learner.update(*batch(self.done), LOSS, self.done).applied
-            self.done += 1
-
-    def rebuild(self, model, full=False):
-        return build_learner(model, self.recipes[0 if full else 1], TOTAL, start=self.done)
-
     def switch(self, chosen=None):
-        self.learner, report = switch(
-            self.learner,
-            self.policy,
-            self.monitor,
-            self.history,
-            self.probe,
-            self.rebuild,
-            chosen,
-        )
+        report = super().switch(chosen)
         self.ranks = report.ranks
         return report
 
