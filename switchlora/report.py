@@ -7,8 +7,9 @@ from typing import Any
 
 from switchlora.criteria import LOSS, Verdict
 from switchlora.monitor import LayerStats, Measurement
+from switchlora.operation import Outcome
 from switchlora.surgery import family
-from switchlora.switch import Outcome, SwitchReport
+from switchlora.switch import SwitchReport
 
 SHOWN_HOLDING_BACK = 3
 EXPECTED_DRIFT = 1e-5

@@ -36,6 +36,7 @@ from switchlora.learner import PARALLEL, Learner, Recipe, build_learner, check_g
 from switchlora.lowrank import skipped_flops
 from switchlora.models import load_weights
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
+from switchlora.operation import trained_tensors
 from switchlora.plan import check_criterion, check_factors_alone, check_start, choose_ranks
 from switchlora.policy import SwitchPolicy
 from switchlora.resume import AUTO, Found, find
@@ -53,7 +54,6 @@ from switchlora.surgery import (
     matching,
     merged_state_dict,
 )
-from switchlora.switch import trained_tensors
 from switchlora.throughput import Stopwatch
 from switchlora.trunk import Trunk, give_back, trunk_key
 

@@ -7,72 +7,34 @@ any.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from switchlora.distributed import agreed_checksum, from_primary, full, lost_rank, together
-from switchlora.errors import SwitchFailed
+from switchlora.distributed import from_primary, together
 from switchlora.initializers import Factors
-from switchlora.layers import AdaptedLinear, Adapter, is_factor
-from switchlora.learner import Learner, set_checkpointing
+from switchlora.layers import is_factor
+from switchlora.learner import Learner
 from switchlora.lowrank import GuidedLinear, settled
-from switchlora.models import eval_mode
-from switchlora.moments import (
-    Moments,
-    dense_moments,
-    factor_moments,
-    load_moments,
-    moments_of,
-    prune_moments,
-)
+from switchlora.moments import Moments, factor_moments, prune_moments
 from switchlora.monitor import Measurement, UpdateMonitor
+from switchlora.operation import Adapters, Outcome, Rebuild, Replaced, operate
 from switchlora.plan import as_loaded, going_on, make_plan
-from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
+from switchlora.policy import SwitchPolicy
 from switchlora.ranks import largest_saving_rank
 from switchlora.spectral import truncated_svd
 from switchlora.surgery import (
     Target,
     adapted_modules,
     applied_ranks,
-    count_parameters,
     inject,
     merge,
-    plain_parameters,
-    restore,
-    round_residual,
     train_only,
     training_flags,
 )
-
-Rebuild = Callable[[nn.Module], Learner]
-Replaced = dict[str, nn.Linear]
-T = TypeVar("T", bound="Outcome")
-Inherit = Callable[[Moments, Mapping[str, Mapping[str, Adapter]]], Moments]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What every change of the trained tensors tells."""
-
-    drift: float
-    """largest absolute change of a logit on the probe, in float32"""
-    rounding_drift: float | None
-    """the same from keeping the residual weights in fewer bytes"""
-    checksum: str
-    """of all trained tensors, the same on all ranks"""
-    moments_carried: int
-    parameters: int
-    """of the model before, which adapters do not add to"""
-    trainable_before: int
-    trainable_after: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -100,6 +62,14 @@ class SwitchReport(Outcome):
             trainable_before=earlier.trainable_before,
             seconds=earlier.seconds + self.seconds,
         )
+
+
+@dataclass(frozen=True)
+class Growth(Outcome):
+    """What raised the ranks of adapters."""
+
+    ranks: Mapping[str, int]
+    """new rank per adapted target"""
 
 
 def switch(
@@ -143,10 +113,8 @@ def switch(
         }
 
     limit = policy.max_drift if policy.keeps_residual else math.inf
-    inherit = {"reset": _nothing, "surviving": _surviving, "factors": _with_factors}
-    return operate(
-        learner, policy, probe, rebuild, change, inherit[policy.moments], SwitchReport, limit
-    )
+    inherit = {"reset": None, "surviving": _surviving, "factors": _with_factors}[policy.moments]
+    return operate(learner, policy, probe, rebuild, change, inherit, SwitchReport, limit)
 
 
 def settle(
@@ -168,7 +136,7 @@ def settle(
             _train_adapters(model, policy, targets, ranks, waits=False)
         return {}
 
-    inherit = _nothing if policy.moments == "reset" else _surviving
+    inherit = None if policy.moments == "reset" else _surviving
     return operate(learner, policy, probe, rebuild, change, inherit, Outcome, policy.max_drift)
 
 
@@ -200,7 +168,7 @@ def restart(
             _train_as(model, flags, policy)
         return {}
 
-    def inherit(moments: Moments, _: Mapping[str, Mapping[str, Adapter]]) -> Moments:
+    def inherit(moments: Moments, _: Adapters) -> Moments:
         factors = {n: deepcopy(dict(state)) for n, state in moments.items() if is_factor(n)}
         prune_moments(factors, how.prune, how.pruned, seed=num_updates)
         return {**moments, **factors}
@@ -216,30 +184,25 @@ def grow(
     growth: int,
     probe: Tensor,
     rebuild: Rebuild,
-) -> tuple[Learner, Outcome, dict[str, int]]:
+) -> tuple[Learner, Growth]:
     """Multiply the adapters' ranks by ``growth``, as long as that saves parameters.
 
     The new rows of A are the leading right singular vectors of the loss's gradient by the
     effective weight, ``gradients()`` (out, in) on the primary rank, of what lies outside A's row
     space, with the norm sqrt(1/3) of LoRA's start; the new columns of B are zero. The function
-    does not move. Factors begin with fresh moments. Also returns the new ranks; SwitchFailed where
-    none can grow.
+    does not move. Factors begin with fresh moments. SwitchFailed where no rank can grow.
     """
     flags = training_flags(learner.model)
-    ranks: dict[str, int] = {}
 
     def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
         wider = from_primary(lambda: _wider(model, policy, targets, gradients(), growth))
         with together():
             _inject(model, policy, targets, wider, replaced)
             _train_as(model, flags, policy)
-        ranks.update({name: len(A) for name, (A, _) in wider.items()})
-        return {}
+        return {"ranks": {name: len(A) for name, (A, _) in wider.items()}}
 
-    new, outcome = operate(
-        learner, policy, probe, rebuild, change, _without_factors, Outcome, policy.max_drift
-    )
-    return new, outcome, ranks
+    inherit = _without_factors
+    return operate(learner, policy, probe, rebuild, change, inherit, Growth, policy.max_drift)
 
 
 def take_back(
@@ -263,78 +226,8 @@ def take_back(
                 parameter.requires_grad_(name in names)
         return {}
 
-    inherit = _nothing if policy.moments == "reset" else _without_factors
+    inherit = None if policy.moments == "reset" else _without_factors
     return operate(learner, policy, probe, rebuild, change, inherit, Outcome, policy.max_drift)
-
-
-def operate(
-    learner: Learner,
-    policy: SwitchPolicy,
-    probe: Tensor,
-    rebuild: Rebuild,
-    change: Callable[[nn.Module, Replaced], dict[str, object]],
-    inherit: Inherit,
-    report: type[T],
-    limit: float,
-) -> tuple[Learner, T]:
-    """Apply ``change`` to the plain model and rebuild the learner, or leave all as it was.
-
-    ``change`` notes the modules that it replaces as it goes, and returns what ``report`` tells
-    besides. ``inherit`` makes the moments that the new optimizer starts with; ``limit`` is the
-    largest drift of a logit that is accepted.
-    """
-    begin = time.perf_counter()
-    learner.optimizer.zero_grad(set_to_none=True)
-    moments = {} if inherit is _nothing else _whole(learner)
-    model = learner.plain()
-    flags = training_flags(model)
-    before = count_parameters(model, trainable=True)
-    parameters = plain_parameters(model)
-    replaced: Replaced = {}
-    exact: dict[str, nn.Parameter] = {}
-    with torch.random.fork_rng([probe.device] if probe.is_cuda else []):
-        try:
-            with together():
-                logits = _logits(model, probe)
-            found = change(model, replaced)
-            with together():
-                adapted = _logits(model, probe)
-                drift = _checked_drift(logits, adapted, limit)
-                rounding = _round_residuals(model, policy, adapted, probe, exact)
-            after = count_parameters(model, trainable=True)
-            checksum = agreed_checksum(trained_tensors(model))
-            adapters = _snapshot(model)
-            moments |= dense_moments(_fresh_dense_rows(model, replaced), moments)
-            new = rebuild(model)
-            with together():
-                carried = _carry(inherit(moments, adapters), learner, new)
-        except BaseException as error:
-            for name, weight in exact.items():
-                setattr(model.get_submodule(name), "weight", weight)  # noqa: B010
-            restore(model, replaced)
-            set_checkpointing(model, learner.recipe.activation_checkpointing)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(flags[name])
-            if isinstance(error, Exception) and lost_rank(error) is None:
-                raise SwitchFailed(f"{type(error).__name__}: {error}") from error
-            raise
-    outcome = report(
-        drift=drift,
-        rounding_drift=rounding,
-        checksum=checksum,
-        moments_carried=carried,
-        parameters=parameters,
-        trainable_before=before,
-        trainable_after=after,
-        seconds=time.perf_counter() - begin,
-        **found,  # type: ignore[arg-type]
-    )
-    return new, outcome
-
-
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that train, by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _inject(
@@ -395,84 +288,13 @@ def _wider(
     return factors
 
 
-def _nothing(moments: Moments, adapters: Mapping[str, Mapping[str, Adapter]]) -> Moments:
-    return {}
-
-
-def _surviving(moments: Moments, adapters: Mapping[str, Mapping[str, Adapter]]) -> Moments:
+def _surviving(moments: Moments, adapters: Adapters) -> Moments:
     return moments
 
 
-def _with_factors(moments: Moments, adapters: Mapping[str, Mapping[str, Adapter]]) -> Moments:
+def _with_factors(moments: Moments, adapters: Adapters) -> Moments:
     return {**moments, **factor_moments(adapters, moments)}
 
 
-def _without_factors(moments: Moments, adapters: Mapping[str, Mapping[str, Adapter]]) -> Moments:
+def _without_factors(moments: Moments, adapters: Adapters) -> Moments:
     return {name: state for name, state in moments.items() if not is_factor(name)}
-
-
-def _whole(learner: Learner) -> dict[str, dict[str, object]]:
-    """Moments by name; sharded ones whole and on the CPU, one at a time on the device."""
-    return {
-        name: {k: full(v).cpu() if isinstance(v, DTensor) else v for k, v in state.items()}
-        for name, state in moments_of(learner.model, learner.optimizer).items()
-    }
-
-
-def _snapshot(model: nn.Module) -> dict[str, dict[str, Adapter]]:
-    """The adapters where they are now: sharding moves the parameters themselves."""
-    return {
-        name: {
-            part: a._replace(A=a.A.detach(), B=a.B.detach())
-            for part, a in module.adapters().items()
-        }
-        for name, module in adapted_modules(model).items()
-    }
-
-
-def _fresh_dense_rows(model: nn.Module, replaced: Replaced) -> dict[str, dict[str, slice]]:
-    """Rows of the slices that were rows of a plain weight until now."""
-    return {
-        name: {part: module.adapters()[part].rows for part in module.dense_rows()}
-        for name, module in adapted_modules(model).items()
-        if name in replaced and not isinstance(replaced[name], AdaptedLinear)
-    }
-
-
-def _round_residuals(
-    model: nn.Module,
-    policy: SwitchPolicy,
-    logits: Tensor,
-    probe: Tensor,
-    exact: dict[str, nn.Parameter],
-) -> float | None:
-    """Round what is frozen; ``exact`` keeps the weights as they were."""
-    if policy.residual_dtype is None:
-        return None
-    for name, module in adapted_modules(model).items():
-        if module.weight is not None and not module.weight.requires_grad:
-            exact[name] = cast(nn.Parameter, module.weight)
-            round_residual(module, RESIDUAL_DTYPES[policy.residual_dtype])
-    return float((logits - _logits(model, probe)).abs().max())
-
-
-def _carry(moments: Moments, old: Learner, new: Learner) -> int:
-    if type(old.optimizer) is not type(new.optimizer):
-        return 0
-    return load_moments(new.model, new.optimizer, moments)
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, probe: Tensor) -> Tensor:
-    with eval_mode(model):
-        return model(probe.to(next(model.parameters()).device)).float()
-
-
-def _checked_drift(before: Tensor, after: Tensor, limit: float) -> float:
-    drift = float((before - after).abs().max())
-    if not drift <= limit:
-        raise ValueError(
-            f"the logits moved by {drift:.2g}, more than switch.max_drift={limit:g}: the model "
-            "does not compute with the adapters"
-        )
-    return drift

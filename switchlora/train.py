@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from switchlora import distributed
+from switchlora.decisions import after_update, consider_switch, guide, look_after, note_loss
 from switchlora.errors import Interrupted, TrainingStopped
 from switchlora.exits import exit_with_one_line, one_line
 from switchlora.finish import finish
@@ -44,14 +45,7 @@ from switchlora.sweep import (
     run_job,
     told,
 )
-from switchlora.transitions import (
-    after_update,
-    consider_switch,
-    guide,
-    look_after,
-    note_loss,
-    watch_as_configured,
-)
+from switchlora.transitions import watch_as_configured
 
 
 def train(config: DictConfig, folder: Path) -> dict:

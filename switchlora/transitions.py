@@ -1,10 +1,12 @@
 """What changes a run between two updates: a switch, or a stage of it, the end of the joint phase,
-a restart, what the guard asks for. Each ends a segment of the run and begins another one."""
+a restart, what the guard asks for. Each ends a segment of the run and begins another one; when is
+decided in ``decisions``."""
 
 import gc
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,131 +16,26 @@ from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
 from switchlora.forecast import predicted_update
 from switchlora.gradients import weight_gradients
-from switchlora.guard import Loss, Standing, extrapolate
-from switchlora.lowrank import cosine_mix, set_mix
-from switchlora.monitor import Measurement
+from switchlora.guard import Standing, extrapolate
+from switchlora.learner import Learner
+from switchlora.lowrank import set_mix
+from switchlora.operation import Outcome
 from switchlora.plan import with_frozen_front
-from switchlora.report import (
-    change_line,
-    measurement_line,
-    measurement_metrics,
-    speedup_lines,
-    switch_lines,
-    switch_metrics,
-    window_metrics,
-)
+from switchlora.report import change_line, speedup_lines, switch_lines, switch_metrics
 from switchlora.run import Run
 from switchlora.saves import save
 from switchlora.state import Phase, TrainState
-from switchlora.switch import Outcome, SwitchReport, grow, restart, settle, switch, take_back
+from switchlora.switch import SwitchReport, grow, restart, settle, switch, take_back
 
+T = TypeVar("T", bound=Outcome)
 TRIES = 3
 """changes that fail for the same reason until no other is tried"""
-
-
-def after_update(run: Run) -> None:
-    """End the joint phase, or a window of updates, where it is time."""
-    state = run.state
-    if state.joint_until is not None and state.num_updates >= state.joint_until:
-        end_joint_phase(run)
-    if run.monitor.due(state.num_updates):
-        end_window(run)
-
-
-def end_window(run: Run) -> None:
-    """Measure; then ask the criterion while weights train in full, or restart the adapter."""
-    state = run.state
-    with run.stopwatch.paused(monitor=True):
-        here = run.monitor.measure(state.num_updates, run.epoch)
-        measured = distributed.from_primary(lambda: here)
-        note_loss(run, "train", measured.train_loss)
-    if state.phase in (Phase.FULL, Phase.STAGED):
-        state.history.append(measured)
-        state.undecided = True
-        consider_switch(run)
-        return
-    with run.stopwatch.paused():
-        run.log.event("window", measured.num_updates, measured.epoch, **window_metrics(measured))
-        restarts = state.phase is Phase.ADAPTER and run.policy.restart is not None
-        if restarts and goes_on(run) and not given_up(state):
-            restart_adapter(run)
-        run.monitor.start_window(state.num_updates)
-
-
-def goes_on(run: Run) -> bool:
-    """Whether updates are left to make: a change after the last one would serve nothing."""
-    return run.state.num_updates < run.last_update
-
-
-def note_loss(run: Run, split: str, value: float) -> None:
-    """For the guard: the loss of a window, or on the validation split."""
-    run.state.losses.append(Loss(run.state.num_updates, split, str(run.state.phase), value))
-
-
-def guide(run: Run) -> None:
-    """Set how much guided layers still lean on their dense weights (2406.16450)."""
-    state = run.state
-    if state.joint_until is not None and state.switch_update is not None:
-        length = state.joint_until - state.switch_update
-        done = (state.num_updates - state.switch_update) / length
-        set_mix(run.model, cosine_mix(done), state.num_updates)
-
-
-def consider_switch(run: Run) -> None:
-    """Ask the criterion; switch what has converged; when that fails, go on as before."""
-    state = run.state
-    share_measurement(run)
-    verdict = distributed.from_primary(
-        lambda: run.policy.decide(state.fresh_history, again=state.taken_back > 0)
-    )
-    chosen = run.policy.chosen(verdict, run.monitor.targets, state.num_updates, state.last_stage)
-    if not goes_on(run) or given_up(state):
-        chosen = []
-    state.verdict = verdict
-    if chosen:
-        leave_trunk(run)
-        save(run)
-    with run.stopwatch.paused():
-        if state.history:
-            report_measurement(run, state.history[-1], verdict)
-        switched = bool(chosen) and try_switch(run, verdict, chosen)
-        state.undecided = False
-    if switched:
-        begin_segment(run)
-    elif state.history:
-        with run.stopwatch.paused(monitor=True):
-            run.monitor.start_window(state.num_updates)
 
 
 def given_up(state: TrainState) -> bool:
     """Whether the last changes that were tried failed for one and the same reason."""
     last = state.failed_switches[-TRIES:]
     return len(last) == TRIES and len(set(last)) == 1
-
-
-def share_measurement(run: Run) -> None:
-    """With the runs that have the same full phase."""
-    if run.trunk is not None and run.state.history:
-        with run.stopwatch.paused():
-            run.trunk.publish(run)
-
-
-def leave_trunk(run: Run) -> None:
-    """From here on this run is its own."""
-    if run.trunk is not None:
-        with run.stopwatch.paused():
-            run.trunk.leave(run)
-
-
-def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> None:
-    """A 'measure' event and a line on the terminal."""
-    run.log.event(
-        "measure",
-        measurement.num_updates,
-        measurement.epoch,
-        **measurement_metrics(measurement, verdict),
-    )
-    run.log.line(measurement_line(measurement, verdict))
 
 
 def try_switch(run: Run, verdict: Verdict, chosen: list[str]) -> bool:
@@ -148,9 +45,10 @@ def try_switch(run: Run, verdict: Verdict, chosen: list[str]) -> bool:
     expected = None if run.policy.joint_epochs else predicted_update(run)
     phase = Phase.JOINT if run.policy.joint_epochs else Phase.ADAPTER if whole else Phase.STAGED
     known, probe = run.monitor.known, run.probe
-    try:
+
+    def change() -> tuple[Learner, SwitchReport]:
         policy = with_frozen_front(run.model, run.policy, known, verdict.margins, chosen, probe)
-        run.learner, report = switch(
+        return switch(
             run.learner,
             policy,
             run.monitor,
@@ -160,8 +58,9 @@ def try_switch(run: Run, verdict: Verdict, chosen: list[str]) -> bool:
             chosen,
             run.sample if policy.least_gain is not None else None,
         )
-    except SwitchFailed as failure:
-        not_changed(run, "switch", failure)
+
+    report = attempt(run, "switch", change)
+    if report is None:
         return False
     kind = "stage" if run.policy.stages else "switch"
     reason = verdict.reason if verdict.fires else f"{len(chosen)} targets have converged alone"
@@ -239,20 +138,19 @@ def end_joint_phase(run: Run) -> None:
     set_mix(run.model, 0.0, state.num_updates)
     with run.stopwatch.paused():
         figures, expected = run.phase_summary(), predicted_update(run)
-        try:
-            run.learner, outcome = settle(
-                run.learner,
-                run.policy,
-                run.monitor.known,
-                state.switch_report.ranks,
-                run.probe,
-                lambda model: run.build_learner(model, Phase.ADAPTER),
-            )
-        except SwitchFailed as failure:
-            state.joint_until = None
-            not_changed(run, "end of the joint phase", failure)
-            return
+        change = partial(
+            settle,
+            run.learner,
+            run.policy,
+            run.monitor.known,
+            state.switch_report.ranks,
+            run.probe,
+            lambda model: run.build_learner(model, Phase.ADAPTER),
+        )
+        outcome = attempt(run, "end of the joint phase", change)
         state.joint_until = None
+        if outcome is None:
+            return
         reason = f"the joint phase of {run.policy.joint_epochs:g} epochs is over"
         enter(run, Phase.ADAPTER, "settle", outcome, reason, figures)
         watch_the_rest(run, ())
@@ -266,43 +164,22 @@ def end_joint_phase(run: Run) -> None:
 def restart_adapter(run: Run) -> None:
     """Merge the adapters and go on with new ones (ReLoRA)."""
     state = run.state
-    try:
-        run.learner, outcome = restart(
-            run.learner,
-            run.policy,
-            run.monitor,
-            state.fresh_history,
-            run.probe,
-            lambda model: run.build_learner(model, Phase.ADAPTER),
-            state.num_updates,
-        )
-    except SwitchFailed as failure:
-        not_changed(run, "restart", failure)
+    change = partial(
+        restart,
+        run.learner,
+        run.policy,
+        run.monitor,
+        state.fresh_history,
+        run.probe,
+        lambda model: run.build_learner(model, Phase.ADAPTER),
+        state.num_updates,
+    )
+    outcome = attempt(run, "restart", change)
+    if outcome is None:
         return
     release_memory(run.device)
     note_transition(run, "restart", outcome, "a cycle of updates is over")
     tell(run, "restart", outcome, "the adapters are merged, new ones begin")
-
-
-def look_after(run: Run) -> None:
-    """Let the guard compare the losses since the switch with full training's, and act."""
-    guard, state = run.policy.guard, run.state
-    if guard is None or state.phase in (Phase.FULL, Phase.JOINT) or run.over:
-        return
-    standing = distributed.from_primary(lambda: guard(state.losses, state.guarded_since))
-    if not standing.behind:
-        return
-    state.guarded_since = state.num_updates
-    run.log.line(f"GUARD at update {state.num_updates}: {standing.reason}")
-    metrics = {"guard/excess": standing.excess, "guard/reason": standing.reason}
-    run.log.event("guard", state.num_updates, run.epoch, **metrics)
-    if guard.act == "warn" or state.taken_back >= guard.most:
-        return
-    with run.stopwatch.paused():
-        grown = guard.act == "ranks" and try_growing(run, standing)
-        changed = grown or try_taking_back(run, standing)
-    if changed:
-        begin_segment(run)
 
 
 def try_growing(run: Run, standing: Standing) -> bool:
@@ -310,22 +187,22 @@ def try_growing(run: Run, standing: Standing) -> bool:
     state, guard = run.state, run.policy.guard
     assert guard is not None and state.switch_report is not None
     figures = run.phase_summary()
-    try:
-        run.learner, outcome, ranks = grow(
-            run.learner,
-            run.policy,
-            run.monitor.known,
-            lambda: weight_gradients(run, run.adapted_targets),
-            guard.growth,
-            run.probe,
-            lambda model: run.build_learner(model, state.phase),
-        )
-    except SwitchFailed as failure:
-        not_changed(run, "growth of the ranks", failure)
+    change = partial(
+        grow,
+        run.learner,
+        run.policy,
+        run.monitor.known,
+        lambda: weight_gradients(run, run.adapted_targets),
+        guard.growth,
+        run.probe,
+        lambda model: run.build_learner(model, state.phase),
+    )
+    outcome = attempt(run, "growth of the ranks", change)
+    if outcome is None:
         return False
     enter(run, state.phase, "grow", outcome, standing.reason, figures)
-    state.transitions[-1]["ranks"] = ranks
-    merged = {**state.switch_report.ranks, **ranks}
+    state.transitions[-1]["ranks"] = dict(outcome.ranks)
+    merged = {**state.switch_report.ranks, **outcome.ranks}
     state.switch_report = replace(state.switch_report, ranks=merged)
     tell(run, "grow", outcome, f"ranks are {guard.growth} times what they were")
     return True
@@ -335,18 +212,18 @@ def try_taking_back(run: Run, standing: Standing) -> bool:
     """Merge the adapters and train all parameters again; the criterion starts afresh."""
     state = run.state
     figures = run.phase_summary()
+    change = partial(
+        take_back,
+        run.learner,
+        run.policy,
+        state.full_parameters,
+        run.probe,
+        lambda model: run.build_learner(model, Phase.FULL),
+    )
     state.taken_back += 1
-    try:
-        run.learner, outcome = take_back(
-            run.learner,
-            run.policy,
-            state.full_parameters,
-            run.probe,
-            lambda model: run.build_learner(model, Phase.FULL),
-        )
-    except SwitchFailed as failure:
+    outcome = attempt(run, "return to full training", change)
+    if outcome is None:
         state.taken_back -= 1
-        not_changed(run, "return to full training", failure)
         return False
     enter(run, Phase.FULL, "take_back", outcome, standing.reason, figures)
     state.switch_report = state.switch_update = state.switch_epoch = None
@@ -414,8 +291,18 @@ def tell_agreement(run: Run, outcome: Outcome) -> None:
         run.log.line(f"  {distributed.agreement_line(outcome.checksum)}")
 
 
+def attempt(run: Run, what: str, change: Callable[[], tuple[Learner, T]]) -> T | None:
+    """Make a ``change``: its outcome, or None where it failed and the run goes on as it was."""
+    try:
+        run.learner, outcome = change()
+    except SwitchFailed as failure:
+        not_changed(run, what, failure)
+        return None
+    return outcome
+
+
 def not_changed(run: Run, what: str, failure: SwitchFailed) -> None:
-    """A line, an event and a note: the run goes on as it was."""
+    """A line, an event and a note."""
     state = run.state
     run.log.line(f"the {what} failed and was undone, {state.phase} training goes on: {failure}")
     run.log.event("switch_failed", state.num_updates, run.epoch, what=what, reason=str(failure))

@@ -11,8 +11,8 @@ from conf_yamls import composed
 from runs import SHORT
 from switchlora import distributed
 from switchlora.finish import finish
+from switchlora.operation import trained_tensors
 from switchlora.run import prepare
-from switchlora.switch import trained_tensors
 from switchlora.train import fit
 
 

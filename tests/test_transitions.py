@@ -56,10 +56,10 @@ class Trial(trials.Trial):
 
     def grow(self, gradients, growth=2):
         known = self.monitor.known
-        self.learner, outcome, ranks = grow(
+        self.learner, outcome = grow(
             self.learner, self.policy, known, lambda: gradients, growth, self.probe, self.rebuild
         )
-        return outcome, ranks
+        return outcome
 
     def take_back(self):
         self.learner, outcome = take_back(
@@ -216,7 +216,8 @@ def test_growing_adds_directions_outside_the_old_ones_and_keeps_the_function():
     trial.train(3)
     before, logits = weights(trial), trial.logits()
     old = {n: m.lora_A.detach().clone() for n, m in adapted_modules(trial.model).items()}
-    outcome, ranks = trial.grow(gradients(trial))
+    outcome = trial.grow(gradients(trial))
+    ranks = outcome.ranks
     assert set(ranks.values()) == {4} and outcome.drift <= 1e-5
     assert applied_ranks(trial.model, trial.monitor.known, ranks) == ranks
     assert torch.allclose(trial.logits(), logits, atol=1e-5)
@@ -388,7 +389,7 @@ def test_a_failed_end_of_the_joint_phase_leaves_exact_weights_that_train():
 def test_ranks_grow_only_as_long_as_that_saves_parameters():
     trial = Trial("switch.rank.rank=8")
     trial.switch()
-    _, ranks = trial.grow(gradients(trial), growth=4)
+    ranks = trial.grow(gradients(trial), growth=4).ranks
     shapes = {n: t.weight(trial.model).shape for n, t in trial.monitor.known.items()}
     assert ranks == {n: min(32, largest_saving_rank(shapes[n])) for n in shapes}
     with pytest.raises(SwitchFailed, match="no rank can grow"):
