@@ -22,7 +22,7 @@ from switchlora.records import Record, find_records
 
 DENSE = "dense"
 KINDS = {"factorized_linear": "low rank", "guided_linear": "self-guided"}
-CURVE_POINTS = 20
+CURVE_POINTS = 10
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def point_of(record: Record) -> Point:
 
 
 def label_of(record: Record) -> str:
-    """What the run's feed-forward layers were: 'dense', 'low rank, 63 %' or 'self-guided, 63 %'.
+    """What the run's feed-forward layers were: 'dense', 'low rank, 62.5 %', 'self-guided, 62.5 %'.
 
     ValueError for other adapters.
     """
@@ -117,11 +117,11 @@ def label_of(record: Record) -> str:
     assert record.summary is not None
     if record.summary["segments"][-1]["phase"] != "adapter":
         raise ValueError(f"{record.folder} did not end with its factors alone: see its log")
-    return f"{KINDS[made_by]}, {100 * switch['rank']['ratio']:.0f} %"
+    return f"{KINDS[made_by]}, {100 * switch['rank']['ratio']:.4g} %"
 
 
 def curve_of(record: Record) -> Iterator[tuple[float, float]]:
-    """About twenty points (FLOPs, mean training loss) along a run."""
+    """About ten points (FLOPs, mean training loss) along a run."""
     assert record.summary is not None
     events = [event for event in record.events("train") if event["train/loss"] is not None]
     size = max(len(events) // CURVE_POINTS, 1)
@@ -181,7 +181,7 @@ def write(points: Sequence[Point], laws: Mapping[str, PowerLaw], folder: Path) -
 def report(points: Sequence[Point], laws: Mapping[str, PowerLaw]) -> list[str]:
     """Lines of Markdown: the fits, what they say, and all runs."""
     fits = [
-        f"| {label} | {law.exponent:.4f} | {law.low:.4f} to {law.high:.4f} | {law.runs} |"
+        f"| {label} | {law.exponent:.3f} | {law.low:.3f} to {law.high:.3f} | {law.runs} |"
         for label, law in laws.items()
     ]
     runs = [f"| {p.label} | {p.width} | {p.seed} | {p.flops:.3g} | {p.loss:.4f} |" for p in points]

@@ -47,7 +47,7 @@ def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
 
 def verdict(name: str, law: PowerLaw, baseline_name: str, baseline: PowerLaw) -> str:
     """One plain sentence on whether ``law`` is steeper than ``baseline``."""
-    told = f"95 % intervals of the exponents, {law.exponent:.4f} against {baseline.exponent:.4f},"
+    told = f"95 % intervals of the exponents, {law.exponent:.3f} against {baseline.exponent:.3f},"
     if law.overlaps(baseline):
         return f"{name} is not seen to be steeper than {baseline_name}: the {told} overlap."
     direction = "steeper" if law.exponent > baseline.exponent else "flatter"

@@ -1,6 +1,7 @@
-"""The picture of loss against training FLOPs: curves of all runs, their ends, and the fits."""
+"""The picture of loss against training FLOPs: curves on the way, the ends, and the fits."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,19 @@ SHOWN_FROM = 0.1  # of a run: before, the warm-up's losses would flatten the res
 
 
 def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
-    """Left the training loss of each run along its way, right the losses at the end.
+    """Left the training losses along the way, a line a width; right the losses at the end.
 
-    ``points`` are those of ``scaling.Point``. Both axes are logarithmic; a marker is a run.
+    ``points`` are those of ``scaling.Point``. Both axes are logarithmic; a marker is a run, a line
+    the mean of the runs of one width.
     """
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
     way, end = figure.subplots(1, 2)
     for (label, law), style in zip(laws.items(), run_styles(len(laws)), strict=True):
         members = [point for point in points if point.label == label]
-        for point in members:
-            draw_curve(way, point, style)
+        for alike in groupby(members, lambda point: (point.width, len(point.curve))):
+            draw_curve(way, list(alike[1]), style)
         draw_ends(end, members, label, law, style)
-    way.set_title("training loss along each run", fontsize=10)
+    way.set_title("training loss on the way, mean over seeds", fontsize=10)
     end.set_title("validation loss at the end", fontsize=10)
     for axis in (way, end):
         tidy_logarithms(axis)
@@ -36,17 +38,12 @@ def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
     return figure
 
 
-def draw_curve(axis: Axes, point: Any, style: Mapping[str, Any]) -> None:
-    """A run's training loss over its FLOPs, without its first tenth."""
-    shown = [(c, loss) for c, loss in point.curve if c >= SHOWN_FROM * point.flops]
-    if shown:
-        axis.plot(
-            *zip(*shown, strict=True),
-            color=style["color"],
-            linestyle=style["linestyle"],
-            linewidth=0.8,
-            alpha=0.6,
-        )
+def draw_curve(axis: Axes, runs: Sequence[Any], style: Mapping[str, Any]) -> None:
+    """The mean training loss of alike ``runs`` over their FLOPs, without the first tenth."""
+    flops, losses = np.mean([run.curve for run in runs], axis=0).T
+    shown = flops >= SHOWN_FROM * runs[0].flops
+    look = {"color": style["color"], "linestyle": style["linestyle"]}
+    axis.plot(flops[shown], losses[shown], linewidth=0.9, alpha=0.8, **look)
 
 
 def draw_ends(

@@ -102,9 +102,9 @@ def test_a_curve_counts_the_flops_of_each_phase_and_ends_where_the_run_does(tmp_
     write_run(tmp_path / "run", low_rank(), 32, loss=2.0, flops=6e9)
     (point,) = scaling.read(find_records([tmp_path / "run"]))
     flops, losses = zip(*point.curve, strict=True)
-    assert len(flops) == 20 and flops[-1] == pytest.approx(6e9)
-    assert flops[9] == pytest.approx(4e9)  # half of the updates, at twice the work
-    assert losses[0] == pytest.approx(2.75)  # the mean of 3 and 2.5
+    assert len(flops) == 10 and flops[-1] == pytest.approx(6e9)
+    assert flops[4] == pytest.approx(4e9)  # half of the updates, at twice the work
+    assert losses[0] == pytest.approx(2 + (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
 @pytest.mark.parametrize(
