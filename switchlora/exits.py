@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import torch
 from hydra.errors import HydraException, InstantiationException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from switchlora import distributed
 from switchlora.errors import (
@@ -68,6 +68,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
         return one_line(error.__cause__)
     message = str(error)
+    if isinstance(error, InterpolationKeyError):
+        message = (
+            f"{error.full_key}: {message.splitlines()[0]}; choose groups that go together, "
+            "such as model=bytes with data=bytes, and an image model with images"
+        )
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None:
         message += f"; {near(str(cause.key), map(str, cause.parent_node))}"

@@ -290,6 +290,7 @@ def test_too_many_bad_losses_stop_the_run_with_one_line_and_keep_everything(tmp_
         (["monitor.device=gpu"], "device 'gpu' cannot be used"),
         (["switch.targets=attn.qkv"], r"switch.targets is 'attn.qkv': give a list, \[attn.qkv\]"),
         (["switch.targets=['attn.(qkv']"], "'attn.\\(qkv' is no regular expression"),
+        (["model=bytes"], "model.context: .*'data.context' not found; choose .* model=bytes with"),
         (["model=vit_tiny_patch16_224"], "the model cannot take|patches of 16 do not"),
         (["full.optimizer.lr=fast"], "full.optimizer or full.scheduler"),
         (["switch/criterion=at_start"], "use rank=fixed"),
