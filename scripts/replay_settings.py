@@ -15,8 +15,8 @@ from hydra.core.override_parser.types import Override
 from switchlora.exits import USER_ERRORS, one_line
 from switchlora.identity import is_free, leaves
 from switchlora.policy import SwitchPolicy
+from switchlora.prepare import build
 from switchlora.records import Record
-from switchlora.run import build
 
 REPLAYED = ("switch", "adapter")
 """parts of a configuration that the full phase does not depend on"""

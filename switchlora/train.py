@@ -21,9 +21,10 @@ from switchlora.finish import finish
 from switchlora.interrupt import Interruption
 from switchlora.learner import Update
 from switchlora.memory import record_memory
+from switchlora.prepare import as_plain, prepare
 from switchlora.report import eval_line
 from switchlora.resume import finished_summary
-from switchlora.run import Run, as_plain, prepare
+from switchlora.run import Run
 from switchlora.runlog import FolderLock
 from switchlora.saves import (
     faults_explained,

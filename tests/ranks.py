@@ -12,7 +12,7 @@ from runs import SHORT
 from switchlora import distributed
 from switchlora.finish import finish
 from switchlora.operation import trained_tensors
-from switchlora.run import prepare
+from switchlora.prepare import prepare
 from switchlora.train import fit
 
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conf_yamls import composed
 from runs import BY_DATE, SHORT
 from switchlora.flops import FlopCounter
-from switchlora.run import prepare
+from switchlora.prepare import prepare
 from switchlora.state import Phase
 from switchlora.trace import trace_batch
 from switchlora.train import fit

@@ -14,8 +14,8 @@ from conftest import tiny_vit
 from runs import SHORT, make_run
 from switchlora.learner import build_learner
 from switchlora.memory import predict_memory
+from switchlora.prepare import prepare
 from switchlora.report import MEMORY_PARTS
-from switchlora.run import prepare
 from switchlora.runlog import read_events
 from switchlora.state import Phase
 from switchlora.storages import SavedTensors, held_bytes

@@ -10,8 +10,8 @@ from conf_yamls import composed
 from conftest import tiny_vit
 from runs import SHORT
 from switchlora.monitor import UpdateMonitor
+from switchlora.prepare import prepare
 from switchlora.records import read_record
-from switchlora.run import prepare
 from switchlora.surgery import find_targets
 from switchlora.train import fit
 

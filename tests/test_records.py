@@ -9,9 +9,9 @@ from conftest import history, stats
 from runs import SHORT
 from switchlora.criteria import Verdict
 from switchlora.identity import identity, shaping
+from switchlora.prepare import prepare
 from switchlora.records import find_records, measurement_of, read_record
 from switchlora.report import family_medians, measurement_metrics
-from switchlora.run import prepare
 from switchlora.runlog import RunLog
 from switchlora.train import fit
 

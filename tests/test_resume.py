@@ -28,7 +28,7 @@ from switchlora.checkpoint import FORMAT, STATE, SUMS, _digest, find_all, load_m
 from switchlora.errors import Interrupted
 from switchlora.interrupt import Interruption
 from switchlora.learner import Learner
-from switchlora.run import build, prepare
+from switchlora.prepare import build, prepare
 from switchlora.runlog import FolderLock, read_events
 from switchlora.surgery import adapted_modules
 

@@ -19,8 +19,8 @@ from runs import SHORT as THREE_EPOCHS
 from switchlora.finish import finish
 from switchlora.learner import Learner
 from switchlora.models import eval_mode
+from switchlora.prepare import build, prepare
 from switchlora.provenance import cpu_name
-from switchlora.run import build, prepare
 from switchlora.runlog import read_events
 from switchlora.train import fit, main, train
 

@@ -15,8 +15,8 @@ from conf_yamls import build, composed
 from runs import SHORT, assert_same_run, history_row, wandb_records
 from switchlora import checkpoint
 from switchlora.checkpoint import find_all, thin, updates_of
+from switchlora.prepare import as_plain, prepare
 from switchlora.records import read_record
-from switchlora.run import as_plain, prepare
 from switchlora.runlog import read_events
 from switchlora.train import fit, train
 from switchlora.trunk import Trunk, first_firing, trunk_key
