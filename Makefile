@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test thresholds systems guard scaling killtest check format clean
+.PHONY: help install demo test thresholds systems guard pretrained scaling killtest check format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,10 +27,15 @@ test: .venv/.installed  ## run the tests
 systems: .venv/.installed  ## run every system of the field on the same images and make their table, in hours
 	$(BIN)/switchlora +experiments=systems
 	$(BIN)/python scripts/tables.py runs/systems/sweep --preset systems --out experiments/systems
+	$(BIN)/python scripts/systems_speed.py runs/systems/sweep --out experiments/systems
 
 guard: .venv/.installed  ## switch too early on purpose, with and without a guard
 	$(BIN)/switchlora +experiments=guard
 	$(BIN)/python scripts/tables.py runs/guard/sweep --preset systems --out experiments/guard
+
+pretrained: .venv/.installed  ## fine-tune a pretrained ViT-S/14, all of it or by adapters
+	$(BIN)/switchlora +experiments=pretrained
+	$(BIN)/python scripts/tables.py runs/pretrained/sweep --preset systems --out experiments/pretrained
 
 scaling: .venv/.installed  ## loss against training FLOPs, dense and low-rank, images and text
 	$(BIN)/switchlora +experiments=scaling
