@@ -59,7 +59,8 @@ from switchlora.learner import PRECISIONS
 from switchlora.models import eval_mode
 from switchlora.policy import DEFAULT_TARGETS
 from switchlora.provenance import environment
-from switchlora.surgery import count_parameters, family, find_targets
+from switchlora.surgery import count_parameters
+from switchlora.targets import family, find_targets
 
 
 def main() -> None:

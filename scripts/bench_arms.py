@@ -25,14 +25,13 @@ from switchlora.policy import DEFAULT_TARGETS
 from switchlora.reflora import RefLoRA, RefLoRAS
 from switchlora.sharding import skeleton
 from switchlora.surgery import (
-    Target,
     adapted_modules,
     count_parameters,
-    find_targets,
     inject,
     kept_parameters,
     train_only,
 )
+from switchlora.targets import Target, find_targets
 
 T = TypeVar("T")
 ARMS = ("full", "adapter", "adapter-merged", "adapter-split", "adapter-B", "peft", "frozen")

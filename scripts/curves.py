@@ -29,7 +29,7 @@ from switchlora.figures import (
 from switchlora.identity import leaves
 from switchlora.marks import tick
 from switchlora.records import Record, find_records
-from switchlora.surgery import family
+from switchlora.targets import family
 from switchlora.timeline import Timeline, measured_targets, read_timeline, series
 
 QUARTILES = (25, 50, 75)

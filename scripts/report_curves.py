@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from switchlora.records import Record
-from switchlora.surgery import family
+from switchlora.targets import family
 from switchlora.timeline import Change, measured_targets, number, read_timeline, series
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")

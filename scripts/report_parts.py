@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from switchlora.identity import identity, leaves, shaping
 from switchlora.records import Record, is_run
 from switchlora.runlog import CONFIG
-from switchlora.surgery import family
+from switchlora.targets import family
 
 NONE = "–"
 SEED = "seed"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchlora.criteria import LOSS
 from switchlora.records import Record, find_records
-from switchlora.surgery import family
+from switchlora.targets import family
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import (

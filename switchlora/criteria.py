@@ -12,7 +12,7 @@ from statistics import mean
 
 from switchlora.errors import check_choice, check_range, check_share
 from switchlora.monitor import LayerStats, Measurement
-from switchlora.surgery import family
+from switchlora.targets import family
 
 LOSS = "train_loss"
 OUTPUTS = r"(attn\.proj|mlp\.fc2)$"

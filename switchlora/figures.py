@@ -25,7 +25,7 @@ from switchlora.marks import (
     tick,
 )
 from switchlora.runlog import read_events
-from switchlora.surgery import family
+from switchlora.targets import family
 from switchlora.timeline import Event, Timeline, measured_targets, number, read_timeline, series
 
 BLUE = "#0072b2"

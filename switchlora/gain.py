@@ -11,7 +11,7 @@ from switchlora.learner import autocast
 from switchlora.lowrank import factorized_linear
 from switchlora.models import eval_mode
 from switchlora.products import Adapter
-from switchlora.surgery import Target
+from switchlora.targets import Target
 
 ROUNDS = 7
 SHORTEST = 2e-3

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from switchlora.learner import autocast
 from switchlora.run import Run
-from switchlora.surgery import Target
+from switchlora.targets import Target
 
 
 def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from switchlora.flops import FlopCounter
 from switchlora.layers import FACTORS, AdaptedLinear, is_factor, operands_kept
 from switchlora.sharding import gathered, is_sharded, shard, skeleton
 from switchlora.storages import SavedTensors
-from switchlora.surgery import matching
+from switchlora.targets import matching
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARALLEL = ("ddp", "fsdp")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlora.spectral import effective_rank, spectral_norm, stable_rank
-from switchlora.surgery import Target
+from switchlora.targets import Target
 
 FIRST_ITERATIONS = 32
 

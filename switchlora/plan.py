@@ -17,13 +17,8 @@ from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.ranks import SwitchContext, Weights, saves_parameters
 from switchlora.spectral import captured_energy
-from switchlora.surgery import (
-    Target,
-    call_order,
-    frozen_outright,
-    kept_parameters,
-    plain_parameters,
-)
+from switchlora.surgery import frozen_outright, kept_parameters, plain_parameters
+from switchlora.targets import Target, call_order
 
 WHOLE = (AtEpoch, LossPlateau)
 """criteria that judge all targets at once"""

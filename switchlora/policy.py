@@ -16,7 +16,7 @@ from switchlora.initializers import AdapterInit
 from switchlora.layers import FACTORS, AdaptedLinear, Adapter, adapted_linear, scaling_one
 from switchlora.monitor import Measurement
 from switchlora.ranks import RankPolicy
-from switchlora.surgery import Target, family, find_targets
+from switchlora.targets import Target, family, find_targets
 
 AdapterFactory = Callable[[nn.Linear, Mapping[str, Adapter]], AdaptedLinear]
 RESIDUAL_DTYPES = {"bf16": torch.bfloat16}

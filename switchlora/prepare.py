@@ -33,12 +33,8 @@ from switchlora.resume import AUTO, Found, find
 from switchlora.run import Run, probe_images, recipe_of
 from switchlora.runlog import CONFIG, SUMMARY, RunLog
 from switchlora.state import Phase, TrainState
-from switchlora.surgery import (
-    check_targets_are_called,
-    freeze_unused,
-    inject_empty,
-    matching,
-)
+from switchlora.surgery import freeze_unused, inject_empty
+from switchlora.targets import check_targets_are_called, matching
 from switchlora.throughput import Stopwatch
 from switchlora.trunk import Trunk, give_back, trunk_key
 

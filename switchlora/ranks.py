@@ -15,7 +15,7 @@ from switchlora.errors import NothingMeasured, check_choice, check_range, check_
 from switchlora.layers import FACTORS
 from switchlora.monitor import Measurement
 from switchlora.spectral import energies
-from switchlora.surgery import Target, family
+from switchlora.targets import Target, family
 
 
 @dataclass(frozen=True)

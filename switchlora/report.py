@@ -8,8 +8,8 @@ from typing import Any
 from switchlora.criteria import LOSS, Verdict
 from switchlora.monitor import LayerStats, Measurement
 from switchlora.operation import Outcome
-from switchlora.surgery import family
 from switchlora.switch import SwitchReport
+from switchlora.targets import family
 
 SHOWN_HOLDING_BACK = 3
 EXPECTED_DRIFT = 1e-5

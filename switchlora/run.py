@@ -31,12 +31,12 @@ from switchlora.runlog import RunLog
 from switchlora.sharding import is_sharded
 from switchlora.state import Phase, TrainState
 from switchlora.surgery import (
-    Target,
     adapted_modules,
     adapter_layout,
     count_parameters,
     merged_state_dict,
 )
+from switchlora.targets import Target
 from switchlora.throughput import Stopwatch
 from switchlora.trunk import Trunk
 

@@ -27,7 +27,6 @@ from switchlora.policy import SwitchPolicy
 from switchlora.ranks import largest_saving_rank
 from switchlora.spectral import truncated_svd
 from switchlora.surgery import (
-    Target,
     adapted_modules,
     applied_ranks,
     inject,
@@ -35,6 +34,7 @@ from switchlora.surgery import (
     train_only,
     training_flags,
 )
+from switchlora.targets import Target
 
 
 @dataclass(frozen=True)

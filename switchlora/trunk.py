@@ -38,7 +38,7 @@ from switchlora.provenance import code_digest, machine
 from switchlora.records import TRUNK_KEY
 from switchlora.resume import Found
 from switchlora.runlog import CONFIG, METRICS, locked
-from switchlora.surgery import Target
+from switchlora.targets import Target
 from switchlora.trunklog import TrunkLog
 
 if TYPE_CHECKING:

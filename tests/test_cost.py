@@ -26,7 +26,8 @@ from switchlora.initializers import Factors
 from switchlora.layers import operands_kept
 from switchlora.learner import Recipe, autocast
 from switchlora.storages import SavedTensors
-from switchlora.surgery import find_targets, inject
+from switchlora.surgery import inject
+from switchlora.targets import find_targets
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 IMAGES = (8, 1, 8, 8)

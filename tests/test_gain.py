@@ -8,7 +8,7 @@ from torch import nn
 
 from switchlora import gain
 from switchlora.gain import interleaved_seconds, measured_gains
-from switchlora.surgery import find_targets
+from switchlora.targets import find_targets
 
 
 def gains_of(model, ranks, inputs, precision="fp32"):

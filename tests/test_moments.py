@@ -11,7 +11,8 @@ from switchlora.initializers import Factors, zero_b
 from switchlora.layers import is_factor
 from switchlora.learner import build_learner, parameter_groups
 from switchlora.moments import moments_of, prune_moments
-from switchlora.surgery import find_targets, inject, kept_parameters, train_only
+from switchlora.surgery import inject, kept_parameters, train_only
+from switchlora.targets import find_targets
 from test_distributed import run_ranks
 
 

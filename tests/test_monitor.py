@@ -12,7 +12,7 @@ from runs import SHORT
 from switchlora.monitor import UpdateMonitor
 from switchlora.prepare import prepare
 from switchlora.records import read_record
-from switchlora.surgery import find_targets
+from switchlora.targets import find_targets
 from switchlora.train import fit
 
 PATTERNS = [r"attn\.qkv", r"mlp\.fc1"]

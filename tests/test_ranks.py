@@ -23,7 +23,7 @@ from switchlora.ranks import (
     Weights,
     saves_parameters,
 )
-from switchlora.surgery import find_targets
+from switchlora.targets import find_targets
 
 SHAPES = {"blocks.0.fc1": (48, 24), "blocks.1.fc1": (48, 24), "blocks.0.fc2": (24, 48)}
 

@@ -16,7 +16,8 @@ from switchlora.initializers import Factors, WeightSVD, empty_factors, zero_b
 from switchlora.layers import Adapter, scaling_one
 from switchlora.learner import build_learner
 from switchlora.reflora import RefLoRA, RefLoRAS, balance, precondition, refactoring_matrices
-from switchlora.surgery import find_targets, inject, train_only
+from switchlora.surgery import inject, train_only
+from switchlora.targets import find_targets
 
 LOSS = nn.CrossEntropyLoss()
 START = ("switch/criterion=at_start", "switch/rank=fixed", "switch.rank.rank=2")

@@ -12,16 +12,14 @@ from switchlora.models import create_model
 from switchlora.surgery import (
     adapted_modules,
     applied_ranks,
-    check_targets_are_called,
     count_parameters,
-    family,
-    find_targets,
     inject,
     kept_parameters,
     merged_state_dict,
     restore,
     train_only,
 )
+from switchlora.targets import check_targets_are_called, family, find_targets
 
 DEFAULTS = list(composed().switch.targets)
 
