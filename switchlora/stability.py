@@ -82,12 +82,13 @@ class BasisStability:
     With W = U S V^T of the tall one of weight and transpose, a target is stable when the mean
     cosine between the columns of U V^T now and at the start of the window is at least
     ``threshold``: turning counts, growing does not. Fires when at least a share ``quorum`` of the
-    targets is stable, but not before ``delay`` updates. ValueError where monitor.bases is false.
+    targets is stable, but not before ``delay`` windows (published: 5, of 2000 updates). ValueError
+    where monitor.bases is false.
     """
 
     threshold: float = 0.99
     quorum: float = 1.0
-    delay: int = 0
+    delay: int = 5
 
     def __post_init__(self) -> None:
         check_share("threshold", self.threshold)
@@ -107,8 +108,8 @@ class BasisStability:
                     f"of {name}: set monitor.bases=true"
                 )
             margins[name] = stats.basis_stability - self.threshold
-        if last.num_updates < self.delay:
-            return Verdict(False, {}, f"update {last.num_updates} of the delay {self.delay}")
+        if len(history) < self.delay:
+            return Verdict(False, {}, f"window {len(history)} of a delay of {self.delay}")
         return vote(margins, self.quorum, f"bases stable to a mean cosine >= {self.threshold:g}")
 
 

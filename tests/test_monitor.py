@@ -113,7 +113,8 @@ def test_basis_stability_is_the_mean_cosine_between_columns_of_polar_factors():
 
 def test_a_run_logs_how_far_bases_turn_and_its_criterion_reads_it(tmp_path):
     turning = ("monitor.bases=true", "switch/criterion=oialr", "switch.criterion.threshold=1")
-    run = prepare(composed(*SHORT, *turning, "max_updates=10"), tmp_path)
+    soon = ("switch.criterion.delay=0", "max_updates=10")
+    run = prepare(composed(*SHORT, *turning, *soon), tmp_path)
     with run.log:
         fit(run)
     (measured,) = read_record(tmp_path).history()

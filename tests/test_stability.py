@@ -67,12 +67,12 @@ def test_whole_stable_ranks_move_in_steps_only():
 
 def test_bases_are_stable_from_the_threshold_on_and_not_before_the_delay():
     measured = of_cosines(a=[0.5, 0.99, 0.999], b=[0.9, 0.98, 0.99])
-    criterion = BasisStability(threshold=0.99)
+    criterion = BasisStability(threshold=0.99, delay=0)
     assert [criterion(measured[:n]).fires for n in range(1, 4)] == [False, False, True]
-    assert BasisStability(threshold=0.99, quorum=0.5)(measured[:2]).fires
+    assert BasisStability(threshold=0.99, quorum=0.5, delay=2)(measured[:2]).fires
     assert criterion(measured[:2]).margins == pytest.approx({"a": 0.0, "b": -0.01})
-    late = BasisStability(threshold=0.99, delay=31)(measured)
-    assert not late.fires and late.reason == "update 30 of the delay 31"
+    late = BasisStability(threshold=0.99, delay=4)(measured)
+    assert not late.fires and late.reason == "window 3 of a delay of 4"
 
 
 def test_bases_that_were_not_measured_are_asked_for():
