@@ -33,7 +33,6 @@ from switchlora.records import Record, find_records
 
 BASELINE = "full"
 QUIET = {
-    "resume": None,
     "trunk": {"dir": None},
     "checkpoint": {"keep": 0},
     "log": {"progress": False, "wandb": {"mode": "disabled"}},
@@ -62,7 +61,7 @@ def main() -> None:
 def one_of_each(records: Sequence[Record]) -> dict[str, Record]:
     """By method its finished run of the lowest seed, full training first.
 
-    ValueError without full training, or where runs differ in batch or epochs.
+    ValueError without full training, or where runs differ in data, model or epochs.
     """
     finished = [r for r in records if r.finished and r.config["method"]]
     found: dict[str, Record] = {}
