@@ -26,9 +26,27 @@ class PowerLaw:
         """The loss at a number of FLOPs."""
         return self.amplitude * np.asarray(flops) ** -self.exponent
 
-    def overlaps(self, other: "PowerLaw") -> bool:
-        """Whether the intervals of both exponents have a point in common."""
-        return self.low <= other.high and other.low <= self.high
+    @property
+    def stderr(self) -> float:
+        """Standard error of the exponent."""
+        return (self.high - self.low) / 2 / quantile(self.runs - 2)
+
+    def steeper_by(self, other: "PowerLaw") -> tuple[float, float, float]:
+        """How much larger its exponent is than the ``other``'s, with the 95 % interval of that.
+
+        Welch's: sqrt(s1^2 + s2^2) times Student's t quantile for Satterthwaite's degrees of
+        freedom.
+        """
+        mine, theirs = self.stderr**2, other.stderr**2
+        freedom = (mine + theirs) ** 2 / (mine**2 / (self.runs - 2) + theirs**2 / (other.runs - 2))
+        difference = self.exponent - other.exponent
+        margin = quantile(freedom) * math.sqrt(mine + theirs)
+        return difference, difference - margin, difference + margin
+
+
+def quantile(freedom: float) -> float:
+    """Student's t that the two-sided 95 % interval reaches to."""
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
@@ -39,7 +57,7 @@ def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
     """
     assert len(flops) >= LEAST_RUNS
     line = linregress(np.log(flops), np.log(losses))
-    margin = float(t.ppf((1 + CONFIDENCE) / 2, len(flops) - 2) * line.stderr)
+    margin = quantile(len(flops) - 2) * float(line.stderr)
     exponent = -float(line.slope)
     amplitude = math.exp(line.intercept)
     return PowerLaw(amplitude, exponent, exponent - margin, exponent + margin, len(flops))
@@ -47,8 +65,11 @@ def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
 
 def verdict(name: str, law: PowerLaw, baseline_name: str, baseline: PowerLaw) -> str:
     """One plain sentence on whether ``law`` is steeper than ``baseline``."""
-    told = f"95 % intervals of the exponents, {law.exponent:.3f} against {baseline.exponent:.3f},"
-    if law.overlaps(baseline):
-        return f"{name} is not seen to be steeper than {baseline_name}: the {told} overlap."
-    direction = "steeper" if law.exponent > baseline.exponent else "flatter"
-    return f"{name} is {direction} than {baseline_name}: the {told} do not overlap."
+    difference, low, high = law.steeper_by(baseline)
+    told = (
+        f"exponents {law.exponent:.3f} and {baseline.exponent:.3f}, "
+        f"difference {difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+    )
+    if low <= 0 <= high:
+        return f"{name} is not seen to be steeper than {baseline_name}: {told}."
+    return f"{name} is {'steeper' if difference > 0 else 'flatter'} than {baseline_name}: {told}."
