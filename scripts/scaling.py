@@ -18,7 +18,7 @@ from scaling_fit import LEAST_RUNS, PowerLaw, fit_power_law, verdict
 from scaling_picture import draw
 
 from switchlora.exits import USER_ERRORS, one_line
-from switchlora.records import Record, find_records
+from switchlora.records import Record, check_alike, find_records
 
 DENSE = "dense"
 KINDS = {"factorized_linear": "low rank", "guided_linear": "self-guided"}
@@ -68,13 +68,7 @@ def read(records: Sequence[Record]) -> list[Point]:
     finished = [record for record in records if record.finished]
     if not finished:
         raise ValueError(f"none of {len(records)} run(s) has finished: there is nothing to fit")
-    for record in finished[1:]:
-        for key in ("data", "epochs"):
-            if record.config[key] != finished[0].config[key]:
-                raise ValueError(
-                    f"{finished[0].folder} and {record.folder} differ in '{key}': give runs that "
-                    "saw the same data"
-                )
+    check_alike(finished, ("data", "epochs"), "runs that saw the same data")
     points = [point_of(record) for record in finished]
     return sorted(points, key=lambda p: (p.label != DENSE, p.label, p.width, p.seed))
 

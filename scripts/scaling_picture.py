@@ -25,8 +25,9 @@ def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
     way, end = figure.subplots(1, 2)
     for (label, law), style in zip(laws.items(), run_styles(len(laws)), strict=True):
         members = [point for point in points if point.label == label]
-        for alike in groupby(members, lambda point: (point.width, len(point.curve))):
-            draw_curve(way, list(alike[1]), style)
+        curved = [point for point in members if point.curve]
+        for _, alike in groupby(curved, lambda point: (point.width, len(point.curve))):
+            draw_curve(way, list(alike), style)
         draw_ends(end, members, label, law, style)
     way.set_title("training loss on the way, mean over seeds", fontsize=10)
     end.set_title("validation loss at the end", fontsize=10)

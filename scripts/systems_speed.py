@@ -29,7 +29,7 @@ from switchlora.exits import USER_ERRORS, one_line
 from switchlora.gain import interleaved_seconds
 from switchlora.prepare import prepare
 from switchlora.provenance import environment
-from switchlora.records import Record, find_records
+from switchlora.records import Record, check_alike, find_records
 
 BASELINE = "full"
 QUIET = {
@@ -73,14 +73,7 @@ def one_of_each(records: Sequence[Record]) -> dict[str, Record]:
         raise ValueError(
             "no finished run of method=full is among them: there is nothing to compare with"
         )
-    alike = found[BASELINE].config
-    for record in found.values():
-        for key in ("data", "model", "epochs"):
-            if record.config[key] != alike[key]:
-                raise ValueError(
-                    f"{record.folder} and {found[BASELINE].folder} differ in '{key}': give runs "
-                    "of one experiment"
-                )
+    check_alike([*found.values()], ("data", "model", "epochs"), "runs of one experiment")
     return found
 
 

@@ -33,7 +33,7 @@ from switchlora.resume import AUTO, Found, find
 from switchlora.run import Run, probe_images, recipe_of
 from switchlora.runlog import CONFIG, SUMMARY, RunLog
 from switchlora.state import Phase, TrainState
-from switchlora.surgery import freeze_unused, inject_empty
+from switchlora.surgery import freeze_unused, inject_empty, train_only
 from switchlora.targets import check_targets_are_called, matching
 from switchlora.throughput import Stopwatch
 from switchlora.trunk import Trunk, give_back, trunk_key
@@ -88,7 +88,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
         state=state,
         stopwatch=Stopwatch(device),
         saves=saves,
-        log=_open_log(config, folder, last_update, found),
+        log=_open_log(config, plain, folder, last_update, found),
         ema=ema,
         total_updates=total_updates,
         last_update=last_update,
@@ -276,9 +276,7 @@ def _restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor
     if found.branches:
         state.branched_from = str(found.path)
     inject_empty(model, found.state["adapters"])
-    trained = set(found.state["trained"])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+    train_only(model, set(found.state["trained"]), factors=())  # factors are among the names
     monitor.load_state_dict(found.state["monitor"])
     return state
 
@@ -297,11 +295,17 @@ def _first_learner(
         raise ValueError(f"full.optimizer or full.scheduler: {error}") from error
 
 
-def _open_log(config: DictConfig, folder: Path, last_update: int, found: Found | None) -> RunLog:
+def _open_log(
+    config: DictConfig,
+    plain: dict[str, Any],
+    folder: Path,
+    last_update: int,
+    found: Found | None,
+) -> RunLog:
     """The log of a run whose folder has its config, and no summary of a start that stopped."""
     log = RunLog(
         folder,
-        as_plain(config),
+        plain,
         total_updates=last_update,
         wandb=_wandb_options(config),
         progress=config.log.progress,

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,6 +63,15 @@ def read_record(folder: Path) -> Record:
         raise ValueError(f"{folder / CONFIG} cannot be read") from error
     summary = folder / SUMMARY
     return Record(folder, config, json.loads(summary.read_text()) if summary.exists() else None)
+
+
+def check_alike(records: Sequence[Record], keys: Iterable[str], give: str) -> None:
+    """ValueError that names two runs that differ in one of the ``keys``, and what to ``give``."""
+    for record, key in product(records[1:], keys):
+        if record.config[key] != records[0].config[key]:
+            raise ValueError(
+                f"{records[0].folder} and {record.folder} differ in '{key}': give {give}"
+            )
 
 
 def find_records(paths: Iterable[Path]) -> list[Record]:

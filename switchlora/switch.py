@@ -222,8 +222,7 @@ def take_back(
     def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
         with together():
             replaced.update(merge(model))
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in names)
+            train_only(model, names)
         return {}
 
     inherit = None if policy.moments == "reset" else _without_factors
