@@ -1,7 +1,6 @@
 """Loaders from a data config: splits, transforms, Mixup and the loss that goes with it."""
 
 import hashlib
-import signal
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from timm.data import create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from switchlora.batches import (
     Batch,
@@ -22,6 +21,7 @@ from switchlora.batches import (
     eval_batches,
 )
 from switchlora.errors import check_range
+from switchlora.loader import Loader
 
 Options = Mapping[str, Any]
 Parts = Sequence[tuple[Dataset, Tensor]]  # a data set and its rows: to train, validate and test
@@ -39,9 +39,9 @@ class Data:
     (images, targets) to mixed images and soft targets, and ``loss`` expects them.
     """
 
-    train: DataLoader
-    val: DataLoader
-    test: DataLoader
+    train: Loader
+    val: Loader
+    test: Loader
     mixup: EpochMixup | None
     loss: nn.Module
 
@@ -213,29 +213,16 @@ def transformed(
     return [augmented, *(Transformed(dataset, rows, in_chans, keep) for dataset, rows in plain)]
 
 
-def load(
-    view: Dataset, order: Iterable[Key], seed: int, workers: int, pin_memory: bool
-) -> DataLoader:
+def load(view: Dataset, order: Iterable[Key], seed: int, workers: int, pin_memory: bool) -> Loader:
     """A loader of the batches that ``order`` names; workers for training outlive an epoch."""
-    return DataLoader(
+    return Loader(
         view,
-        batch_size=None,
         sampler=order,
         num_workers=workers,
         persistent_workers=workers > 0 and isinstance(order, EpochSampler),
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # leaves torch's own generator alone
-        worker_init_fn=leave_signals_to_the_run if workers else None,
     )
-
-
-def leave_signals_to_the_run(worker: int) -> None:
-    """Let a loader worker live through a signal to all processes: the run still needs it to save.
-
-    It ends with the run.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def check_labels(targets: Tensor | None, num_classes: int) -> None:

@@ -20,6 +20,7 @@ from switchlora.errors import (
     TrainingStopped,
     near,
 )
+from switchlora.loader import ended_worker
 
 SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
 FAILURE = "SWITCHLORA_FAILURE"
@@ -44,7 +45,7 @@ def exit_with_one_line(error: Exception) -> NoReturn:
     A mistake that every rank meets is told by the primary rank alone.
     """
     told = isinstance(error, USER_ERRORS) or from_launcher(error)
-    line = one_line(error) if told else distributed.lost_rank(error)
+    line = one_line(error) if told else distributed.lost_rank(error) or ended_worker(error)
     if FAILURE in os.environ and distributed.is_primary():
         with suppress(OSError):  # a full disk may be the very error
             Path(os.environ[FAILURE]).write_text(line or f"{type(error).__name__}: {error}")
@@ -60,7 +61,7 @@ def exit_with_one_line(error: Exception) -> NoReturn:
 def from_launcher(error: Exception) -> bool:
     """Whether submitit raised it: no Slurm here, an unknown partition, a job that died."""
     frames = traceback.extract_tb(error.__traceback__)
-    return "submitit" in Path(frames[-1].filename).parts
+    return bool(frames) and "submitit" in Path(frames[-1].filename).parts
 
 
 def one_line(error: BaseException) -> str:

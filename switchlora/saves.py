@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from switchlora import checkpoint, distributed
 from switchlora.errors import Interrupted, LoaderDied, RankLost
-from switchlora.exits import one_line
+from switchlora.loader import ended_worker
 from switchlora.run import Run
 from switchlora.sweep import is_job
 
@@ -80,11 +80,8 @@ def faults_explained(run: Run) -> Iterator[None]:
         yield
     except RuntimeError as error:
         where = f"after update {run.state.num_updates}"
-        if "DataLoader worker" in str(error):
-            raise LoaderDied(
-                f"a process that loads images died {where} (too little memory, or too many "
-                f"system.workers?): {one_line(error)} {how_to_go_on(run)}"
-            ) from error
+        if (ended := ended_worker(error)) is not None:
+            raise LoaderDied(f"{ended}; this was {where}; {how_to_go_on(run)}") from error
         if (lost := distributed.lost_rank(error)) is not None:
             raise RankLost(f"{lost} {where}; {how_to_go_on(run)}") from error
         raise

@@ -1,0 +1,143 @@
+"""A loader's processes may die at any moment: each way in which torch shows that is told alike."""
+
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Batches
+
+from switchlora.errors import LoaderDied
+from switchlora.exits import exit_with_one_line
+from switchlora.loader import Loader
+
+
+class Squares(Dataset):
+    """Batches of 8 x 4,096 numbers and 8 labels; ``act`` is called for each in the worker."""
+
+    def __init__(self, act=lambda row: None):
+        self.act = act
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        self.act(row)
+        return torch.full((8, 4096), float(row)), torch.full((8,), row)
+
+
+def loader(act=lambda row: None, workers=1):
+    return Loader(Squares(act), num_workers=workers)
+
+
+def test_batches_of_workers_are_those_of_none():
+    alone, helped = ([batch[0][0, 0].item() for batch in loader(workers=n)] for n in (0, 2))
+    assert alone == helped == list(range(8))
+
+
+ENDS = [
+    ConnectionResetError(104, "Connection reset by peer"),
+    ConnectionRefusedError(111, "Connection refused"),
+    BrokenPipeError(32, "Broken pipe"),
+    FileNotFoundError(2, "No such file or directory"),
+    EOFError(),
+    pickle.UnpicklingError("pickle data was truncated"),
+    multiprocessing.AuthenticationError("digest sent was rejected"),
+    RuntimeError("received 0 items of ancdata"),
+    RuntimeError("unable to open shared memory object </torch_7> in read-write mode"),
+    RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+    RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+]
+
+
+@pytest.mark.parametrize("error", ENDS, ids=lambda error: f"{type(error).__name__}: {error}"[:40])
+def test_however_a_hand_over_fails_it_is_told_as_the_end_of_a_process(error, monkeypatch):
+    def failing(self, timeout=5.0):
+        raise error
+
+    monkeypatch.setattr(Batches, "_try_get_data", failing)
+    with pytest.raises(LoaderDied, match="process that loads images died") as told:
+        next(iter(loader()))
+    assert type(error).__name__ in str(told.value) and str(error) in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_process_that_is_dying_but_not_yet_gone_is_told(monkeypatch):
+    """Its sockets are closed already and the system still lists it: torch's check finds it alive.
+
+    SIGCHLD, by which torch would hear of the end, has not come yet.
+    """
+    others = set(multiprocessing.active_children())
+    batches = iter(loader())
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    time.sleep(0.5)  # the next batches are on their way by now
+    noticed = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(worker), "is_alive", lambda self: True)
+            with pytest.raises(LoaderDied, match="Error: "):
+                next(batches)
+        worker.join()
+    finally:
+        signal.signal(signal.SIGCHLD, noticed)
+
+
+def fill_shared_memory(row):
+    """A limit on the size of files stands for a full /dev/shm, as small ones of containers are."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+
+
+def fail(row):
+    raise OSError(f"image file {row} is truncated")
+
+
+def test_what_a_data_set_raises_in_a_worker_is_no_end_of_the_worker():
+    with pytest.raises(OSError, match="image file 0 is truncated") as told:
+        next(iter(loader(fail)))
+    assert not isinstance(told.value, LoaderDied)
+
+
+def test_torchs_own_message_from_a_signals_handler_becomes_one_line():
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(SystemExit) as stop:
+        exit_with_one_line(error)
+    assert re.match(r"switchlora: a process that loads images died .*Killed\.", stop.value.code)
+
+
+def leave_while_workers_wait(act):
+    """End as the program does, while the traceback still holds a loader with two workers."""
+    try:
+        next(iter(loader(globals()[act], workers=2)))
+    except Exception as error:
+        exit_with_one_line(error)
+
+
+@pytest.mark.parametrize(
+    "act,says",
+    [
+        ("fail", "switchlora: .*image file 0 is truncated"),
+        ("fill_shared_memory", "switchlora: a process that loads images died .*no room in shared"),
+    ],
+)
+def test_a_program_that_ends_in_the_middle_of_a_pass_does_not_wait_for_its_workers(act, says):
+    program = f"import test_loader; test_loader.leave_while_workers_wait('{act}')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and re.search(says, done.stderr), done.stderr
