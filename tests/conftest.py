@@ -11,8 +11,10 @@ LONGEST = ("resume", "distributed", "sweep", "trunk", "train", "launch", "killte
 """files that take minutes"""
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The longest files first, so that processes that take a file each end at the same time."""
+    if config.pluginmanager.hasplugin("randomly"):
+        return
     names = [f"test_{name}" for name in LONGEST]
     items.sort(key=lambda item: (*names, item.path.stem).index(item.path.stem))
 

@@ -118,12 +118,12 @@ GUIDED = (
     r"switch.targets=['blocks\.1\.mlp\.fc[12]']",
 )
 TAKEN_BACK = (
-    *("switch/guard=full", "switch.guard.patience=1", "switch.guard.tolerance=0"),
+    *("switch/guard=full", "switch.guard.patience=1", "adapter.lr_scale=100"),
     *("switch/criterion=at_epoch", "switch.criterion.epoch=0.4", "monitor.window=3"),
     *("switch.guard.criterion.patience=1", "switch.guard.criterion.fraction=1.1"),
-    *("switch/rank=fixed", "switch.rank.rank=2", "max_updates=30", "adapter.factor_lr_scale=300"),
-    "full.scheduler.warmup_t=2",
+    *("switch/rank=fixed", "switch.rank.rank=2", "max_updates=30", "full.scheduler.warmup_t=2"),
 )
+"""at a hundred times its rate the adapter's loss is about twice that of full training"""
 
 
 @pytest.mark.parametrize(
