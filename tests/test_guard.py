@@ -123,10 +123,10 @@ def grown(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grown")
     summary = make_run(
         folder,
-        *("switch/guard=ranks", "switch.guard.patience=1", "switch.guard.tolerance=0"),
+        *("switch/guard=ranks", "switch.guard.patience=1", "adapter.lr_scale=100"),
         *("switch/criterion=at_epoch", "switch.criterion.epoch=0.4", "monitor.window=3"),
         *("switch/rank=fixed", "switch.rank.rank=2", "max_updates=30"),
-        *("adapter.factor_lr_scale=300", "full.scheduler.warmup_t=2"),
+        "full.scheduler.warmup_t=2",
     )
     return folder, summary
 
