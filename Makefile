@@ -5,10 +5,10 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test thresholds systems guard pretrained scaling killtest check format clean
+.PHONY: help install demo test test-hard thresholds systems guard pretrained scaling killtest check format clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 install: .venv/.installed  ## create .venv and install switchlora with its development tools
 
@@ -23,6 +23,9 @@ demo: .venv/.installed  ## train a small ViT on Fashion-MNIST, switch, and show 
 
 test: .venv/.installed  ## run the tests
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-hard: .venv/.installed  ## run the tests with other kernels, threads, orders, under load, as another user
+	$(BIN)/python scripts/test_hard.py
 
 systems: .venv/.installed  ## run every system of the field on the same images and make their table, in hours
 	$(BIN)/switchlora +experiments=systems

@@ -30,12 +30,12 @@ Bytes = dict[str, int | None]  # by part, None for what cannot be told
 def record_memory(run: Run) -> None:
     """The bytes of a phase, after its first update, into the state, the log and the terminal.
 
-    All ranks measure, the primary one also predicts: it alone writes and talks.
+    All ranks measure. The primary one also predicts, unless ``log.cost_model`` is off.
     """
-    state = run.state
+    state, predicts = run.state, is_primary() and run.config["log"]["cost_model"]
     with run.stopwatch.paused():
         measured = measure_memory(run)
-        predicted = predict_memory(run) if is_primary() else dict.fromkeys(measured)
+        predicted = predict_memory(run) if predicts else dict.fromkeys(measured)
         state.memory[state.phase] = {"measured": measured, "predicted": predicted}
         metrics = memory_metrics(measured, predicted)
         run.log.event("memory", state.num_updates, run.epoch, **metrics)

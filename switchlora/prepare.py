@@ -29,6 +29,7 @@ from switchlora.models import load_weights
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.plan import check_criterion, check_factors_alone, check_start, choose_ranks
 from switchlora.policy import SwitchPolicy
+from switchlora.provenance import machine_line
 from switchlora.resume import AUTO, Found, find
 from switchlora.run import Run, probe_images, recipe_of
 from switchlora.runlog import CONFIG, SUMMARY, RunLog
@@ -96,6 +97,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
         interruption=interruption,
         trunk=trunk,
     )
+    run.log.line(machine_line(device))
     if loaded:
         run.log.line(f"starts from {loaded}")
     if unused:

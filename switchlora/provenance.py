@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import os
 import platform
 import subprocess
 import sys
@@ -17,6 +18,14 @@ from switchlora import distributed
 
 PACKAGES = ("switchlora", "torch", "torchvision", "timm", "hydra-core", "wandb", "scipy", "numpy")
 
+KERNEL_LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
+"""variables that choose among the kernels of torch, oneDNN and MKL"""
+
 
 def environment(device: torch.device, seed: int) -> dict[str, object]:
     """Hardware, versions, git state and seed of this process, as plain values."""
@@ -31,6 +40,19 @@ def environment(device: torch.device, seed: int) -> dict[str, object]:
         "command": command(),
         "seed": seed,
     }
+
+
+def machine_line(device: torch.device) -> str:
+    """One line to read a failure elsewhere by: processor, kernels, threads and versions."""
+    where = environment(device, seed=0)
+    versions: Any = where["versions"]
+    shown = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
+    kernels = torch.backends.cpu.get_cpu_capability()
+    limits = "".join(f", {key}={os.environ[key]}" for key in KERNEL_LIMITS if key in os.environ)
+    return (
+        f"{where['device']}, {kernels} kernels{limits}, {where['threads']} thread(s) | "
+        f"Python {where['python']}, {shown}"
+    )
 
 
 def command() -> str:

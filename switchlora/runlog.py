@@ -253,7 +253,9 @@ def _put_aside(folder: Path) -> None:
     for left in folder.glob("offline-run-*"):
         aside = folder / "interrupted"
         aside.mkdir(exist_ok=True)
-        left.rename(aside / left.name)
+        numbers = ("", *(f".{number}" for number in range(1, 1000)))
+        free = (aside / f"{left.name}{number}" for number in numbers)  # names tell seconds
+        left.rename(next(place for place in free if not place.exists()))
 
 
 def _plain(value: Any) -> Any:

@@ -1,14 +1,28 @@
 """Small real parts that many tests share."""
 
+import gc
+
 import pytest
 import timm
 import torch
 
 from switchlora.learner import Learner
 from switchlora.monitor import LayerStats, Measurement
+from switchlora.provenance import machine_line
 
 LONGEST = ("resume", "distributed", "sweep", "trunk", "train", "launch", "killtest", "transitions")
 """files that take minutes"""
+
+
+def pytest_collection_finish():
+    """What the imports made stays: no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_report_header():
+    """Processor, kernels, threads and versions, so that a failure elsewhere can be read."""
+    return machine_line(torch.device("cpu"))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -3,17 +3,23 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
+import traceback
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
-from switchlora.train import main
+import switchlora.sweep
+from switchlora.train import main, start_time
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from killtest import PRELOADED
@@ -79,6 +85,49 @@ def program(*words):
     """``switchlora *words``."""
     sys.argv = ["switchlora", *words]
     main()
+
+
+def multirun(*words):
+    """``switchlora *words`` with its jobs in forks of this process."""
+    switchlora.sweep.subprocess = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
+    program(*words)
+
+
+class Forked:
+    """What ``subprocess.Popen`` makes of ``python -m switchlora *words``, without the imports."""
+
+    def __init__(self, command, env, stdout, stderr):
+        assert command[1:3] == ["-m", "switchlora"]
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(_status_of(command[3:], env, stdout))
+
+    def wait(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def _status_of(words, environment, output):
+    """The exit status of the program, in a process that is in the middle of another start."""
+    os.environ.clear()
+    os.environ.update(environment)
+    if output is not None:
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+    switchlora.sweep.Sweep.running = None
+    start_time.cache_clear()
+    try:
+        program(*words)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+            return 1
+        return stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def torchrun(processes, act, *words):

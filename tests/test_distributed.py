@@ -53,13 +53,13 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    return folder, run_ranks(2, folder, *PLATEAU)
+    return folder, run_ranks(2, folder, *PLATEAU, "log.cost_model=true")
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    return folder, run_ranks(2, folder, *PLATEAU, "system.parallel=fsdp")
+    return folder, run_ranks(2, folder, *PLATEAU, "system.parallel=fsdp", "log.cost_model=true")
 
 
 def assert_like(alone, folder):
@@ -181,7 +181,8 @@ def test_two_ranks_that_resume_are_bit_identical_to_two_that_did_not(pair, tmp_p
 
 
 def test_ranks_that_take_their_full_phase_from_a_trunk_make_the_same_run(pair, tmp_path):
-    trunk = (*PLATEAU, f"trunk.dir={tmp_path / 'trunk'}", "trunk.time_share=1")
+    trunk = (*PLATEAU, "log.cost_model=true", f"trunk.dir={tmp_path / 'trunk'}")
+    trunk += ("trunk.time_share=1",)
     for name in ("extends", "takes"):
         run_ranks(2, tmp_path / name, *trunk)
         assert_same_run(pair[0], tmp_path / name)

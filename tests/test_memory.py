@@ -24,6 +24,7 @@ from switchlora.train import fit
 
 PHASES = (Phase.FULL, Phase.ADAPTER)
 EARLY = ("switch/criterion=at_epoch", "switch.criterion.epoch=0.1", "monitor.window=2")
+EARLY += ("log.cost_model=true",)
 """the switch comes after 2 updates"""
 KINDS = {
     "plain": ("ema=0.9", "switch.moments=factors"),

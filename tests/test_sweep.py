@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from conf_yamls import composed
 from runs import DIGITS
-from starts import PATIENCE, Started, program
+from starts import PATIENCE, Started, multirun
 from switchlora.identity import identity, shaping
 from switchlora.records import find_records
 from switchlora.sweep import JOB, _begun, _wait_for, job_folder, job_values, objectives, readable
@@ -33,10 +33,10 @@ JOBS = (
 def started(folder, *overrides):
     """``switchlora -m`` of the jobs in ``folder``."""
     words = ("-m", *JOBS, f"hydra.sweep.dir={folder}", *overrides)
-    return Started(f"{folder}.said", program, *words)
+    return Started(f"{folder}.said", multirun, *words)
 
 
-def multirun(folder, *overrides):
+def outcome_of(folder, *overrides):
     """Exit status and everything that was said."""
     with started(folder, *overrides) as process:
         done = process.finish()
@@ -60,15 +60,15 @@ def test_a_sweep_that_is_killed_and_started_again_ends_as_one_that_was_left_alon
     tmp_path, monkeypatch
 ):
     epochs = "switch.criterion.epoch=0.5,1"
-    status, said = multirun(tmp_path / "whole", epochs)
+    status, said = outcome_of(tmp_path / "whole", epochs)
     assert status == 0 and "2 jobs in" in said and "new: 2" in said
     with started(tmp_path / "killed", epochs):
         wait_for_updates(tmp_path / "killed", 12)
-    status, said = multirun(tmp_path / "killed", epochs)
+    status, said = outcome_of(tmp_path / "killed", epochs)
     assert status == 0 and "new: 1" in said and "resumed: " in said, said
     tables_of = [table(tmp_path / name, monkeypatch) for name in ("killed", "whole")]
     assert tables_of[0] == tables_of[1]
-    status, said = multirun(tmp_path / "killed", epochs)
+    status, said = outcome_of(tmp_path / "killed", epochs)
     assert status == 0 and "finished before: 2" in said
     assert set(outcomes(tmp_path / "killed").values()) == {"skipped"}
 
@@ -87,13 +87,13 @@ def table(folder, monkeypatch):
 def test_a_job_that_fails_takes_no_other_along_and_is_retried(tmp_path):
     folder = tmp_path / "sweep"
     jobs = ("switch.criterion.epoch=1", "data.batch_size=100000,64")
-    status, said = multirun(folder, *jobs)
+    status, said = outcome_of(folder, *jobs)
     assert status == 1 and "Traceback" not in said
     assert re.search("  failed: .*_batch_size-100000_", said)
     assert "data.batch_size=100000 must lie between 1 and the 640 training images" in said
     assert sorted(outcomes(folder).values()) == ["failed", "new"]
     (failed,) = (name for name, outcome in outcomes(folder).items() if outcome == "failed")
-    status, said = multirun(folder, *jobs)
+    status, said = outcome_of(folder, *jobs)
     assert status == 1 and "finished before: 1" in said
     assert outcomes(folder)[failed] == "failed"
 
@@ -214,12 +214,22 @@ def test_a_note_that_cannot_be_read_counts_as_an_interruption(tmp_path):
     assert not (tmp_path / JOB).exists()
 
 
+def interrupt_once_it_waits(process):
+    """Send Ctrl-C to this program when its main thread waits for a process; then let that end."""
+    main = threading.main_thread().ident
+    while sys._current_frames()[main].f_code.co_filename != subprocess.__file__:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)
+    process.stdin.close()
+
+
 def test_ctrl_c_leaves_the_job_the_time_to_save():
-    words = "import sys, time; time.sleep(1.5); sys.exit(7)"
+    words = [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(7)"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        process = subprocess.Popen([sys.executable, "-c", words], start_new_session=True)
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+        threading.Thread(target=interrupt_once_it_waits, args=(process,)).start()
         assert _wait_for(process) == 7
     finally:
         signal.signal(signal.SIGINT, before)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import sys
 import weakref
@@ -20,7 +21,7 @@ from switchlora.finish import finish
 from switchlora.learner import Learner
 from switchlora.models import eval_mode
 from switchlora.prepare import build, prepare
-from switchlora.provenance import cpu_name
+from switchlora.provenance import KERNEL_LIMITS, cpu_name
 from switchlora.runlog import read_events
 from switchlora.train import fit, main, train
 
@@ -318,25 +319,38 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text() == "kept"
 
 
-def test_golden_losses_have_not_moved(tmp_path):
-    """Bit for bit on the processor that recorded them; on another, the full phase to rounding.
+def kernels_here():
+    """What the last bits of a loss hang on: processor, kernels and their limits, threads."""
+    return {
+        "processor": cpu_name().split(" x ")[-1],
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "limits": {key: os.environ[key] for key in KERNEL_LIMITS if key in os.environ},
+        "threads": torch.get_num_threads(),
+    }
 
-    After a change that is meant to move them: delete the file, run this test, commit both.
+
+def test_golden_losses_have_not_moved(tmp_path):
+    """Bit for bit with the kernels of a recording; with others, the full phase to rounding.
+
+    After a change that is meant to move them: delete the file, run this test on each machine that
+    you have, commit both. With kernels that no recording knows, it adds one when SWITCHLORA_GOLDEN
+    is set to 'record'.
     """
     make_run(tmp_path, *BY_DATE, "model.depth=3")
     versions = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
-    machine = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    found = [loss.hex() for loss in losses(tmp_path)]
-    if not GOLDEN.exists():
-        recorded = {"versions": versions, "machine": machine, "losses": found}
-        GOLDEN.write_text(json.dumps(recorded, indent=1) + "\n")
-    golden = json.loads(GOLDEN.read_text())
-    if golden["versions"] != versions:
-        pytest.skip(f"recorded with {golden['versions']}, whose initial weights may differ")
-    if golden["machine"] == machine:
-        assert found == golden["losses"]
-    full = [[float.fromhex(x) for x in run[:30]] for run in (found, golden["losses"])]
-    assert full[0] == pytest.approx(full[1], rel=2e-3)
+    found = {"versions": versions, **kernels_here(), "losses": [x.hex() for x in losses(tmp_path)]}
+    recordings = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else []
+    where = {key: found[key] for key in found if key != "losses"}
+    exact = [each for each in recordings if where.items() <= each.items()]
+    if not recordings or (not exact and os.environ.get("SWITCHLORA_GOLDEN") == "record"):
+        GOLDEN.write_text(json.dumps([*recordings, found], indent=1) + "\n")
+    assert all(each["losses"] == found["losses"] for each in exact)
+    alike = [each for each in recordings if each["versions"] == versions]
+    if recordings and not alike:
+        pytest.skip(f"recorded with {recordings[0]['versions']}: initial weights may differ")
+    for each in alike:
+        full = [[float.fromhex(x) for x in run["losses"][:30]] for run in (found, each)]
+        assert full[0] == pytest.approx(full[1], rel=2e-3)
 
 
 def test_the_switch_tells_how_much_faster_updates_should_be_and_warns_where_they_are_not(
