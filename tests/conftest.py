@@ -1,6 +1,10 @@
 """Small real parts that many tests share."""
 
 import gc
+import os
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # two processes share the machine
+    os.environ.setdefault(variable, "1")
 
 import pytest
 import timm
