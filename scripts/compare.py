@@ -31,7 +31,7 @@ TIMED = {
     ),
     *("train_seconds", "trunk", "reused", "branched_from"),
     *("images_per_second", "images_per_second_quartiles", "train/images_per_second"),
-    *("speedup/arithmetic", "speedup/optimizer", "speedup/communication"),
+    *("speedup/arithmetic", "speedup/optimizer", "speedup/communication", "predicted_speedup"),
     *("epoch_seconds", "train/epoch_seconds", "peak_memory_bytes", "memory/peak_bytes"),
 }
 

@@ -146,7 +146,7 @@ def test_a_new_model_knows_nothing_of_bytes(model, text):
 def whole(tmp_path_factory):
     """A run over text that switches after one of its two epochs."""
     folder = tmp_path_factory.mktemp("text")
-    return folder, train(composed(*TINY), folder)
+    return folder, train(composed(*TINY, "log.cost_model=true"), folder)
 
 
 def test_a_run_over_text_switches_and_knows_its_memory_and_its_work(whole):
@@ -174,7 +174,7 @@ def test_a_run_over_text_goes_on_where_it_was_cut(whole, tmp_path, at_update):
 
     at_update(13, kill)
     with pytest.raises(Interrupted, match="SIGTERM after update 13"):
-        train(composed(*TINY), tmp_path)
+        train(composed(*TINY, "log.cost_model=true"), tmp_path)
     at_update(None, None)
-    train(composed(*TINY, "resume=auto"), tmp_path)
+    train(composed(*TINY, "log.cost_model=true", "resume=auto"), tmp_path)
     assert_same_run(whole[0], tmp_path)
