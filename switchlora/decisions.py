@@ -1,6 +1,8 @@
 """When a run changes: at the end of a window of updates or of the joint phase, or when the guard
 finds it behind. What each change does is in ``transitions``."""
 
+from functools import partial
+
 from switchlora import distributed
 from switchlora.criteria import Verdict
 from switchlora.guard import Loss
@@ -8,7 +10,7 @@ from switchlora.lowrank import cosine_mix, set_mix
 from switchlora.monitor import Measurement
 from switchlora.report import measurement_line, measurement_metrics, window_metrics
 from switchlora.run import Run
-from switchlora.saves import save
+from switchlora.saves import save, save_elsewhere
 from switchlora.state import Phase
 from switchlora.transitions import (
     begin_segment,
@@ -99,14 +101,15 @@ def share_measurement(run: Run) -> None:
     """With the runs that have the same full phase."""
     if run.trunk is not None and run.state.history:
         with run.stopwatch.paused():
-            run.trunk.publish(run)
+            measurement, folder = run.state.history[-1], run.log.folder
+            run.trunk.publish(measurement, folder, partial(save_elsewhere, run), run.log.line)
 
 
 def leave_trunk(run: Run) -> None:
     """From here on this run is its own."""
     if run.trunk is not None:
         with run.stopwatch.paused():
-            run.trunk.leave(run)
+            run.trunk.leave(run.state.num_updates, partial(save_elsewhere, run), run.log.line)
 
 
 def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> None:

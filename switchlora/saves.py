@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
@@ -26,6 +27,12 @@ def save(run: Run) -> None:
         distributed.from_primary(
             lambda: checkpoint.prune(folder, run.saves.keep, state.best_update)
         )
+
+
+def save_elsewhere(run: Run, folder: Path, place: int) -> None:
+    """Write a checkpoint into ``folder``, whose log has ``place`` bytes up to this update."""
+    state = {**run.state_dict(), "log": {"bytes": place, "wandb_id": None}}
+    checkpoint.write(folder, run.state.num_updates, state, run.learner)
 
 
 def save_or_leave(run: Run) -> None:

@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from switchlora import checkpoint, distributed
@@ -41,9 +40,6 @@ from switchlora.runlog import CONFIG, METRICS, locked
 from switchlora.targets import Target
 from switchlora.trunklog import TrunkLog
 
-if TYPE_CHECKING:
-    from switchlora.run import Run
-
 BORROWED = ".from-trunk"
 GIGABYTE = 10**9
 POLL_SECONDS = 0.5
@@ -51,6 +47,8 @@ NO_RELATION = -1
 """updates up to which a run may borrow from a trunk that it does not continue"""
 MEASURED_BY = ("switch.targets", "switch.split_qkv")
 Say = Callable[[str], None]
+Save = Callable[[Path, int], None]
+"""writes a checkpoint of the run into a folder whose log has so many bytes"""
 
 
 def trunk_key(config: Config, device: torch.device, data: str) -> dict[str, Any]:
@@ -147,21 +145,24 @@ class Trunk:
         )
         return Found(place, run, [line], branches=False, state=state, foreign=True)
 
-    def publish(self, run: "Run") -> None:
-        """Add the measurement that ``run`` has just made, and now and then a checkpoint."""
+    def publish(self, measurement: Measurement, run: Path, save: Save, say: Say) -> None:
+        """Add what the run in folder ``run`` has just measured, and now and then a checkpoint.
+
+        ``save(folder, place)`` writes the run as it is; ``say`` tells the user a line.
+        """
         if not self.extends:
             return
-        with self._left_when_it_cannot_be_written(run):
-            due = distributed.from_primary(lambda: self._append(run))
+        with self._left_when_it_cannot_be_written(say):
+            due = distributed.from_primary(lambda: self._append(measurement, run))
             if due:
-                self._save(run)
+                self._save(measurement.num_updates, save)
 
-    def leave(self, run: "Run") -> None:
-        """Let another run extend the trunk from where ``run``, which switches, leaves it."""
+    def leave(self, num_updates: int, save: Save, say: Say) -> None:
+        """Let another run extend the trunk from where this run, which switches, leaves it."""
         if self.extends:
-            with self._left_when_it_cannot_be_written(run):
-                if not distributed.from_primary(lambda: self._is_saved(run)):
-                    self._save(run)
+            with self._left_when_it_cannot_be_written(say):
+                if not distributed.from_primary(lambda: self._is_saved(num_updates)):
+                    self._save(num_updates, save)
         self.release()
 
     def release(self) -> None:
@@ -239,34 +240,32 @@ class Trunk:
                 (self.folder / TRUNK_KEY).write_text(text + "\n")
         return self._lock is not None
 
-    def _append(self, run: "Run") -> bool:
-        """Add the run's last measurement; whether a checkpoint is due."""
+    def _append(self, measurement: Measurement, run: Path) -> bool:
+        """Add a measurement; whether a checkpoint is due."""
         if not (self.folder / CONFIG).exists():
-            OmegaConf.save(OmegaConf.create(run.config), self.folder / CONFIG)
-        self.log.append(run.state.history[-1], run.log.folder / METRICS)
+            shutil.copyfile(run / CONFIG, self.folder / CONFIG)
+        self.log.append(measurement, run / METRICS)
         rested = time.monotonic() - self._written_at
         affordable = self._writing * (1 - self._share) <= self._share * rested
-        return affordable and not self._is_saved(run)
+        return affordable and not self._is_saved(measurement.num_updates)
 
-    def _is_saved(self, run: "Run") -> bool:
+    def _is_saved(self, num_updates: int) -> bool:
         saved = map(checkpoint.updates_of, checkpoint.find_all(self.folder))
-        return run.state.num_updates in saved
+        return num_updates in saved
 
-    def _save(self, run: "Run") -> None:
-        begin, num_updates = time.monotonic(), run.state.num_updates
-        place = distributed.from_primary(lambda: self.log.place_of(num_updates))
-        state = {**run.state_dict(), "log": {"bytes": place, "wandb_id": None}}
-        checkpoint.write(self.folder, num_updates, state, run.learner)
+    def _save(self, num_updates: int, save: Save) -> None:
+        begin = time.monotonic()
+        save(self.folder, distributed.from_primary(lambda: self.log.place_of(num_updates)))
         distributed.from_primary(lambda: checkpoint.thin(self.folder, self._bytes))
         self._written_at = time.monotonic()
         self._writing = self._written_at - begin
 
     @contextmanager
-    def _left_when_it_cannot_be_written(self, run: "Run") -> Iterator[None]:
+    def _left_when_it_cannot_be_written(self, say: Say) -> Iterator[None]:
         try:
             yield
         except (OSError, OtherRankFailed) as error:
-            run.log.line(f"the trunk is left, this run goes on alone: {one_line(error)}")
+            say(f"the trunk is left, this run goes on alone: {one_line(error)}")
             self.release()
 
     def _taken(self, state: Mapping[str, Any], own: Found | None) -> dict[str, Any]:
