@@ -28,12 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import differences, told
 from tqdm import tqdm
 
-from switchlora.checkpoint import FOLDER, find_all
-from switchlora.provenance import environment
-from switchlora.runlog import METRICS
+from switchlora.analysis.compare import differences, told
+from switchlora.storage import FOLDER, METRICS, environment, find_all
 
 FULL, ADAPTER, WRITE = "full phase", "adapter phase", "inside a checkpoint write"
 SWITCH, EPOCH, START = "at the switch", "epoch end", "start-up"
@@ -55,7 +53,7 @@ PIPELINES = {
     "memory": ("data.crop_padding=1", "data.hflip=0.5"),
 }
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-PRELOADED = ["switchlora.train", "wandb", "sklearn.datasets", "sklearn.model_selection"]
+PRELOADED = ["switchlora.cli", "wandb", "sklearn.datasets", "sklearn.model_selection"]
 PATIENCE = 300  # seconds that one start may take
 
 
@@ -162,7 +160,7 @@ def start_fork(words: Sequence[str], output: Path) -> Child:
 
 
 def _enter(words: list[str], output: Path) -> None:
-    from switchlora.train import main
+    from switchlora.cli import main
 
     os.setsid()
     tqdm.set_lock(threading.RLock())  # its own would be told as leaked after a kill

@@ -1,5 +1,5 @@
 """``python -m switchlora``, and ``torchrun ... -m switchlora``."""
 
-from switchlora.train import main
+from switchlora.cli import main
 
 main()

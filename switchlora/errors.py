@@ -1,8 +1,7 @@
 """What a user reads when something is wrong: one line, with the nearest right name."""
 
 import re
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 
 
 class NothingMeasured(ValueError):
@@ -51,13 +50,6 @@ class Interrupted(BaseException):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
-
-
-def near(name: str, candidates: Iterable[str]) -> str:
-    """A hint with up to five of ``candidates`` that resemble ``name``; all of a short list."""
-    names = sorted(set(candidates))
-    close = names if len(names) <= 5 else get_close_matches(name, names, n=5, cutoff=0.4)
-    return f"near names: {', '.join(close)}" if close else "no near name"
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

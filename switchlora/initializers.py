@@ -6,20 +6,14 @@ target and divided by its scaling s, so that the adapter s B A of an SVD start i
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from switchlora.adapters import Factors
 from switchlora.errors import NothingMeasured
-from switchlora.spectral import truncated_svd
-
-
-class Factors(NamedTuple):
-    """An adapter's factors: A (r, in) and B (out, r), float32; the adapter is scaling * B A."""
-
-    A: Tensor
-    B: Tensor
+from switchlora.monitor import truncated_svd
 
 
 class AdapterInit(Protocol):

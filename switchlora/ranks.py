@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from switchlora.adapters import FACTORS, Target
 from switchlora.errors import NothingMeasured, check_choice, check_range, check_share
-from switchlora.layers import FACTORS
-from switchlora.monitor import Measurement
-from switchlora.spectral import energies
-from switchlora.targets import Target, family
+from switchlora.monitor import Measurement, energies
+from switchlora.names import family
 
 
 @dataclass(frozen=True)

@@ -1,52 +1,36 @@
 """The entry point: ``switchlora key=value ...`` makes one run, in the order told here."""
 
-import math
-import os
-import sys
 from contextlib import suppress
-from datetime import datetime
-from functools import cache
 from pathlib import Path
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from switchlora import distributed
-from switchlora.decisions import after_update, consider_switch, guide, look_after, note_loss
+from switchlora.adapters import count_parameters
+from switchlora.config import as_plain
 from switchlora.errors import Interrupted, TrainingStopped
-from switchlora.exits import exit_with_one_line, one_line
-from switchlora.finish import finish
-from switchlora.interrupt import Interruption
 from switchlora.learner import Update
-from switchlora.memory import record_memory
-from switchlora.prepare import as_plain, prepare
-from switchlora.report import eval_line
-from switchlora.resume import finished_summary
-from switchlora.run import Run
-from switchlora.runlog import FolderLock
-from switchlora.saves import (
+from switchlora.process import Interruption, distributed, one_line
+from switchlora.run import (
+    Phase,
+    Run,
+    after_update,
+    consider_switch,
+    eval_line,
     faults_explained,
+    finish,
+    guide,
     how_to_go_on,
     leave_if_asked,
+    look_after,
+    note_loss,
+    prepare,
+    record_memory,
     save,
     save_or_leave,
+    watch_as_configured,
 )
-from switchlora.state import Phase
-from switchlora.surgery import count_parameters
-from switchlora.sweep import (
-    JOB_PATIENCE,
-    Sweep,
-    failed,
-    follow_parent,
-    is_job,
-    job_folder,
-    objectives,
-    run_job,
-    told,
-)
-from switchlora.transitions import watch_as_configured
+from switchlora.storage import FolderLock, finished_summary
+from switchlora.sweep import JOB_PATIENCE, is_job
 
 
 def train(config: DictConfig, folder: Path) -> dict:
@@ -199,63 +183,3 @@ def evaluate_epoch(run: Run) -> None:
             },
         )
     run.log.line(eval_line(state.epoch, state.phase, metrics))
-
-
-def _folder_of(name: str) -> Path:
-    beside = Path(__file__).resolve().parent
-    return next(p for p in (beside / name, beside.parent / name) if p.is_dir())
-
-
-@cache
-def start_time() -> datetime:
-    """When the primary rank started: all ranks must name the same folder."""
-    return distributed.from_primary(datetime.now)
-
-
-OmegaConf.register_new_resolver("switchlora_root", lambda: str(_folder_of("experiments").parent))
-OmegaConf.register_new_resolver("switchlora_job", job_folder)
-OmegaConf.register_new_resolver("switchlora_start", lambda form: start_time().strftime(form))
-
-
-@hydra.main(version_base="1.3", config_path=str(_folder_of("conf")), config_name="config")
-def _hydra_main(config: DictConfig) -> float | tuple[float, ...]:
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
-    if hydra_config.mode is RunMode.MULTIRUN:
-        return objectives(config, run_job(config, folder, train))
-    try:
-        train(config, folder)
-    except Exception as error:
-        exit_with_one_line(error)
-    return math.nan  # nobody reads it
-
-
-def main() -> None:
-    """``switchlora`` on the command line: one clear line for a user's mistake, exit status 1.
-
-    With SWITCHLORA_TRACEBACK=1 in the environment the whole traceback is shown.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
-    follow_parent()
-    try:
-        distributed.join()
-        try:
-            _hydra_main()
-        finally:
-            for line in told(Sweep.running):
-                print(line, flush=True)
-        distributed.leave()
-        if failed(Sweep.running):
-            sys.exit(1)
-    except Interrupted as stop:
-        if distributed.is_primary():
-            print(f"switchlora: {stop}", file=sys.stderr, flush=True)
-        sys.exit(128 + stop.signal_number)
-    except KeyboardInterrupt:
-        sys.exit("switchlora: interrupted; what was saved is kept, the same command goes on")
-    except Exception as error:
-        exit_with_one_line(error)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-import switchlora.train  # noqa: F401  (registers the resolver of the search path)
+import switchlora.cli  # noqa: F401  (registers the resolver of the search path)
 
 CONF = Path(__file__).parents[1] / "conf"
 build = partial(instantiate, _convert_="all")

@@ -12,7 +12,7 @@ import torch
 
 from switchlora.learner import Learner
 from switchlora.monitor import LayerStats, Measurement
-from switchlora.provenance import machine_line
+from switchlora.storage import machine_line
 
 LONGEST = ("resume", "distributed", "sweep", "trunk", "train", "launch", "killtest", "transitions")
 """files that take minutes"""

@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import switchlora.switch
+import switchlora.switching.changes
 from conf_yamls import composed
 from runs import SHORT
-from switchlora import distributed
-from switchlora.finish import finish
-from switchlora.operation import trained_tensors
-from switchlora.prepare import prepare
+from switchlora.process import distributed
+from switchlora.run import finish, prepare
+from switchlora.switching import trained_tensors
 from switchlora.train import fit
 
 
@@ -64,14 +63,14 @@ def look_around():
 
 def break_the_first_switch():
     """Let the injection fail once, on rank 1 only."""
-    inject = switchlora.switch.inject
+    inject = switchlora.switching.changes.inject
 
     def failing(*arguments):
-        switchlora.switch.inject = inject
+        switchlora.switching.changes.inject = inject
         fail_on(1)
         return inject(*arguments)
 
-    switchlora.switch.inject = failing
+    switchlora.switching.changes.inject = failing
 
 
 def run_and_look(folder, *overrides):

@@ -10,10 +10,8 @@ import wandb
 from packaging.version import Version
 
 from conf_yamls import composed
+from switchlora.analysis.compare import TIMED, differences
 from switchlora.train import train
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from compare import TIMED, differences
 
 SHALLOW = "model.depth=2"
 DIGITS = ("data=digits", "model=digits", SHALLOW, "log=quiet", "log.figures=false")

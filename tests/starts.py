@@ -18,8 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
-import switchlora.sweep
-from switchlora.train import main, start_time
+import switchlora.sweep.jobs
+from switchlora.cli import main, start_time
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from killtest import PRELOADED
@@ -89,7 +89,7 @@ def program(*words):
 
 def multirun(*words):
     """``switchlora *words`` with its jobs in forks of this process."""
-    switchlora.sweep.subprocess = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
+    switchlora.sweep.jobs.subprocess = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
     program(*words)
 
 
@@ -115,7 +115,7 @@ def _status_of(words, environment, output):
             os.dup2(output.fileno(), descriptor)
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
-    switchlora.sweep.Sweep.running = None
+    switchlora.sweep.jobs.Sweep.running = None
     start_time.cache_clear()
     try:
         program(*words)

@@ -4,18 +4,15 @@ import copy
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from switchlora.surgery import adapted_modules, count_parameters
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import bench
-import bench_arms
-import bench_memory
-import bench_report
+from switchlora.adapters import adapted_modules, count_parameters
+from switchlora.bench import arms as bench_arms
+from switchlora.bench import bench
+from switchlora.bench import memory as bench_memory
+from switchlora.bench import report as bench_report
 
 WORDS = (
     *("--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch", "4", "--rank", "2"),

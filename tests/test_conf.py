@@ -10,8 +10,9 @@ import pytest
 from torch import nn
 
 from conf_yamls import CONF, build, composed, names
+from switchlora.adapters import DEFAULT_TARGETS
 from switchlora.learner import Recipe
-from switchlora.policy import DEFAULT_TARGETS, SwitchPolicy
+from switchlora.policy import SwitchPolicy
 
 
 @pytest.mark.parametrize("part", ["criterion", "rank", "init", "scaling"])
@@ -68,7 +69,7 @@ def test_the_wheel_carries_conf_and_experiments_and_finds_them(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     shown = subprocess.run(
-        [sys.executable, "-m", "switchlora.train", "+experiments=demo", "--cfg", "job"],
+        [sys.executable, "-m", "switchlora", "+experiments=demo", "--cfg", "job"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
         check=True,
@@ -88,7 +89,7 @@ def test_the_readmes_criterion_works_from_a_folder_of_ones_own(tmp_path):
     small = ["data=digits", "model=digits", "log=quiet", "log.figures=false", "epochs=1"]
     run = ["monitor.window=10", "switch/criterion=still", "hydra.run.dir=run"]
     shown = subprocess.run(
-        [sys.executable, "-m", "switchlora.train", "--config-dir", "conf", *small, *run],
+        [sys.executable, "-m", "switchlora", "--config-dir", "conf", *small, *run],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         check=True,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import tiny_vit
+from switchlora.adapters import Factors, find_targets, inject, operands_kept
 from switchlora.cost import (
     ADAMW_BYTES,
     Machine,
@@ -22,12 +23,7 @@ from switchlora.cost import (
     trace_update,
     warning,
 )
-from switchlora.initializers import Factors
-from switchlora.layers import operands_kept
-from switchlora.learner import Recipe, autocast
-from switchlora.storages import SavedTensors
-from switchlora.surgery import inject
-from switchlora.targets import find_targets
+from switchlora.learner import Recipe, SavedTensors, autocast
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 IMAGES = (8, 1, 8, 8)

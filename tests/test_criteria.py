@@ -14,12 +14,12 @@ from switchlora.criteria import (
     AtEpoch,
     LossPlateau,
     PreLoRA,
+    StableRank,
     UpdateNorm,
     at_start,
     never,
 )
-from switchlora.records import measurement_of
-from switchlora.stability import StableRank
+from switchlora.storage import measurement_of
 
 CRITERIA = names("switch/criterion")
 

@@ -2,16 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from switchlora.figures import run_labels, run_styles
-from switchlora.records import find_records
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import curves
+from switchlora.analysis import curves
+from switchlora.analysis.figures import run_labels, run_styles
+from switchlora.storage import find_records
 
 TARGETS = [f"blocks.{i}.{part}" for i in range(5) for part in ("attn.qkv", "mlp.fc1")]
 

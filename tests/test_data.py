@@ -22,9 +22,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData
 
-from switchlora import datasets
-from switchlora.batches import crop_and_flip, decode
-from switchlora.data import build_data
+from switchlora.data import build_data, crop_and_flip, decode
+from switchlora.data import images as datasets
 
 CONF = Path(__file__).parents[1] / "conf"
 YAMLS = sorted({path.stem for path in (CONF / "data").glob("*.yaml")} - {"bytes"})

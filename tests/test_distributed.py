@@ -13,8 +13,7 @@ import pytest
 from ranks import run_and_look, run_with_a_broken_switch
 from runs import SHORT, assert_same_run, make_run
 from starts import Started, program, torchrun
-from switchlora.checkpoint import STATE, find_all
-from switchlora.runlog import read_events
+from switchlora.storage import STATE, find_all, read_events
 
 PLATEAU = (
     "switch/criterion=loss_plateau",

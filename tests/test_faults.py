@@ -13,10 +13,9 @@ import pytest
 
 from runs import BY_DATE, SHORT, make_run
 from starts import Started, program
-from switchlora.checkpoint import find_all, read
 from switchlora.errors import LoaderDied, TrainingStopped
 from switchlora.learner import Learner
-from switchlora.runlog import read_events
+from switchlora.storage import find_all, read, read_events
 
 
 def with_small_files(size, *words):

@@ -5,10 +5,15 @@ import warnings
 import pytest
 
 from runs import make_run
-from switchlora.figures import draw_figures, layer_figures, statistics_figures, training_curves
-from switchlora.marks import SHADES, TICK
-from switchlora.records import read_record
-from switchlora.timeline import Change, Span, read_timeline
+from switchlora.analysis.figures import (
+    draw_figures,
+    layer_figures,
+    statistics_figures,
+    training_curves,
+)
+from switchlora.analysis.marks import SHADES, TICK
+from switchlora.analysis.timeline import Change, Span, read_timeline
+from switchlora.storage import read_record
 
 TARGETS = ("blocks.0.attn.qkv", "blocks.1.attn.qkv")
 KEYS = ("relative_update_norm", "update_stable_rank", "weight_stable_rank")

@@ -6,10 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conf_yamls import composed
 from runs import BY_DATE, SHORT
-from switchlora.flops import FlopCounter
-from switchlora.prepare import prepare
-from switchlora.state import Phase
-from switchlora.trace import trace_batch
+from switchlora.cost import trace_batch
+from switchlora.learner import FlopCounter
+from switchlora.run import Phase, prepare
 from switchlora.train import fit
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from switchlora import gain
-from switchlora.gain import interleaved_seconds, measured_gains
-from switchlora.targets import find_targets
+from switchlora.adapters import find_targets
+from switchlora.cost import interleaved_seconds, measured_gains
+from switchlora.cost import timing as gain
 
 
 def gains_of(model, ranks, inputs, precision="fp32"):

@@ -6,9 +6,9 @@ import torch
 
 from conf_yamls import build, composed, names
 from runs import make_run
-from switchlora.gradients import module_gradients
-from switchlora.guard import Guard, Loss, extrapolate
-from switchlora.runlog import read_events
+from switchlora.learner import module_gradients
+from switchlora.policy import Guard, Loss, extrapolate
+from switchlora.storage import read_events
 
 
 def curve(law, updates, split, phase):

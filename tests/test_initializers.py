@@ -6,11 +6,9 @@ import torch
 
 from conf_yamls import build_yaml, names
 from conftest import tiny_vit
+from switchlora.adapters import alpha_over_rank, find_targets, inject, scaling_one
 from switchlora.errors import NothingMeasured
 from switchlora.initializers import UpdateSVD, WeightSVD
-from switchlora.layers import alpha_over_rank, scaling_one
-from switchlora.surgery import inject
-from switchlora.targets import find_targets
 
 INITS = names("switch/init")
 PATTERNS = [r"attn\.qkv", r"attn\.proj", r"mlp\.fc1", r"mlp\.fc2"]

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from switchlora.checkpoint import STATE, SUMS, find_all, load
+from switchlora.storage import STATE, SUMS, find_all, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import compare
 import killtest
+
+from switchlora.analysis import compare
 
 SHORT = ("epochs=2", "switch.criterion.epoch=1.3")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from conf_yamls import CONF, composed, names
 from runs import DIGITS, events_without_times
 from starts import PATIENCE, Started, program
-from switchlora.runlog import read_events
+from switchlora.storage import read_events
 from switchlora.train import train
 
 pytest.importorskip(

@@ -7,9 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchlora import products
-from switchlora.layers import adapted_linear, operands_kept
-from switchlora.products import AdaptedProduct, Adapter, Product, cheaper_form
+from switchlora.adapters import (
+    AdaptedProduct,
+    Adapter,
+    Product,
+    adapted_linear,
+    cheaper_form,
+    operands_kept,
+)
+from switchlora.adapters import product as products
 
 SLICES = {
     "whole": {"": (slice(0, 12), 3, 1.0)},

@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Batches
 
+from switchlora.data import Loader
 from switchlora.errors import LoaderDied
-from switchlora.exits import exit_with_one_line
-from switchlora.loader import Loader
+from switchlora.process import exit_with_one_line
 
 
 class Squares(Dataset):

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from switchlora.flops import FlopCounter
-from switchlora.gain import interleaved_seconds, linear_and_factors
-from switchlora.lowrank import (
+from switchlora.adapters import (
     KINDS,
+    Adapter,
     LowRankLinear,
     cosine_mix,
     factorized_linear,
@@ -25,7 +24,8 @@ from switchlora.lowrank import (
     settled,
     skipped_flops,
 )
-from switchlora.products import Adapter
+from switchlora.cost import interleaved_seconds, linear_and_factors
+from switchlora.learner import FlopCounter
 
 
 def make(factory, scaling=2.0, dtype=torch.float32, **options):

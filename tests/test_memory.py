@@ -12,14 +12,10 @@ from torch import nn
 from conf_yamls import build, composed
 from conftest import tiny_vit
 from runs import SHORT, make_run
-from switchlora.learner import build_learner
-from switchlora.memory import predict_memory
-from switchlora.prepare import prepare
-from switchlora.report import MEMORY_PARTS
-from switchlora.runlog import read_events
-from switchlora.state import Phase
-from switchlora.storages import SavedTensors, held_bytes
-from switchlora.trace import trace_batch
+from switchlora.cost import trace_batch
+from switchlora.learner import SavedTensors, build_learner, held_bytes
+from switchlora.run import MEMORY_PARTS, Phase, predict_memory, prepare
+from switchlora.storage import read_events
 from switchlora.train import fit
 
 PHASES = (Phase.FULL, Phase.ADAPTER)

@@ -15,10 +15,10 @@ from timm.layers import resample_abs_pos_embed
 from conf_yamls import build, composed
 from conftest import tiny_vit
 from runs import DIGITS, make_run
-from switchlora.checkpoint import find_all, load_model
-from switchlora.layers import is_factor
+from switchlora.adapters import is_factor
 from switchlora.models import create_model, load_weights
-from switchlora.trunk import trunk_key
+from switchlora.storage import find_all, load_model
+from switchlora.sweep import trunk_key
 
 REPOSITORY = Path(__file__).parents[1]
 PLACE = os.environ.get("SWITCHLORA_PRETRAINED", "../shared/data/vit_small_patch14.safetensors")

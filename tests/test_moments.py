@@ -6,13 +6,18 @@ import pytest
 import torch
 
 from conf_yamls import build, composed
-from switchlora.factors import add_frobenius_decay, trained_adapters
-from switchlora.initializers import Factors, zero_b
-from switchlora.layers import is_factor
-from switchlora.learner import build_learner, parameter_groups
-from switchlora.moments import moments_of, prune_moments
-from switchlora.surgery import inject, kept_parameters, train_only
-from switchlora.targets import find_targets
+from switchlora.adapters import (
+    Factors,
+    add_frobenius_decay,
+    find_targets,
+    inject,
+    is_factor,
+    kept_parameters,
+    train_only,
+    trained_adapters,
+)
+from switchlora.initializers import zero_b
+from switchlora.learner import build_learner, moments_of, parameter_groups, prune_moments
 from test_distributed import run_ranks
 
 

@@ -9,10 +9,10 @@ import torch
 from conf_yamls import composed
 from conftest import tiny_vit
 from runs import SHORT
+from switchlora.adapters import find_targets
 from switchlora.monitor import UpdateMonitor
-from switchlora.prepare import prepare
-from switchlora.records import read_record
-from switchlora.targets import find_targets
+from switchlora.run import prepare
+from switchlora.storage import read_record
 from switchlora.train import fit
 
 PATTERNS = [r"attn\.qkv", r"mlp\.fc1"]

@@ -10,6 +10,7 @@ import torch
 
 from conf_yamls import build_yaml, names
 from conftest import history, stats, tiny_vit
+from switchlora.adapters import find_targets
 from switchlora.errors import NothingMeasured
 from switchlora.ranks import (
     Budget,
@@ -23,7 +24,6 @@ from switchlora.ranks import (
     Weights,
     saves_parameters,
 )
-from switchlora.targets import find_targets
 
 SHAPES = {"blocks.0.fc1": (48, 24), "blocks.1.fc1": (48, 24), "blocks.0.fc2": (24, 48)}
 

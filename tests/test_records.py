@@ -7,12 +7,17 @@ import pytest
 from conf_yamls import composed
 from conftest import history, stats
 from runs import SHORT
+from switchlora.config import identity, shaping
 from switchlora.criteria import Verdict
-from switchlora.identity import identity, shaping
-from switchlora.prepare import prepare
-from switchlora.records import find_records, measurement_of, read_record
-from switchlora.report import family_medians, measurement_metrics
-from switchlora.runlog import RunLog
+from switchlora.run import prepare
+from switchlora.storage import (
+    RunLog,
+    family_medians,
+    find_records,
+    measurement_metrics,
+    measurement_of,
+    read_record,
+)
 from switchlora.train import fit
 
 

@@ -10,14 +10,25 @@ from torch import nn
 from conf_yamls import build, composed, names
 from conftest import tiny_vit
 from runs import assert_same_run, make_run
+from switchlora.adapters import (
+    Adapter,
+    Factors,
+    find_targets,
+    inject,
+    scaling_one,
+    train_only,
+    trained_adapters,
+)
 from switchlora.errors import Interrupted
-from switchlora.factors import trained_adapters
-from switchlora.initializers import Factors, WeightSVD, empty_factors, zero_b
-from switchlora.layers import Adapter, scaling_one
-from switchlora.learner import build_learner
-from switchlora.reflora import RefLoRA, RefLoRAS, balance, precondition, refactoring_matrices
-from switchlora.surgery import inject, train_only
-from switchlora.targets import find_targets
+from switchlora.initializers import WeightSVD, empty_factors, zero_b
+from switchlora.learner import (
+    RefLoRA,
+    RefLoRAS,
+    balance,
+    build_learner,
+    precondition,
+    refactoring_matrices,
+)
 
 LOSS = nn.CrossEntropyLoss()
 START = ("switch/criterion=at_start", "switch/rank=fixed", "switch.rank.rank=2")

@@ -2,16 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from conf_yamls import names
 from runs import make_run
-from switchlora.records import find_records, read_record
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import replay
+from switchlora.analysis.replay import replay
+from switchlora.storage import find_records, read_record
 
 TINY = (
     *("epochs=1", "monitor.window=2", "checkpoint.keep=0", "data.batch_size=16"),

@@ -6,19 +6,16 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 from statistics import fmean, median
 
 import pytest
 
 from runs import BY_DATE, make_run
-from switchlora.records import find_records, read_record
-from switchlora.timeline import Change
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from report import main, write_page
-from report_curves import MOST_POINTS, Curve, family_medians, panel
-from report_parts import changes, differing_settings, problems, rank_maps, reused
+from switchlora.analysis.page.curves import MOST_POINTS, Curve, family_medians, panel
+from switchlora.analysis.page.page import main, write_page
+from switchlora.analysis.page.parts import changes, differing_settings, problems, rank_maps, reused
+from switchlora.analysis.timeline import Change
+from switchlora.storage import find_records, read_record
 
 HOSTILE = 'stopped: <script>alert(1)</script> & "quoted" {{ 1 }}'
 COMPARED = """<script>

@@ -24,13 +24,23 @@ from runs import (
     make_run,
     wandb_records,
 )
-from switchlora.checkpoint import FORMAT, STATE, SUMS, _digest, find_all, load_model, read
+from switchlora.adapters import adapted_modules
+from switchlora.config import build
 from switchlora.errors import Interrupted
-from switchlora.interrupt import Interruption
 from switchlora.learner import Learner
-from switchlora.prepare import build, prepare
-from switchlora.runlog import FolderLock, read_events
-from switchlora.surgery import adapted_modules
+from switchlora.process import Interruption
+from switchlora.run import prepare
+from switchlora.storage import (
+    FORMAT,
+    STATE,
+    SUMS,
+    FolderLock,
+    find_all,
+    load_model,
+    read,
+    read_events,
+)
+from switchlora.storage.checkpoint import _digest
 
 EVERYTHING = (
     *BY_DATE,

@@ -2,18 +2,15 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from conf_yamls import composed
-from switchlora.records import find_records
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import scaling
-from scaling_fit import fit_power_law
+from switchlora.analysis import scaling
+from switchlora.analysis.scaling_fit import fit_power_law
+from switchlora.storage import find_records
 
 NEVER = ("switch/criterion=never",)
 WIDTHS = (32, 48, 64, 96)

@@ -12,22 +12,27 @@ from torch import nn
 
 from conftest import tiny_vit
 from runs import assert_same_run, make_run
-from switchlora.checkpoint import find_all, load_model, updates_of
-from switchlora.criteria import Verdict
-from switchlora.ema import WeightEMA
-from switchlora.errors import SwitchFailed
-from switchlora.export import PEFT_PREFIX, save_adapter, save_merged
-from switchlora.layers import SlicedLoRALinear
-from switchlora.moments import load_moments, moments_of
-from switchlora.plan import with_frozen_front
-from switchlora.policy import Stages
-from switchlora.surgery import (
+from switchlora.adapters import (
+    SlicedLoRALinear,
     adapted_modules,
     adapter_layout,
     inject_empty,
     merged_state_dict,
     plain_shapes,
 )
+from switchlora.criteria import Verdict
+from switchlora.errors import SwitchFailed
+from switchlora.learner import WeightEMA, load_moments, moments_of
+from switchlora.policy import Stages
+from switchlora.storage import (
+    PEFT_PREFIX,
+    find_all,
+    load_model,
+    save_adapter,
+    save_merged,
+    updates_of,
+)
+from switchlora.switching import with_frozen_front
 from test_transitions import Trial, weights
 
 QKV = "blocks.0.attn.qkv"

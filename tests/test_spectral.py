@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from switchlora.spectral import (
+from switchlora.monitor import (
     captured_energy,
     effective_rank,
     energies,

@@ -7,7 +7,7 @@ import pytest
 
 from conf_yamls import build_yaml
 from conftest import history, stats
-from switchlora.stability import BasisStability, StableRank
+from switchlora.criteria import BasisStability, StableRank
 
 
 def of_ranks(**series):

@@ -6,20 +6,25 @@ from torch import nn
 
 from conf_yamls import composed
 from conftest import tiny_vit
-from switchlora.initializers import Factors
-from switchlora.layers import Adapter, adapted_linear, alpha_over_rank, scaling_one
-from switchlora.models import create_model
-from switchlora.surgery import (
+from switchlora.adapters import (
+    Adapter,
+    Factors,
+    adapted_linear,
     adapted_modules,
+    alpha_over_rank,
     applied_ranks,
+    check_targets_are_called,
     count_parameters,
+    find_targets,
     inject,
     kept_parameters,
     merged_state_dict,
     restore,
+    scaling_one,
     train_only,
 )
-from switchlora.targets import check_targets_are_called, family, find_targets
+from switchlora.models import create_model
+from switchlora.names import family
 
 DEFAULTS = list(composed().switch.targets)
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -16,12 +15,11 @@ from omegaconf import OmegaConf
 from conf_yamls import composed
 from runs import DIGITS
 from starts import PATIENCE, Started, multirun
-from switchlora.identity import identity, shaping
-from switchlora.records import find_records
-from switchlora.sweep import JOB, _begun, _wait_for, job_folder, job_values, objectives, readable
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import tables
+from switchlora.analysis.tables import table as tables
+from switchlora.config import identity, shaping
+from switchlora.storage import find_records
+from switchlora.sweep import JOB, job_folder, job_values, objectives, readable
+from switchlora.sweep.jobs import _begun, _wait_for
 
 JOBS = (
     *DIGITS,

@@ -13,14 +13,12 @@ from torch import nn
 
 from conf_yamls import build, composed, names
 from conftest import tiny_vit
-from switchlora.ema import WeightEMA
+from switchlora.adapters import adapted_linear, adapted_modules, is_factor, merged_state_dict
 from switchlora.errors import SwitchFailed
-from switchlora.layers import adapted_linear, is_factor
-from switchlora.learner import build_learner
+from switchlora.learner import WeightEMA, build_learner
 from switchlora.models import create_model
 from switchlora.monitor import UpdateMonitor
-from switchlora.surgery import adapted_modules, merged_state_dict
-from switchlora.switch import switch
+from switchlora.switching import switch
 from trials import LOSS, SWITCH_AT, TOTAL, Trial, batch
 
 

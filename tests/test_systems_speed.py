@@ -2,16 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from runs import make_run
-from switchlora.layers import is_factor
+from switchlora.adapters import is_factor
+from switchlora.bench.systems import main
 from switchlora.learner import Learner
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from systems_speed import main
 
 FEW = ("epochs=1", "max_updates=4", "full.scheduler.warmup_t=2", "monitor.window=2")
 

@@ -18,14 +18,12 @@ from omegaconf import OmegaConf
 
 from conf_yamls import composed
 from runs import BY_DATE, SHORT, make_run
-from switchlora.records import find_records
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from tables import Cell, Column, Row, Table, draw_pareto, main, make_table, pareto_front, shown
-from tables_columns import NOT_RECOVERED
-from tables_formats import csv_text, escaped, latex, markdown
-from tables_picture import pareto_figure
-from tables_rows import short_key
+from switchlora.analysis.tables.columns import NOT_RECOVERED, Cell, Column
+from switchlora.analysis.tables.formats import csv_text, escaped, latex, markdown, shown
+from switchlora.analysis.tables.pareto import draw_pareto, pareto_figure, pareto_front
+from switchlora.analysis.tables.rows import Row, Table, short_key
+from switchlora.analysis.tables.table import main, make_table
+from switchlora.storage import find_records
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 NEVER = ("switch/criterion=never",)

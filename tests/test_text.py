@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from conf_yamls import build, composed
 from runs import assert_same_run
-from switchlora.engine import evaluate
+from switchlora.data import build_text
 from switchlora.errors import Interrupted
-from switchlora.language import CausalTransformer
-from switchlora.records import read_record
-from switchlora.text import build_text
+from switchlora.learner import evaluate
+from switchlora.models import CausalTransformer
+from switchlora.storage import read_record
 from switchlora.train import train
 
 TINY = (

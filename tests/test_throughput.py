@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from switchlora.throughput import WARMUP_UPDATES, Stopwatch, peak_memory
+from switchlora.learner import WARMUP_UPDATES, Stopwatch, peak_memory
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def test_a_new_phase_forgets_the_memory_peak_of_the_last():
 
 def test_warm_up_updates_and_pauses_do_not_count(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("switchlora.throughput.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("switchlora.learner.stopwatch.time.perf_counter", lambda: now[0])
     watch = Stopwatch(CPU)
     for seconds in [100.0] * WARMUP_UPDATES + [2.0] * 5:
         now[0] += seconds

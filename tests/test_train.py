@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from conf_yamls import composed
 from runs import BY_DATE, DIGITS, SHALLOW, history_row, wandb_records
 from runs import SHORT as THREE_EPOCHS
-from switchlora.finish import finish
+from switchlora.cli import main
+from switchlora.config import build
 from switchlora.learner import Learner
 from switchlora.models import eval_mode
-from switchlora.prepare import build, prepare
-from switchlora.provenance import KERNEL_LIMITS, cpu_name
-from switchlora.runlog import read_events
-from switchlora.train import fit, main, train
+from switchlora.run import finish, prepare
+from switchlora.storage import KERNEL_LIMITS, cpu_name, read_events
+from switchlora.train import fit, train
 
 SHORT = (*THREE_EPOCHS, "epochs=4")
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))

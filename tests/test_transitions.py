@@ -11,14 +11,19 @@ from hydra.errors import InstantiationException
 import trials
 from conf_yamls import build, composed
 from runs import make_run
+from switchlora.adapters import (
+    LowRankLinear,
+    adapted_modules,
+    applied_ranks,
+    merge,
+    restore,
+    set_mix,
+)
 from switchlora.errors import SwitchFailed
-from switchlora.lowrank import LowRankLinear, set_mix
 from switchlora.monitor import UpdateMonitor
-from switchlora.plan import with_frozen_front
 from switchlora.policy import Stages
 from switchlora.ranks import largest_saving_rank
-from switchlora.surgery import adapted_modules, applied_ranks, merge, restore
-from switchlora.switch import grow, restart, settle, take_back
+from switchlora.switching import grow, restart, settle, take_back, with_frozen_front
 from trials import BASE, SWITCH_AT, batch
 
 
@@ -445,7 +450,7 @@ def test_options_that_fight_each_other_are_refused(options, says):
         (
             (
                 "switch/guard=warn",
-                "+switch.guard.criterion={_target_: switchlora.stability.BasisStability}",
+                "+switch.guard.criterion={_target_: switchlora.criteria.BasisStability}",
             ),
             "bases=true",
         ),

@@ -13,14 +13,11 @@ from omegaconf import OmegaConf
 
 from conf_yamls import build, composed
 from runs import SHORT, assert_same_run, history_row, wandb_records
-from switchlora import checkpoint
-from switchlora.checkpoint import find_all, thin, updates_of
-from switchlora.prepare import as_plain, prepare
-from switchlora.records import read_record
-from switchlora.runlog import read_events
+from switchlora.config import as_plain
+from switchlora.run import prepare
+from switchlora.storage import checkpoint, find_all, read_events, read_record, thin, updates_of
+from switchlora.sweep import Trunk, TrunkLog, first_firing, trunk_key
 from switchlora.train import fit, train
-from switchlora.trunk import Trunk, first_firing, trunk_key
-from switchlora.trunklog import TrunkLog
 
 EARLY, LATE = "switch.criterion.epoch=0.5", "switch.criterion.epoch=1.5"
 SMALL = (*SHORT, "data.train_size=640", "monitor.window=5")

@@ -3,16 +3,12 @@
 import json
 import socket
 import sys
-from pathlib import Path
 
 import pytest
 
 from runs import BY_DATE, make_run
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from wandb_report import AXIS, main, metrics_by_family, wandb_id
-
-from switchlora.records import read_record
+from switchlora.analysis.wandb_report import AXIS, main, metrics_by_family, wandb_id
+from switchlora.storage import read_record
 
 pytest.importorskip("wandb_workspaces", reason="pip install wandb-workspaces")
 

@@ -7,7 +7,7 @@ from conf_yamls import build, composed
 from conftest import tiny_vit
 from switchlora.learner import build_learner
 from switchlora.monitor import UpdateMonitor
-from switchlora.switch import switch
+from switchlora.switching import switch
 
 TOTAL, SWITCH_AT = 40, 12
 LOSS = nn.CrossEntropyLoss()

@@ -1,0 +1,179 @@
+"""Linear layers that are a product of two factors, with no residual weight beside them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from switchlora.adapters.linear import AdaptedLinear, LoRALinear, SlicedLoRALinear, adapted_linear
+from switchlora.adapters.product import Adapter
+
+
+class LowRankLinear(LoRALinear):
+    """y = s B (A x) + b: r (in + out) weights instead of in out.
+
+    As in Pufferfish (Wang et al., arXiv 2103.03936), Cuttlefish (Wang et al., arXiv 2305.02538)
+    and the low-rank feed-forward layers of Wei et al. (arXiv 2407.09835). ``weight`` is None, so
+    a state dict has the factors alone.
+    """
+
+    kind = "factorized"
+
+    def __init__(self, bias: nn.Parameter | None, adapter: Adapter) -> None:
+        shape = (len(adapter.B), adapter.A.shape[1])
+        super().__init__(torch.empty(shape, device="meta"), bias, adapter)
+        self.weight = None  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return _low_rank(self, input, self.scaling * self.lora_A)
+
+    def merged(self) -> Tensor:
+        """s B A (out, in): summed in float64, rounded once to the factors' dtype."""
+        return _product(self).to(self.lora_B.dtype)
+
+
+class GuidedLinear(LoRALinear):
+    """o = a W x + (1 - a) s B (A x) + b, where W trains too and a falls from 1 to 0.
+
+    Self-guided training (Wei et al., arXiv 2406.16450). W starts at s B A, so that every a gives
+    the same function then. ``mix`` is a, the same for all layers: see ``set_mix``. In training, a
+    ``stochastic`` layer evaluates W x only with probability a, drawn for each update; where it
+    does not, o = s B (A x) + b, and W gets a zero gradient: DDP would wait for one for ever.
+    """
+
+    kind = "guided"
+    mix = 1.0
+    draw = 0.0
+    """uniform in [0, 1): a stochastic layer evaluates W x where it is below ``mix``"""
+    tokens = 0
+    """of the last forward pass"""
+
+    def __init__(
+        self, bias: nn.Parameter | None, adapter: Adapter, stochastic: bool = False
+    ) -> None:
+        weight = adapter.scaling * (adapter.B.double() @ adapter.A.double())
+        super().__init__(weight.to(adapter.B.dtype), bias, adapter)
+        self.weight.requires_grad_()
+        self.stochastic = stochastic
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        self.tokens = input.shape[:-1].numel()
+        A = self.scaling * self.lora_A
+        if self.skips_dense():
+            return _low_rank(self, input, A + self.weight[:0].sum())
+        return torch.lerp(
+            _low_rank(self, input, A), F.linear(input, self.weight, self.bias), self.mix
+        )
+
+    def skips_dense(self) -> bool:
+        """Whether W x is left out: in a stochastic layer's training, by the draw."""
+        return self.training and self.stochastic and self.draw >= self.mix
+
+    def merged(self) -> Tensor:
+        """a W + (1 - a) s B A (out, in): summed in float64, rounded once to W's dtype."""
+        return torch.lerp(_product(self), self.weight.detach().double(), self.mix).to(self.weight)
+
+    def settings(self) -> dict[str, Any]:
+        """Kind and attributes, with a, which the merged weight depends on."""
+        return {**super().settings(), "stochastic": self.stochastic, "mix": self.mix}
+
+
+def factorized_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> LowRankLinear:
+    """The product s B A in the place of ``linear``: its weight is dropped, its bias shared.
+
+    ValueError where ``adapters`` are of row slices.
+    """
+    return LowRankLinear(linear.bias, _only(adapters)).train(linear.training)
+
+
+def guided_linear(
+    linear: nn.Linear, adapters: Mapping[str, Adapter], stochastic: bool = False
+) -> GuidedLinear:
+    """The product s B A in the place of ``linear``, guided by a dense W that starts there too.
+
+    The bias is shared. ValueError where ``adapters`` are of row slices.
+    """
+    return GuidedLinear(linear.bias, _only(adapters), stochastic).train(linear.training)
+
+
+def settled(module: GuidedLinear) -> LowRankLinear:
+    """``module`` without its W; the factors and the bias are the same parameters."""
+    alone = LowRankLinear(module.bias, module.adapters()[""])
+    alone.lora_A, alone.lora_B, alone.dropout = module.lora_A, module.lora_B, module.dropout
+    return alone.train(module.training)
+
+
+def cosine_mix(done: float) -> float:
+    """a = (1 + cos(pi t)) / 2 at the share t of the guided updates that are done (2406.16450)."""
+    return (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+
+
+def set_mix(model: nn.Module, mix: float, num_updates: int) -> None:
+    """Set a of all guided layers for an update, and the draws of the stochastic ones.
+
+    A draw depends on the update and on the place of the layer only: all ranks, and a run that
+    was resumed, make the same.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GuidedLinear)]
+    draws = np.random.default_rng(num_updates).random(len(layers))
+    for layer, draw in zip(layers, draws.tolist(), strict=True):
+        layer.mix, layer.draw = mix, draw
+
+
+def skipped_flops(model: nn.Module) -> int:
+    """FLOPs that the last forward and backward pass saved where W x was left out.
+
+    Of T tokens the dense product costs 2 T in out forward and twice that backward.
+    """
+    skipping = (m for m in model.modules() if isinstance(m, GuidedLinear) and m.skips_dense())
+    return sum(6 * m.tokens * m.in_features * m.out_features for m in skipping)
+
+
+KINDS: dict[str, Callable[..., AdaptedLinear]] = {
+    AdaptedLinear.kind: adapted_linear,
+    LowRankLinear.kind: factorized_linear,
+    GuidedLinear.kind: guided_linear,
+}
+
+
+def rebuilt(
+    linear: nn.Linear,
+    adapters: Mapping[str, Adapter],
+    kind: str,
+    dense: Sequence[str] = (),
+    **attributes: Any,
+) -> AdaptedLinear:
+    """The adapted module whose ``settings()`` are the other arguments."""
+    module = KINDS[kind](linear, adapters)
+    if dense:
+        cast(SlicedLoRALinear, module).make_dense(dense)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def _low_rank(module: LoRALinear, input: Tensor, A: Tensor) -> Tensor:
+    """B (A drop(x)) + b; A has the scaling in it."""
+    dropped = F.dropout(input, module.dropout, module.training)
+    return F.linear(F.linear(dropped, A), module.lora_B, module.bias)
+
+
+@torch.no_grad()
+def _product(module: LoRALinear) -> Tensor:
+    """s B A (out, in) in float64."""
+    return module.scaling * (module.lora_B.double() @ module.lora_A.double())
+
+
+def _only(adapters: Mapping[str, Adapter]) -> Adapter:
+    if set(adapters) != {""}:
+        raise ValueError(
+            "switch/adapter=factorized and guided take one adapter for all rows of a linear: "
+            "they do not go with switch.split_qkv"
+        )
+    return adapters[""]

@@ -1,0 +1,279 @@
+"""Linear layers with low-rank adapters on a frozen residual weight."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchlora.adapters.product import (
+    AdaptedProduct,
+    Adapter,
+    Product,
+    cheaper_form,
+    compute_dtype,
+    dropped_forward,
+    gelu_input,
+    joint_forward,
+    operand_of,
+)
+
+
+class Factors(NamedTuple):
+    """An adapter's factors: A (r, in) and B (out, r), float32; the adapter is scaling * B A."""
+
+    A: Tensor
+    B: Tensor
+
+
+FACTORS = ("A", "B")
+REFORMED_FROM = 8192
+"""tokens from which an effective weight is formed again in the backward pass: that costs about
+r / T of a product, and keeping it the memory of the weight"""
+
+
+class AdaptedLinear(nn.Linear):
+    """y = W_res x + b + s B A x (Hu et al., arXiv 2106.09685), W_res frozen or not.
+
+    ``weight`` and ``bias`` stay where ``nn.Linear`` has them, so the names in state dicts,
+    optimizers and curves survive the switch. Subclasses say where the factors are. ``form`` is
+    'merged' or 'split', None leaves it to ``cheaper_form``. With ``recompute_gelu``, inputs that
+    come from a gelu are made again in the backward pass instead of kept. Where ``weight`` trains,
+    as in the joint phase, it gets its gradient. ``dropout`` is the share of the adapter's inputs
+    that training zeroes. A weight that trains and dropout use autograd's own products, where
+    ``form`` and ``recompute_gelu`` have no effect.
+    """
+
+    kind = "lora"
+    form: str | None = None
+    recompute_gelu = False
+    dropout = 0.0
+    _kept: dict[tuple[str, torch.dtype], Tensor] | None = None
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias  # type: ignore[assignment]
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by the name of their row slice, in the order of the rows."""
+        raise NotImplementedError
+
+    def dense_rows(self) -> dict[str, nn.Parameter]:
+        """Weights of the row slices without an adapter that train in full, by name."""
+        return {}
+
+    def residual(self) -> Tensor:
+        """What the adapters add to (out, in): W_res, and the weights of dense rows."""
+        return self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        adapters = list(self.adapters().values())
+        if self.dropout and self.training:
+            return dropped_forward(input, self.residual(), self.bias, adapters, self.dropout)
+        if self.weight.requires_grad or self.dense_rows():
+            return joint_forward(input, self.residual(), self.bias, adapters)
+        return self._frozen_forward(input, adapters)
+
+    def _frozen_forward(self, input: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+        layout = [(adapter.rows, adapter.scaling) for adapter in adapters]
+        factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
+        tokens = input.shape[:-1].numel()
+        trains_A = any(adapter.A.requires_grad for adapter in adapters)
+        shape = (self.in_features, self.out_features)
+        form = self.form or cheaper_form(tokens, *shape, trains_A, len(adapters))
+        dtype = compute_dtype(input.device.type, factors)
+        kept = self._kept_operand(adapters, form, dtype) if tokens < REFORMED_FROM else None
+        source, gelu = gelu_input(input) if self.recompute_gelu else (None, None)
+        how = Product(form, layout, gelu)
+        return AdaptedProduct.apply(input, self.weight, self.bias, kept, source, how, *factors)
+
+    def merged(self) -> Tensor:
+        """The effective weight W_res + s B A (out, in): summed in float64, rounded once."""
+        return add_adapters(self.residual().detach(), self.adapters())
+
+    def settings(self) -> dict[str, Any]:
+        """Kind and attributes, besides weights and ranks, that ``lowrank.rebuilt`` needs."""
+        return {"kind": self.kind, "dropout": self.dropout}
+
+    @torch.no_grad()
+    def _kept_operand(
+        self, adapters: Sequence[Adapter], form: str, dtype: torch.dtype
+    ) -> Tensor | None:
+        if torch.compiler.is_compiling() or self._kept is None:
+            return None
+        if (form, dtype) not in self._kept:
+            with torch.autocast(self.weight.device.type, enabled=False):
+                self._kept[form, dtype] = operand_of(self.weight, adapters, form, dtype)
+        return self._kept[form, dtype]
+
+    def extra_repr(self) -> str:
+        """Shapes and ranks."""
+        ranks = {name: len(adapter.A) for name, adapter in self.adapters().items()}
+        return f"{super().extra_repr()}, ranks={ranks}"
+
+
+class LoRALinear(AdaptedLinear):
+    """A linear with one adapter: ``lora_A`` (r, in) and ``lora_B`` (out, r)."""
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, adapter: Adapter) -> None:
+        super().__init__(weight, bias)
+        self.scaling = adapter.scaling
+        self.lora_A, self.lora_B = nn.Parameter(adapter.A), nn.Parameter(adapter.B)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapter under the name '', which stands for all rows."""
+        rows = slice(0, self.out_features)
+        return {"": Adapter(self.lora_A, self.lora_B, rows, self.scaling)}
+
+
+class SlicedLoRALinear(AdaptedLinear):
+    """A fused linear, such as qkv, with one adapter for each of its row slices.
+
+    The slices cover all rows in order; a slice of rank 0 is frozen without an adapter.
+    ``lora_A.q`` is (r_q, in), ``lora_B.q`` (rows of q, r_q), and so on: the cost is that of the
+    separate low-rank products, never of a block-diagonal B. A slice that is to switch later is
+    dense: its rows are not in ``weight``, they are the parameter ``dense.q`` (rows of q, in).
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, adapters: Mapping[str, Adapter]
+    ) -> None:
+        super().__init__(weight, bias)
+        self.scalings = {name: adapter.scaling for name, adapter in adapters.items()}
+        # OrderedDict: ParameterDict sorts the keys of a plain one, and the rows are in order
+        self.lora_A = nn.ParameterDict(
+            OrderedDict((name, nn.Parameter(a.A)) for name, a in adapters.items())
+        )
+        self.lora_B = nn.ParameterDict(
+            OrderedDict((name, nn.Parameter(a.B)) for name, a in adapters.items())
+        )
+        self.dense = nn.ParameterDict()
+
+    @torch.no_grad()
+    def make_dense(self, parts: Sequence[str]) -> None:
+        """Let the rows of these slices, whose adapters have rank 0, train in full."""
+        rows = {name: self.weight[adapter.rows] for name, adapter in self.adapters().items()}
+        self.dense.update({part: nn.Parameter(rows.pop(part).clone()) for part in parts})
+        self.weight = nn.Parameter(torch.cat(list(rows.values())), requires_grad=False)
+
+    def settings(self) -> dict[str, Any]:
+        """Kind and attributes, with the names of the dense slices."""
+        return {**super().settings(), "dense": list(self.dense)}
+
+    def dense_rows(self) -> dict[str, nn.Parameter]:
+        """The slices that ``make_dense`` took out of ``weight``."""
+        return dict(self.dense.items())
+
+    def residual(self) -> Tensor:
+        """Rows of ``weight`` and dense ones in their order (out, in); gradients pass."""
+        dense = self.dense_rows()
+        if not dense:
+            return self.weight
+        sizes = [len(B) for name, B in self.lora_B.items() if name not in dense]
+        frozen = iter(self.weight.split(sizes))
+        own = {name: weight * 1 for name, weight in dense.items()}  # gradients not views of one
+        dtype = next(iter(own.values())).dtype
+        return torch.cat([own[n] if n in own else next(frozen).to(dtype) for n in self.lora_B])
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapter of each row slice by its name."""
+        found, start = {}, 0
+        for name, B in self.lora_B.items():
+            rows = slice(start, start := start + len(B))
+            found[name] = Adapter(self.lora_A[name], B, rows, self.scalings[name])
+        return found
+
+
+@contextmanager
+def operands_kept(model: nn.Module) -> Iterator[None]:
+    """Within one update, effective weights are formed once and kept for the backward pass.
+
+    Factors must not change inside. Outside, and where a pass sees ``REFORMED_FROM`` tokens or
+    more, each forward and each backward pass forms its own and holds it no longer than a product
+    takes.
+    """
+    modules = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    for module in modules:
+        module._kept = {}
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._kept = None
+
+
+def adapted_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> AdaptedLinear:
+    """``linear`` with ``adapters`` on it: the same function, the bias shared, W left alone.
+
+    W_res = W - s B A is a new tensor, so that undoing the switch is putting ``linear`` back.
+    """
+    weight = add_adapters(linear.weight.detach(), adapters, sign=-1)
+    if set(adapters) == {""}:
+        return LoRALinear(weight, linear.bias, adapters[""]).train(linear.training)
+    return SlicedLoRALinear(weight, linear.bias, adapters).train(linear.training)
+
+
+@torch.no_grad()
+def add_adapters(weight: Tensor, adapters: Mapping[str, Adapter], sign: int = 1) -> Tensor:
+    """W + sign * s B A on the rows of each adapter: summed in float64, rounded once.
+
+    The result has the dtype of the factors where that is the finer one.
+    """
+    total = weight.to(torch.float64, copy=True)
+    dtype = weight.dtype
+    for adapter in adapters.values():
+        product = adapter.B.double() @ adapter.A.double()
+        total[adapter.rows].add_(product, alpha=sign * adapter.scaling)
+        dtype = torch.promote_types(dtype, adapter.A.dtype)
+    return total.to(dtype)
+
+
+def is_factor(parameter_name: str, which: Sequence[str] = FACTORS) -> bool:
+    """Whether a parameter name belongs to an adapter's factors, or to ``which`` of them."""
+    return any(f"lora_{factor}" in parameter_name for factor in which)
+
+
+def scaling_one(rank: int) -> float:
+    """s = 1: the factors alone carry the adapter's magnitude."""
+    return 1.0
+
+
+def alpha_over_rank(rank: int, alpha: float) -> float:
+    """s = alpha / r (Hu et al., arXiv 2106.09685)."""
+    return alpha / max(rank, 1)
+
+
+def rank_stabilised(rank: int, alpha: float) -> float:
+    """s = alpha / sqrt(r) (rsLoRA; Kalajdzievski, arXiv 2312.03732)."""
+    return alpha / max(rank, 1) ** 0.5
+
+
+def trained_adapters(model: nn.Module) -> list[Adapter]:
+    """The adapters of ``model`` whose factors, or B alone, train; row slices each by itself."""
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    adapters = [adapter for module in adapted for adapter in module.adapters().values()]
+    return [adapter for adapter in adapters if len(adapter.A) and adapter.B.requires_grad]
+
+
+@torch.no_grad()
+def add_frobenius_decay(adapters: Iterable[Adapter], strength: float) -> None:
+    """Add the gradient of strength/2 ||s B A||_F^2 to those of the factors that have one.
+
+    g_A += strength s^2 (B^T B) A and g_B += strength s^2 B (A A^T): no product is of the size of
+    the weight. Cuttlefish's Frobenius decay (Wang et al., arXiv 2305.02538).
+    """
+    for A, B, _, scaling in adapters:
+        factor = strength * scaling**2
+        if A.grad is not None:
+            A.grad.addmm_(B.mT @ B, A, alpha=factor)
+        if B.grad is not None:
+            B.grad.addmm_(B, A @ A.mT, alpha=factor)
+
+
+def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The modules with adapters, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}

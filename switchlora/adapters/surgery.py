@@ -1,0 +1,162 @@
+"""Inject adapters, undo it, choose what trains, read merged weights."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from switchlora.adapters.factorized import rebuilt
+from switchlora.adapters.linear import (
+    AdaptedLinear,
+    Factors,
+    SlicedLoRALinear,
+    adapted_linear,
+    adapted_modules,
+    is_factor,
+)
+from switchlora.adapters.product import Adapter
+from switchlora.adapters.targets import Target
+from switchlora.adapters.trainable import _kept_in, _of_all_slices
+
+
+def inject(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    factors: Mapping[str, Factors],
+    scaling: Callable[[int], float],
+    make: Callable[[nn.Linear, Mapping[str, Adapter]], AdaptedLinear] = adapted_linear,
+    dropout: float = 0.0,
+) -> dict[str, nn.Linear]:
+    """Put adapters on the targets that ``factors`` names; return the modules they replace.
+
+    ``make`` puts them on a plain linear, whose function most keep; a module that has adapters
+    already is merged first. Of a fused one, slices in ``targets`` that ``factors`` does not name
+    keep the factors that they have, or stay dense. A module whose rows are all to be of rank 0
+    stays an ``nn.Linear``. ``restore`` undoes it exactly.
+    """
+    chosen: dict[str, dict[str, Adapter]] = {}
+    for name, (A, B) in factors.items():
+        target = targets[name]
+        adapter = Adapter(A, B, target.rows, scaling(len(A)))
+        chosen.setdefault(target.module, {})[target.part] = adapter
+    linears, adapted = {}, {}
+    for name, new in chosen.items():
+        linear = cast(nn.Linear, model.get_submodule(name))
+        rows = {t.part: t.rows for t in targets.values() if t.module == name}
+        adapters, dense = _of_all_slices(linear, rows, new)
+        if dense or isinstance(linear, AdaptedLinear) or any(len(A) for A, *_ in new.values()):
+            module = make(plain(linear), adapters)
+            if dense:
+                cast(SlicedLoRALinear, module).make_dense(dense)
+            module.dropout = dropout
+            linears[name], adapted[name] = linear, module
+    for name, module in adapted.items():
+        model.set_submodule(name, module)
+    return linears
+
+
+def plain(module: nn.Linear) -> nn.Linear:
+    """``module`` if it has no adapters, else an ``nn.Linear`` with its effective weight.
+
+    The bias is the same parameter.
+    """
+    if not isinstance(module, AdaptedLinear):
+        return module
+    merged = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    merged.weight, merged.bias = nn.Parameter(module.merged().detach()), module.bias
+    return merged.train(module.training)
+
+
+def merge(model: nn.Module) -> dict[str, nn.Linear]:
+    """Replace all adapted modules by plain linears of the same function; return what they were.
+
+    ``restore(model, merge(model))`` leaves every bit as it was.
+    """
+    adapted: dict[str, nn.Linear] = {**adapted_modules(model)}
+    for name, module in adapted.items():
+        model.set_submodule(name, plain(module))
+    return adapted
+
+
+def adapter_layout(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What ``inject_empty`` needs, by module: rank and scaling by row slice, dtype, settings."""
+    return {
+        name: {
+            "dtype": str(_kept_in(module)).removeprefix("torch."),
+            "settings": module.settings(),
+            "parts": {
+                part: {"rank": len(adapter.A), "scaling": adapter.scaling}
+                for part, adapter in module.adapters().items()
+            },
+        }
+        for name, module in adapted_modules(model).items()
+    }
+
+
+def inject_empty(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give a plain model the adapters of ``adapter_layout``, all zero: weights are loaded next."""
+    for name, kept in layout.items():
+        linear = cast(nn.Linear, model.get_submodule(name))
+        rows = linear.out_features // len(kept["parts"])
+        adapters = {}
+        for i, (part, values) in enumerate(kept["parts"].items()):
+            A = linear.weight.new_zeros(values["rank"], linear.in_features)
+            B = linear.weight.new_zeros(rows, values["rank"])
+            place = slice(i * rows, (i + 1) * rows)
+            adapters[part] = Adapter(A, B, place, values["scaling"])
+        module = rebuilt(linear, adapters, **kept["settings"])
+        model.set_submodule(name, module)
+        round_residual(module, getattr(torch, kept["dtype"]))
+
+
+def round_residual(module: AdaptedLinear, dtype: torch.dtype) -> None:
+    """Keep the frozen weight of an adapted module, if it has one, in ``dtype``."""
+    if module.weight is not None:
+        module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+
+
+def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+    """Put back the linears that ``inject`` replaced."""
+    for name, linear in linears.items():
+        model.set_submodule(name, linear)
+
+
+def applied_ranks(
+    model: nn.Module, targets: Mapping[str, Target], names: Iterable[str]
+) -> dict[str, int]:
+    """Rank of each named target as its factors in ``model`` have it; 0 without an adapter."""
+    modules = adapted_modules(model)
+    return {
+        name: len(modules[target.module].adapters()[target.part].A)
+        if (target := targets[name]).module in modules
+        else 0
+        for name in names
+    }
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of the plain model: adapters merged in float64, rounded once, factors left out.
+
+    The tensors of everything else are shared with ``model``, which is not changed.
+    """
+    merged = {n: m.merged() for n, m in adapted_modules(model).items()}
+    return without_adapters(model) | {f"{n}.weight": weight for n, weight in merged.items()}
+
+
+def without_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of the plain model as it is below the adapters: W_res in the place of W."""
+    adapted = adapted_modules(model)
+    dense = {f"{name}.dense.{part}" for name, m in adapted.items() for part in m.dense_rows()}
+    state = model.state_dict()
+    found = {n: t for n, t in state.items() if n not in dense and not is_factor(n)}
+    partly = {f"{n}.weight": m.residual().detach() for n, m in adapted.items() if m.dense_rows()}
+    return found | partly
+
+
+def plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the plain model's state dict, by name."""
+    shapes = {n: tuple(t.shape) for n, t in without_adapters(model).items()}
+    for name, module in adapted_modules(model).items():
+        shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+    return shapes

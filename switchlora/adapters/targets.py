@@ -1,0 +1,155 @@
+"""Targets: the linears, or row slices of fused ones, that are measured and get adapters."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from switchlora.adapters.linear import AdaptedLinear
+from switchlora.models import eval_mode
+from switchlora.names import matching
+from switchlora.process import full
+
+DEFAULT_TARGETS = (
+    r"attn\.(qkv|[qkv]_proj)",
+    r"attn\.proj",
+    r"mlp\.(fc1|fc1_[gx]|w12)",
+    r"mlp\.(fc2|w3)",
+)
+QKV = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear, or some rows of a fused one, that is measured and gets an adapter.
+
+    ``name`` is the module's name, with '.q', '.k' or '.v' behind it for a row slice. In a sharded
+    model, ``weight`` and ``grad`` are gathered: all ranks must ask for them. The weight of a
+    module with adapters is the effective one.
+    """
+
+    name: str
+    module: str
+    rows: slice
+    part: str = ""
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """The target's weight in ``model``, detached (out, in); a view of one without adapters."""
+        module = cast(nn.Linear, model.get_submodule(self.module))
+        alone = self._dense_rows(model)
+        if alone is not None:
+            return alone.detach()
+        if isinstance(module, AdaptedLinear):
+            return module.merged().detach()[self.rows]
+        return full(module.weight.detach())[self.rows]
+
+    def grad(self, model: nn.Module) -> Tensor | None:
+        """The gradient of the target's weight (out, in), None where it has none."""
+        alone = self._dense_rows(model)
+        if alone is not None:
+            return alone.grad
+        weight = cast(nn.Linear, model.get_submodule(self.module)).weight
+        grad = None if weight is None else weight.grad  # no weight in a factorised module
+        return None if grad is None else full(grad)[self.rows]
+
+    def is_dense(self, model: nn.Module) -> bool:
+        """Whether it has no adapter and is not frozen beside slices that have one."""
+        module = model.get_submodule(self.module)
+        return not isinstance(module, AdaptedLinear) or self._dense_rows(model) is not None
+
+    def trains_in_full(self, model: nn.Module) -> bool:
+        """Whether its own rows train, beside no factors of theirs."""
+        parameter = self.parameter_name(model)
+        return self.is_dense(model) and model.get_parameter(parameter).requires_grad
+
+    def parameter_name(self, model: nn.Module) -> str:
+        """Name of the parameter with its rows, or with those of its residual weight."""
+        alone = self._dense_rows(model) is not None
+        return f"{self.module}.dense.{self.part}" if alone else f"{self.module}.weight"
+
+    def _dense_rows(self, model: nn.Module) -> nn.Parameter | None:
+        module = model.get_submodule(self.module)
+        return module.dense_rows().get(self.part) if isinstance(module, AdaptedLinear) else None
+
+
+def find_targets(
+    model: nn.Module, patterns: Sequence[str], split_qkv: bool = False
+) -> dict[str, Target]:
+    """Targets by name: the linears whose name ends, at a dot, in a match of a pattern.
+
+    Patterns are regular expressions: ``attn.qkv`` finds ``blocks.3.attn.qkv``. With
+    ``split_qkv`` a fused qkv counts as three targets. ValueError for a pattern without a match.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = matching(patterns, linears, "target pattern", "linear layer", _match_ending)
+    targets = [t for n in names for t in _targets_of(n, linears[n].out_features, split_qkv)]
+    if not targets:
+        raise ValueError("no target module: give at least one pattern in switch.targets")
+    return {target.name: target for target in targets}
+
+
+@torch.no_grad()
+def check_targets_are_called(model: nn.Module, targets: Iterable[Target], images: Tensor) -> None:
+    """One forward pass of ``images``; ValueError where the model bypasses a target's forward.
+
+    Some attention blocks (BEiT's fused bias, ``nn.MultiheadAttention``) read ``weight`` and never
+    call the linear, so an adapter on it would be dead.
+    """
+    modules, called = {target.module for target in targets}, set()
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name in modules
+    ]
+    try:
+        with eval_mode(model):
+            model(images)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        shape = tuple(images.shape[1:])
+        raise ValueError(
+            f"the model cannot take the data's inputs of {shape}: {reason}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if silent := sorted(modules - called):
+        raise ValueError(
+            f"{len(silent)} target(s), such as {silent[0]}, are never called: this model reads "
+            "their weight directly, so an adapter there would do nothing; leave them out of "
+            "switch.targets"
+        )
+
+
+@torch.no_grad()
+def call_order(model: nn.Module, inputs: Tensor) -> list[str]:
+    """Names of the modules with parameters of their own, in the order of their first calls."""
+    names: dict[str, None] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: names.setdefault(name))
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    try:
+        with eval_mode(model):
+            model(inputs.to(next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(names)
+
+
+def _targets_of(module: str, out_features: int, split_qkv: bool) -> list[Target]:
+    if not (split_qkv and module.endswith("qkv") and out_features % len(QKV) == 0):
+        return [Target(module, module, slice(0, out_features))]
+    size = out_features // len(QKV)
+    return [
+        Target(f"{module}.{part}", module, slice(i * size, (i + 1) * size), part)
+        for i, part in enumerate(QKV)
+    ]
+
+
+def _match_ending(pattern: str, name: str) -> re.Match | None:
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name)

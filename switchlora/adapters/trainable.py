@@ -1,0 +1,116 @@
+"""What trains: the parameters that go on, the frozen ones, and their count."""
+
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from switchlora.adapters.linear import FACTORS, AdaptedLinear, adapted_modules, is_factor
+from switchlora.adapters.product import Adapter
+from switchlora.adapters.targets import Target
+from switchlora.models import eval_mode
+from switchlora.names import matching
+
+
+def freeze_unused(model: nn.Module, images: Tensor) -> list[str]:
+    """Freeze the parameters that get no gradient from a backward pass of ``images``; their names.
+
+    One process leaves them where they are; several would wait for their gradients for ever.
+    """
+    with torch.enable_grad(), eval_mode(model):
+        model(images).sum().backward()
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in unused)
+        parameter.grad = None
+    return unused
+
+
+def frozen_outright(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    freeze: Sequence[str],
+    known: Iterable[str] = (),
+) -> tuple[set[str], set[str]]:
+    """Parameters and ``targets`` in whose names ``freeze``, regular expressions, are found.
+
+    A target counts when its weight does, and the bias of a module whose targets all do. A pattern
+    that finds nothing, not even a name that is ``known`` besides, is a ValueError.
+    """
+    parameters = [n for n, _ in model.named_parameters()]
+    names = [*parameters, *targets, *known, *(f"{name}.weight" for name in known)]
+    found = set(matching(freeze, names, "switch.freeze", "parameter", re.search))
+    frozen = {n for n, t in targets.items() if n in found or f"{t.module}.weight" in found}
+    adapted = {target.module for name, target in targets.items() if name not in frozen}
+    biases = {f"{targets[name].module}.bias" for name in frozen} - {f"{m}.bias" for m in adapted}
+    return (found | biases) & set(parameters), frozen
+
+
+def kept_parameters(
+    model: nn.Module, frozen_modules: Iterable[str], keep: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Parameters besides the factors that train now and that ``keep`` lets go on, by name.
+
+    ``keep`` holds regular expressions that are searched for in parameter names; one that finds
+    nothing is a ValueError. Weights of the ``frozen_modules`` are never among them.
+    """
+    frozen = {f"{name}.weight" for name in frozen_modules}
+    others = {
+        n: p
+        for n, p in model.named_parameters()
+        if p.requires_grad and n not in frozen and not is_factor(n)
+    }
+    found = matching(keep, others, "switch.keep", "parameter", re.search)
+    return {n: others[n] for n in found}
+
+
+def train_only(model: nn.Module, kept: Container[str], factors: Sequence[str] = FACTORS) -> None:
+    """Train ``factors`` and the ``kept`` parameters; freeze the rest and drop its gradients.
+
+    A frozen parameter would otherwise keep its last gradient allocated.
+    """
+    for name, parameter in model.named_parameters():
+        factor = is_factor(name, factors) and parameter.numel() > 0
+        parameter.requires_grad_(name in kept or factor)
+        if not parameter.requires_grad:
+            parameter.grad = None
+
+
+def count_parameters(model: nn.Module, trainable: bool = False) -> int:
+    """Number of parameters, or of those that train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def _kept_in(module: AdaptedLinear) -> torch.dtype:
+    """The dtype of the residual weight, of the factors where there is none."""
+    return next(module.parameters()).dtype if module.weight is None else module.weight.dtype
+
+
+def plain_parameters(model: nn.Module) -> int:
+    """Number of parameters of the plain model, which adapters neither add to nor take from."""
+    factors = sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
+    dropped = [m for m in adapted_modules(model).values() if m.weight is None]
+    kept = count_parameters(model) - factors
+    return kept + sum(m.in_features * m.out_features for m in dropped)
+
+
+def training_flags(model: nn.Module) -> dict[str, bool]:
+    """Which parameters train, by name."""
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def _of_all_slices(
+    linear: nn.Linear, rows: Mapping[str, slice], new: Mapping[str, Adapter]
+) -> tuple[dict[str, Adapter], list[str]]:
+    """Adapters of all slices of ``rows``, ``new`` or old or empty, and the names of dense ones."""
+    old: dict[str, Adapter] = {}
+    if isinstance(linear, AdaptedLinear):
+        old = {n: a for n, a in linear.adapters().items() if n not in linear.dense_rows()}
+    known = {**old, **new}
+    dense = [part for part in rows if part not in known]
+    zeros = next(iter(new.values())).A.new_zeros
+    for part in dense:
+        size = rows[part].stop - rows[part].start
+        known[part] = Adapter(zeros(0, linear.in_features), zeros(size, 0), rows[part], 1.0)
+    return {part: known[part] for part in rows}, dense

@@ -1,0 +1,96 @@
+"""What pictures over optimizer updates share: shades of the phases, lines where one begins."""
+
+from collections.abc import Sequence
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from switchlora.analysis.timeline import Change, Span, Timeline
+
+SHADES = {"full": "#dfe7f1", "joint": "#dfeedd", "staged": "#ebe2f1", "adapter": "#f6e6d3"}
+"""by phase"""
+ORANGE, GREY = "#d55e00", "#555555"
+NAMES = {"settle": "weights frozen", "grow": "ranks grow", "take_back": "taken back"}
+ROOM = 0.045  # of the axis that a name along a line needs
+TICK = 0.04  # of the axis
+
+
+def shade(axis: Axes, spans: Sequence[Span], last: int) -> None:
+    """Shade each phase until update ``last``; phases that come again are told once."""
+    told = set()
+    for phase, begin, end in spans:
+        if begin < last:
+            label = None if phase in told else f"{phase} phase"
+            axis.axvspan(begin, min(end, last), color=SHADES[phase], label=label)
+            told.add(phase)
+    axis.set_xlim(0, last)
+
+
+def mark_changes(axis: Axes, changes: Sequence[Change], last: int) -> None:
+    """A thin line at each change until update ``last``, named where there is room.
+
+    Restarts, which are many, are ticks on the axis.
+    """
+    named = -float("inf")
+    for kind, update in changes:
+        if kind == "restart" and update <= last:
+            tick(axis, update)
+        elif update <= last:
+            axis.axvline(update, color=ORANGE, linestyle="--", linewidth=0.8)
+            if update - named > ROOM * last:
+                _name(axis, update, NAMES.get(kind, kind), inside=update > ROOM * last)
+                named = update
+
+
+def tick(axis: Axes, update: int, color: str = ORANGE) -> None:
+    """A short line that stands on the axis of updates."""
+    transform = axis.get_xaxis_transform()
+    axis.plot([update, update], [0, TICK], color=color, linewidth=1, transform=transform)
+
+
+def keys(course: Timeline, last: int) -> list[Artist]:
+    """What the shades and the ticks until update ``last`` mean, for a legend."""
+    phases = dict.fromkeys(span.phase for span in course.spans if span.begin < last)
+    patches = [Patch(color=SHADES[phase], label=f"{phase} phase") for phase in phases]
+    return [*patches, *restart_key(course.changes, last)]
+
+
+def restart_key(changes: Sequence[Change], last: int) -> list[Artist]:
+    """What the ticks mean, for a legend, where there are any until update ``last``."""
+    if not any(kind == "restart" and update <= last for kind, update in changes):
+        return []
+    return [Line2D([], [], label="restart", marker="|", linestyle="", color=ORANGE, markersize=7)]
+
+
+def mark_end(axis: Axes, switch: int | None) -> None:
+    """A line at the switch where curves end at it."""
+    if switch is not None:
+        axis.axvline(switch, color=ORANGE, linestyle="--", linewidth=1.2)
+        axis.annotate(
+            "switch",
+            (switch, 1),
+            xytext=(-3, -2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=ORANGE,
+        )
+
+
+def _name(axis: Axes, update: int, name: str, inside: bool) -> None:
+    axis.annotate(
+        name,
+        (update, 1),
+        xytext=(-1 if inside else 1, -2),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="right" if inside else "left",
+        va="top",
+        rotation=90,
+        fontsize=7,
+        color=ORANGE,
+    )

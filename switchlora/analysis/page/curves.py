@@ -1,0 +1,164 @@
+"""Curves of many runs for a page: small panels as inline SVG that follow the page's colours."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from itertools import product
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from switchlora.analysis.timeline import Change, measured_targets, number, read_timeline, series
+from switchlora.names import family
+from switchlora.storage import Record
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")
+"""Okabe and Ito's, which colour-blind readers tell apart; black turns into the text colour"""
+DASHES = ("", "6 2", "1.5 1.5", "7 2 1.5 2")
+STYLES = tuple((color, dash) for dash, color in product(DASHES, COLORS))
+"""colour and SVG dashes of a group of runs"""
+STATISTICS = {
+    "relative_update_norm": ("Update norm relative to the weight's, %", 100.0),
+    "update_stable_rank": ("Stable rank of the update", 1.0),
+    "weight_stable_rank": ("Stable rank of the weight", 1.0),
+}
+VALIDATION = {"val/top1": "Validation top1, %", "val/loss": "Validation loss"}
+MOST_POINTS = 240  # on a curve: the page stays small
+PAGE_COLORS = {
+    **dict.fromkeys(("#000000", "#111111", "#555555"), "currentColor"),
+    "#ffffff": "var(--card)",
+}
+SVG_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "switchlora", "font.size": 10}
+MARGINS = {"left": 0.13, "right": 0.97, "bottom": 0.21, "top": 0.95}
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+MARKER = {"zorder": 5, "markersize": 6, "markeredgecolor": "#ffffff", "markeredgewidth": 0.8}
+MARKERS = {"switch": "o", "stage": "o", "settle": "D", "grow": "^", "take_back": "X"}
+"""by kind of change; restarts have none"""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's values over its optimizer updates, drawn in the style of its ``group``."""
+
+    group: int
+    updates: Sequence[float]
+    values: Sequence[float]
+    changes: Sequence[Change] = ()
+
+    def thinned(self) -> "Curve":
+        """At most ``MOST_POINTS`` finite points, the first and the last among them."""
+        finite = np.flatnonzero(np.isfinite(self.values))
+        count = min(len(finite), MOST_POINTS)
+        kept = finite[np.linspace(0, len(finite) - 1, count).round().astype(int)]
+        return Curve(
+            self.group, np.asarray(self.updates)[kept], np.asarray(self.values)[kept], self.changes
+        )
+
+
+def family_medians(record: Record, group: int) -> dict[str, dict[str, Curve]]:
+    """For each statistic and family, the median over the family's layers at each measurement."""
+    course = read_timeline(list(record.events()))
+    found: dict[str, dict[str, Curve]] = {key: {} for key in STATISTICS}
+    for key, (_, unit) in STATISTICS.items():
+        families: dict[str, list[str]] = {}
+        for name in measured_targets(course, key):
+            families.setdefault(family(name), []).append(f"{key}/{name}")
+        for name, members in families.items():
+            updates, values = series(course.windows, members, unit)
+            found[key][name] = Curve(group, updates, medians(values), course.changes)
+    return found
+
+
+def medians(values: np.ndarray) -> np.ndarray:
+    """Medians (windows) over the layers that were measured; NaN where none was."""
+    found = np.full(len(values), math.nan)
+    seen = np.isfinite(values).any(axis=1)
+    found[seen] = np.nanmedian(values[seen], axis=1)
+    return found
+
+
+def validation_curves(record: Record, group: int) -> dict[str, Curve]:
+    """Loss and top1 at each evaluation, over all phases."""
+    events = list(record.events())
+    evals = [e for e in events if e["event"] == "eval" and set(e) >= set(VALIDATION)]
+    updates, changes = [e["num_updates"] for e in evals], read_timeline(events).changes
+    return {
+        key: Curve(group, updates, [number(e[key]) for e in evals], changes) for key in VALIDATION
+    }
+
+
+def panel(curves: Sequence[Curve], name: str, description: str, limits: tuple | None) -> Markup:
+    """A chart as inline SVG; ids begin with ``name``, which is unique on the page.
+
+    Each curve is a ``<g>`` whose id ends in ``-g<group>-<number>``; its changes, of which a dot
+    is the switch, have theirs with the kind behind it, and a number where there are several.
+    ``limits`` are those of the y axis, None for its own.
+    """
+    with matplotlib.rc_context(SVG_STYLE):
+        figure = Figure(figsize=(3.6, 2.3))
+        axis = figure.subplots(gridspec_kw=MARGINS)
+        for number, curve in enumerate(curves):
+            _draw(axis, curve.thinned(), f"g{curve.group}-{number}")
+        axis.set_xlabel("optimizer updates")
+        axis.set_xlim(left=0)
+        axis.set_ylim(limits)
+        axis.grid(color="#888888", alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        return inline_svg(figure, name, description)
+
+
+def shared_limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """Limits of a y axis that shows all of ``curves``; None where there is nothing to show."""
+    values = [v for curve in curves for v in curve.values if math.isfinite(v)]
+    if not values or min(values) == max(values):
+        return None
+    margin = 0.05 * (max(values) - min(values))
+    return min(values) - margin, max(values) + margin
+
+
+def inline_svg(figure: Figure, name: str, description: str) -> Markup:
+    """A figure as SVG that belongs into a page: its own ids, the page's colours, no metadata."""
+    text = StringIO()
+    with matplotlib.rc_context(SVG_STYLE):
+        figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
+    return adopted(text.getvalue(), name, description)
+
+
+def adopted(svg: str, name: str, description: str) -> Markup:
+    """The ``<svg>`` of a file by matplotlib, fit to stand in a page beside others."""
+    svg = svg[svg.index("<svg ") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
+    for color, page_color in PAGE_COLORS.items():
+        svg = re.sub(rf"{color}(?=[;\"])", page_color, svg, flags=re.IGNORECASE)
+    label = f'<svg role="img" aria-label="{escape(description)}" '
+    return Markup(label + svg.removeprefix("<svg "))  # noqa: S704
+
+
+def _draw(axis: Axes, curve: Curve, gid: str) -> None:
+    color, dash = STYLES[curve.group % len(STYLES)]
+    dashes = (0, [float(length) for length in dash.split()]) if dash else "solid"
+    axis.plot(curve.updates, curve.values, color=color, linestyle=dashes, linewidth=1.3, gid=gid)
+    told: Counter[str] = Counter()
+    for kind, update in curve.changes if len(curve.updates) else ():
+        if kind in MARKERS and curve.updates[0] <= update <= curve.updates[-1]:
+            height = np.interp(update, curve.updates, curve.values)
+            name = f"{gid}-{kind}-{told[kind]}" if told[kind] else f"{gid}-{kind}"
+            axis.plot(update, height, MARKERS[kind], color=color, gid=name, **MARKER)
+            told[kind] += 1
+
+
+def group_swatches(labels: Mapping[int, str]) -> list[tuple[int, str, str, str]]:
+    """Number, label, colour and dashes of each group, for the legend."""
+    styles = {group: STYLES[group % len(STYLES)] for group in labels}
+    return [
+        (group, label, PAGE_COLORS.get(styles[group][0], styles[group][0]), styles[group][1])
+        for group, label in sorted(labels.items())
+    ]

@@ -1,0 +1,204 @@
+"""One page of a whole sweep: ``python scripts/report.py SWEEP [--out FILE]``.
+
+A single HTML file that needs nothing else, no network and no JavaScript: the table of
+``scripts/tables.py``, curves, ranks, what differs between the configurations, what did not finish,
+and where the numbers come from. It prints the path of the file.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from switchlora.analysis.page.curves import (
+    STATISTICS,
+    SVG_STYLE,
+    VALIDATION,
+    Curve,
+    adopted,
+    family_medians,
+    group_swatches,
+    panel,
+    shared_limits,
+    validation_curves,
+)
+from switchlora.analysis.page.parts import (
+    NONE,
+    changes,
+    differing_settings,
+    environment,
+    groups_of,
+    problems,
+    provenance,
+    rank_maps,
+    reason,
+    reused,
+    status,
+)
+from switchlora.analysis.tables.columns import Cell
+from switchlora.analysis.tables.formats import grouped, shown
+from switchlora.analysis.tables.pareto import draw_pareto
+from switchlora.analysis.tables.rows import Table
+from switchlora.analysis.tables.table import make_table
+from switchlora.storage import Record, find_records
+
+PAGE = "report.html"
+TEMPLATE = "report_page.html"
+
+
+def main() -> None:
+    """Write the page of a sweep and print its path; one line for a mistake."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sweep", type=Path, help="a folder of run folders")
+    parser.add_argument("--out", type=Path, help=f"the file; default: {PAGE} in the sweep")
+    options = parser.parse_args()
+    try:
+        print(write_page(options.sweep, options.out or options.sweep / PAGE))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+def write_page(sweep: Path, out: Path) -> Path:
+    """Write the page of the runs in ``sweep`` to ``out``; ValueError where there are none."""
+    context = content(sweep)
+    page = _templates().get_template(TEMPLATE).render(context)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def content(sweep: Path) -> dict[str, Any]:
+    """The values that the template shows."""
+    records = find_records([sweep])
+    table = make_table(records)
+    groups = groups_of(records, [record for row in table.rows for record in row.records])
+    keys, settings = differing_settings(records)
+    common, differing = provenance(records)
+    return {
+        "title": title(sweep.resolve()),
+        "count": len(records),
+        "finished": sum(record.finished for record in records),
+        "problems": problems(sweep, records),
+        "table": table,
+        "parts": grouped(table.columns),
+        "rows": _cells(table),
+        "pareto": _pareto(table),
+        "legend": group_swatches(_labels(records, table, groups)),
+        "charts": _charts(records, groups),
+        "maps": rank_maps(records),
+        "keys": keys,
+        "settings": settings,
+        "runs": [_run(record, differing) for record in records],
+        "changes": any(_several_changes(record) for record in records),
+        "common": common,
+        "differing": differing,
+    }
+
+
+def title(sweep: Path) -> str:
+    """The name of a sweep: of its folder, or of the one around it where that is just 'sweep'."""
+    return sweep.parent.name if sweep.name == "sweep" else sweep.name
+
+
+def _cells(table: Table) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Label of each row with text and sort value of its cells."""
+    columns = [column for _, part in grouped(table.columns) for column in part]
+    rows = []
+    for row in table.rows:
+        cells = [(row.cells.get(column.key), column) for column in columns]
+        rows.append(
+            (row.label, [(shown(cell, column), _sort_value(cell)) for cell, column in cells])
+        )
+    return rows
+
+
+def _sort_value(cell: Cell | None) -> str:
+    return "" if cell is None else repr(cell.mean).replace("inf", "Infinity")
+
+
+def _labels(records: Sequence[Record], table: Table, groups: Mapping[Path, int]) -> dict[int, str]:
+    """Each group's label: the table's, or the folder of its first run where it has no row."""
+    labels = {groups[r.folder]: r.folder.name for r in reversed(records)}
+    return labels | {
+        groups[record.folder]: row.label for row in table.rows for record in row.records
+    }
+
+
+def _charts(
+    records: Sequence[Record], groups: Mapping[Path, int]
+) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    """Heading of each group of charts, with the title and the picture of each."""
+    medians, evals = [], []
+    for record in sorted(records, key=lambda each: groups[each.folder]):
+        try:
+            medians.append(family_medians(record, groups[record.folder]))
+            evals.append(validation_curves(record, groups[record.folder]))
+        except ValueError:
+            continue  # a damaged log: ``problems`` names it
+    found = [
+        (heading, _panels(key, heading, [run[key] for run in medians]))
+        for key, (heading, _) in STATISTICS.items()
+    ]
+    validation = [{VALIDATION[key]: curve for key, curve in run.items()} for run in evals]
+    charts = [*found, ("Validation", _panels("val", "", validation, shared=False))]
+    return [(heading, panels) for heading, panels in charts if panels]
+
+
+def _panels(
+    key: str, heading: str, runs: Sequence[Mapping[str, Curve]], shared: bool = True
+) -> list[tuple[str, Markup]]:
+    """A chart for each name, of all runs that have it; with ``shared`` y axes."""
+    limits = shared_limits([c for run in runs for c in run.values()]) if shared else None
+    panels = []
+    for number, name in enumerate(dict.fromkeys(name for run in runs for name in run)):
+        description = f"{heading} {name}: a line for each run over optimizer updates".strip()
+        curves = [run[name] for run in runs if name in run]
+        panels.append((name, panel(curves, f"{key}-{number}", description, limits)))
+    return panels
+
+
+def _pareto(table: Table) -> Markup | str:
+    """The picture of accuracy against cost, or why there is none."""
+    with TemporaryDirectory() as folder, matplotlib.rc_context(SVG_STYLE):
+        try:
+            path = draw_pareto(table, Path(folder) / "pareto.svg")
+        except ValueError as error:
+            return str(error)
+        return adopted(path.read_text(), "pareto", "top1 against training cost, one dot a row")
+
+
+def _run(record: Record, differing: Sequence[str]) -> dict[str, Any]:
+    """One line of the list of runs."""
+    found = environment(record)
+    switch = (record.summary or {}).get("switch", {}).get("num_updates")
+    return {
+        "name": record.folder.name,
+        "seed": record.config.get("seed", NONE),
+        "status": status(record),
+        "switch": NONE if switch is None else f"{switch:,}",
+        "changes": changes(record),
+        "reason": reason(record),
+        "reused": reused(record),
+        "command": found.get("command", NONE),
+        "environment": [found.get(key, NONE) for key in differing],
+    }
+
+
+def _several_changes(record: Record) -> bool:
+    return len((record.summary or {}).get("transitions") or ()) > 1
+
+
+def _templates() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

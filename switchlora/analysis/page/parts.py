@@ -1,0 +1,190 @@
+"""What a page says of a sweep beside its curves: ranks, differences, problems, provenance."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from switchlora.config import identity, leaves, shaping
+from switchlora.names import family
+from switchlora.storage import CONFIG, Record, is_run
+
+NONE = "–"
+SEED = "seed"
+PER_RUN = ("command", "seed")  # of the environment, said for each run
+DARK = 0.45  # of the scale: where white letters give way to black ones
+
+
+@dataclass(frozen=True)
+class RankCell:
+    """One target in one run."""
+
+    text: str
+    background: str | None
+    """None where there is no adapter"""
+    color: str | None
+
+
+@dataclass(frozen=True)
+class RankMap:
+    """The ranks of one family: a row of cells for each run that switched, blocks side by side."""
+
+    family: str
+    blocks: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[RankCell, ...]], ...]
+
+
+def groups_of(records: Sequence[Record], first: Iterable[Record] = ()) -> dict[Path, int]:
+    """The number of each run's group, by folder: runs of a group differ in their seed only.
+
+    Groups are numbered in the order of ``first``, those without a run there come after.
+    """
+    keys = {
+        record.folder: identity({k: v for k, v in shaping(record.config).items() if k != SEED})
+        for record in records
+    }
+    order = dict.fromkeys([*(keys[record.folder] for record in first), *keys.values()])
+    numbers = {key: number for number, key in enumerate(order)}
+    return {folder: numbers[key] for folder, key in keys.items()}
+
+
+def rank_maps(records: Sequence[Record]) -> list[RankMap]:
+    """A map for each family of targets, over the runs that switched; one colour scale for all."""
+    switched = {record.folder.name: _switch(record) for record in records if _ranks(record)}
+    names = list(dict.fromkeys(n for s in switched.values() for n in [*s["ranks"], *_full(s)]))
+    largest = max((rank for s in switched.values() for rank in s["ranks"].values()), default=0)
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(family(name), []).append(name)
+    return [
+        RankMap(
+            each,
+            tuple(_block(name, each) for name in members),
+            tuple(
+                (run, tuple(_rank_cell(switch, name, largest) for name in members))
+                for run, switch in switched.items()
+            ),
+        )
+        for each, members in families.items()
+    ]
+
+
+def differing_settings(
+    records: Sequence[Record],
+) -> tuple[list[str], list[tuple[Record, list[str]]]]:
+    """The keys that shape results and differ between runs, and each run's values of them."""
+    settings = {record.folder: shaping(record.config) for record in records}
+    keys = sorted({key for values in settings.values() for key in values})
+    differ = [k for k in keys if len({repr(v.get(k, NONE)) for v in settings.values()}) > 1]
+    return differ, [
+        (record, [_text(settings[record.folder].get(key, NONE)) for key in differ])
+        for record in records
+    ]
+
+
+def problems(sweep: Path, records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Runs that are not finished, or that never began, each with the reason in a sentence."""
+    found = [(r.folder.name, _unfinished(r)) for r in records if not r.finished]
+    found += [
+        (record.folder.name, f"the switch was undone: {failure}")
+        for record in records
+        for failure in _switch(record).get("failures") or ()
+    ]
+    found += [(path.name, "it logged nothing: it failed at its start") for path in _dead(sweep)]
+    return found
+
+
+def provenance(records: Sequence[Record]) -> tuple[list[tuple[str, str]], list[str]]:
+    """What all finished runs' environments have in common, and the keys in which they differ."""
+    found = [environment(record) for record in records if environment(record)]
+    keys = [key for key in dict.fromkeys(k for e in found for k in e) if key not in PER_RUN]
+    common = [key for key in keys if len({repr(e.get(key)) for e in found}) == 1]
+    shown = [(key.removeprefix("versions."), _text(found[0].get(key))) for key in common]
+    return shown, [key for key in keys if key not in common]
+
+
+def environment(record: Record) -> dict[str, Any]:
+    """Dotted keys of where a run was made, empty where it did not say."""
+    return dict(leaves((record.summary or {}).get("environment") or {}))
+
+
+def reused(record: Record) -> str | None:
+    """Which updates were taken from a shared trunk; None where none were."""
+    trunk = (record.summary or {}).get("trunk")
+    if not trunk:
+        return None
+    return (
+        f"the first {trunk['reused_updates']:,} updates ({trunk['reused_seconds']:,.1f} s) "
+        f"come from {trunk['folder']} and were not computed again"
+    )
+
+
+def reason(record: Record) -> str:
+    """Why the run switched or, for one that ended without, what held the criterion back."""
+    return _switch(record).get("reason") or NONE
+
+
+def changes(record: Record) -> str:
+    """Kind and updates of all that changed the trained tensors: 'switch 20; restart 35, 50'."""
+    kinds: dict[str, list[str]] = {}
+    for change in (record.summary or {}).get("transitions") or ():
+        kinds.setdefault(change["kind"].replace("_", " "), []).append(f"{change['num_updates']:,}")
+    return "; ".join(f"{kind} {', '.join(updates)}" for kind, updates in kinds.items()) or NONE
+
+
+def status(record: Record) -> str:
+    """What a run's summary says of its end."""
+    return record.summary["status"] if record.summary is not None else "unfinished"
+
+
+def _dead(sweep: Path) -> Iterator[Path]:
+    if is_run(sweep):
+        return
+    for path in sorted(sweep.glob("*")):
+        if not is_run(path) and ((path / ".hydra").is_dir() or (path / CONFIG).is_file()):
+            yield path
+
+
+def _unfinished(record: Record) -> str:
+    if record.summary is not None:
+        return str(record.summary["status"])
+    last = 0
+    try:
+        for event in record.events():
+            last = event["num_updates"]
+    except ValueError:
+        return f"metrics.jsonl is damaged after update {last:,}: the run was killed as it wrote"
+    return f"it has no summary: it goes on, or it was killed; last event at update {last:,}"
+
+
+def _switch(record: Record) -> Mapping[str, Any]:
+    return (record.summary or {}).get("switch") or {}
+
+
+def _ranks(record: Record) -> Mapping[str, int]:
+    return _switch(record).get("ranks") or {}
+
+
+def _full(switch: Mapping[str, Any]) -> Sequence[str]:
+    return switch.get("left_full") or ()
+
+
+def _rank_cell(switch: Mapping[str, Any], name: str, largest: int) -> RankCell:
+    rank = switch["ranks"].get(name)
+    if rank is None:
+        return RankCell("full" if name in _full(switch) else NONE, None, None)
+    share = rank / largest if largest else 0.0
+    background = to_hex(colormaps["viridis"](share))
+    return RankCell(str(rank), background, "#ffffff" if share < DARK else "#000000")
+
+
+def _block(name: str, of_family: str) -> str:
+    numbers = [part for part in name.removesuffix(of_family).split(".") if part.isdigit()]
+    return ".".join(numbers) or name
+
+
+def _text(value: Any) -> str:
+    return NONE if value is None else str(value)

@@ -1,0 +1,1 @@
+"""What would have switched when: criteria asked again over a finished run."""

@@ -1,0 +1,224 @@
+"""When other settings would have switched: ``python scripts/replay.py RUN... KEY=VALUE ...``.
+
+A criterion reads nothing but the logged history, so it can be asked again without training:
+``python scripts/replay.py runs/x switch/criterion=prelora switch.criterion.tau=0.25,0.5,1``. The
+words are those of ``switchlora -m``, and change the policy that the run was made with; a RUN may
+be a sweep. Prints a table and writes replay.json, replay.md and replay.png.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir
+
+from switchlora.analysis.figures import run_labels
+from switchlora.analysis.formats import markdown
+from switchlora.analysis.replay.picture import draw
+from switchlora.analysis.replay.settings import labels, policy_of, split
+from switchlora.config import folder_of
+from switchlora.criteria import Verdict
+from switchlora.monitor import Measurement
+from switchlora.policy import SwitchPolicy
+from switchlora.process import USER_ERRORS, one_line
+from switchlora.storage import Record, find_records
+
+CONF = folder_of("conf")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one setting says of one run's history."""
+
+    setting: str
+    run: str
+    fires_at: int | None
+    """update of the first measurement at which it fires"""
+    epoch: float | None
+    measured_until: int
+    """last update of the history"""
+    history_ends: str | None
+    """why it ends there, where the full phase could have gone on; None where it could not"""
+    target: str | None
+    margin: float | None
+    """of the target that decides, when it fires, or else at the end of the history"""
+    reason: str
+    curve: Sequence[tuple[int, float]]
+    """update and deciding margin of each measurement, until it fires"""
+
+    @property
+    def outcome(self) -> str:
+        """The update at which it fires, or what can be said where it does not."""
+        if self.fires_at is not None:
+            return str(self.fires_at)
+        return f"not by {self.measured_until}" if self.history_ends else "never"
+
+
+def main() -> None:
+    """Answer what the command line asks; one clear line for a mistake in it."""
+    options = parse(sys.argv[1:])
+    try:
+        records = find_records(options.runs)
+        answers = replay(records, options.overrides, options.config_dir)
+        folder = options.out or default_folder(options.runs)
+        text = report(records, options.overrides, answers)
+        written = write(folder, records, options.overrides, answers, text)
+    except USER_ERRORS as error:
+        sys.exit(f"replay: {one_line(error)}")
+    print(text)
+    print(f"written: {' '.join(map(str, written))}")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line, with ``runs`` and ``overrides`` told apart."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("words", nargs="+", metavar="RUN or KEY=VALUE")
+    parser.add_argument("--out", type=Path, help="replay/ in the run or sweep by default")
+    parser.add_argument("--config-dir", type=Path, help="a folder with yamls of your own")
+    options = parser.parse_intermixed_args(words)
+    options.runs = [Path(w) for w in options.words if "=" not in w or Path(w).exists()]
+    options.overrides = [w for w in options.words if "=" in w and not Path(w).exists()]
+    if not options.runs:
+        parser.error("give the folder of a run or of a sweep")
+    return options
+
+
+def default_folder(runs: Sequence[Path]) -> Path:
+    """Where results go: into the one run or sweep, or here where there are several."""
+    return (runs[0] if len(runs) == 1 else Path()) / "replay"
+
+
+def replay(
+    records: Sequence[Record], words: Sequence[str], config_dir: Path | None = None
+) -> list[Answer]:
+    """The answers of every setting that the overrides ``words`` span, on every run."""
+    if config_dir is not None and not config_dir.is_dir():
+        raise ValueError(f"--config-dir {config_dir} is no folder")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = split(words)
+        histories = [record.history() for record in records]
+        names = run_labels([record.folder for record in records])
+        return [
+            ask(policy_of(record, setting, config_dir), record, history, (label, name))
+            for setting, label in zip(settings, labels(settings), strict=True)
+            for record, history, name in zip(records, histories, names, strict=True)
+        ]
+
+
+def ask(
+    policy: SwitchPolicy, record: Record, history: Sequence[Measurement], names: tuple[str, str]
+) -> Answer:
+    """The policy's verdicts before the first update and after each window, until it fires."""
+    setting, run = names
+    curve: list[tuple[int, float]] = []
+    quorum = getattr(policy.criterion, "quorum", 1.0)
+    for done, verdict in verdicts(policy, record, history):
+        target, margin = deciding(verdict, quorum)
+        if margin is not None:
+            curve.append((done, margin))
+        if verdict.fires:
+            break
+    fired = verdict.fires
+    return Answer(
+        setting=setting,
+        run=run,
+        fires_at=done if fired else None,
+        epoch=next((m.epoch for m in history if m.num_updates == done), 0.0) if fired else None,
+        measured_until=history[-1].num_updates if history else 0,
+        history_ends=history_ends(record),
+        target=target,
+        margin=margin,
+        reason=verdict.reason,
+        curve=curve,
+    )
+
+
+def verdicts(
+    policy: SwitchPolicy, record: Record, history: Sequence[Measurement]
+) -> Iterator[tuple[int, Verdict]]:
+    """Update and verdict, as the run would have asked; ValueError without the statistics."""
+    for known in range(len(history) + 1):
+        try:
+            verdict = policy.decide(history[:known])
+        except (TypeError, IndexError) as error:
+            exact = record.config["monitor"]["exact"]
+            missing = "" if exact else ", or it reads what only monitor.exact=true measures"
+            raise ValueError(
+                f"{record.folder.name}: the criterion fails on its history ({error}): a value has "
+                f"the wrong type{missing}"
+            ) from error
+        yield history[known - 1].num_updates if known else 0, verdict
+
+
+def deciding(verdict: Verdict, quorum: float) -> tuple[str | None, float | None]:
+    """Target with the smallest margin, or with the one that would complete the quorum."""
+    ranked = sorted(verdict.margins.items(), key=lambda item: item[1], reverse=True)
+    return ranked[math.ceil(quorum * len(ranked)) - 1] if ranked else (None, None)
+
+
+def history_ends(record: Record) -> str | None:
+    """Why a run was not measured to the end of its training; None where it was."""
+    if any(True for _ in record.events("switch")):
+        return "where it switched"
+    return None if record.finished else "the run is not finished"
+
+
+def report(records: Sequence[Record], words: Sequence[str], answers: Sequence[Answer]) -> str:
+    """Heading, a line a run, the table and what its columns mean: Markdown that reads as text."""
+    head = ["setting", "run", "fires at update", "epoch", "margin", "of, or why not"]
+    rows = [
+        [
+            *(a.setting, a.run, a.outcome),
+            "-" if a.epoch is None else f"{a.epoch:.2f}",
+            "-" if a.margin is None else f"{a.margin:.3g}",
+            a.target or a.reason,
+        ]
+        for a in answers
+    ]
+    lines = [run_line(*pair) for pair in zip(records, answers[: len(records)], strict=True)]
+    given = f"Given: {' '.join(words) or 'nothing, so the settings of the runs'}"
+    return "\n\n".join(["# Replay", given, "\n".join(lines), markdown([head, *rows]), NOTES])
+
+
+NOTES = """\
+- patience and windows count the run's windows, however many updates or epochs those are.
+- never: the run trained in full to its end, and the setting does not fire in all of it.
+- not by N: the history ends at update N, so the setting fires later or never; a longer run tells,
+  such as one with switch/criterion=never.
+- margin: distance to the threshold, in the criterion's unit, of the target that decides: the one
+  with the smallest, or the one that would complete the quorum. Below zero it holds the switch
+  back most. PreLoRA decides by means over families, so it may fire with a target below zero."""
+
+
+def run_line(record: Record, answer: Answer) -> str:
+    """What the history of a run covers, and what its criteria count in."""
+    window = record.config["monitor"]["window"]
+    span = "1 epoch" if window == "epoch" else f"{window} updates"
+    end = f"until update {answer.measured_until}"
+    return f"- {answer.run}: measured every {span}, {end}, {answer.history_ends or 'its end'}"
+
+
+def write(
+    folder: Path,
+    records: Sequence[Record],
+    words: Sequence[str],
+    answers: Sequence[Answer],
+    text: str,
+) -> list[Path]:
+    """Write the answers as JSON, Markdown and a picture; return the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"replay.{ending}" for ending in ("json", "md", "png")]
+    content: Mapping[str, Any] = {
+        "overrides": list(words),
+        "runs": [str(record.folder) for record in records],
+        "answers": [{**asdict(a), "outcome": a.outcome} for a in answers],
+    }
+    paths[0].write_text(json.dumps(content, indent=1) + "\n")
+    paths[1].write_text(text + "\n")
+    draw(answers).savefig(paths[2], dpi=150)
+    return paths

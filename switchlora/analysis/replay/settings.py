@@ -1,0 +1,134 @@
+"""Settings to replay: Hydra's overrides of a run's own policy, and the refusal of all others."""
+
+import json
+from collections.abc import Sequence
+from functools import cache, reduce
+from pathlib import Path
+
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from switchlora.config import build, is_free, leaves
+from switchlora.policy import SwitchPolicy
+from switchlora.process import USER_ERRORS, one_line
+from switchlora.storage import Record
+
+REPLAYED = ("switch", "adapter")
+"""parts of a configuration that the full phase does not depend on"""
+BASE = "replayed_run"
+Setting = tuple[str, ...]  # overrides, none of them a sweep
+
+
+def split(words: Sequence[str]) -> list[Setting]:
+    """Every combination of the values that sweeps give, as ``switchlora -m`` would make runs."""
+    overrides = parsed(words)
+    return [tuple(each) for each in BasicSweeper.split_arguments(overrides, None)[0]]
+
+
+def parsed(words: Sequence[str]) -> list[Override]:
+    """Hydra's reading of overrides."""
+    loader = GlobalHydra.instance().config_loader()
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(words))
+
+
+def labels(settings: Sequence[Setting]) -> list[str]:
+    """Short names of settings: what differs between them, by the last part of its key."""
+    shared = set.intersection(*map(set, settings)) if len(settings) > 1 else set()
+    names = [", ".join(short(w) for w in each if w not in shared) for each in settings]
+    if len(set(names)) < len(names):
+        names = [", ".join(w for w in each if w not in shared) for each in settings]
+    return [name or "as configured" for name in names]
+
+
+def short(word: str) -> str:
+    """An override without what leads to its key: 'tau=1', or 'prelora' for a choice."""
+    key, _, value = word.partition("=")
+    return value if "/" in key else f"{key.split('.')[-1]}={value}"
+
+
+def policy_of(record: Record, setting: Setting, config_dir: Path | None) -> SwitchPolicy:
+    """The run's own policy with a setting's changes; ValueError where they need a new run."""
+    overrides = parsed(setting)
+    refuse_other_full_phase(record, overrides)
+    try:
+        policy = composed(base_of(record, overrides), setting, config_dir)
+    except USER_ERRORS as error:
+        raise ValueError(f"{record.folder.name}: {one_line(error)}{hint(overrides)}") from error
+    for key in ("targets", "split_qkv"):
+        own = record.config["switch"].get(key, getattr(policy, key))
+        if getattr(policy, key) != own:
+            raise ValueError(
+                f"switch.{key} says what is measured: {record.folder.name} has the statistics "
+                f"of {key}={own} only; train a run with the other value"
+            )
+    return policy
+
+
+def hint(overrides: Sequence[Override]) -> str:
+    """What may help where values of a criterion do not suit the run's own."""
+    keys = [path_of(override) for override in overrides]
+    if {"switch", "switch.criterion"} & set(keys) or not any(".criterion." in k for k in keys):
+        return ""
+    return "; without switch/criterion=... it is the run's own criterion that is replayed"
+
+
+def refuse_other_full_phase(record: Record, overrides: Sequence[Override]) -> None:
+    """ValueError for the first override that would have changed the history itself."""
+    trained = dict(leaves(record.config))
+    for override in overrides:
+        key, word = path_of(override), override.input_line
+        same = key in trained and trained[key] == override.value()
+        if key.split(".")[0] in REPLAYED or same or is_free(key):
+            continue
+        if key == "monitor.window":
+            raise ValueError(
+                f"{word} cannot be replayed: {record.folder.name} measured windows of "
+                f"{trained[key]}, from which others cannot be made; train a run with it"
+            )
+        raise ValueError(
+            f"{word} cannot be replayed: it would change the full phase, of which there is only "
+            f"the logged history; give {' and '.join(f'{part}.*' for part in REPLAYED)} only"
+        )
+
+
+def path_of(override: Override) -> str:
+    """The dotted place in the configuration that an override changes."""
+    return override.package or override.key_or_group.replace("/", ".")
+
+
+def base_of(record: Record, overrides: Sequence[Override]) -> str:
+    """The run's configuration as JSON, with a defaults list in place of what is chosen anew.
+
+    Runs that differ in seed or name only have the same.
+    """
+    config = json.loads(json.dumps({**record.config, "seed": None, "name": None}))
+    choices = [override for override in overrides if is_choice(override)]
+    outer = [o for o in choices if not any(below(o, other) for other in choices)]
+    for choice in outer:
+        *parents, last = path_of(choice).split(".")
+        reduce(lambda node, part: node.get(part, {}), parents, config).pop(last, None)
+    defaults = ["_self_", *({o.get_key_element(): o.value()} for o in outer)]
+    return json.dumps({"defaults": defaults, **config})
+
+
+@cache
+def composed(base: str, setting: Setting, config_dir: Path | None) -> SwitchPolicy:
+    """The policy of a base from ``base_of`` once Hydra has applied ``setting`` to it."""
+    ConfigStore.instance().store(BASE, json.loads(base))
+    search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+    return build(compose(BASE, overrides=[*setting, *search]).switch)
+
+
+def is_choice(override: Override) -> bool:
+    """Whether an override chooses a yaml of a group instead of giving a value."""
+    key = override.key_or_group
+    return "/" in key or override.package is not None or key == "switch"
+
+
+def below(choice: Override, other: Override) -> bool:
+    """Whether the place of ``choice`` lies within that of ``other``."""
+    return path_of(choice).startswith(f"{path_of(other)}.")

@@ -1,0 +1,186 @@
+"""Loss against training FLOPs: ``python scripts/scaling.py RUN... --out FOLDER``.
+
+Fits L = a C^-b through the final validation losses of dense, low-rank and self-guided runs of
+several widths, and writes scaling.json, scaling.md and scaling.png. A RUN may be a sweep. C is
+what the run computed in products and attention, forward and backward, its whole training through;
+causal attention counts like full attention.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from switchlora.analysis.scaling_fit import LEAST_RUNS, PowerLaw, fit_power_law, verdict
+from switchlora.analysis.scaling_picture import draw
+from switchlora.process import USER_ERRORS, one_line
+from switchlora.storage import Record, check_alike, find_records
+
+DENSE = "dense"
+KINDS = {"factorized_linear": "low rank", "guided_linear": "self-guided"}
+CURVE_POINTS = 10
+
+
+@dataclass(frozen=True)
+class Point:
+    """One finished run."""
+
+    label: str
+    """'dense', or what stands for the weights and its share of their parameters"""
+    width: int
+    seed: int
+    flops: float
+    """of the whole training"""
+    loss: float
+    """of the last validation, in nats"""
+    curve: Sequence[tuple[float, float]]
+    """(FLOPs, mean training loss of the updates since the point before)"""
+
+
+def main() -> None:
+    """Fit and write what the command line asks for; one clear line for a mistake in it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    try:
+        records = find_records(options.runs)
+        points = read(records)
+        laws = fit(points)
+        write(points, laws, options.out)
+    except USER_ERRORS as error:
+        sys.exit(f"scaling: {one_line(error)}")
+    if len(points) < len(records):
+        print(f"left out, since they have not finished: {len(records) - len(points)} run(s)")
+    print("\n".join(sentences(laws)))
+    print(f"written to {options.out}: scaling.json scaling.md scaling.png")
+
+
+def read(records: Sequence[Record]) -> list[Point]:
+    """The points of the finished runs, dense ones first.
+
+    ValueError where none has finished, or where they differ in their data or epochs.
+    """
+    finished = [record for record in records if record.finished]
+    if not finished:
+        raise ValueError(f"none of {len(records)} run(s) has finished: there is nothing to fit")
+    check_alike(finished, ("data", "epochs"), "runs that saw the same data")
+    points = [point_of(record) for record in finished]
+    return sorted(points, key=lambda p: (p.label != DENSE, p.label, p.width, p.seed))
+
+
+def point_of(record: Record) -> Point:
+    """A finished run; ValueError where its FLOPs are not known or its model has no width."""
+    summary, model = record.summary, record.config["model"]
+    assert summary is not None
+    flops = summary["cost"]["train_flops"]
+    if flops is None:
+        raise ValueError(f"{record.folder}: its FLOPs are not known, as with torch.compile")
+    if "embed_dim" not in model:
+        raise ValueError(f"{record.folder}: its model has no model.embed_dim, the width")
+    return Point(
+        label=label_of(record),
+        width=model["embed_dim"],
+        seed=record.config["seed"],
+        flops=flops,
+        loss=summary["val"]["loss"],
+        curve=list(curve_of(record)),
+    )
+
+
+def label_of(record: Record) -> str:
+    """What the run's feed-forward layers were: 'dense', 'low rank, 62.5 %', 'self-guided, 62.5 %'.
+
+    ValueError for other adapters.
+    """
+    switch = record.config["switch"]
+    if switch["criterion"].get("path", "").endswith(".never"):
+        return DENSE
+    adapter = switch.get("adapter", {})
+    made_by = adapter.get("path", adapter.get("_target_", "")).rpartition(".")[2]
+    by_parameters = switch["rank"]["_target_"].endswith(".ParameterRatio")
+    if made_by not in KINDS or not by_parameters:
+        raise ValueError(
+            f"{record.folder} is neither dense nor low-rank: give runs with switch/criterion=never"
+            ", or with switch/adapter=factorized or guided and switch/rank=parameter_ratio"
+        )
+    assert record.summary is not None
+    if record.summary["segments"][-1]["phase"] != "adapter":
+        raise ValueError(f"{record.folder} did not end with its factors alone: see its log")
+    return f"{KINDS[made_by]}, {100 * switch['rank']['ratio']:.4g} %"
+
+
+def curve_of(record: Record) -> Iterator[tuple[float, float]]:
+    """About ten points (FLOPs, mean training loss) along a run."""
+    assert record.summary is not None
+    events = [event for event in record.events("train") if event["train/loss"] is not None]
+    size = max(len(events) // CURVE_POINTS, 1)
+    for last in range(size, len(events) + 1, size):
+        losses = [event["train/loss"] for event in events[last - size : last]]
+        flops = flops_until(events[last - 1]["num_updates"], record.summary["phases"])
+        yield flops, sum(losses) / size
+
+
+def flops_until(num_updates: int, phases: Mapping[str, Mapping[str, Any]]) -> float:
+    """FLOPs of the first updates of a run whose ``phases`` came in this order."""
+    flops, left = 0.0, num_updates
+    for phase in phases.values():
+        made = min(left, phase["num_updates"])
+        flops += made * (phase["flops_per_update"] or 0)
+        left -= made
+    return flops
+
+
+def fit(points: Sequence[Point]) -> dict[str, PowerLaw]:
+    """The power law of each label; ValueError for a label with too few runs or one width only."""
+    laws = {}
+    for label in dict.fromkeys(point.label for point in points):
+        members = [point for point in points if point.label == label]
+        widths = sorted({point.width for point in members})
+        if len(widths) < 2 or len(members) < LEAST_RUNS:
+            raise ValueError(
+                f"{label}: {len(members)} run(s) of width {', '.join(map(str, widths))} give no "
+                f"exponent: give at least {LEAST_RUNS} runs, of two widths or more"
+            )
+        laws[label] = fit_power_law([p.flops for p in members], [p.loss for p in members])
+    return laws
+
+
+def sentences(laws: Mapping[str, PowerLaw]) -> list[str]:
+    """For each other label, whether it is steeper than dense."""
+    if DENSE not in laws:
+        return ["There are no dense runs to compare with."]
+    others = [label for label in laws if label != DENSE]
+    found = [verdict(label, laws[label], DENSE, laws[DENSE]) for label in others]
+    return found or ["There are no low-rank runs to compare with."]
+
+
+def write(points: Sequence[Point], laws: Mapping[str, PowerLaw], folder: Path) -> None:
+    """scaling.json, scaling.md and scaling.png into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {
+        "fits": {label: asdict(law) for label, law in laws.items()},
+        "verdict": sentences(laws),
+        "runs": [asdict(point) for point in points],
+    }
+    (folder / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "scaling.md").write_text("\n".join(report(points, laws)) + "\n")
+    draw(points, laws).savefig(folder / "scaling.png", dpi=150)
+
+
+def report(points: Sequence[Point], laws: Mapping[str, PowerLaw]) -> list[str]:
+    """Lines of Markdown: the fits, what they say, and all runs."""
+    fits = [
+        f"| {label} | {law.exponent:.3f} | {law.low:.3f} to {law.high:.3f} | {law.runs} |"
+        for label, law in laws.items()
+    ]
+    runs = [f"| {p.label} | {p.width} | {p.seed} | {p.flops:.3g} | {p.loss:.4f} |" for p in points]
+    return [
+        "L = a C^-b: L is the last validation loss in nats, C the training FLOPs.",
+        *("", "| | b | 95 % interval | runs |", "|:--|--:|--:|--:|", *fits),
+        *("", *sentences(laws)),
+        *("", "| | width | seed | FLOPs | loss |", "|:--|--:|--:|--:|--:|", *runs),
+    ]

@@ -1,0 +1,78 @@
+"""The picture of loss against training FLOPs: curves on the way, the ends, and the fits."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+from switchlora.analysis.figures import run_styles, tidy
+from switchlora.analysis.scaling_fit import PowerLaw
+
+SHOWN_FROM = 0.1  # of a run: before, the warm-up's losses would flatten the rest
+
+
+def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
+    """Left the training losses along the way, a line a width; right the losses at the end.
+
+    ``points`` are those of ``scaling.Point``. Both axes are logarithmic; a marker is a run, a line
+    the mean of the runs of one width.
+    """
+    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    way, end = figure.subplots(1, 2)
+    for (label, law), style in zip(laws.items(), run_styles(len(laws)), strict=True):
+        members = [point for point in points if point.label == label]
+        curved = [point for point in members if point.curve]
+        for _, alike in groupby(curved, lambda point: (point.width, len(point.curve))):
+            draw_curve(way, list(alike), style)
+        draw_ends(end, members, label, law, style)
+    way.set_title("training loss on the way, mean over seeds", fontsize=10)
+    end.set_title("validation loss at the end", fontsize=10)
+    for axis in (way, end):
+        tidy_logarithms(axis)
+        axis.set_xlabel("training FLOPs", fontsize=9)
+    end.legend(fontsize=8, frameon=False)
+    way.set_ylabel("loss, nats", fontsize=9)
+    return figure
+
+
+def draw_curve(axis: Axes, runs: Sequence[Any], style: Mapping[str, Any]) -> None:
+    """The mean training loss of alike ``runs`` over their FLOPs, without the first tenth."""
+    flops, losses = np.mean([run.curve for run in runs], axis=0).T
+    shown = flops >= SHOWN_FROM * runs[0].flops
+    look = {"color": style["color"], "linestyle": style["linestyle"]}
+    axis.plot(flops[shown], losses[shown], linewidth=0.9, alpha=0.8, **look)
+
+
+def draw_ends(
+    axis: Axes, members: Sequence[Any], label: str, law: PowerLaw, style: Mapping[str, Any]
+) -> None:
+    """The runs of one kind and the line through them, with its exponent in the legend."""
+    flops = [point.flops for point in members]
+    axis.plot(
+        flops,
+        [point.loss for point in members],
+        style["marker"],
+        color=style["color"],
+        markersize=5,
+        markerfacecolor="none",
+    )
+    told = f"{label}: b = {law.exponent:.3f} [{law.low:.3f}, {law.high:.3f}], n = {law.runs}"
+    ends = np.geomspace(min(flops), max(flops), 2)
+    look = {"markersize": 5, "markerfacecolor": "none", "markevery": []}  # the legend alone has it
+    axis.plot(ends, law(ends), label=told, **look, **style)
+
+
+def tidy_logarithms(axis: Axes) -> None:
+    """Logarithmic axes with plain numbers for the loss, which spans less than a decade."""
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.xaxis.set_major_locator(LogLocator(numticks=6))
+    axis.yaxis.set_major_locator(MaxNLocator(6))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.minorticks_off()
+    tidy(axis)

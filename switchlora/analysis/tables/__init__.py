@@ -1,0 +1,1 @@
+"""Tables of runs: one row a setting, with refusals of unfair comparisons."""

@@ -1,0 +1,244 @@
+"""The columns of a table over runs: how each is read from a finished run, its unit, its digits."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from switchlora.storage import Record
+
+MIB = 2**20
+NOT_RECOVERED = math.inf
+ACCURACY, SPEED, COST = "Accuracy", "Speed and memory", "Cost"
+Read = Callable[[Record], float | None]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: ``read`` takes its number from a finished run, None where there is none."""
+
+    key: str
+    title: str
+    unit: str
+    read: Read
+    digits: int | Callable[[float], str]
+    """digits behind the point, or a function that writes a number"""
+    group: str = ""
+    """the part of the table that it stands in, where a table is too wide for a page"""
+    timed: bool = False
+    """whether a clock or a memory counter fills it"""
+    quartiles: Callable[[Record], tuple[float, float] | None] | None = None
+    """over the updates of one run"""
+
+    @property
+    def header(self) -> str:
+        """Title and unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The numbers of one row in one column: one a seed, at least one."""
+
+    values: tuple[float, ...]
+    quartiles: tuple[float, float] | None = None
+    """of a single run's updates"""
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds; inf where one of them never got there."""
+        return fmean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the seeds; None for fewer than two finite values."""
+        return stdev(self.values) if self.n > 1 and math.isfinite(self.mean) else None
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.values)
+
+
+def make_cell(column: Column, records: Sequence[Record]) -> Cell | None:
+    """What ``column`` reads from ``records``; None where it reads nothing."""
+    values = tuple(v for record in records if (v := column.read(record)) is not None)
+    if not values:
+        return None
+    alone = len(records) == 1 and column.quartiles is not None
+    return Cell(values, column.quartiles(records[0]) if alone else None)
+
+
+def run_columns() -> list[Column]:
+    """The columns that a run fills by itself."""
+    return [
+        Column("switch_update", "switch", "update", switch_update, 0, ACCURACY),
+        Column("top1_at_switch", "top1 at the switch", "%", top1_at_switch, 2, ACCURACY),
+        Column("top1_after_switch", "right after", "%", top1_after_switch, 2, ACCURACY),
+        Column("val_top1", "val top1", "%", val_top1, 2, ACCURACY),
+        Column("test_top1", "test top1", "%", test_top1, 2, ACCURACY),
+        Column("recovery", "recovery", "updates", recovery, 0, ACCURACY),
+        *(
+            Column(
+                f"{phase}_{key}",
+                f"{title}, {phase}",
+                unit,
+                of_phase(phase, source, scale),
+                digits,
+                SPEED,
+                timed=True,
+                quartiles=quartiles_of(phase) if source == IMAGES else None,
+            )
+            for key, title, unit, source, scale, digits in PHASE_COLUMNS
+            for phase in ("full", "adapter")
+        ),
+        Column("trainable", "trainable", "parameters", trainable, 0, COST),
+        Column("trainable_share", "trainable share", "%", trainable_share, 2, COST),
+        Column("cost_flops", "training cost", "FLOPs", cost_flops, "{:.4g}".format, COST),
+        Column("cost_seconds", "training cost", "s", cost_seconds, 1, COST, timed=True),
+    ]
+
+
+IMAGES, EPOCH, PEAK = "images_per_second", "epoch_seconds", "peak_memory_bytes"
+PHASE_COLUMNS = (
+    ("images_per_second", "images/s", "", IMAGES, 1, 1),
+    ("epoch_seconds", "epoch", "s", EPOCH, 1, 2),
+    ("peak_memory", "peak memory", "MiB", PEAK, 1 / MIB, 0),
+)
+
+
+def switch_update(record: Record) -> float | None:
+    """The update after which the run switched."""
+    return record.summary["switch"]["num_updates"]
+
+
+def val_top1(record: Record) -> float | None:
+    """Top1 of the last validation, in %."""
+    return record.summary["val"].get("top1")
+
+
+def test_top1(record: Record) -> float | None:
+    """Top1 on the test split, in %."""
+    return (record.summary["test"] or {}).get("top1")
+
+
+def validations(record: Record) -> list[tuple[int, float]]:
+    """Update and top1 of every validation, in order."""
+    return [(e["num_updates"], e["val/top1"]) for e in record.events("eval")]
+
+
+def top1_at_switch(record: Record) -> float | None:
+    """Top1 of the last validation at or before the switch, in %."""
+    switch = switch_update(record)
+    found = [] if switch is None else [top1 for n, top1 in validations(record) if n <= switch]
+    return found[-1] if found else None
+
+
+def top1_after_switch(record: Record) -> float | None:
+    """Top1 of the first validation after the switch, in %."""
+    switch = switch_update(record)
+    found = [] if switch is None else [top1 for n, top1 in validations(record) if n > switch]
+    return found[0] if found else None
+
+
+def recovery(record: Record) -> float | None:
+    """Updates from the switch until a validation reaches the top1 at the switch again.
+
+    0 if the first one does; NOT_RECOVERED if none does; None without validations on both sides.
+    """
+    before = top1_at_switch(record)
+    if before is None or top1_after_switch(record) is None:
+        return None
+    switch = switch_update(record)
+    after = [(n, top1) for n, top1 in validations(record) if n > switch]
+    if after[0][1] >= before:
+        return 0
+    return next((n - switch for n, top1 in after if top1 >= before), NOT_RECOVERED)
+
+
+def of_phase(phase: str, key: str, scale: float = 1) -> Read:
+    """Reads a number of one phase from the summary, times ``scale``."""
+
+    def read(record: Record) -> float | None:
+        found = record.summary["phases"].get(phase, {})
+        counts = found.get("num_updates") or key == "trainable_parameters"
+        value = found.get(key) if counts else None
+        return None if value is None else scale * value
+
+    return read
+
+
+def of_last_phase(key: str) -> Read:
+    """Reads a number of the phase that the last update was made in."""
+    return lambda record: last_segment(record).get(key)
+
+
+def segments(record: Record) -> list[Mapping[str, Any]]:
+    """What lay between the run's transitions; its phases where it does not tell."""
+    phases = record.summary["phases"].items()
+    return record.summary.get("segments") or [{"phase": name, **found} for name, found in phases]
+
+
+def last_segment(record: Record) -> Mapping[str, Any]:
+    """What the run's last update was made in; empty where none was made."""
+    return next((found for found in reversed(segments(record)) if found["num_updates"]), {})
+
+
+def last_phase(record: Record) -> str:
+    """The phase that the last update was made in."""
+    return last_segment(record).get("phase", "full")
+
+
+def quartiles_of(phase: str) -> Callable[[Record], tuple[float, float] | None]:
+    """Reads the quartiles of images/s over the updates of one phase."""
+
+    def read(record: Record) -> tuple[float, float] | None:
+        found = record.summary["phases"].get(phase, {}).get("images_per_second_quartiles")
+        return found and tuple(found)
+
+    return read
+
+
+def trainable(record: Record) -> float | None:
+    """Parameters that train at the end of the run."""
+    return segments(record)[-1].get("trainable_parameters")
+
+
+def trainable_share(record: Record) -> float | None:
+    """``trainable`` in % of the parameters of the model without adapters."""
+    whole = record.summary["switch"].get("parameters")
+    if whole is None:
+        whole = of_phase("full", "trainable_parameters")(record)
+    return 100 * trainable(record) / whole if whole and trainable(record) is not None else None
+
+
+def phases_made(record: Record) -> dict[str, Mapping[str, Any]]:
+    """What the summary says of each phase in which updates were made."""
+    return {k: phase for k, phase in record.summary["phases"].items() if phase["num_updates"]}
+
+
+def cost_flops(record: Record) -> float | None:
+    """FLOPs of all updates; None where a phase does not tell."""
+    told = record.summary.get("cost", {}).get("train_flops")
+    return told or _sum(
+        phase.get("flops_per_update") and phase["flops_per_update"] * phase["num_updates"]
+        for phase in phases_made(record).values()
+    )
+
+
+def cost_seconds(record: Record) -> float | None:
+    """Seconds of all updates, evaluation left out; None where a phase does not tell."""
+    return _sum(phase.get("train_seconds") for phase in phases_made(record).values())
+
+
+def mean_epoch_seconds(record: Record) -> float | None:
+    """Seconds of an epoch, averaged over the whole run: phases weigh by their updates."""
+    phases = phases_made(record).values()
+    total = _sum(p[EPOCH] and p[EPOCH] * p["num_updates"] for p in phases)
+    return total and total / sum(p["num_updates"] for p in phases)
+
+
+def _sum(parts: Iterable[float | None]) -> float | None:
+    values = list(parts)
+    return sum(values) if values and None not in values else None

@@ -1,0 +1,83 @@
+"""What stands below a table: what its numbers are, and what the rows do not say by themselves."""
+
+from collections.abc import Sequence
+
+from switchlora.analysis.figures import run_labels
+from switchlora.analysis.tables.baseline import mixed_machines
+from switchlora.analysis.tables.rows import Row
+from switchlora.analysis.tables.systems import STEP, SYSTEMS
+from switchlora.learner import WARMUP_UPDATES
+from switchlora.storage import Record
+
+SPREAD = (
+    "Mean ± standard deviation over seeds (number of runs), also in the picture; of a single run "
+    "its value, and quartiles over its updates in square brackets."
+)
+SWITCHING = (
+    "At the switch: the last validation at or before its update; one at that very update is made "
+    "by the switched model, whose function differs by switch.drift. Right after: the next one. "
+    "Recovery: updates from the switch until a validation reaches the top1 at the switch again, 0 "
+    "where the first one does; inf in CSV where none does."
+)
+TIMES = (
+    "Images/s and seconds of an epoch are medians over updates, without evaluation and the first "
+    f"{WARMUP_UPDATES} updates of a phase and after a resume (WARMUP_UPDATES in "
+    "switchlora/throughput.py)."
+)
+RATIOS = (
+    "Peak memory: allocated on a GPU, resident on a CPU. Their ratios: "
+    "the adapter phase over the last phase of the baseline."
+)
+SOURCE = (
+    "PreLoRA, published: ViT-Large on ImageNet-1k. Trainable parameters, throughput (3x), time of "
+    "an epoch (1.5x shorter) and memory (20 % less): abstract of arXiv 2509.21619. Top1: last "
+    "epochs of five settings, one seed each, minus the baseline's 71.86 %, from the curves in "
+    "github.com/Krishuthapa/PreLoRA; its spread is over settings, not seeds."
+)
+MEAN_EPOCH = "Epoch time ratio: the average over all epochs of a run, as published."
+GENERAL = {"default": SWITCHING, "prelora": SOURCE, "systems": SYSTEMS}
+OF_TIMES = {
+    "default": (f"{TIMES} {RATIOS}",),
+    "prelora": (f"{TIMES} {RATIOS}", MEAN_EPOCH),
+    "systems": (STEP,),
+}
+
+
+def general_notes(preset: str, times: bool) -> list[str]:
+    """What the columns of a preset mean."""
+    return [SPREAD, GENERAL[preset], *(OF_TIMES[preset] if times else ())]
+
+
+def time_notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader of times must know: other machines, and what came from a trunk."""
+    return [*mixed_machines(rows), *reused_notes(rows)]
+
+
+def reused_notes(rows: Sequence[Row]) -> list[str]:
+    """Which rows' full phases were taken from another run, and how many of their updates."""
+    notes = []
+    for row in rows:
+        trunks = [record.summary.get("trunk") for record in row.records]
+        reused = [trunk["reused_updates"] if trunk else 0 for trunk in trunks]
+        if any(reused):
+            told = ", ".join(f"{n:,}" for n in reused)
+            notes.append(
+                f"{row.label}: {told} updates of the full phase (by seed) were taken from a "
+                "shared trunk with their times, not made anew; costs and times count them."
+            )
+    return notes
+
+
+def unfinished_notes(records: Sequence[Record]) -> list[str]:
+    """The runs that no row counts, with their status."""
+    named = zip(run_labels([r.folder for r in records]), records, strict=True)
+    unfinished = ((name, record) for name, record in named if not record.finished)
+    return sorted(f"{name}: {status_of(record)}; not counted." for name, record in unfinished)
+
+
+def status_of(record: Record) -> str:
+    """How far an unfinished run came."""
+    if record.summary is None:
+        return "no summary, since it goes on or was killed"
+    status = record.summary["status"].split("; the last checkpoint")[0]
+    return f"{status} at update {record.summary['num_updates']:,}"

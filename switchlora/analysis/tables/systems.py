@@ -1,0 +1,121 @@
+"""The table of systems: one row a method, its accuracy and its cost beside full training's."""
+
+from collections.abc import Mapping, Sequence
+from operator import truediv
+from typing import Any
+
+from switchlora.analysis.tables.baseline import References, against, ratio_columns
+from switchlora.analysis.tables.columns import (
+    IMAGES,
+    Column,
+    Read,
+    cost_flops,
+    last_segment,
+    of_last_phase,
+    test_top1,
+    trainable,
+    trainable_share,
+    val_top1,
+)
+from switchlora.analysis.tables.rows import Row
+from switchlora.learner import WARMUP_UPDATES
+from switchlora.storage import Record
+
+SYSTEMS = (
+    "Trained: parameters that train at the end of the run, and their share of the model before "
+    "the switch. Weights held: bytes of all weights in the last phase, frozen ones and factors "
+    "included, over the baseline's; below 1 where factors stand instead of weights. Memory: bytes "
+    "of all that training holds on its device, measured after an update of the last phase, over "
+    "the baseline's. Switch: the first one. Changes of the trained tensors: switches, stages, "
+    "restarts, what the guard did."
+)
+STEP = (
+    "Step ratio: median time of an update in the last phase, over the baseline's, without "
+    f"evaluation and the first {WARMUP_UPDATES} updates of a phase and after a resume "
+    "(WARMUP_UPDATES in switchlora/throughput.py); below 1 it is faster."
+)
+SWITCHES = ("switch", "stage")
+
+
+def systems_columns(references: References) -> list[Column]:
+    """The columns of the table of systems, in one part."""
+    by_key = {column.key: column for column in ratio_columns(references)}
+    top1, cost = by_key["top1_difference"], by_key["cost_ratio"]
+    images = of_last_phase(IMAGES)
+    step = against(references, images, images, lambda mine, theirs: theirs / mine)
+    weights, memory = held("parameters"), held("total")
+    return [
+        Column("val_top1", "val top1", "%", val_top1, 2),
+        Column("test_top1", "test top1", "%", test_top1, 2),
+        Column(top1.key, top1.title, top1.unit, top1.read, top1.digits),
+        Column("trainable", "trained", "parameters", trainable, 0),
+        Column("trainable_share", "trained", "%", trainable_share, 1),
+        Column("weights_ratio", "weights held", "", _ratio(references, weights), 2),
+        Column("step_ratio", "step ratio", "", step, 2, timed=True),
+        Column("held_ratio", "memory ratio", "", _ratio(references, memory), 2),
+        Column("cost_flops", "training cost", "FLOPs", cost_flops, "{:.4g}".format),
+        Column(cost.key, cost.title, cost.unit, cost.read, cost.digits),
+        Column("switch_epoch", "switch", "epoch", switch_epoch, 1),
+        Column("changes", "changes", "", changes, 0),
+    ]
+
+
+def held(part: str) -> Read:
+    """Reads the measured bytes of one part of the memory in the phase of the last update."""
+
+    def read(record: Record) -> float | None:
+        memory = last_segment(record).get("memory") or {}
+        return memory.get("measured", {}).get(part)
+
+    return read
+
+
+def switch_epoch(record: Record) -> float | None:
+    """The epoch of the first switch, also of one that was taken back later."""
+    found = (change["epoch"] for change in transitions(record) if change["kind"] in SWITCHES)
+    return next(found, record.summary["switch"].get("epoch"))
+
+
+def changes(record: Record) -> float | None:
+    """How often the trained tensors changed; None where the run does not tell."""
+    return len(transitions(record)) if "transitions" in record.summary else None
+
+
+def transitions(record: Record) -> Sequence[Mapping[str, Any]]:
+    """What changed the trained tensors, in order."""
+    return record.summary.get("transitions", ())
+
+
+def switch_notes(rows: Sequence[Row]) -> list[str]:
+    """Rows of which not all runs switched for good, or not all of their targets."""
+    notes = []
+    for row in (row for row in rows if not row.trains_in_full):
+        of_all = f"of {len(row.records)} seeds"
+        switched = sum(has_switched(record) for record in row.records)
+        if switched < len(row.records):
+            notes.append(f"{row.label}: {switched} {of_all} switched; the row counts all.")
+        if back := sum(_taken_back(record) for record in row.records):
+            notes.append(f"{row.label}: in {back} {of_all} the guard took the switch back.")
+        if waiting := sum(bool(_switch(record).get("waiting")) for record in row.records):
+            notes.append(
+                f"{row.label}: in {waiting} {of_all} some targets train in full to the end."
+            )
+    return notes
+
+
+def has_switched(record: Record) -> bool:
+    """Whether adapters were ever put in, also where they were taken back later."""
+    made = any(change["kind"] in SWITCHES for change in transitions(record))
+    return made or bool(_switch(record)["fired"])
+
+
+def _taken_back(record: Record) -> bool:
+    return any(change["kind"] == "take_back" for change in transitions(record))
+
+
+def _switch(record: Record) -> Mapping[str, Any]:
+    return record.summary["switch"]  # type: ignore[index]
+
+
+def _ratio(references: References, read: Read) -> Read:
+    return against(references, read, read, truediv)

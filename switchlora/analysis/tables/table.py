@@ -1,0 +1,131 @@
+"""Compare finished runs in tables: ``python scripts/tables.py RUNS...``.
+
+RUNS are run folders or sweep folders. Runs that differ in nothing but their seed are one row: mean
+± standard deviation over seeds (number of runs). A ratio to a baseline under other conditions is
+refused and the difference named. ``--preset systems`` makes one table of methods, each beside full
+training; ``--preset prelora`` PreLoRA's, its published numbers beside the runs'. ``--no-times``
+leaves out what a clock or a counter of a process's memory fills, so that the same runs made again
+give the same bytes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from switchlora.analysis.tables.baseline import (
+    Comparison,
+    compare_rows,
+    prelora_columns,
+    ratio_columns,
+)
+from switchlora.analysis.tables.columns import Cell, Column, make_cell, run_columns
+from switchlora.analysis.tables.formats import csv_text, latex, markdown
+from switchlora.analysis.tables.notes import general_notes, time_notes, unfinished_notes
+from switchlora.analysis.tables.pareto import draw_pareto
+from switchlora.analysis.tables.rows import Row, Table, make_rows
+from switchlora.analysis.tables.systems import switch_notes, systems_columns
+from switchlora.storage import Record, find_records, is_run
+
+STEMS = {"default": "table", "systems": "systems", "prelora": "prelora"}
+"""by preset: the name of its files"""
+PUBLISHED = {
+    "trainable_share": (10.0,),
+    "speed_ratio": (3.0,),
+    "epoch_ratio": (1 / 1.5,),
+    "memory_ratio": (0.8,),
+    "top1_difference": (-0.43, -0.63, -0.58, -0.42, -0.50),
+}
+
+
+def main() -> None:
+    """Write and print the tables; one clear line for a mistake."""
+    options = parse(sys.argv[1:])
+    try:
+        for line in run(options):
+            print(line)
+    except (ValueError, OSError) as error:
+        sys.exit(f"tables: {error}")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders or sweep folders")
+    parser.add_argument("--preset", choices=STEMS, default="default")
+    parser.add_argument("--baseline", metavar="SETTING", help="label of a row; full training")
+    parser.add_argument("--out", type=Path, help="tables/ in the sweep, or here for loose runs")
+    parser.add_argument("--no-times", action="store_true", help="no clock and no memory counter")
+    return parser.parse_args(words)
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    """Write all files; the Markdown and, last, a line with what was written."""
+    records = find_records(options.runs)
+    table = make_table(records, options.preset, options.baseline, times=not options.no_times)
+    if not table.rows:
+        raise ValueError(f"no finished run: {'; '.join(unfinished_notes(records))}")
+    out = options.out or default_out(options.runs)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for ending, form in (("md", markdown), ("tex", latex), ("csv", csv_text)):
+        written.append(out / f"{STEMS[options.preset]}.{ending}")
+        written[-1].write_text(form(table), encoding="utf-8")
+    lines = [markdown(table)]
+    if options.preset != "prelora":
+        try:
+            written.append(draw_pareto(table, out / "pareto.png"))
+        except ValueError as why:
+            lines.append(f"No picture: {why}.")
+    return [*lines, f"wrote {', '.join(map(str, written))}"]
+
+
+def default_out(runs: Sequence[Path]) -> Path:
+    """``tables/`` in the first sweep; here where all are run folders."""
+    sweeps = [path for path in runs if not is_run(path)]
+    return (sweeps[0] if sweeps else Path()) / "tables"
+
+
+def make_table(
+    records: Sequence[Record],
+    preset: str = "default",
+    baseline: str | None = None,
+    times: bool = True,
+) -> Table:
+    """The table of the finished ones of ``records``; the others are named in its notes.
+
+    Without ``times``, columns and notes on what a clock or a memory counter tells are left out.
+    ValueError for a ``baseline`` that no row is called, or that a row cannot be compared with.
+    """
+    rows, duplicates = make_rows([record for record in records if record.finished])
+    comparison = compare_rows(rows, baseline)
+    columns = columns_of(preset, comparison)
+    columns = [column for column in columns if times or not column.timed]
+    rows = [replace(row, cells=_cells(columns, row.records)) for row in rows]
+    notes = [*general_notes(preset, times), *comparison.notes, *switch_notes(rows)]
+    notes += [*(time_notes(rows) if times else []), *duplicates, *unfinished_notes(records)]
+    published = [published_row(columns)] if preset == "prelora" and rows else []
+    return Table(tuple(columns), (*rows, *published), tuple(notes))
+
+
+def columns_of(preset: str, comparison: Comparison) -> list[Column]:
+    """The columns of a preset; ValueError for one that there is not."""
+    if preset not in STEMS:
+        raise ValueError(f"preset '{preset}' is none of {', '.join(STEMS)}")
+    if preset == "prelora":
+        return prelora_columns(comparison.references)
+    if preset == "systems":
+        return systems_columns(comparison.references)
+    return [*run_columns(), *ratio_columns(comparison.references)]
+
+
+def _cells(columns: Sequence[Column], records: Sequence[Record]) -> dict[str, Cell]:
+    made = {column.key: make_cell(column, records) for column in columns}
+    return {key: cell for key, cell in made.items() if cell is not None}
+
+
+def published_row(columns: Sequence[Column]) -> Row:
+    """PreLoRA's own numbers, which no runs stand behind."""
+    cells = {column.key: Cell(PUBLISHED[column.key]) for column in columns}
+    return Row("PreLoRA, published", {}, (), cells)

@@ -1,0 +1,1 @@
+"""What is timed anew: updates, the switch, low-rank layers, whole systems."""

@@ -1,0 +1,380 @@
+"""The arms of the benchmark: one model each, changed as the arm says, and the clock on it."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+from switchlora.adapters import (
+    DEFAULT_TARGETS,
+    Target,
+    adapted_modules,
+    count_parameters,
+    find_targets,
+    inject,
+    is_factor,
+    kept_parameters,
+    scaling_one,
+    train_only,
+)
+from switchlora.errors import check_choice, check_range
+from switchlora.initializers import zero_b
+from switchlora.learner import (
+    Learner,
+    Recipe,
+    RefLoRA,
+    RefLoRAS,
+    autocast,
+    build_learner,
+    skeleton,
+)
+from switchlora.models import create_model
+from switchlora.process import distributed
+
+T = TypeVar("T")
+ARMS = ("full", "adapter", "adapter-merged", "adapter-split", "adapter-B", "peft", "frozen")
+LEANER = ("adapter-gelu", "adapter-B-blocks")  # with activation checkpointing; on demand only
+REFACTORED = {"adapter-reflora": RefLoRA(warmup_updates=0), "adapter-reflora_s": RefLoRAS()}
+ON_DEMAND = (*LEANER, *REFACTORED)
+RESIDUAL_DTYPES = {"none": None, "bf16": torch.bfloat16}
+UPDATES_FOR_PEAK = 2  # the second has moments beside its activations
+TOTAL_UPDATES = 10_000  # of the schedule; no benchmark comes to its end
+EVERYTHING = (".*",)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the arms that are compared with each other have in common."""
+
+    model: str
+    precision: str
+    rank: int
+    batch: int = 16
+    """images of one update, over all ranks"""
+    accumulation: int = 1
+    image_size: int = 224
+    residual_dtype: str = "none"
+    """what frozen target weights are kept in; 'none' leaves them as they are"""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """of the model, for timm"""
+
+    def __post_init__(self) -> None:
+        check_choice("--precision", self.precision, ("fp32", "bf16"))
+        check_choice("--residual-dtype", self.residual_dtype, tuple(RESIDUAL_DTYPES))
+        for name in ("batch", "rank", "accumulation", "image_size"):
+            check_range(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        parts = self.accumulation * distributed.world_size()
+        if self.batch % parts:
+            raise ValueError(
+                f"--batch {self.batch} does not split into {self.accumulation} micro-batches on "
+                f"each of {distributed.world_size()} processes: give a multiple of {parts}"
+            )
+
+    @property
+    def share(self) -> int:
+        """Images of one update on this rank."""
+        return self.batch // distributed.world_size()
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.precision} r{self.rank}"
+
+
+class Clock:
+    """Takes the parts of a learner's update from outside, by hooks that are there meanwhile.
+
+    Forward is the model and the loss, optimizer is the optimizer's step, backward is the rest: the
+    backward pass, the exchange between ranks, the gradients' norm and their clipping, and RefLoRA.
+    """
+
+    def __init__(self, learner: Learner, device: torch.device) -> None:
+        self.learner, self.device = learner, device
+        self.loss = nn.CrossEntropyLoss()
+
+    def time(self, update: Callable[[], None]) -> dict[str, float]:
+        """Seconds of ``update``, 'total' and by part."""
+        self._seconds = {"forward": 0.0, "optimizer": 0.0}
+        hooks = self._hooks()
+        begin = self._now()
+        update()
+        total = self._now() - begin
+        for hook in hooks:
+            hook.remove()
+        return {"total": total, "backward": total - sum(self._seconds.values()), **self._seconds}
+
+    def _hooks(self) -> list[RemovableHandle]:
+        model, optimizer = self.learner.forward, self.learner.optimizer
+        assert isinstance(model, nn.Module)
+        return [
+            model.register_forward_pre_hook(self._start),
+            self.loss.register_forward_hook(partial(self._stop, "forward")),
+            optimizer.register_step_pre_hook(self._start),
+            optimizer.register_step_post_hook(partial(self._stop, "optimizer")),
+        ]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _start(self, *_: Any) -> None:
+        self._mark = self._now()
+
+    def _stop(self, part: str, *_: Any) -> None:
+        self._seconds[part] += self._now() - self._mark
+
+
+@dataclass
+class Arm:
+    """A learner, the batch that it trains on again and again, and its clock."""
+
+    name: str
+    learner: Learner
+    images: Tensor
+    labels: Tensor
+    clock: Clock
+    notes: list[str]
+    """what is not as was asked for"""
+    num_updates: int = 0
+
+    @property
+    def model(self) -> nn.Module:
+        """The plain model."""
+        return self.learner.model
+
+    def lap(self) -> dict[str, float]:
+        """Seconds of one more update; its gradients are dropped afterwards."""
+        seconds = self.clock.time(self._update)
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        return seconds
+
+    def _update(self) -> None:
+        update = self.learner.update(
+            self.images, self.labels, self.clock.loss, num_updates=self.num_updates
+        )
+        self.num_updates += 1
+        if not update.applied:
+            raise ValueError(f"arm '{self.name}' makes no update: its loss is not finite")
+
+
+def device_of_benchmark() -> torch.device:
+    """The GPU of this process where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def base_model(cell: Cell) -> nn.Module:
+    """The plain model that every arm of ``cell`` starts from, in training mode."""
+    torch.manual_seed(0)
+    options = {"img_size": cell.image_size, **cell.options}
+    return create_model(cell.model, **options).to(device_of_benchmark()).train()
+
+
+def bench_recipe(cell: Cell, name: str = "full") -> Recipe:
+    """AdamW under a cosine schedule, clipped to norm 1; the rest as the arm's name says."""
+    scheduler = partial(
+        CosineLRScheduler, t_in_epochs=False, warmup_t=100, warmup_lr_init=1e-6, lr_min=1e-5
+    )
+    return Recipe(
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+        scheduler=scheduler,
+        clip_grad=1.0,
+        accumulation=cell.accumulation,
+        precision=cell.precision,
+        activation_checkpointing=name.split("-")[-1] if name in LEANER else None,
+        refactoring=REFACTORED.get(name),
+    )
+
+
+def images_shape(cell: Cell) -> tuple[int, int, int, int]:
+    """(B, C, H, W) of this rank's batch."""
+    channels = cell.options.get("in_chans", 3)
+    return cell.share, channels, cell.image_size, cell.image_size
+
+
+def make_arm(name: str, model: nn.Module, cell: Cell) -> Arm:
+    """The arm ``name`` of ``cell`` from a plain ``model``, which it changes."""
+    notes = become(name, model, cell)
+    device = device_of_benchmark()
+    generator = torch.Generator().manual_seed(distributed.rank())
+    images = torch.randn(images_shape(cell), generator=generator)
+    labels = torch.randint(model.num_classes, (len(images),), generator=generator)
+    learner = build_learner(model, bench_recipe(cell, name), TOTAL_UPDATES)
+    clock = Clock(learner, device)
+    return Arm(name, learner, images.to(device), labels.to(device), clock, notes)
+
+
+def become(name: str, model: nn.Module, cell: Cell) -> list[str]:
+    """Give ``model`` the adapters and the trained tensors of an arm; what did not work out."""
+    check_choice("--arms", name, (*ARMS, *ON_DEMAND))
+    targets = find_targets(model, DEFAULT_TARGETS)
+    if name == "frozen":
+        freeze(model, targets)
+    elif name == "peft":
+        add_peft(model, targets, cell.rank)
+    elif name != "full":
+        add_adapters(model, targets, cell.rank)
+    for module_name, module in adapted_modules(model).items():
+        if name in ("adapter-merged", "adapter-split"):
+            module.form = name.removeprefix("adapter-")
+        elif name.startswith("adapter-B"):
+            model.get_parameter(f"{module_name}.lora_A").requires_grad_(False)
+    dtype = RESIDUAL_DTYPES[cell.residual_dtype]
+    return [] if dtype is None else cast_frozen_weights(model, cell, dtype)
+
+
+def add_adapters(model: nn.Module, targets: Mapping[str, Target], rank: int) -> None:
+    """Our adapters on ``targets``, from B = 0; they and all that is no target weight train."""
+    factors = {n: zero_b(t.weight(model), t.weight(model), rank) for n, t in targets.items()}
+    inject(model, targets, factors, scaling_one)
+    freeze(model, targets)
+
+
+def freeze(model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Freeze the weights of ``targets``; factors and all the rest train."""
+    train_only(model, kept_parameters(model, [t.module for t in targets.values()], EVERYTHING))
+
+
+def add_peft(model: nn.Module, targets: Mapping[str, Target], rank: int) -> None:
+    """PEFT's LoRA where ``add_adapters`` has ours; ValueError unless tensors of the same shapes
+    train."""
+    if find_spec("peft") is None:
+        raise ValueError("PEFT is not installed: pip install peft, or leave peft out of --arms")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ours = skeleton(model)
+    add_adapters(ours, targets, rank)
+    freeze(model, targets)
+    others = {id(p) for p in model.parameters() if p.requires_grad}
+    modules = [target.module for target in targets.values()]
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=modules)
+    inject_adapter_in_model(config, model)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in others or is_factor(parameter_name))
+    check_same_shapes_train(ours, model)
+
+
+def check_same_shapes_train(ours: nn.Module, theirs: nn.Module) -> None:
+    """ValueError unless as many tensors of each shape train in both models, names aside."""
+    if trained_shapes(ours) != trained_shapes(theirs):
+        raise ValueError(
+            f"PEFT would train {count_parameters(theirs, trainable=True):,} parameters, our "
+            f"adapter trains {count_parameters(ours, trainable=True):,}: no fair comparison, "
+            "leave peft out of --arms"
+        )
+
+
+def trained_shapes(model: nn.Module) -> Counter[tuple[int, ...]]:
+    """How many tensors of each shape train."""
+    return Counter(tuple(p.shape) for p in model.parameters() if p.requires_grad)
+
+
+def cast_frozen_weights(model: nn.Module, cell: Cell, dtype: torch.dtype) -> list[str]:
+    """Keep the frozen weights of linears in ``dtype``, or leave them and say so."""
+    linears = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
+    ]
+    weights = [linear.weight for linear in linears]
+    for linear in linears:
+        linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+    try:
+        probe(model, cell)
+    except RuntimeError as error:
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.weight = weight
+        why = str(error).splitlines()[0]
+        return [f"frozen weights stay {weights[0].dtype}, {dtype} does not run: {why}"]
+    return []
+
+
+def probe(model: nn.Module, cell: Cell) -> None:
+    """Forward and backward of one image; no gradient stays."""
+    image = torch.zeros(1, *images_shape(cell)[1:], device=device_of_benchmark())
+    with autocast(image.device.type, cell.precision):
+        model(image).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What must be the same for times to be compared."""
+
+    batch: int
+    precision: str
+    accumulation: int
+    dropout: str
+
+
+def conditions_of(arm: Arm) -> Conditions:
+    """The conditions of an arm, read off what it is built of."""
+    recipe = arm.learner.recipe
+    batch = len(arm.images) * distributed.world_size()
+    return Conditions(batch, recipe.precision, recipe.accumulation, dropout_of(arm.model))
+
+
+def dropout_of(model: nn.Module) -> str:
+    """What drops activations or paths in ``model`` as it trains now, with its probabilities."""
+    found: dict[str, list[float]] = {}
+    for module in model.modules():
+        kind = type(module).__name__
+        chances = [getattr(module, name, 0.0) for name in ("p", "drop_prob", "prob")]
+        if "Drop" in kind and module.training and any(chances):
+            found.setdefault(kind, []).append(max(chances))
+    shown = [f"{len(p)} {kind} up to {max(p):g}" for kind, p in sorted(found.items())]
+    return ", ".join(shown) or "none"
+
+
+def common_conditions(conditions: Mapping[str, Conditions]) -> Conditions:
+    """What the arms, by name, all have; ValueError names the first difference."""
+    (first, mine), *others = conditions.items()
+    for name, theirs in others:
+        refuse_difference({f"arm '{first}'": asdict(mine), f"arm '{name}'": asdict(theirs)})
+    return mine
+
+
+def refuse_difference(sides: Mapping[str, Mapping[str, Any]]) -> None:
+    """ValueError where two named sets of conditions are not the same."""
+    (first, mine), (second, theirs) = sides.items()
+    for key, value in mine.items():
+        if value != theirs.get(key):
+            raise ValueError(
+                f"no comparison: {key} is '{value}' in {first} and '{theirs.get(key)}' in "
+                f"{second}; make them the same"
+            )
+
+
+def timed_rounds(
+    arms: Sequence[Arm], rounds: int, warmup: int, label: str
+) -> Iterator[dict[str, dict[str, float]]]:
+    """Seconds by arm and part of each whole round after the ``warmup`` rounds.
+
+    In a round every arm makes one update; the dict is in the order in which they did.
+    """
+    common_conditions({arm.name: conditions_of(arm) for arm in arms})
+    total = (warmup + rounds) * len(arms)
+    with tqdm(total=total, desc=label, leave=False, disable=not distributed.is_primary()) as bar:
+        for number in range(warmup + rounds):
+            laps = {}
+            for arm in shuffled(arms, number):
+                distributed.total([0.0])  # ranks start together
+                laps[arm.name] = arm.lap()
+                bar.update()
+            if number >= warmup:
+                yield laps
+
+
+def shuffled(arms: Sequence[T], number: int) -> list[T]:
+    """The order of the arms in a round: another one each time, the same on all ranks."""
+    return random.Random(number).sample(arms, len(arms))

@@ -1,0 +1,359 @@
+"""Time one training update of full training, adapters, PEFT and the frozen limit side by side.
+
+``python scripts/bench.py --model vit_small_patch16_224 --rank 16 64 --memory --out FOLDER`` makes,
+for each model, precision and rank, rounds in which every arm makes one update, in an order that is
+shuffled each time: what else the machine does meets all arms alike. Peak memory is measured in a
+fresh process an arm. Under torchrun the arms train with DDP; ``--batch`` is that of all processes.
+The results of each model, precision and rank are added to FOLDER's bench.json, bench.md and
+bench.png as soon as they are there.
+"""
+
+import argparse
+import copy
+import gc
+import signal
+import sys
+from ast import literal_eval
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from switchlora.adapters import DEFAULT_TARGETS, count_parameters, find_targets
+from switchlora.bench.arms import (
+    ARMS,
+    ON_DEMAND,
+    RESIDUAL_DTYPES,
+    Cell,
+    base_model,
+    common_conditions,
+    conditions_of,
+    device_of_benchmark,
+    images_shape,
+    make_arm,
+    timed_rounds,
+)
+from switchlora.bench.memory import peak_in_fresh_process, refuse_full_memory, refuse_used_gpu
+from switchlora.bench.picture import PICTURE, draw
+from switchlora.bench.report import Result, against_lines, append, arm_line, earlier_cell, tables
+from switchlora.cost import (
+    Machine,
+    Prediction,
+    Trace,
+    break_even_rank,
+    measure_machine,
+    predict,
+    speedup_parts,
+    trace_update,
+)
+from switchlora.errors import OtherRankFailed, check_range
+from switchlora.learner import PRECISIONS
+from switchlora.models import eval_mode
+from switchlora.names import family
+from switchlora.process import distributed
+from switchlora.storage import environment
+
+
+def main() -> None:
+    """Measure what the command line asks for; one clear line for a mistake in it."""
+    options = parse(sys.argv[1:])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is written
+    distributed.join()
+    try:
+        bench(options)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        why = str(error).splitlines()[0]
+        sys.exit(f"bench: {why}" if distributed.is_primary() else 1)
+    except OtherRankFailed:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("bench: interrupted; whole rounds and finished arms are kept")
+    finally:
+        distributed.leave()
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", nargs="+", action="extend", help="timm names; vit_small_patch16_224")
+    add("--model-option", nargs="+", default=[], metavar="KEY=VALUE", help="depth=2 and such")
+    add("--batch", type=int, default=16, help="images of one update, over all processes")
+    add("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
+    add("--rank", type=int, nargs="+", default=[16])
+    add("--arms", nargs="+", default=ARMS, metavar="ARM", help=", ".join([*ARMS, *ON_DEMAND]))
+    add("--rounds", type=int, default=8)
+    add("--warmup", type=int, default=2, help="rounds before those that count")
+    add("--accumulation", type=int, default=1)
+    add("--residual-dtype", default="none", choices=RESIDUAL_DTYPES, help="of frozen weights")
+    add("--threads", type=int, help="of each process; torch's choice by default")
+    add("--image-size", type=int, default=224)
+    add("--memory", action="store_true", help="measure peak memory too")
+    add("--no-time", action="store_true", help="do not measure times")
+    add("--fit", type=float, metavar="GIB", help="the largest batch that full training fits there")
+    add("--out", type=Path, default=Path("runs/bench"))
+    add("--against", type=Path, help="bench.json of an earlier run to compare with")
+    options = parser.parse_args(words)
+    options.model = options.model or ["vit_small_patch16_224"]
+    return options
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure one cell after the other; what one has measured is written however it ends."""
+    check_range("--rounds", options.rounds, 1)
+    if options.fit is not None:
+        check_range("--fit", options.fit, 0.01)
+    if options.threads is not None:
+        check_range("--threads", options.threads, 1)
+        torch.set_num_threads(options.threads)
+    device = device_of_benchmark()
+    if options.memory and device.type == "cuda":
+        distributed.from_primary(lambda: refuse_used_gpu(device))
+    for cell in cells_of(options):
+        result: Result = {"arms": {}}
+        try:
+            measure(cell, options, result)
+        finally:
+            asked = options.memory or not options.no_time
+            if distributed.is_primary() and any(known(a, asked) for a in result["arms"].values()):
+                keep(result, options.out)
+        release_memory(device)
+
+
+def cells_of(options: argparse.Namespace) -> list[Cell]:
+    """The cells that the options ask for, checked."""
+    return [
+        Cell(
+            model=model,
+            precision=precision,
+            rank=rank,
+            batch=options.batch,
+            accumulation=options.accumulation,
+            image_size=options.image_size,
+            residual_dtype=options.residual_dtype,
+            options=model_options(options.model_option),
+        )
+        for model, precision, rank in product(options.model, options.precision, options.rank)
+    ]
+
+
+def model_options(words: Sequence[str]) -> dict[str, Any]:
+    """Options of a model from words such as 'depth=2'."""
+    found = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if not value:
+            raise ValueError(f"--model-option '{word}' is no KEY=VALUE, such as depth=2")
+        try:
+            found[key] = literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def measure(cell: Cell, options: argparse.Namespace, result: Result) -> None:
+    """Fill ``result`` with what the options ask for; what is there stays when it is stopped."""
+    base = base_model(cell)
+    if options.fit is not None:
+        cell = replace(cell, batch=largest_batch(cell, base, options.fit))
+    say(f"{cell}: batch {cell.batch}")
+    traces = describe(cell, options.arms, base, result)
+    earlier = options.against and earlier_cell(options.against, result["conditions"])
+    machine = machine_of(cell.precision)
+    result["machine"] = asdict(machine)
+    predictions = {n: predict(t, machine, distributed.world_size()) for n, t in traces.items()}
+    for name, prediction in predictions.items():
+        result["arms"][name]["predicted"] = plain(prediction, traces[name])
+    if {"full", "adapter"} <= set(predictions):
+        result["speedup"] = speedup_parts(predictions["full"], predictions["adapter"])
+        result["layers"] = layers_of(base, cell, machine, predictions)
+    if options.memory:
+        measure_memory(cell, traces, result)
+    if not options.no_time:
+        measure_times(cell, options, base, result)
+    if earlier:
+        result["against"] = against_lines(result, earlier)
+
+
+def describe(
+    cell: Cell, names: Sequence[str], base: nn.Module, result: Result
+) -> dict[str, Trace]:
+    """Conditions and parameters of each arm into ``result``; the arms' traces, by name."""
+    conditions, traces = {}, {}
+    for name in names:
+        arm = make_arm(name, copy.deepcopy(base), cell)
+        conditions[name] = conditions_of(arm)
+        shape = images_shape(cell)
+        traces[name] = trace_update(arm.model, arm.learner.recipe, shape, base.num_classes)
+        result["arms"][name] = {
+            "trained": count_parameters(arm.model, trainable=True),
+            "notes": arm.notes,
+        }
+    where = environment(device_of_benchmark(), seed=0)
+    where["versions"]["peft"] = version_of("peft")
+    result["environment"] = where
+    result["conditions"] = {
+        **{"model": cell.model, "rank": cell.rank, "image_size": cell.image_size},
+        **asdict(common_conditions(conditions)),
+        **{"residual_dtype": cell.residual_dtype, "model_options": dict(cell.options)},
+        **{"device": where["device"], "threads": where["threads"]},
+        "processes": distributed.world_size(),
+    }
+    return traces
+
+
+def largest_batch(cell: Cell, base: nn.Module, gib: float) -> int:
+    """The largest batch at which full training is predicted to need no more than ``gib`` GiB."""
+    step = cell.accumulation * distributed.world_size()
+    arm = make_arm("full", copy.deepcopy(base), replace(cell, batch=step))
+
+    def peak(steps: int) -> int:
+        shape = images_shape(replace(cell, batch=steps * step))
+        trace = trace_update(arm.model, arm.learner.recipe, shape, base.num_classes)
+        return predicted_peak(trace)
+
+    steps = bisect_right(range(1, 4096), gib * 2**30, key=peak)
+    if not steps:
+        raise ValueError(f"--fit {gib:g}: not even a batch of {step} fits there")
+    return steps * step
+
+
+@cache
+def machine_of(precision: str) -> Machine:
+    """What this machine does in a precision, measured once."""
+    say(f"measuring the machine in {precision}")
+    return measure_machine(device_of_benchmark(), precision)
+
+
+def plain(prediction: Prediction, trace: Trace) -> dict[str, float]:
+    """Seconds and bytes that the cost model predicts, as they stand in bench.json."""
+    parts = ("forward", "backward", "optimizer", "communication", "total")
+    seconds = {part: getattr(prediction, part) for part in parts}
+    return {**seconds, "peak_bytes": predicted_peak(trace), **trace.memory}
+
+
+def predicted_peak(trace: Trace) -> int:
+    """Bytes at the predicted peak; DDP's buckets hold gradients from one update to the next."""
+    if distributed.world_size() == 1:
+        return trace.peak_bytes
+    return max(trace.peak_bytes, sum(trace.memory.values()))
+
+
+def layers_of(
+    base: nn.Module, cell: Cell, machine: Machine, predictions: dict[str, Prediction]
+) -> list[dict[str, Any]]:
+    """By family of targets: shapes, predicted seconds in each arm, break-even ranks."""
+    groups: dict[tuple[str, tuple[int, int, int]], list[str]] = {}
+    tokens, found = tokens_of(base, cell), []
+    for name in find_targets(base, DEFAULT_TARGETS):
+        linear = base.get_submodule(name)
+        shape = (tokens[name], linear.in_features, linear.out_features)
+        groups.setdefault((family(name), shape), []).append(name)
+    for (shared, shape), names in groups.items():
+        size = (PRECISIONS[cell.precision] or torch.float32).itemsize
+        ranks = [
+            break_even_rank(*shape, size, machine, factors, distributed.world_size())
+            for factors in (("A", "B"), ("B",))
+        ]
+        seconds = {
+            arm: sum(predictions[arm].modules.get(name, 0.0) for name in names)
+            for arm in ("full", "adapter", "adapter-B")
+            if arm in predictions
+        }
+        found.append(
+            {"family": shared, "shape": shape, "seconds": seconds, "break_even_ranks": ranks}
+        )
+    return found
+
+
+@torch.no_grad()
+def tokens_of(base: nn.Module, cell: Cell) -> dict[str, int]:
+    """Tokens that each linear sees in one micro-batch."""
+    images, tokens = cell.share // cell.accumulation, {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: tokens.update(
+                {name: images * inputs[0].shape[:-1].numel()}
+            )
+        )
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with eval_mode(base):
+        base(torch.zeros(1, *images_shape(cell)[1:], device=device_of_benchmark()))
+    for hook in hooks:
+        hook.remove()
+    return tokens
+
+
+def measure_memory(cell: Cell, traces: dict[str, Trace], result: Result) -> None:
+    """Peak memory of each arm, in fresh processes, into ``result``."""
+
+    def peak(name: str) -> int:
+        if device_of_benchmark().type == "cpu":
+            refuse_full_memory(name, predicted_peak(traces[name]))
+        return peak_in_fresh_process(name, cell)
+
+    for name in progress(traces, f"{cell} memory"):
+        result["arms"][name]["peak_bytes"] = distributed.from_primary(lambda name=name: peak(name))
+        say(f"  {arm_line(result, name)}")
+
+
+def measure_times(
+    cell: Cell, options: argparse.Namespace, base: nn.Module, result: Result
+) -> None:
+    """Times of each arm in each round into ``result``."""
+    arms = [make_arm(name, copy.deepcopy(base), cell) for name in options.arms]
+    for laps in timed_rounds(arms, options.rounds, options.warmup, str(cell)):
+        for name, lap in laps.items():
+            seconds = result["arms"][name].setdefault("seconds", {})
+            for part, value in lap.items():
+                seconds.setdefault(part, []).append(value)
+    for name in options.arms:
+        say(f"  {arm_line(result, name)}")
+
+
+def release_memory(device: torch.device) -> None:
+    """Return what the last cell held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def known(arm: dict[str, Any], measured: bool) -> bool:
+    """Whether an arm has a time or a peak; a prediction, where nothing is to be ``measured``."""
+    return bool(({"seconds", "peak_bytes"} if measured else {"predicted"}) & set(arm))
+
+
+def keep(result: Result, folder: Path) -> None:
+    """Write the results with those that ``folder`` has already, and show the new ones."""
+    if (picture := draw(append(folder, result))) is not None:
+        picture.savefig(folder / PICTURE, dpi=150)
+    say("\n\n".join([*tables(result), *result.get("against", []), f"written to {folder}", ""]))
+
+
+def version_of(package: str) -> str | None:
+    """Version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def progress(things: Iterable[str], label: str) -> Iterable[str]:
+    """``things`` with a bar that says how far it is, on the primary rank."""
+    return tqdm(list(things), desc=label, leave=False, disable=not distributed.is_primary())
+
+
+def say(line: str) -> None:
+    """A line on the terminal, from the primary rank, above a bar that may be there."""
+    if distributed.is_primary():
+        tqdm.write(line)

@@ -1,0 +1,122 @@
+"""Peak memory of one arm in a process of its own: ``peak_in_fresh_process`` starts this file."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from switchlora.bench.arms import UPDATES_FOR_PEAK, Cell, base_model, device_of_benchmark, make_arm
+from switchlora.learner import STATUS, peak_memory, reset_peak_memory
+from switchlora.process import distributed
+
+FOREIGN_LIMIT = 256 * 2**20  # bytes that other processes may hold on a GPU
+MIB = 2**20
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+TINY = {"depth": 1, "embed_dim": 32, "num_heads": 1, "num_classes": 2}
+ASK_GPU = "import torch; print(*torch.cuda.mem_get_info({}))"
+
+
+def main() -> None:
+    """The process of one arm: print its peak."""
+    request = json.loads(sys.argv[1])
+    distributed.join()
+    torch.set_num_threads(request["threads"])
+    peaks = distributed.gather(peak_of_arm(request["arm"], Cell(**request["cell"])))
+    if distributed.is_primary():
+        print(json.dumps({"peak_bytes": max(peaks)}))
+    distributed.leave()
+
+
+def peak_of_arm(name: str, cell: Cell) -> int:
+    """Bytes at the peak of the updates: allocated on CUDA, resident beyond torch on a CPU."""
+    device = device_of_benchmark()
+    tiny = Cell("vit_tiny_patch16_224", cell.precision, 1, cell.batch, image_size=32, options=TINY)
+    make_arm(name, base_model(tiny), tiny).lap()
+    gc.collect()
+    before = 0 if device.type == "cuda" else proc_bytes(STATUS, "VmRSS")
+    arm = make_arm(name, base_model(cell), cell)
+    gc.collect()
+    reset_peak_memory(device)
+    for _ in range(UPDATES_FOR_PEAK):
+        arm.lap()
+    peak = peak_memory(device)
+    assert peak is not None
+    return peak - before
+
+
+def peak_in_fresh_process(name: str, cell: Cell) -> int:
+    """``peak_of_arm`` in fresh processes, as many as there are ranks: the largest of theirs.
+
+    glibc keeps freed memory for later, by an order of events that is not the arm's merit: PEFT's
+    ViT-S was 70 % over its live tensors, full training 18 %. There it is told to return it.
+    """
+    threads = torch.get_num_threads()
+    request = json.dumps({"arm": name, "cell": asdict(cell), "threads": threads})
+    command = [*_launcher(), str(Path(__file__)), request]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHED)} | ALLOCATOR
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
+        raise ValueError(f"the process that measures the memory of '{name}' failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def _launcher() -> Sequence[str]:
+    ranks = distributed.world_size()
+    if ranks == 1:
+        return [sys.executable]
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):
+        raise ValueError("--memory works with the processes of one machine: leave it out")
+    run = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    return [sys.executable, *run]
+
+
+def refuse_full_memory(name: str, predicted: int) -> None:
+    """ValueError where the main memory that is free cannot hold ``predicted`` bytes a rank."""
+    needed = predicted * distributed.world_size()
+    free = proc_bytes("/proc/meminfo", "MemAvailable")
+    if free < needed:
+        raise ValueError(
+            f"the memory of '{name}' cannot be measured: it needs about {needed // MIB:,} MiB and "
+            f"{free // MIB:,} MiB are free; end other programs or lower --batch"
+        )
+
+
+def refuse_used_gpu(device: torch.device) -> None:
+    """ValueError where other processes hold memory of the GPU; call it before any work there."""
+    free, total = torch.cuda.mem_get_info(device)
+    asked = [sys.executable, "-c", ASK_GPU.format(device.index)]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=True)
+    used_by_both = total - int(answer.stdout.split()[0])
+    held = held_by_others(total - free, used_by_both)
+    if held > FOREIGN_LIMIT:
+        raise ValueError(
+            f"memory is not measured on a GPU in use: other processes hold {held // MIB:,} MiB of "
+            f"{device}; wait, or leave out --memory"
+        )
+
+
+def held_by_others(used: int, used_by_both: int) -> int:
+    """Bytes on a GPU that are neither this process's context nor that of a second one like it.
+
+    ``used`` is what one of them sees, ``used_by_both`` what is used while both have a context.
+    """
+    context = used_by_both - used
+    return used - context
+
+
+def proc_bytes(path: str, key: str) -> int:
+    """A line of a Linux status file, such as 'VmRSS:  1234 kB', in bytes."""
+    lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The benchmark's picture: relative speed and peak memory of each arm, measured and predicted."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from textwrap import fill
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from switchlora.bench.arms import ARMS, LEANER
+from switchlora.bench.report import MIB, Result, predicted_ratio, ratio_to
+
+PICTURE = "bench.png"
+RANKLESS = ("full", "frozen")
+COLORS = {"full": "#999999", "adapter": "#56b4e9", "peft": "#e69f00", "frozen": "#eeeeee"}
+HATCHES = {
+    **{"adapter-merged": "//", "adapter-split": "..", "adapter-B": "xx"},
+    **{"adapter-gelu": "--", "adapter-B-blocks": "++"},
+}
+ORDER = (*ARMS, *LEANER)
+BAR_INCHES = 0.24
+TITLE_LETTERS = 52  # on a line
+SPEED = "speed relative to full training (whiskers: quartiles)"
+PEAK = "peak memory, MiB"
+MARKER = {"color": "white", "markeredgecolor": "black", "markersize": 4.5}
+USUAL = {
+    "accumulation": 1,
+    "image_size": 224,
+    "dropout": "none",
+    "residual_dtype": "none",
+    "processes": 1,
+    "model_options": {},
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One arm at one rank."""
+
+    arm: str
+    rank: int
+    value: float
+    low: float
+    high: float
+    """the quartiles; where there are none, the value itself"""
+    predicted: float | None
+
+    @property
+    def label(self) -> str:
+        """The arm, with its rank where it has one."""
+        name = "frozen limit" if self.arm == "frozen" else self.arm
+        return name if self.arm in RANKLESS else f"{name} r{self.rank}"
+
+
+def draw(results: Sequence[Result]) -> Figure | None:
+    """A row of panels for each model, precision and batch: speed, and memory where measured.
+
+    None where nothing is to be seen.
+    """
+    panels: dict[str, list[Result]] = {}
+    for result in results:
+        panels.setdefault(_title(result), []).append(result)
+    columns = {
+        label: found
+        for label, bar in ((SPEED, speed_bar), (PEAK, peak_bar))
+        if any((found := {title: bars(cells, bar) for title, cells in panels.items()}).values())
+    }
+    if not columns:
+        return None
+    sizes = [max(3, *(len(found[title]) for found in columns.values())) for title in panels]
+    heights = [size * BAR_INCHES + 0.7 for size in sizes]
+    figure = Figure(figsize=(4.6 * len(columns), sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(panels), len(columns), squeeze=False, height_ratios=heights)
+    for column, (label, found) in zip(axes.T, columns.items(), strict=True):
+        for axis, title in zip(column, panels, strict=True):
+            _draw_bars(axis, found[title], "{:.2f}" if label == SPEED else "{:,.0f}")
+        column[-1].set_xlabel(label, fontsize=9)
+        if label == SPEED:
+            _mark_full(column)
+    for axis, title in zip(axes[:, 0], panels, strict=True):
+        axis.set_title(fill(title, TITLE_LETTERS), fontsize=9, loc="left")
+    marker = axes[0][0].plot([], [], "D", **MARKER)
+    figure.legend(
+        marker,
+        ["predicted by the cost model"],
+        loc="outside lower right",
+        fontsize=8,
+        frameon=False,
+    )
+    return figure
+
+
+def _mark_full(column: Sequence[Axes]) -> None:
+    """One scale for all panels of a column, and a line at 1."""
+    end = max(axis.get_xlim()[1] for axis in column)
+    for axis in column:
+        axis.set_xlim(0, end)
+        axis.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=3)
+
+
+def bars(cells: Sequence[Result], bar: Callable[[Result, str], Bar | None]) -> list[Bar]:
+    """A bar for each arm and rank, the latest where there are several, in the order of arms."""
+    found: dict[str, Bar] = {}
+    for made in (bar(cell, name) for cell in cells for name in cell["arms"]):
+        if made is not None:
+            found[made.label] = made
+    return sorted(found.values(), key=lambda each: (ORDER.index(each.arm), each.rank))
+
+
+def speed_bar(result: Result, name: str) -> Bar | None:
+    """Speed of an arm relative to full training."""
+    ratio = ratio_to(result, "full", name)
+    if ratio is None:
+        return None
+    predicted = None if name == "full" else predicted_ratio(result, name)
+    rank = result["conditions"]["rank"]
+    return Bar(name, rank, ratio.value, ratio.low, ratio.high, predicted)
+
+
+def peak_bar(result: Result, name: str) -> Bar | None:
+    """Peak memory of an arm in MiB."""
+    arm = result["arms"][name]
+    if "peak_bytes" not in arm:
+        return None
+    peak, predicted = arm["peak_bytes"] / MIB, arm.get("predicted", {}).get("peak_bytes")
+    rank = result["conditions"]["rank"]
+    return Bar(name, rank, peak, peak, peak, predicted and predicted / MIB)
+
+
+def _title(result: Result) -> str:
+    """What is the same in one panel: all conditions but the rank; the main ones in words."""
+    c = result["conditions"]
+    title = f"{c['model']}, {c['precision']}, batch {c['batch']}"
+    extra = [
+        f"{key.replace('_', ' ')} {c[key]}" for key, usual in USUAL.items() if c[key] != usual
+    ]
+    return ", ".join([title, *extra])
+
+
+def _draw_bars(axis: Axes, found: Sequence[Bar], form: str) -> None:
+    """Horizontal bars from top to bottom, the value beside each."""
+    style = {"height": 0.72, "edgecolor": "black", "linewidth": 0.6}
+    for place, bar in enumerate(found):
+        color, hatch = COLORS[bar.arm.split("-")[0]], HATCHES.get(bar.arm, "")
+        axis.barh(place, bar.value, color=color, hatch=hatch, **style)
+        if bar.low < bar.high:
+            spread = [[max(0.0, bar.value - bar.low)], [max(0.0, bar.high - bar.value)]]
+            axis.errorbar(bar.value, place, xerr=spread, color="black", capsize=2.5)
+        if bar.predicted is not None:
+            axis.plot(bar.predicted, place, "D", zorder=4, **MARKER)
+        end = max(bar.value, bar.high, bar.predicted or 0)
+        text = {"fontsize": 8, "va": "center", "textcoords": "offset points"}
+        axis.annotate(form.format(bar.value), (end, place), (7, 0), **text)
+    if not found:
+        axis.text(0.04, 0.5, "not measured", fontsize=8, transform=axis.transAxes)
+        axis.set_xticks([])
+    axis.set_yticks(range(len(found)), [bar.label for bar in found], fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.16)
+    axis.set_xlim(left=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)

@@ -1,0 +1,127 @@
+"""Time of an update in the last phase of finished runs, side by side in one process.
+
+``python scripts/systems_speed.py RUN... --out FOLDER`` takes one run of each method, that of the
+lowest seed, goes back to its last checkpoint, and lets the methods make updates in turn: whatever
+else the machine does meets all alike, as it does not where runs came one after the other. On a CPU
+the seconds are those of the processor. A RUN may be a sweep; one of method=full is what the others
+are compared with. Writes speed.json and speed.md.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch.utils.benchmark import timer as synchronised_clock
+from tqdm import tqdm
+
+from switchlora.bench.lowrank import spread
+from switchlora.cost import interleaved_seconds
+from switchlora.errors import check_range
+from switchlora.process import USER_ERRORS, one_line
+from switchlora.run import prepare
+from switchlora.storage import Record, check_alike, environment, find_records
+
+BASELINE = "full"
+QUIET = {
+    "trunk": {"dir": None},
+    "checkpoint": {"keep": 0},
+    "log": {"progress": False, "wandb": {"mode": "disabled"}},
+}
+
+
+def main() -> None:
+    """Measure, write both files and show the table; one clear line for a mistake."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    try:
+        check_range("--rounds", options.rounds, 1)
+        record = measure(one_of_each(find_records(options.runs)), options.rounds)
+    except USER_ERRORS as error:
+        sys.exit(f"systems_speed: {one_line(error)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = page(record)
+    (options.out / "speed.md").write_text(text)
+    print(text, end="")
+
+
+def one_of_each(records: Sequence[Record]) -> dict[str, Record]:
+    """By method its finished run of the lowest seed, full training first.
+
+    ValueError without full training, or where runs differ in data, model or epochs.
+    """
+    finished = [r for r in records if r.finished and r.config["method"]]
+    found: dict[str, Record] = {}
+    for record in sorted(
+        finished, key=lambda r: (r.config["method"] != BASELINE, r.config["seed"])
+    ):
+        found.setdefault(record.config["method"], record)
+    if BASELINE not in found:
+        raise ValueError(
+            "no finished run of method=full is among them: there is nothing to compare with"
+        )
+    check_alike([*found.values()], ("data", "model", "epochs"), "runs of one experiment")
+    return found
+
+
+def measure(records: Mapping[str, Record], rounds: int) -> dict[str, Any]:
+    """Seconds of ``rounds`` updates of each method, and where they come from."""
+    with TemporaryDirectory() as folder:
+        steps = {
+            method: step_of(record, Path(folder) / method)
+            for method, record in tqdm(records.items(), desc="prepare", leave=False)
+        }
+        on_cpu = not torch.cuda.is_available()
+        clock = time.process_time if on_cpu else synchronised_clock
+        seconds = interleaved_seconds(steps, rounds, clock)
+    return {
+        "rounds": rounds,
+        "clock": "processor" if on_cpu else "wall",
+        "seconds": seconds,
+        "environment": environment(torch.device("cpu" if on_cpu else "cuda"), 0),
+    }
+
+
+def step_of(record: Record, folder: Path) -> Callable[[], object]:
+    """One update of the run as its last checkpoint left it, on the first batch of its data."""
+    config = OmegaConf.merge(record.config, QUIET, {"resume": str(record.folder)})
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        run = prepare(config, folder)
+    inputs, targets = next(iter(run.data.train))
+    run.model.train()
+    last = run.last_update - 1
+    return lambda: run.learner.update(inputs, targets, run.data.loss, last)
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The table as Markdown, with command, commit and hardware below it."""
+    where, seconds = record["environment"], record["seconds"]
+    rows = [
+        f"| `{method}` | {spread([1000 * s for s in mine], digits=1)} | "
+        f"{spread([s / b for s, b in zip(mine, seconds[BASELINE], strict=True)], digits=2)} |"
+        for method, mine in seconds.items()
+    ]
+    lines = [
+        "| last phase of | update, ms | over full training's |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"Medians of {record['rounds']} rounds in which the methods take turns, quartiles in "
+        f"brackets; below 1 is faster; {record['clock']} seconds, {where['threads']} thread(s). "
+        f"{where['device']}; commit `{where['git']}`.",
+        "",
+        f"    {where['command']}",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,82 @@
+"""The configuration: where it lies, what it builds, which of its keys shape a run."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+Config = Mapping[str, Any]
+FREE = (
+    "name",
+    "method",
+    "resume",
+    "max_skipped",
+    "system",
+    "log",
+    "checkpoint",
+    "trunk",
+    "objectives",
+)
+"""groups and keys of a configuration that change no result"""
+DIGITS = 10
+
+
+def shaping(config: Config) -> dict[str, Any]:
+    """The dotted keys of ``config`` that shape results, with their values."""
+    return {key: value for key, value in leaves(config) if not is_free(key)}
+
+
+def identity(keys: Mapping[str, Any]) -> str:
+    """A short name of dotted keys with plain values: the same for the same, in any order."""
+    text = json.dumps(keys, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Keys that shape results and differ, as 'key: old there, new here'."""
+    before, after = shaping(old), shaping(new)
+    return [
+        f"{key}: {before.get(key)} there, {after.get(key)} here"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in nested mappings; lists are values."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, config
+
+
+def is_free(key: str) -> bool:
+    """Whether a dotted key changes no result: where data lies is free too."""
+    return key.split(".")[0] in FREE or key.endswith("root")
+
+
+build = partial(instantiate, _convert_="all")
+
+
+def as_plain(config: DictConfig) -> dict[str, Any]:
+    """A config as plain dicts and lists, interpolations resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
+def check_whole(config: DictConfig, key: str, least: int) -> None:
+    """ValueError unless ``key`` holds a whole number of at least ``least``."""
+    value = OmegaConf.select(config, key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{key} is {value!r}: give a whole number of at least {least}")
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder ``conf`` or ``experiments``, in the package or beside it in a checkout."""
+    beside = Path(__file__).resolve().parent
+    return next(p for p in (beside / name, beside.parent / name) if p.is_dir())

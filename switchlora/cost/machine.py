@@ -1,0 +1,149 @@
+"""What a device does in a second, measured with short products and element-wise operations."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from switchlora.cost.trace import Operation, Recorder
+from switchlora.learner import PRECISIONS
+from switchlora.process import world_size
+
+Trial = Callable[[], object]
+ROUNDS = 5
+MEASURED_SECONDS = 0.8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does in a second, in one precision."""
+
+    product_rate: float
+    """flop/s of a large product"""
+    attention_rate: float
+    """flop/s of scaled dot-product attention, forward and backward together"""
+    bandwidth: float
+    """bytes/s of element-wise operations on activations"""
+    all_reduce: float | None = None
+    """bytes/s at which a gradient is averaged over the ranks; None for one process"""
+    update_bandwidth: float | None = None
+    """bytes/s of the optimizer, which finds a parameter in the caches; None: ``bandwidth``"""
+    latency: float = 0.0
+    """seconds that the shortest operation of the passes takes"""
+
+    def seconds(self, operation: Operation) -> float:
+        """max(flops / rate, bytes / bandwidth, latency); views are free.
+
+        The optimizer's bandwidth was measured with all that its steps cost.
+        """
+        if operation.part == "optimizer":
+            return operation.bytes / (self.update_bandwidth or self.bandwidth)
+        rate = self.attention_rate if "attention" in operation.name else self.product_rate
+        shortest = self.latency if operation.bytes else 0.0
+        return max(operation.flops / rate, operation.bytes / self.bandwidth, shortest)
+
+
+def measure_machine(device: torch.device, precision: str) -> Machine:
+    """Time products, attention, element-wise operations and the averaging of gradients.
+
+    It takes about a second; all ranks must call it together. The trials take turns, so that other
+    work on the machine slows all alike, and their medians count. ``bandwidth`` is that of what a
+    transformer block does element by element, forward and backward: layer norm, GELU, additions
+    and column sums, of which most are slower than a copy on a CPU.
+    """
+    dtype = PRECISIONS[precision] or torch.float32
+    scale = 1 if device.type == "cpu" else 8  # a large device needs more work to be busy
+    trials = {
+        "product": _product_trial(device, dtype, scale),
+        "attention": _attention_trial(device, dtype, scale),
+        "mixed": _mixed_trial(device, dtype, 2048 * scale, 512),
+        "update": _update_trial(device),
+        "tiny": _mixed_trial(device, dtype, 1, 8),
+    }
+    counts = {name: _counts(trial, device) for name, trial in trials.items()}
+    seconds = _median_seconds(trials, device)
+    return Machine(
+        product_rate=counts["product"].flops / seconds["product"],
+        attention_rate=counts["attention"].flops / seconds["attention"],
+        bandwidth=counts["mixed"].bytes / seconds["mixed"],
+        all_reduce=_all_reduce_speed(device),
+        update_bandwidth=counts["update"].bytes / seconds["update"],
+        latency=seconds["tiny"] / counts["tiny"].operations,
+    )
+
+
+class _Counts(NamedTuple):
+    flops: int
+    bytes: int
+    operations: int
+
+
+def _counts(trial: Trial, device: torch.device) -> _Counts:
+    with Recorder(nn.Module(), device) as recorder:
+        trial()
+    done = [operation for operation in recorder.operations if operation.bytes]
+    return _Counts(sum(op.flops for op in done), sum(op.bytes for op in done), len(done))
+
+
+def _median_seconds(trials: Mapping[str, Trial], device: torch.device) -> dict[str, float]:
+    laps: dict[str, list[float]] = {name: [] for name in trials}
+    while len(laps["tiny"]) < ROUNDS or sum(map(sum, laps.values())) < MEASURED_SECONDS:
+        for name, trial in trials.items():
+            laps[name].append(_seconds(trial, device))
+    return {name: median(found) for name, found in laps.items()}
+
+
+def _seconds(act: Trial, device: torch.device) -> float:
+    start = perf_counter()
+    act()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter() - start
+
+
+def _all_reduce_speed(device: torch.device) -> float | None:
+    """Bytes/s of one of DDP's buckets of 25 MiB; all ranks make the same number of trials."""
+    if world_size() == 1:
+        return None
+    bucket = torch.zeros(25 * 2**18, device=device)
+    laps = [_seconds(lambda: dist.all_reduce(bucket), device) for _ in range(1 + ROUNDS)]
+    return bucket.nbytes / median(laps[1:])
+
+
+def _product_trial(device: torch.device, dtype: torch.dtype, scale: int) -> Trial:
+    left = torch.ones(1024 * scale, 768, device=device, dtype=dtype)
+    right = torch.ones(768, 1536 * scale, device=device, dtype=dtype)
+    return lambda: left @ right
+
+
+def _attention_trial(device: torch.device, dtype: torch.dtype, scale: int) -> Trial:
+    shape = (8 * scale, 6, 197, 64)
+    q, k, v = (torch.ones(shape, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
+    grad = q.detach()
+    return lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), [q, k, v], grad)
+
+
+def _mixed_trial(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> Trial:
+    x = torch.ones(tokens, width, device=device, requires_grad=True)
+    hidden = torch.ones(tokens, 4 * width, device=device, dtype=dtype, requires_grad=True)
+    bias = torch.ones(4 * width, device=device, dtype=dtype, requires_grad=True)
+    outputs = [x.detach(), hidden.detach()]
+
+    def trial() -> object:
+        block = [x + F.layer_norm(x, (width,)), F.gelu(hidden + bias)]
+        return torch.autograd.grad(block, [x, hidden, bias], outputs)
+
+    return trial
+
+
+def _update_trial(device: torch.device) -> Trial:
+    weights = [torch.ones(1024, 1024, device=device, requires_grad=True) for _ in range(4)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    return torch.optim.AdamW(weights).step

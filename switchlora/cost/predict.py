@@ -1,0 +1,177 @@
+"""Cost model: seconds of one training update, predicted before it is made.
+
+The operations of a traced update are priced by what the machine was measured to do: the roofline
+model (Williams, Waterman & Patterson, 2009, doi 10.1145/1498765.1498785).
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from switchlora.adapters import FACTORS
+from switchlora.cost.machine import Machine
+from switchlora.cost.trace import PARTS, Operation, Trace
+
+NO_GAIN = 0.98
+ADAMW_BYTES = 96  # read and written for each trained number, with the norm and the clipping
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one update."""
+
+    forward: float
+    backward: float
+    optimizer: float
+    communication: float
+    """of the gradients, as if none of it hid behind the backward pass"""
+    modules: Mapping[str, float]
+    """forward and backward by module; '' outside of all"""
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole update."""
+        return self.forward + self.backward + self.optimizer + self.communication
+
+
+def predict(trace: Trace, machine: Machine, world_size: int = 1) -> Prediction:
+    """Price each operation of ``trace``, and the exchange of its gradients by several ranks."""
+    parts = dict.fromkeys(PARTS, 0.0)
+    modules: dict[str, float] = {}
+    for operation in trace.operations:
+        seconds = machine.seconds(operation)
+        parts[operation.part] += seconds
+        if operation.part != "optimizer":
+            modules[operation.module] = modules.get(operation.module, 0.0) + seconds
+    exchange = _exchange_seconds(trace.trainable_bytes, machine, world_size)
+    return Prediction(**parts, communication=exchange, modules=modules)
+
+
+def _exchange_seconds(size: int, machine: Machine, world_size: int) -> float:
+    if world_size == 1:
+        return 0.0
+    if machine.all_reduce is None:
+        raise ValueError(
+            f"the machine was measured in one process, not in {world_size}: give all_reduce, the "
+            "bytes/s at which gradients are averaged"
+        )
+    return size / machine.all_reduce
+
+
+def break_even_rank(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    itemsize: int,
+    machine: Machine,
+    train_factors: Sequence[str] = FACTORS,
+    world_size: int = 1,
+) -> int:
+    """The largest rank at which a linear's update with an adapter is no slower than without.
+
+    ``tokens`` are all that the linear sees in one forward pass, ``itemsize`` the bytes of a number
+    in its products. 0 where no rank pays, min(in, out) where every one does.
+    """
+    linear = _Linear(tokens, in_features, out_features, itemsize)
+
+    def seconds(operations: Sequence[Operation], trained: int) -> float:
+        update = Operation("update", "", "optimizer", 0, ADAMW_BYTES * trained)
+        exchange = _exchange_seconds(4 * trained, machine, world_size)
+        return sum(map(machine.seconds, [*operations, update])) + exchange
+
+    def adapted(rank: int) -> float:
+        trained = rank * sum({"A": in_features, "B": out_features}[f] for f in train_factors)
+        forms = (linear.merged, linear.split)
+        return min(seconds(form(rank, "A" in train_factors), trained) for form in forms)
+
+    ranks = range(1, min(in_features, out_features) + 1)
+    return bisect_right(ranks, seconds(linear.full(), in_features * out_features), key=adapted)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """Operations of one update of a linear, (tokens, inner) to (tokens, outer)."""
+
+    tokens: int
+    inner: int
+    outer: int
+    itemsize: int
+
+    def full(self) -> list[Operation]:
+        """X W^T, G W, G^T X and the column sums of G; casts of the weight and its gradient."""
+        dense = self._product(self.outer, self.tokens, self.inner)
+        return [*self._plain(), dense, *self._casts(), self._moves(self.tokens * self.outer)]
+
+    def merged(self, rank: int, trains_A: bool) -> list[Operation]:
+        """W + s B A formed forward and backward, and used like a plain weight."""
+        size = self.inner * self.outer
+        formed = [self._product(self.outer, rank, self.inner, itemsize=4), self._moves(size, 12)]
+        return [*self._plain(), *self._casts(), *formed * 2, *self._factors(rank, trains_A)]
+
+    def split(self, rank: int, trains_A: bool) -> list[Operation]:
+        """s (X A^T) B^T added to X W^T, and s (G B) A to G W."""
+        added = [
+            self._product(self.tokens, rank, self.outer),
+            self._product(self.tokens, rank, self.inner),
+            self._moves(self.tokens * (self.outer + self.inner)),
+        ]
+        if not trains_A:
+            added.append(self._product(self.tokens, self.outer, rank))
+        return [*self._plain(), *self._casts(), *added, *self._factors(rank, trains_A)]
+
+    def _plain(self) -> list[Operation]:
+        forward = self._product(self.tokens, self.inner, self.outer)
+        return [forward, self._product(self.tokens, self.outer, self.inner)]
+
+    def _factors(self, rank: int, trains_A: bool) -> list[Operation]:
+        """X A^T, which gets a column of ones, and (X A^T)^T G; where A trains, G B and (G B)^T X.
+
+        Gradients are scaled and put into order.
+        """
+        found = [
+            self._product(self.tokens, self.inner, rank),
+            self._moves(2 * self.tokens * rank),
+            self._product(rank, self.tokens, self.outer),
+            self._moves(rank * self.outer, 16),
+        ]
+        if trains_A:
+            found.append(self._product(self.tokens, self.outer, rank))
+            found.append(self._product(rank, self.tokens, self.inner))
+            found.append(self._moves(rank * self.inner, 8))
+        return found
+
+    def _casts(self) -> list[Operation]:
+        casts = [self._moves(self.inner * self.outer, 4 + self.itemsize)] * 2
+        return casts if self.itemsize < 4 else []
+
+    def _product(self, m: int, k: int, n: int, itemsize: int | None = None) -> Operation:
+        moved = (m * k + k * n + m * n) * (itemsize or self.itemsize)
+        return Operation("product", "", "", 2 * m * k * n, moved)
+
+    def _moves(self, size: int, itemsize: int | None = None) -> Operation:
+        return Operation("move", "", "", 0, size * (itemsize or self.itemsize))
+
+
+def speedup_parts(full: Prediction, adapter: Prediction) -> dict[str, float]:
+    """The factors of the predicted speed-up full / adapter; their product is the whole.
+
+    'arithmetic' is the ratio of forward and backward passes alone, 'optimizer' what the ratio is
+    multiplied by when the optimizer counts too, 'communication' when the exchange does.
+    """
+    passes = [p.forward + p.backward for p in (full, adapter)]
+    stepped = [p.total - p.communication for p in (full, adapter)]
+    ratios = [1.0, *(a / b for a, b in (passes, stepped, (full.total, adapter.total)))]
+    names = ("arithmetic", "optimizer", "communication")
+    return {n: after / before for n, (before, after) in zip(names, pairwise(ratios), strict=True)}
+
+
+def warning(full: Prediction, adapter: Prediction) -> str | None:
+    """One line where the adapter phase is predicted to be no faster, else None."""
+    share = adapter.total / full.total
+    if share < NO_GAIN:
+        return None
+    return (
+        f"the adapter phase will not be faster: an update is predicted to take {share:.2f} times "
+        "the full phase's; lower the ranks, adapt fewer modules or take a wider model"
+    )

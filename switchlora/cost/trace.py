@@ -1,0 +1,255 @@
+"""One training update on fake tensors: its operations, and the bytes that it holds.
+
+Fake tensors have shapes, types and a device, but no content: nothing is computed or allocated.
+"""
+
+import copy
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from switchlora.learner import (
+    Recipe,
+    SavedTensors,
+    autocast,
+    flops_of,
+    held_bytes,
+    operands_within_update,
+    parameter_groups,
+)
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+PARTS = ("forward", "backward", "optimizer")
+MOVES_NOTHING = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    "_unsafe_view",
+}
+ONLY_WRITES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of an update."""
+
+    name: str
+    """'aten.addmm'"""
+    module: str
+    """the innermost module that it belongs to, forward or backward; '' outside of all"""
+    part: str
+    """'forward', 'backward' or 'optimizer'"""
+    flops: int
+    """of products and attention, two a multiply-add; 0 for the element-wise rest"""
+    bytes: int
+    """of the tensors read and written; 0 for views"""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one update does and holds on one rank."""
+
+    operations: tuple[Operation, ...]
+    memory: Mapping[str, int]
+    """bytes of 'parameters' (with buffers), 'gradients', 'optimizer_state' and 'activations': what
+    autograd keeps from the forward to the backward pass of one micro-batch, parameters apart"""
+    peak_bytes: int
+    """of all live tensors at the worst moment; a C allocator that keeps freed memory holds more"""
+    trainable_bytes: int
+    """of the gradients that ranks exchange"""
+
+
+class Recorder(TorchDispatchMode):
+    """Lists the operations that run inside, and follows the bytes of live storages.
+
+    A backward operation belongs to the module in which its autograd node was made: nodes are
+    numbered in the order of their making, and a mark is the number from which on they belong to
+    another module.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.part = "forward"
+        self.live = self.peak = 0
+        self._device = device
+        self._held = WeakIdKeyDictionary()
+        self._inside = [""]
+        self._marks = [(0, "")]
+        self._owners = {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
+            module.register_forward_hook(lambda *_: self._leave(), always_call=True)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func``, note what it costs and follow what it made."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.namespace != "prim":
+            flops = flops_of(func, args, kwargs, result)
+            moved = _bytes_moved(func, _tensors((args, kwargs)), _tensors(result))
+            name = str(func.overloadpacket)
+            self.operations.append(Operation(name, self._module(), self.part, flops, moved))
+            self.hold(_tensors(result))
+        return result
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Count the storages of ``tensors`` as live until they are freed."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if tensor.device == self._device and storage not in self._held:
+                self._held[storage] = None
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+    def _enter(self, name: str) -> None:
+        self._inside.append(name)
+        self._mark()
+
+    def _leave(self) -> None:
+        self._inside.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        self._marks.append((torch.autograd._get_sequence_nr(), self._inside[-1]))
+
+    def _module(self) -> str:
+        node = torch._C._current_autograd_node()
+        if node is None or len(self._inside) > 1:  # inside a module: checkpoints compute it again
+            return self._inside[-1]
+        if (variable := getattr(node, "variable", None)) is not None:
+            return self._owners.get(id(variable), "")
+        last = bisect_right(self._marks, node._sequence_nr(), key=lambda mark: mark[0]) - 1
+        return self._marks[last][1]
+
+
+def trace_update(
+    model: nn.Module, recipe: Recipe, images: Sequence[int], num_classes: int
+) -> Trace:
+    """``trace_batch`` of images of shape ``images``, (B, C, H, W), with soft labels."""
+    batch = torch.empty(*images, device="meta"), torch.empty(images[0], num_classes, device="meta")
+    return trace_batch(model, recipe, *batch, F.cross_entropy)
+
+
+def trace_batch(
+    model: nn.Module, recipe: Recipe, inputs: Tensor, targets: Tensor, loss_fn: LossFunction
+) -> Trace:
+    """Trace one update of the plain ``model`` on one rank's batch, of which only shapes are read.
+
+    It is split into ``recipe.accumulation`` micro-batches. Nothing is computed or allocated: the
+    model, its gradients and all random generators stay as they are. A compiled model is traced as
+    an eager one, with the checkpointing it is set to; the loss scaling of fp16 is left out.
+    """
+    device = next(model.parameters()).device
+    with without_content(model, device) as model:
+        optimizer = stepped(model, recipe)
+        recorder = Recorder(model, device)
+        state = [v for s in optimizer.state.values() for v in _tensors(s)]
+        recorder.hold([*model.parameters(), *model.buffers(), *state])
+        with recorder, operands_within_update(model, recipe):
+            activations = _passes(model, recipe, (inputs, targets), loss_fn, recorder)
+            recorder.part = "optimizer"
+            _step(model, recipe, optimizer)
+    gradients = held_bytes(p.grad for p in model.parameters() if p.grad is not None)
+    memory = {
+        "parameters": held_bytes([*model.parameters(), *model.buffers()]),
+        "gradients": gradients,
+        "optimizer_state": held_bytes(state),
+        "activations": activations,
+    }
+    return Trace(tuple(recorder.operations), memory, recorder.peak, gradients)
+
+
+@contextmanager
+def without_content(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """A copy of ``model`` on fake tensors of ``device``; what is made inside has shapes only."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        hollow: dict[int, Tensor] = {
+            id(tensor): torch.empty_like(tensor, device=device) for tensor in model.buffers()
+        }
+        for tensor in model.parameters():
+            empty = torch.empty_like(tensor, device=device)
+            hollow[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    with FakeCopyMode(fake):
+        model = copy.deepcopy(model, hollow)
+    with fake:
+        yield model
+
+
+def stepped(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """The recipe's optimizer after one step, so that it has its moments; no gradient is left."""
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    optimizer = recipe.optimizer(parameter_groups(model, recipe))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def _passes(
+    model: nn.Module,
+    recipe: Recipe,
+    batch: tuple[Tensor, Tensor],
+    loss_fn: LossFunction,
+    recorder: Recorder,
+) -> int:
+    """Forward and backward passes of all micro-batches; bytes that the first one's graph keeps."""
+    device = next(model.parameters()).device
+    inputs, targets = (torch.empty_like(tensor, device="cpu") for tensor in batch)
+    parts, labels = inputs.chunk(recipe.accumulation), targets.chunk(recipe.accumulation)
+    activations = None
+    for part, label in zip(parts, labels, strict=True):
+        recorder.part, saved = "forward", SavedTensors()
+        with autocast(device.type, recipe.precision), saved:
+            loss = loss_fn(model(part.to(device)), label.to(device))
+        if activations is None:
+            activations = saved.bytes_beside(model)
+        recorder.part = "backward"
+        (loss * (len(part) / len(inputs))).backward()
+    return activations or 0
+
+
+def _step(model: nn.Module, recipe: Recipe, optimizer: Optimizer) -> None:
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+    if recipe.clip_grad is not None:
+        clip_grads_with_norm_(trained, recipe.clip_grad, norm)
+    optimizer.step()
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _bytes_moved(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+    """Bytes of the tensors that ``func`` reads and writes, 0 where it only makes a view."""
+    name = func.overloadpacket.__name__
+    written = sum(map(_extent, outputs))
+    if name in MOVES_NOTHING or func.is_view:
+        return 0
+    return written if name in ONLY_WRITES else written + sum(map(_extent, inputs))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes of the different elements of ``tensor``: those of an expanded dimension are one."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * prod(n for n, stride in sizes if stride or n == 0)

@@ -1,0 +1,175 @@
+"""Switch criteria: the history of measurements -> has training settled enough to switch?
+
+A criterion is a pure function of the logged history, so it can be replayed on a finished run.
+A new one is a function, or a frozen dataclass with ``__call__``, and a yaml in
+``conf/switch/criterion``. Those that read spectra are in ``stability``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from switchlora.errors import check_range, check_share
+from switchlora.monitor import LayerStats, Measurement
+
+LOSS = "train_loss"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a criterion says.
+
+    ``margins`` holds, per target (and under 'train_loss' for a test of the loss), the distance to
+    its own threshold in the criterion's unit; positive means converged. ``reason`` is one
+    sentence: why it fired, or what held it back.
+    """
+
+    fires: bool
+    margins: Mapping[str, float]
+    reason: str
+
+
+SwitchCriterion = Callable[[Sequence[Measurement]], Verdict]
+
+
+def never(history: Sequence[Measurement]) -> Verdict:
+    """Full training to the end."""
+    return Verdict(False, {}, "criterion=never trains all parameters to the end")
+
+
+def at_start(history: Sequence[Measurement]) -> Verdict:
+    """Fires before the first update: LoRA from the start."""
+    return Verdict(True, {}, "criterion=at_start switches before the first update")
+
+
+@dataclass(frozen=True)
+class AtEpoch:
+    """Fires at the first measurement at or after ``epoch``: a switch by date (Pufferfish)."""
+
+    epoch: float
+
+    def __call__(self, history: Sequence[Measurement]) -> Verdict:
+        """Compare the epochs done with the date."""
+        done = history[-1].epoch if history else 0.0
+        fires = bool(history) and done >= self.epoch
+        return Verdict(fires, {}, f"epoch {done:.2f} of the set {self.epoch:g}")
+
+
+@dataclass(frozen=True)
+class UpdateNorm:
+    """Per-layer plateau of the relative update norm u_t = ||W_t - W_{t-1}||_F / ||W_t||_F.
+
+    A target has converged when each of its last ``patience`` windows satisfies u_t <= ``fraction``
+    * max_{s <= t} u_s: its updates have come down from their peak and stay down. Fires when at
+    least a share ``quorum`` of the targets has converged.
+    """
+
+    fraction: float = 0.7
+    patience: int = 3
+    quorum: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_share("quorum", self.quorum)
+        check_range("patience", self.patience, 1)
+
+    def __call__(self, history: Sequence[Measurement]) -> Verdict:
+        """Margin: ``fraction`` minus the largest u_t / peak among the last windows."""
+        if len(history) < self.patience + 1:
+            return too_short(history, self.patience + 1)
+        margins = {}
+        for name, stats in by_layer(history).items():
+            norms = [s.relative_update_norm for s in stats]
+            margins[name] = self.fraction - max(norms[-self.patience :]) / max(max(norms), 1e-30)
+        rule = (
+            f"update norms at or under {self.fraction:g} of their peak for {self.patience} windows"
+        )
+        return vote(margins, self.quorum, rule)
+
+
+@dataclass(frozen=True)
+class LossPlateau:
+    """Fires when the window's mean train loss has stopped falling.
+
+    100 * (l(t-1) - l(t)) / l(t-1) <= ``tolerance`` per cent in each of the last ``patience``
+    windows.
+    """
+
+    tolerance: float = 1.0
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        check_range("patience", self.patience, 1)
+
+    def __call__(self, history: Sequence[Measurement]) -> Verdict:
+        """Margin: tolerance minus the largest improvement, under 'train_loss'."""
+        if len(history) < self.patience + 1:
+            return too_short(history, self.patience + 1)
+        losses = [m.train_loss for m in history[-self.patience - 1 :]]
+        gains = [100 * (a - b) / a for a, b in zip(losses, losses[1:], strict=False)]
+        margin = self.tolerance - max(gains)
+        reason = (
+            f"train loss fell by at most {max(gains):.3g} % a window over {self.patience} windows "
+            f"(tolerance {self.tolerance:g} %)"
+        )
+        return Verdict(margin >= 0, {LOSS: margin}, reason)
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """Fires when every one of ``criteria`` fires; margins are the smallest of each target."""
+
+    criteria: Sequence[SwitchCriterion]
+
+    def __call__(self, history: Sequence[Measurement]) -> Verdict:
+        """Ask all of them."""
+        verdicts = [criterion(history) for criterion in self.criteria]
+        holding = [v.reason for v in verdicts if not v.fires]
+        reason = " and ".join(holding or [v.reason for v in verdicts])
+        return Verdict(not holding, _combined(verdicts, min), reason)
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """Fires when one of ``criteria`` fires; margins are the largest of each target."""
+
+    criteria: Sequence[SwitchCriterion]
+
+    def __call__(self, history: Sequence[Measurement]) -> Verdict:
+        """Ask all of them."""
+        verdicts = [criterion(history) for criterion in self.criteria]
+        firing = [v.reason for v in verdicts if v.fires]
+        reason = " or ".join(firing or [v.reason for v in verdicts])
+        return Verdict(bool(firing), _combined(verdicts, max), reason)
+
+
+def by_layer(history: Sequence[Measurement]) -> dict[str, list[LayerStats]]:
+    """Statistics of each target, in the order of the windows."""
+    return {name: [m.layers[name] for m in history] for name in history[-1].layers}
+
+
+def _relative_changes(values: Sequence[float]) -> list[float]:
+    return [
+        0.0 if max(abs(a), abs(b)) < 1e-12 else 100 * abs(b - a) / max(abs(a), 1e-12)
+        for a, b in zip(values, values[1:], strict=False)
+    ]
+
+
+def vote(margins: Mapping[str, float], quorum: float, rule: str) -> Verdict:
+    """Fires when at least a share ``quorum`` of the targets has a margin of 0 or more."""
+    converged = sum(margin >= 0 for margin in margins.values())
+    worst = min(margins, key=lambda name: margins[name])
+    place = "furthest from it" if margins[worst] < 0 else "closest call"
+    reason = (
+        f"{converged} of {len(margins)} targets have {rule} (quorum {quorum:.0%}); "
+        f"{place}: {worst} by {abs(margins[worst]):.3g}"
+    )
+    return Verdict(converged >= quorum * len(margins), margins, reason)
+
+
+def _combined(verdicts: Sequence[Verdict], choose: Callable) -> dict[str, float]:
+    names = dict.fromkeys(name for v in verdicts for name in v.margins)
+    return {n: choose(v.margins[n] for v in verdicts if n in v.margins) for n in names}
+
+
+def too_short(history: Sequence[Measurement], needed: int) -> Verdict:
+    """What a criterion says before it has the windows that it needs."""
+    return Verdict(False, {}, f"{len(history)} of the {needed} windows it needs are measured")

@@ -1,0 +1,268 @@
+"""Loaders from a data config: splits, transforms, Mixup and the loss that goes with it."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from switchlora.data.batches import (
+    Batch,
+    EpochMixup,
+    EpochSampler,
+    InMemory,
+    Key,
+    Transformed,
+    eval_batches,
+)
+from switchlora.data.workers import Loader
+from switchlora.errors import check_range
+
+Options = Mapping[str, Any]
+Parts = Sequence[tuple[Dataset, Tensor]]  # a data set and its rows: to train, validate and test
+View = InMemory | Transformed
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three loaders of a run, and the loss that fits what they yield.
+
+    Loaders yield a batch of inputs, such as images (B, C, H, W) float32 with targets (B,) int64.
+    ``train`` leaves out its last incomplete batch; ``val`` is cut from the training set, in the
+    same way for every seed; ``test`` is the official split. With several processes each loader
+    yields this process's share: sum over processes before you divide. ``mixup`` maps
+    (images, targets) to mixed images and soft targets, and ``loss`` expects them.
+    """
+
+    train: Loader
+    val: Loader
+    test: Loader
+    mixup: EpochMixup | None
+    loss: nn.Module
+
+    def digest(self) -> str:
+        """Of what there is to train and to validate on, or of what tells that they changed."""
+        views = [loader.dataset.digest() for loader in (self.train, self.val)]  # type: ignore[attr-defined]
+        return hashlib.sha256("".join(views).encode()).hexdigest()
+
+    def example(self, count: int) -> Batch:
+        """``count`` inputs and targets, as the loss gets them, on the meta device: shapes only."""
+        inputs, targets = self.val.dataset[torch.zeros(1, dtype=torch.long), None]
+        if self.mixup is not None:
+            targets = torch.empty(1, self.mixup.num_classes)
+        of_inputs, of_targets = ((count, *tensor.shape[1:]) for tensor in (inputs, targets))
+        return (
+            inputs.new_empty(of_inputs, device="meta"),
+            targets.new_empty(of_targets, device="meta"),
+        )
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Make the next pass over ``train`` that of ``epoch``, from its batch ``start`` on."""
+        assert isinstance(self.train.sampler, EpochSampler)
+        self.train.sampler.epoch, self.train.sampler.start = epoch, start
+        if self.mixup is not None:
+            self.mixup.epoch, self.mixup.calls = epoch, start
+
+
+def build_data(
+    train: Dataset,
+    test: Dataset,
+    *,
+    num_classes: int,
+    in_chans: int,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    val_fraction: float = 0.1,
+    train_size: int | None = None,
+    eval_size: int | None = None,
+    crop_padding: int = 0,
+    hflip: float = 0.0,
+    train_transform: Options | None = None,
+    eval_transform: Options | None = None,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+    root: str | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Data:
+    """Cut the validation split, attach transforms and make the loaders.
+
+    ``train`` and ``test`` yield (PIL image, class number). Without ``train_transform`` and
+    ``eval_transform`` images are decoded once and kept as bytes, see ``in_memory``; otherwise
+    both are options of ``timm.data.create_transform``, and ``workers`` processes decode images.
+    ``batch_size`` counts the images of one optimizer update over all ``world_size`` processes.
+    ``train_size`` limits training to a fixed subset of what validation leaves, ``eval_size``
+    both validation and test to one of theirs. ``root`` is not read: it is the key that ``train``
+    and ``test`` refer to in a config. Raises ValueError when sizes, channels, labels or options
+    do not fit together.
+    """
+    fit, val = split(length(train), val_fraction, train_size)
+    val, held_out = limited(val, eval_size), limited(torch.arange(length(test)), eval_size)
+    parts = [(train, fit), (train, val), (test, held_out)]
+    share = share_of(batch_size, len(fit), world_size)
+    mixup = build_mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes, seed, share)
+    if not len(mean) == len(std) == in_chans:
+        raise ValueError(f"data.mean and data.std need {in_chans} numbers each, one a channel")
+    if train_transform is None and eval_transform is None:
+        shape, workers = (in_chans, image_size, image_size), 0
+        views = in_memory(parts, shape, mean, std, crop_padding, hflip)
+    elif crop_padding or hflip:
+        raise ValueError("with data.train_transform, data.crop_padding and data.hflip must be 0")
+    else:
+        common = {"input_size": image_size, "mean": tuple(mean), "std": tuple(std)}
+        views = transformed(parts, in_chans, common, train_transform or {}, eval_transform or {})
+    for view in views:
+        check_labels(view.targets, num_classes)
+    orders: list[Iterable[Key]] = [
+        EpochSampler(len(fit), batch_size, seed, rank, world_size),
+        *(eval_batches(len(view), share, rank, world_size) for view in views[1:]),
+    ]
+    loaders = [load(*pair, seed, workers, pin_memory) for pair in zip(views, orders, strict=True)]
+    loss = build_loss(mixup, label_smoothing)
+    return Data(loaders[0], loaders[1], loaders[2], mixup, loss)
+
+
+def length(dataset: Dataset) -> int:
+    """The number of images; ValueError for a data set that cannot tell."""
+    if not isinstance(dataset, Sized) or len(dataset) == 0:
+        raise ValueError(f"data set {type(dataset).__name__} has no length, or is empty")
+    return len(dataset)
+
+
+def split(size: int, val_fraction: float, train_size: int | None) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to validate on, shuffled by a fixed seed, not by the run's."""
+    held = round(size * val_fraction)
+    if not 0 < val_fraction < 1 or not 0 < held < size:
+        raise ValueError(
+            f"data.val_fraction={val_fraction} cuts {held} of {size} images; it must lie between "
+            "0 and 1 and leave images on both sides"
+        )
+    if train_size is not None and not 0 < train_size <= size - held:
+        raise ValueError(
+            f"data.train_size={train_size}, but validation leaves {size - held} of {size} images"
+        )
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    return order[held:][:train_size], order[:held]
+
+
+def limited(rows: Tensor, size: int | None) -> Tensor:
+    """``size`` of ``rows`` by a fixed seed, in their order; all where that is None or more.
+
+    ValueError for a size below 1.
+    """
+    if size is None:
+        return rows
+    check_range("data.eval_size", size, 1)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[order[:size].sort().values]
+
+
+def share_of(batch_size: int, train_size: int, world_size: int, items: str = "images") -> int:
+    """How many items of a batch each process gets; ValueError when a batch cannot be made."""
+    if not 0 < batch_size <= train_size:
+        raise ValueError(
+            f"data.batch_size={batch_size} must lie between 1 and the {train_size} "
+            f"training {items}"
+        )
+    if batch_size % world_size:
+        raise ValueError(
+            f"data.batch_size={batch_size} cannot be shared equally by {world_size} processes"
+        )
+    return batch_size // world_size
+
+
+def in_memory(
+    parts: Parts,
+    shape: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_padding: int,
+    hflip: float,
+) -> list[View]:
+    """Views on images decoded once; those to train on are randomly cropped and flipped.
+
+    Crops come after ``crop_padding`` black pixels on each side, flips with probability ``hflip``.
+    """
+    (train, fit), *plain = parts
+    augmented = InMemory(train, fit, shape, mean, std, crop_padding, hflip)
+    return [augmented, *(InMemory(dataset, rows, shape, mean, std) for dataset, rows in plain)]
+
+
+def transformed(
+    parts: Parts, in_chans: int, common: Options, train_options: Options, eval_options: Options
+) -> list[View]:
+    """Views through ``timm.data.create_transform``; the options of training augment."""
+    (train, fit), *plain = parts
+    try:
+        augment = create_transform(**common, is_training=True, **train_options)
+        keep = create_transform(**common, **eval_options)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"data.train_transform or data.eval_transform: {error}") from error
+    augmented = Transformed(train, fit, in_chans, augment)
+    return [augmented, *(Transformed(dataset, rows, in_chans, keep) for dataset, rows in plain)]
+
+
+def load(view: Dataset, order: Iterable[Key], seed: int, workers: int, pin_memory: bool) -> Loader:
+    """A loader of the batches that ``order`` names; workers for training outlive an epoch."""
+    return Loader(
+        view,
+        sampler=order,
+        num_workers=workers,
+        persistent_workers=workers > 0 and isinstance(order, EpochSampler),
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # leaves torch's own generator alone
+    )
+
+
+def check_labels(targets: Tensor | None, num_classes: int) -> None:
+    """ValueError when a known label is no class number."""
+    if targets is not None and not 0 <= targets.min() <= targets.max() < num_classes:
+        raise ValueError(
+            f"labels run from {targets.min()} to {targets.max()}, but "
+            f"data.num_classes={num_classes} allows 0 to {num_classes - 1}"
+        )
+
+
+def build_mixup(
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    label_smoothing: float,
+    num_classes: int,
+    seed: int,
+    share: int,
+) -> EpochMixup | None:
+    """Mixup and CutMix with these alphas; None when both are 0.
+
+    ValueError for a batch of an odd number of images a process, which timm cannot pair.
+    """
+    if mixup_alpha == cutmix_alpha == 0:
+        return None
+    if share % 2:
+        raise ValueError(f"mixup needs an even batch, but a process gets {share} images of it")
+    return EpochMixup(
+        seed,
+        mixup_alpha=mixup_alpha,
+        cutmix_alpha=cutmix_alpha,
+        label_smoothing=label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_loss(mixup: EpochMixup | None, label_smoothing: float) -> nn.Module:
+    """The training loss: for soft targets, for smoothed ones, or plain cross entropy."""
+    if mixup is not None:
+        return SoftTargetCrossEntropy()
+    if label_smoothing > 0:
+        return LabelSmoothingCrossEntropy(label_smoothing)
+    return nn.CrossEntropyLoss()

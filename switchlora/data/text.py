@@ -1,0 +1,117 @@
+"""Text as a data set: windows of bytes, and for each byte the one that follows.
+
+What sampler, loaders and resume know of images holds for windows: a window counts as one.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from switchlora.data.batches import Batch, EpochSampler, Key, eval_batches
+from switchlora.data.loaders import Data, load, share_of
+from switchlora.errors import check_range
+
+VOCABULARY = 256
+
+
+class Windows(Dataset[Batch]):
+    """Windows of ``context`` bytes that touch but do not overlap; an incomplete last one is lost.
+
+    ``text`` is (n,) uint8. The key of an item is a whole batch of rows; it has inputs (B, context)
+    int64 and as targets the same bytes one place on.
+    """
+
+    def __init__(self, text: Tensor, context: int) -> None:
+        self.text, self.context = text, context
+
+    def __len__(self) -> int:
+        return (len(self.text) - 1) // self.context
+
+    def __getitem__(self, key: Key) -> Batch:
+        rows, _ = key
+        places = rows.unsqueeze(1) * self.context + torch.arange(self.context)
+        return self.text[places].long(), self.text[places + 1].long()
+
+    def digest(self) -> str:
+        """Of all bytes, and of where windows begin."""
+        return hashlib.sha256(self.text.numpy().tobytes() + b"%d" % self.context).hexdigest()
+
+
+class TokenCrossEntropy(nn.Module):
+    """Cross entropy, in nats, averaged over all tokens of all sequences."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, T, vocabulary) and targets (B, T) int64 to a scalar."""
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def build_text(
+    *,
+    context: int,
+    batch_size: int,
+    path: str | None = None,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    train_size: int | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Data:
+    """Loaders of the windows of one text, cut into three pieces: to train, validate and test on.
+
+    The text is the file ``path``, or without one Python's own reference on its language, which
+    is English and comes with Python. ``batch_size`` counts the windows of one update over all
+    ``world_size`` processes; ``train_size`` keeps only the first windows to train on. Raises
+    ValueError when the text is too short for that, and OSError when it cannot be read.
+    """
+    check_range("data.context", context, 1)
+    pieces = cut(read(path), val_fraction, test_fraction)
+    train, val, test = (Windows(piece, context) for piece in pieces)
+    if not min(map(len, (train, val, test))):
+        raise ValueError(
+            f"data.context={context} leaves no window in {' + '.join(str(len(p)) for p in pieces)}"
+            " bytes to train, validate and test on: shorten it, or give a longer data.path"
+        )
+    size = len(train) if train_size is None else train_size
+    if not 0 < size <= len(train):
+        raise ValueError(f"data.train_size={size}, but the text has {len(train)} windows to train")
+    share = share_of(batch_size, size, world_size, "windows")
+    orders: list[Iterable[Key]] = [
+        EpochSampler(size, batch_size, seed, rank, world_size),
+        *(eval_batches(len(view), share, rank, world_size) for view in (val, test)),
+    ]
+    views = zip((train, val, test), orders, strict=True)
+    loaders = [load(view, order, seed, workers, pin_memory) for view, order in views]
+    return Data(loaders[0], loaders[1], loaders[2], mixup=None, loss=TokenCrossEntropy())
+
+
+def read(path: str | None) -> Tensor:
+    """The bytes (n,) uint8 of a file, or of Python's reference; it changes with Python's version.
+
+    OSError when the file cannot be read.
+    """
+    text = "\n".join(topics.values()).encode() if path is None else Path(path).read_bytes()
+    return torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)
+
+
+def cut(text: Tensor, val_fraction: float, test_fraction: float) -> tuple[Tensor, ...]:
+    """The beginning to train on, the next ``val_fraction`` and the last ``test_fraction``.
+
+    ValueError unless all three have a share of the text.
+    """
+    train_fraction = 1 - val_fraction - test_fraction
+    if min(train_fraction, val_fraction, test_fraction) <= 0:
+        raise ValueError(
+            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} must both "
+            "be positive and leave something to train on"
+        )
+    val, test = (round(len(text) * fraction) for fraction in (val_fraction, test_fraction))
+    return text.split([len(text) - val - test, val, test])

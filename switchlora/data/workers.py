@@ -1,0 +1,85 @@
+"""A loader whose processes may die: however torch shows it, the run hears one LoaderDied."""
+
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from multiprocessing import ProcessError
+from pickle import UnpicklingError
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from switchlora.errors import LoaderDied
+from switchlora.process import DIED
+
+HAND_OVER_ERRORS = (OSError, EOFError, RuntimeError, UnpicklingError, ProcessError)
+NO_ROOM = "a batch finds no room in shared memory"
+WORKER_RAISED = "in DataLoader worker process"
+
+
+class Loader(DataLoader):
+    """A DataLoader of whole batches of tensors that raises LoaderDied when a worker has died.
+
+    torch shows a worker's death in many ways, by the moment of it: a message of its own, a reset
+    or refused connection, an end of file, half a pickle. An exception of the data set passes.
+    """
+
+    def __init__(self, dataset: Dataset, *, num_workers: int = 0, **options: Any) -> None:
+        if num_workers:
+            options |= {"worker_init_fn": ignore_signals, "collate_fn": in_shared_memory}
+        super().__init__(dataset, batch_size=None, num_workers=num_workers, **options)
+
+    def __iter__(self) -> Iterator:  # type: ignore[override]
+        try:
+            batches = super().__iter__()
+            atexit.unregister(kill_workers)
+            atexit.register(kill_workers)  # the last to be registered is the first to be called
+            yield from batches
+        except HAND_OVER_ERRORS as error:
+            if self.num_workers and not raised_by_the_data(error):
+                said = f"{type(error).__name__}: {error}".strip().splitlines()
+                raise LoaderDied(f"{DIED}: {said[-1]}") from error
+            raise
+
+
+def raised_by_the_data(error: Exception) -> bool:
+    """Whether a worker lives and hands over what its data set raised.
+
+    A batch that finds no room in shared memory is no fault of the data set.
+    """
+    message = str(error)
+    return WORKER_RAISED in message and NO_ROOM not in message
+
+
+def in_shared_memory(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Move a batch to shared memory in the worker's main thread.
+
+    torch would do it in a helper thread. There, a failure is printed and the batch is lost: the
+    run would wait for it for ever.
+    """
+    try:
+        return tuple(tensor.share_memory_() for tensor in batch)
+    except RuntimeError as error:
+        raise RuntimeError(f"{NO_ROOM}: {error}") from error
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a worker live through a signal to all processes: the run still needs it to save.
+
+    A worker ends with the run, see ``kill_workers``.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers() -> None:
+    """Kill the workers that are left when the program ends.
+
+    Python would send them SIGTERM, which they ignore, and wait for them for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each of them
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

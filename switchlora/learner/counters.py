@@ -1,0 +1,94 @@
+"""What an update costs: FLOPs, and the bytes that autograd keeps for it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+SAME_FORMULA = {
+    "addmm_": "addmm",
+    "baddbmm_": "baddbmm",
+    "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (
+        "_scaled_dot_product_flash_attention_backward"
+    ),
+}
+aten = torch.ops.aten
+FORMULAS = flop_registry | {
+    getattr(aten, name): flop_registry[getattr(aten, like)] for name, like in SAME_FORMULA.items()
+}
+
+
+def flops_of(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
+    """FLOPs of one operator call; 0 of the element-wise rest."""
+    formula = FORMULAS.get(func.overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of what runs inside, forward and backward, into ``total``.
+
+    Unlike torch's ``FlopCounterMode`` it hooks no modules, so that wrappers and checkpointed
+    blocks run as they do without it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` and count it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.total += flops_of(func, args, kwargs, result)
+        return result
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of ``tensor``: its shard of a sharded one."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of ``tensors`` on this rank."""
+    found = (local(tensor).untyped_storage() for tensor in tensors)
+    return sum(storage.nbytes() for storage in {id(s): s for s in found}.values())
+
+
+class SavedTensors(saved_tensors_hooks):
+    """Watches what autograd keeps for the backward pass of the forward pass inside.
+
+    Tensors go in and out of the graph as they are: gradients keep every bit. What torch.compile's
+    graphs keep is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._storages = WeakIdKeyDictionary()
+        super().__init__(self._pack, _unpack)
+
+    def bytes_beside(self, model: nn.Module) -> int:
+        """Bytes that are kept now, without those of the parameters and buffers of ``model``.
+
+        Parameters that a sharded model gathered and has freed again count for nothing.
+        """
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._storages.pop(local(tensor).untyped_storage(), None)
+        return sum(storage.nbytes() for storage in self._storages)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage: torch.UntypedStorage = tensor.untyped_storage()
+        self._storages[storage] = None
+        return tensor
+
+
+def _unpack(tensor: Tensor) -> Tensor:
+    return tensor

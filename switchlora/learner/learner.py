@@ -1,0 +1,235 @@
+"""Recipe, Learner, build_learner(): what is rebuilt when the set of trained tensors changes."""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from switchlora.adapters import AdaptedLinear, add_frobenius_decay, operands_kept, trained_adapters
+from switchlora.learner.counters import FlopCounter, SavedTensors
+from switchlora.learner.recipe import Recipe, autocast, check_goes_with_fsdp, parameter_groups
+from switchlora.learner.sharding import gathered, is_sharded, shard, skeleton
+from switchlora.names import matching
+from switchlora.process import full, total, world_size
+
+PARALLEL = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Update:
+    """Outcome of one optimizer update; not ``applied`` when loss or gradient was not finite."""
+
+    loss: float
+    """mean over the batch and all ranks"""
+    grad_norm: float
+    lr: float
+    applied: bool
+    overflow: bool = False
+    """a finite loss whose scaled fp16 gradient was too large: the scaler lowers its scale"""
+
+
+@dataclass
+class Learner:
+    """A model with the disposable things around it. Build it with ``build_learner``."""
+
+    model: nn.Module
+    """the plain module, or the sharded one"""
+    forward: Callable[[Tensor], Tensor]
+    """the model, or what DDP and torch.compile make of it"""
+    optimizer: Optimizer
+    scheduler: Scheduler
+    recipe: Recipe
+    start: int
+    """update at which this learner took over"""
+    since: int = 0
+    """updates since then, the present one apart"""
+    scaler: GradScaler | None = None
+    """of the loss, in fp16"""
+    bones: nn.Module | None = field(default=None, repr=False)
+    """what a plain copy of a sharded model is made from"""
+    activation_bytes: int | None = None
+    """what autograd kept for the backward pass of the first micro-batch, parameters apart; None
+    before, and with torch.compile"""
+    flops: int | None = None
+    """of the first update on this rank, products and attention; None before, and with
+    torch.compile"""
+
+    def update(
+        self, images: Tensor, targets: Tensor, loss_fn: nn.Module, num_updates: int
+    ) -> Update:
+        """One optimizer update on a batch: (B, C, H, W) images, class indices or soft targets.
+
+        The batch is this rank's share; it is split into ``accumulation`` micro-batches, and ranks
+        exchange gradients after the last. Gradients stay in place afterwards, unscaled and
+        clipped, for the monitor to read.
+        """
+        lr = self.set_lr(num_updates)
+        self.optimizer.zero_grad(set_to_none=True)
+        with operands_within_update(self.model, self.recipe), self._flops_counted():
+            loss = self._accumulate(images, targets, loss_fn)
+        return self._step(loss, lr)
+
+    def _accumulate(self, images: Tensor, targets: Tensor, loss_fn: nn.Module) -> Tensor:
+        device = next(self.model.parameters()).device
+        loss = torch.zeros((), device=device)
+        parts = images.chunk(self.recipe.accumulation)
+        labels = targets.chunk(self.recipe.accumulation)
+        for number, (part, label) in enumerate(zip(parts, labels, strict=True), start=1):
+            with self._exchange(number == len(parts)):
+                with autocast(device.type, self.recipe.precision), self._activations_counted():
+                    output = self.forward(part.to(device, non_blocking=True))
+                    share = loss_fn(output, label.to(device, non_blocking=True))
+                share = share * (len(part) / len(images))
+                (share if self.scaler is None else self.scaler.scale(share)).backward()
+            loss += share.detach()
+        return loss
+
+    def set_lr(self, num_updates: int) -> float:
+        """Set and return the plan's learning rate, a function of the update counter alone."""
+        self.scheduler.step_update(num_updates)
+        self.since = num_updates - self.start
+        ramp = min(1.0, (self.since + 1) / max(1, self.recipe.rewarmup_updates))
+        for group in self.optimizer.param_groups:
+            group["lr"] *= ramp * self.recipe.lr_scale
+        return self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]
+
+    def decay(self, lr: float) -> float:
+        """lr * weight decay of one update where the decay is decoupled from the gradient."""
+        return lr * self.recipe.weight_decay if self.recipe.decoupled_weight_decay else 0.0
+
+    def plain(self) -> nn.Module:
+        """The plain model: the live one, or a copy on the CPU of one that is sharded."""
+        return self.model if self.bones is None else gathered(self.model, self.bones)
+
+    @contextmanager
+    def _activations_counted(self) -> Iterator[None]:
+        if self.activation_bytes is not None or self.recipe.compile is not None:
+            yield
+            return
+        saved = SavedTensors()
+        with saved:
+            yield
+        self.activation_bytes = saved.bytes_beside(self.model)
+
+    @contextmanager
+    def _flops_counted(self) -> Iterator[None]:
+        if self.flops is not None or self.recipe.compile is not None:
+            yield
+            return
+        with FlopCounter() as counter:
+            yield
+        self.flops = counter.total
+
+    def _exchange(self, now: bool) -> AbstractContextManager:
+        if is_sharded(self.model):
+            self.model.set_requires_gradient_sync(now)  # type: ignore[operator]
+        wrapped = getattr(self.forward, "_orig_mod", self.forward)
+        if now or not isinstance(wrapped, DistributedDataParallel):
+            return nullcontext()
+        return wrapped.no_sync()
+
+    def _step(self, loss: Tensor, lr: float) -> Update:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.recipe.frobenius_decay:
+            add_frobenius_decay(trained_adapters(self.model), self.recipe.frobenius_decay)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = full(get_total_norm(p.grad for p in parameters if p.grad is not None))
+        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
+        (loss_value,) = (value / world_size() for value in total([loss_value]))
+        applied = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if applied:
+            if self.recipe.clip_grad is not None:
+                clip_grads_with_norm_(parameters, self.recipe.clip_grad, norm)
+            self.optimizer.step()
+        overflow = False
+        if self.scaler is not None:
+            self.scaler.update()
+            overflow = not applied and math.isfinite(loss_value) and self.scaler.get_scale() > 1
+        return Update(loss_value, norm_value, lr, applied, overflow)
+
+
+def operands_within_update(model: nn.Module, recipe: Recipe) -> AbstractContextManager:
+    """The context of an update: effective weights live on to the backward pass, where memory
+    allows it. Shards and checkpointed blocks form them again."""
+    if is_sharded(model) or recipe.activation_checkpointing == "blocks":
+        return nullcontext()
+    return operands_kept(model)
+
+
+def build_learner(
+    model: nn.Module,
+    recipe: Recipe,
+    total_updates: int,
+    start: int = 0,
+    parallel: str = "ddp",
+    scaler: GradScaler | None = None,
+) -> Learner:
+    """Fresh optimizer, schedule and wrappers for what trains in the plain ``model`` now.
+
+    With several processes gradients are averaged by DDP, or ``parallel='fsdp'`` shards the model
+    in place. ``scaler`` is the one before, whose loss scale goes on.
+    """
+    set_checkpointing(model, recipe.activation_checkpointing)
+    bones = None
+    if parallel == "fsdp":
+        check_goes_with_fsdp(recipe)
+        bones = skeleton(model)
+        model = shard(model)
+    optimizer = recipe.optimizer(parameter_groups(model, recipe))
+    scheduler = recipe.scheduler(optimizer, t_initial=total_updates)
+    learner = Learner(model, _wrapped(model, recipe), optimizer, scheduler, recipe, start)
+    learner.bones, learner.scaler = bones, _scaler(model, recipe)
+    if learner.scaler is not None and scaler is not None:
+        learner.scaler.load_state_dict(scaler.state_dict())
+    if recipe.refactoring is not None:
+        recipe.refactoring(learner)
+    return learner
+
+
+def _wrapped(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    forward = model
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    alone = matching(recipe.unreduced, trained, "unreduced pattern", "parameter", re.search)
+    if world_size() > 1 and not is_sharded(model):
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alone)
+        forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if recipe.compile is None:
+        return forward
+    torch.compiler.reset()
+    return cast(Callable, torch.compile(forward, **recipe.compile))
+
+
+def set_checkpointing(model: nn.Module, what: str | None) -> None:
+    """Tell ``model`` what of its activations is computed again: 'blocks', 'gelu' or nothing."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.recompute_gelu = what == "gelu"
+    try:
+        model.set_grad_checkpointing(what == "blocks")  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        if what == "blocks":
+            raise ValueError(
+                f"activation_checkpointing=blocks: {type(model).__name__} knows no checkpointing "
+                "of its blocks, as most of timm's models do"
+            ) from error
+
+
+def _scaler(model: nn.Module, recipe: Recipe) -> GradScaler | None:
+    if recipe.precision != "fp16":
+        return None
+    if is_sharded(model):
+        raise ValueError("precision=fp16 does not go with system.parallel=fsdp: use bf16")
+    return GradScaler(next(model.parameters()).device.type)

@@ -1,0 +1,118 @@
+"""A recipe: the optimizer, schedule and precision of one phase."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from switchlora.adapters import FACTORS, is_factor
+from switchlora.errors import check_choice, check_patterns, check_range
+
+if TYPE_CHECKING:
+    from switchlora.learner.learner import Learner
+
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the trained tensors of one phase are optimised.
+
+    ``optimizer`` takes parameter groups, ``scheduler`` an optimizer and ``t_initial``, the updates
+    of the whole run: a timm scheduler that counts updates. Factors get ``factor_lr_scale`` times
+    the learning rate and their own weight decay, which pulls toward the residual weight.
+    ``refactoring`` is called with each new learner, whose optimizer it may give hooks.
+    """
+
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer]
+    scheduler: Callable[..., Scheduler]
+    weight_decay: float = 0.05
+    decoupled_weight_decay: bool = True
+    """whether the optimizer multiplies weights by 1 - lr * weight_decay, as AdamW does"""
+    factor_weight_decay: float = 0.0
+    factor_lr_scale: float = 1.0
+    factor_B_lr_scale: float = 1.0
+    """times ``factor_lr_scale``, for lora_B alone (LoRA+; Hayou et al., arXiv 2402.12354)"""
+    frobenius_decay: float = 0.0
+    """lambda of the penalty lambda/2 ||s B A||_F^2, in place of ``factor_weight_decay``"""
+    refactoring: "Callable[[Learner], None] | None" = None
+    rewarmup_updates: int = 0
+    """linear ramp of the learning rate after this recipe takes over in the middle of a run"""
+    clip_grad: float | None = 1.0
+    accumulation: int = 1
+    """micro-batches per update; the batch and the number of updates stay the same"""
+    lr_scale: float = 1.0
+    """of the whole plan, which other recipes of the run follow as it is"""
+    precision: str = "fp32"
+    compile: Mapping[str, Any] | None = None
+    """arguments of torch.compile; None leaves the model eager"""
+    activation_checkpointing: str | None = None
+    """what is computed again in the backward pass instead of kept: 'blocks', whole ones, or
+    'gelu', the inputs of adapted linears that come straight from a gelu, not in compiled code"""
+    unreduced: Sequence[str] = ()
+    """regular expressions of parameters whose gradients DDP does not average, so that ranks drift
+    apart: a published bug (PreLoRA's code, arXiv 2509.21619), to compare with"""
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, tuple(PRECISIONS))
+        check_range("accumulation", self.accumulation, 1)
+        for name in ("lr_scale", "factor_lr_scale", "factor_B_lr_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
+        check_range("rewarmup_updates", self.rewarmup_updates, 0)
+        check_range("frobenius_decay", self.frobenius_decay, 0)
+        check_patterns("unreduced", self.unreduced)
+        if self.frobenius_decay and self.factor_weight_decay:
+            raise ValueError(
+                "frobenius_decay replaces weight decay on the factors: set factor_weight_decay=0"
+            )
+        if self.activation_checkpointing is not None:
+            name, choices = "activation_checkpointing", ("blocks", "gelu")
+            check_choice(name, self.activation_checkpointing, choices)
+        if self.activation_checkpointing == "gelu" and self.compile is not None:
+            raise ValueError(
+                "activation_checkpointing=gelu does not go with compile: leave one out"
+            )
+
+
+def autocast(device_type: str, precision: str) -> AbstractContextManager:
+    """The context of a precision: nothing for fp32, autocast for bf16 and fp16."""
+    dtype = PRECISIONS[precision]
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
+
+
+def check_goes_with_fsdp(recipe: Recipe) -> None:
+    """ValueError for a recipe that needs whole factors, or DDP."""
+    for name in ("refactoring", "frobenius_decay", "unreduced"):
+        if getattr(recipe, name):
+            raise ValueError(f"{name} does not go with system.parallel=fsdp: use ddp")
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups of the trained parameters: decay and no decay (timm's rule), factors apart."""
+    factors = {n: p for n, p in model.named_parameters() if p.requires_grad and is_factor(n)}
+    ids = {id(p) for p in factors.values()}
+    skip = set(getattr(model, "no_weight_decay", set)())
+    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=skip)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in ids]
+        group["lr_scale"] = 1.0
+    for which, scale in _factor_lr_scales(recipe).items():
+        chosen = [p for n, p in factors.items() if is_factor(n, which)]
+        decay = recipe.factor_weight_decay
+        groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
+    return [group for group in groups if group["params"]]
+
+
+def _factor_lr_scales(recipe: Recipe) -> dict[tuple[str, ...], float]:
+    scale = recipe.factor_lr_scale
+    if recipe.factor_B_lr_scale == 1:
+        return {FACTORS: scale}
+    return {("A",): scale, ("B",): scale * recipe.factor_B_lr_scale}

@@ -1,0 +1,165 @@
+"""RefLoRA: steps as if each pair of factors were balanced first (arXiv 2505.18877).
+
+For any invertible P the pair (P^T A, B P^-T) has the product B A too, but other gradients, and so
+another next step. Zhang, Li and Giannakis choose the pair for which A A^T = B^T B. Only S = P P^T
+matters: the one symmetric positive definite solution of S (A A^T) S = B^T B, which is the
+geometric mean of (A A^T)^-1 and B^T B.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from switchlora.adapters import Adapter, trained_adapters
+from switchlora.errors import check_range, check_share
+from switchlora.learner.learner import Learner
+from switchlora.learner.moments import rescale_moments
+
+EPS = 1e-5
+"""of the largest singular value: a smaller one counts as zero. The rounding of float32 factors
+makes singular values of about 1e-7 out of zeros"""
+
+
+@dataclass(frozen=True)
+class RefLoRA:
+    """Precondition the gradients of the factors before a step: g_A <- S^-1 g_A, g_B <- g_B S.
+
+    A step in the balanced pair, mapped back (Zhang et al., arXiv 2505.18877): the factors and the
+    optimizer's moments are not refactored, so moments are those of preconditioned gradients. It
+    skips the first ``warmup_updates`` of its recipe and then acts on every ``interval``-th update.
+    A singular pair, as at B = 0, keeps its gradients: see ``refactoring_matrices`` for ``eps``.
+    """
+
+    warmup_updates: int = 100
+    interval: int = 1
+    eps: float = EPS
+
+    def __post_init__(self) -> None:
+        check_range("refactoring.warmup_updates", self.warmup_updates, 0)
+        check_range("refactoring.interval", self.interval, 1)
+        check_share("refactoring.eps", self.eps)
+
+    def __call__(self, learner: Learner) -> None:
+        """Give the optimizer of ``learner`` a hook that acts before its steps."""
+        pairs = sorted(trained_pairs(learner), key=_rank)
+        batches = [list(alike) for _, alike in groupby(pairs, _rank)]
+        its = weakref.ref(learner)  # a cycle would keep the moments of learners that are replaced
+
+        def before_step(*_: object) -> None:
+            done = cast(Learner, its()).since - self.warmup_updates
+            if done >= 0 and done % self.interval == 0:
+                for batch in batches:
+                    precondition(batch, self.eps)
+
+        learner.optimizer.register_step_pre_hook(before_step)
+
+
+@dataclass(frozen=True)
+class RefLoRAS:
+    """Give A and B of each pair the same norm after each step (RefLoRA-S, arXiv 2505.18877).
+
+    That is S = p^2 I with p^2 = ||B||_F / ||A||_F: A <- p A and B <- B / p, once at the start too.
+    The optimizer's moments follow as gradients do, which is by 1/p for A and p for B, and squared
+    for second moments.
+    """
+
+    def __call__(self, learner: Learner) -> None:
+        """Balance the factors of ``learner``, now and after each step of its optimizer."""
+        pairs = trained_pairs(learner)
+
+        def after_step(optimizer: Optimizer, *_: object) -> None:
+            balance(pairs, optimizer)
+
+        after_step(learner.optimizer)
+        learner.optimizer.register_step_post_hook(after_step)
+
+
+def refactoring_matrices(A: Tensor, B: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """S (..., r, r) with S (A A^T) S = B^T B, and its inverse, in float64.
+
+    A is (..., r, in), B (..., out, r). Where a singular value of A, or of B A, is below ``eps``
+    times the largest one, as at B = 0 or where a row of A is zero, S or its inverse would be
+    unbounded: there both are the identity.
+    """
+    return geometric_means(_gram(A), _gram(B.mT), eps)
+
+
+def geometric_means(P: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """S with S P S = Q, and its inverse, of symmetric positive definite P and Q (..., r, r).
+
+    With P = V s^2 V^T and K = V diag(s): K^T Q K = W t^2 W^T, S = K^-T W diag(t) W^T K^-1.
+    Identities where the smallest s or t is below ``eps`` times the largest. The t are the singular
+    values of B A when P = A A^T and Q = B^T B.
+    """
+    s, V = _roots_and_vectors(P)
+    root = V * s.unsqueeze(-2)
+    t, W = _roots_and_vectors(root.mT @ Q @ root)
+    regular = _spread_within(eps, s) & _spread_within(eps, t)
+    s, t = (torch.where(regular, values, 1.0) for values in (s, t))
+    outer = (V / s.unsqueeze(-2)) @ W
+    inner = (V * s.unsqueeze(-2)) @ W
+    means = (outer * t.unsqueeze(-2)) @ outer.mT, (inner / t.unsqueeze(-2)) @ inner.mT
+    identity = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+    mean, inverse = (torch.where(regular.unsqueeze(-1), m, identity) for m in means)
+    return mean, inverse
+
+
+@torch.no_grad()
+def precondition(pairs: Sequence[Adapter], eps: float = EPS) -> None:
+    """g_A <- S^-1 g_A and g_B <- g_B S in place, of pairs of one rank with gradients."""
+    grams_A = torch.stack([_gram(pair.A) for pair in pairs])
+    grams_B = torch.stack([_gram(pair.B.mT) for pair in pairs])
+    means, inverses = geometric_means(grams_A, grams_B, eps)
+    for pair, S, inverse in zip(pairs, means, inverses, strict=True):
+        assert pair.A.grad is not None and pair.B.grad is not None
+        pair.A.grad.copy_(inverse.to(pair.A.grad) @ pair.A.grad)
+        pair.B.grad.copy_(pair.B.grad @ S.to(pair.B.grad))
+
+
+@torch.no_grad()
+def balance(pairs: Sequence[Adapter], optimizer: Optimizer) -> None:
+    """A <- p A, B <- B / p with p^2 = ||B||_F / ||A||_F, and the moments of both in ``optimizer``.
+
+    The product B A does not change. A pair with a zero factor is left alone.
+    """
+    if not pairs:
+        return
+    norms_A = torch.stack(torch._foreach_norm([pair.A for pair in pairs]))
+    norms_B = torch.stack(torch._foreach_norm([pair.B for pair in pairs]))
+    both = (norms_A > 0) & (norms_B > 0)
+    scales = torch.where(both, norms_B / norms_A, 1.0).sqrt()
+    for (A, B, _, _), p in zip(pairs, scales, strict=True):
+        A.mul_(p)
+        B.div_(p)
+        rescale_moments(optimizer.state.get(A, {}), 1 / p)
+        rescale_moments(optimizer.state.get(B, {}), p)
+
+
+def trained_pairs(learner: Learner) -> list[Adapter]:
+    """The adapters of a learner's model whose two factors train."""
+    return [pair for pair in trained_adapters(learner.model) if pair.A.requires_grad]
+
+
+def _rank(pair: Adapter) -> int:
+    return len(pair.A)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    exact = rows.detach().double()
+    return exact @ exact.mT
+
+
+def _roots_and_vectors(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(symmetric)
+    return values.clamp(min=0).sqrt(), vectors
+
+
+def _spread_within(eps: float, values: Tensor) -> Tensor:
+    """Whether the smallest of ascending values is above ``eps`` times the largest; (..., 1)."""
+    return values[..., :1] > eps * values[..., -1:]

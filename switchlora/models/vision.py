@@ -1,0 +1,172 @@
+"""Models by their timm name, and the pretrained weights that they may start from."""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+from timm.models import adapt_input_conv, load_state_dict
+from torch import Tensor, nn
+
+from switchlora.names import near
+
+PRETRAINED, HUB = "pretrained", "hf-hub:"
+
+
+def create_model(name: str, **options: object) -> nn.Module:
+    """``timm.create_model`` with one clear ValueError for an unknown name or option.
+
+    EVA's and BEiT's attention is told to call its qkv and add the bias apart: by default it reads
+    the weight and would walk past an adapter.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"unknown model '{name}'; {near(name, timm.list_models())}")
+    try:
+        model = timm.create_model(name, **options)  # type: ignore[arg-type]
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"model '{name}' refuses its options: {error}") from error
+    for module in model.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True  # type: ignore[assignment]
+    _check_patches(name, model)
+    return model
+
+
+def load_weights(model: nn.Module, source: str) -> str:
+    """Give ``model`` the weights of ``source``, in place; return one line on what was done.
+
+    ``source`` is a file of timm weights (``.safetensors``, ``.pth``), ``hf-hub:owner/name``, or
+    ``pretrained``, timm's own weights of the model. timm's filter of the architecture brings
+    position and patch embeddings to the model's image and patch size, the first convolution to
+    its input channels. A head of another number of classes stays as new as it is. ValueError when
+    ``source`` cannot be read, or when anything else than the head is missing, left over or of
+    another shape.
+    """
+    found = _read(model, source)
+    weights = _fitted(found, model, source)
+    _check_fit(source, weights, model)
+    new = [key for key in model.state_dict() if key not in weights]
+    model.load_state_dict(weights, strict=False)
+    adapted = [
+        f"{key} {tuple(found[key].shape)} -> {tuple(tensor.shape)}"
+        for key, tensor in weights.items()
+        if key in found and found[key].shape != tensor.shape
+    ]
+    parts = [f"{source}: {len(weights)} of {len(weights) + len(new)} tensors"]
+    parts += [f"adapted: {', '.join(adapted)}"] if adapted else []
+    parts += [f"new: {', '.join(new)}"] if new else []
+    return "; ".join(parts)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` in evaluation mode inside, in the mode it was in afterwards, whatever happens."""
+    training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(training)
+
+
+def _own_name(model: nn.Module) -> str:
+    """The name that timm knows the model's pretrained weights by, with their tag."""
+    config = _config(model)
+    return ".".join(str(config[key]) for key in ("architecture", "tag") if config.get(key))
+
+
+def _read(model: nn.Module, source: str) -> dict[str, Tensor]:
+    """Tensors of ``source`` by name, in float32 so that they are not resampled in float16."""
+    remote = source == PRETRAINED or source.startswith(HUB)
+    if not remote and not Path(source).is_file():
+        raise ValueError(
+            f"init_checkpoint={source}: there is no such file; give a file of timm weights, "
+            "hf-hub:owner/name, or pretrained"
+        )
+    try:
+        if remote:
+            name = _own_name(model) if source == PRETRAINED else source
+            found = timm.create_model(name, pretrained=True).state_dict()
+        else:
+            found = load_state_dict(source)
+    except Exception as error:  # of torch, safetensors, the hub's client: no common class
+        why = _first_sentence(error) if remote else "holds no weights that timm can read"
+        raise ValueError(f"init_checkpoint={source}: {why}") from error
+    if not found or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise ValueError(f"init_checkpoint={source}: holds no weights, tensors by name")
+    return {k: t.float() if t.is_floating_point() else t for k, t in found.items()}
+
+
+def _fitted(found: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
+    """``found`` converted and resampled to ``model``, but for a head of other shapes."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    own, weights = model.state_dict(), dict(found)
+    try:
+        if convert is not None:
+            weights = dict(convert(weights, model))
+        for key in (f"{name}.weight" for name in _names(model, "first_conv")):
+            if key in weights and key in own and weights[key].shape[1] != own[key].shape[1]:
+                weights[key] = adapt_input_conv(own[key].shape[1], weights[key])
+    except Exception as error:  # whatever a filter raises on the weights of another model
+        raise ValueError(
+            f"init_checkpoint={source} cannot be made to fit {_config(model)['architecture']} "
+            f"({_first_sentence(error)}); choose the model.name that it was made with"
+        ) from error
+    return {
+        key: tensor
+        for key, tensor in weights.items()
+        if not _in_head(key, model) or (key in own and own[key].shape == tensor.shape)
+    }
+
+
+def _check_fit(source: str, weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """ValueError unless ``weights`` are all of ``model``, but perhaps its head, and no others."""
+    own = model.state_dict()
+    problems = {
+        "lacks": [key for key in own if key not in weights and not _in_head(key, model)],
+        "has besides": [key for key in weights if key not in own],
+        "differs in": [
+            f"{key} {tuple(tensor.shape)}, here {tuple(own[key].shape)}"
+            for key, tensor in weights.items()
+            if key in own and own[key].shape != tensor.shape
+        ],
+    }
+    if told := [f"{what} {_some(keys)}" for what, keys in problems.items() if keys]:
+        raise ValueError(
+            f"init_checkpoint={source} is another model's: it {', '.join(told)}; choose the "
+            "model.name, and options, that it was made with"
+        )
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0].rstrip(".")
+
+
+def _some(keys: list[str]) -> str:
+    return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+
+
+def _config(model: nn.Module) -> Mapping[str, object]:
+    return getattr(model, "pretrained_cfg", None) or {"architecture": type(model).__name__}
+
+
+def _names(model: nn.Module, kind: str) -> tuple[str, ...]:
+    """Modules that timm names as the model's ``first_conv`` or ``classifier``."""
+    names = _config(model).get(kind) or ()
+    return (names,) if isinstance(names, str) else tuple(names)  # type: ignore[arg-type]
+
+
+def _in_head(key: str, model: nn.Module) -> bool:
+    return key.startswith(tuple(f"{name}." for name in _names(model, "classifier")))
+
+
+def _check_patches(name: str, model: nn.Module) -> None:
+    embed = getattr(model, "patch_embed", None)
+    patch, image = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
+    if patch and image and any(i % p for i, p in zip(image, patch, strict=True)):
+        raise ValueError(
+            f"model '{name}' would not see the edges of its images: patches of {patch[0]} do not "
+            f"divide {image[0]} pixels; change +model.patch_size or data.image_size"
+        )

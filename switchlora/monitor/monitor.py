@@ -1,0 +1,221 @@
+"""How the weights move: one measurement of every target per window of optimizer updates."""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchlora.adapters import Target
+from switchlora.monitor.measurement import LayerStats, Measurement
+from switchlora.monitor.spectral import effective_rank, spectral_norm, stable_rank
+
+FIRST_ITERATIONS = 32
+
+
+class Updates(Mapping[str, Tensor]):
+    """W - W_ref of each target (out, in), float32, computed when it is asked for.
+
+    Nothing is held for all targets at once: the switch needs one matrix at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        references: Mapping[str, Tensor],
+        decay: float = 0.0,
+    ) -> None:
+        self._model, self._targets, self._references = model, targets, references
+        self._decay = decay
+
+    def __getitem__(self, name: str) -> Tensor:
+        """W - W_ref + c (W + W_ref) / 2, where c is the sum of lr * weight decay to take out."""
+        weight = self._targets[name].weight(self._model).float()
+        reference = self._references[name].to(weight)
+        update = weight - reference
+        return update.add_(weight + reference, alpha=self._decay / 2) if self._decay else update
+
+    def only(self, targets: Collection[str]) -> "Updates":
+        """The updates of some of the targets."""
+        some = {name: target for name, target in self._targets.items() if name in targets}
+        return Updates(self._model, some, self._references, self._decay)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+
+@dataclass
+class UpdateMonitor:
+    """Measures each target every ``window`` updates against a copy from the window's start.
+
+    The copy lives on ``device`` (the CPU by default, so that it does not show in the memory
+    table). Spectral norms come from ``iterations`` power iterations, warm-started from the window
+    before. ``exact`` adds full spectra, and ``bases`` how far the singular bases turned, each at
+    the price of two SVDs per target and window.
+    """
+
+    model: nn.Module
+    targets: Mapping[str, Target]
+    window: int
+    device: str = "cpu"
+    iterations: int = 5
+    exact: bool = False
+    leading: int = 16
+    bases: bool = False
+    known: Mapping[str, Target] = field(init=False)
+    """all targets that there are, of which ``targets`` are watched now"""
+    references: dict[str, Tensor] = field(init=False, default_factory=dict)
+    initial_stable_ranks: dict[str, float] = field(init=False, default_factory=dict)
+    """stable rank of each weight before training"""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"monitor.window is {self.window}: give at least 1 update")
+        self.known = self.targets
+        self._vectors: dict[str, Tensor] = {}
+        self._losses: list[float] = []
+        self._decay = 0.0
+        self._window_start = 0
+        self.start_window(0)
+        stats = [self._weight_stats(name, t.weight(self.model)) for name, t in self._items()]
+        ranks = torch.stack([stable for _, stable in stats]).tolist()
+        self.initial_stable_ranks = dict(zip(self.targets, ranks, strict=True))
+
+    def observe(self, loss: float, decay: float = 0.0) -> None:
+        """Count one update: its train loss and its lr * decoupled weight decay."""
+        self._losses.append(loss)
+        self._decay += decay
+
+    def due(self, num_updates: int) -> bool:
+        """Whether the window is complete after ``num_updates`` updates."""
+        return num_updates - self._window_start >= self.window
+
+    @torch.no_grad()
+    def measure(self, num_updates: int, epoch: float) -> Measurement:
+        """Statistics of every target at the end of the window; one transfer to the host."""
+        measured = [self._measure_target(name, t) for name, t in self._items()]
+        rows = torch.stack(measured).tolist() if measured else []
+        layers = {
+            name: LayerStats(*row, **self._exact_stats(name))
+            for name, row in zip(self.targets, rows, strict=True)
+        }
+        loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        return Measurement(num_updates, epoch, loss, layers)
+
+    def updates(self, without_decay: bool = False, of: nn.Module | None = None) -> Updates:
+        """The movement of the weights over the window, with or without weight decay's share.
+
+        ``of`` is a copy of the model to read the present weights from.
+        """
+        decay = self._decay if without_decay else 0.0
+        return Updates(of or self.model, self.targets, self.references, decay)
+
+    def watch(self, names: Collection[str], num_updates: int) -> None:
+        """Measure these of the known targets from now on; give back what the others held."""
+        self.targets = {name: t for name, t in self.known.items() if name in names}
+        self.references = {n: r for n, r in self.references.items() if n in self.targets}
+        kept = {*self.targets, *(f"{name}:update" for name in self.targets)}
+        self._vectors = {key: vector for key, vector in self._vectors.items() if key in kept}
+        self.start_window(num_updates)
+
+    @torch.no_grad()
+    def start_window(self, num_updates: int) -> None:
+        """Take the present weights as the reference of a new window."""
+        for name, target in self._items():
+            weight = target.weight(self.model)
+            if name not in self.references:
+                self.references[name] = torch.empty_like(weight, device=self.device)
+            self.references[name].copy_(weight)
+        self._losses.clear()
+        self._decay = 0.0
+        self._window_start = num_updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next measurement depends on: plain types and tensors."""
+        return {
+            "window": self.window,
+            "references": self.references,
+            "initial_stable_ranks": self.initial_stable_ranks,
+            "vectors": self._vectors,
+            "losses": self._losses,
+            "decay": self._decay,
+            "window_start": self._window_start,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become the monitor that ``state_dict`` came from; ValueError for other targets."""
+        if set(state["initial_stable_ranks"]) != set(self.known):
+            raise ValueError("the checkpoint measured other switch.targets: give the same")
+        self.watch(state["references"], state["window_start"])
+        for name, reference in state["references"].items():
+            self.references[name].copy_(reference)
+        self.initial_stable_ranks = dict(state["initial_stable_ranks"])
+        device = next(self.model.parameters()).device
+        self._vectors = {key: vector.to(device) for key, vector in state["vectors"].items()}
+        self._losses, self._decay = list(state["losses"]), state["decay"]
+        self._window_start, self.window = state["window_start"], state["window"]
+
+    def _items(self) -> list[tuple[str, Target]]:
+        return list(self.targets.items())
+
+    def _measure_target(self, name: str, target: Target) -> Tensor:
+        weight = target.weight(self.model)
+        weight_norm, weight_stable = self._weight_stats(name, weight)
+        update = self.updates()[name]
+        update_norm = torch.linalg.vector_norm(update)
+        update_stable = stable_rank(update_norm, self._spectral_norm(f"{name}:update", update))
+        grad = target.grad(self.model)
+        nan = torch.full((), math.nan, device=weight.device)
+        grad_norm = nan if grad is None else torch.linalg.vector_norm(grad.float())
+        return torch.stack([weight_norm, update_norm, weight_stable, update_stable, grad_norm])
+
+    def _weight_stats(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight.float()
+        norm = torch.linalg.vector_norm(weight)
+        return norm, stable_rank(norm, self._spectral_norm(name, weight))
+
+    def _spectral_norm(self, key: str, matrix: Tensor) -> Tensor:
+        known = key in self._vectors
+        start = self._vectors[key] if known else _start_vector(matrix)
+        iterations = self.iterations if known else FIRST_ITERATIONS
+        norm, self._vectors[key] = spectral_norm(matrix, start, iterations)
+        return norm
+
+    def _exact_stats(self, name: str) -> dict[str, Any]:
+        bases = {"basis_stability": self._basis_stability(name)} if self.bases else {}
+        if not self.exact:
+            return bases
+        weight = torch.linalg.svdvals(self.targets[name].weight(self.model).float())
+        update = torch.linalg.svdvals(self.updates()[name])
+        return bases | {
+            "weight_effective_rank": effective_rank(weight),
+            "update_effective_rank": effective_rank(update),
+            "weight_singular_values": tuple(weight[: self.leading].tolist()),
+            "update_singular_values": tuple(update[: self.leading].tolist()),
+        }
+
+    def _basis_stability(self, name: str) -> float:
+        """OIALR's statistic (arXiv 2401.08505): columns are those of the tall one of W and W^T.
+
+        They are orthonormal in U V^T, so the mean of their cosines is an inner product.
+        """
+        weight = self.targets[name].weight(self.model).float()
+        now, before = (_orthogonal_factor(m) for m in (weight, self.references[name].to(weight)))
+        return float((now * before).sum() / min(weight.shape))
+
+
+def _orthogonal_factor(matrix: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U @ Vh
+
+
+def _start_vector(matrix: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(matrix.shape[1], generator=generator)
+    return (vector / torch.linalg.vector_norm(vector)).to(matrix)

@@ -1,0 +1,39 @@
+"""The names of modules: families, patterns that match them, names that resemble each other."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+
+
+def family(name: str) -> str:
+    """What a target's name shares with its siblings: 'blocks.3.attn.qkv' -> 'attn.qkv'."""
+    return re.split(r"(?:^|\.)\d+\.", name)[-1]
+
+
+def matching(
+    patterns: Sequence[str],
+    names: Iterable[str],
+    what: str,
+    kind: str,
+    match: Callable[[str, str], re.Match | None],
+) -> list[str]:
+    """Those of ``names`` that ``match`` one of ``patterns``, in their order.
+
+    ValueError for a pattern without a match; it calls patterns ``what`` and names ``kind``.
+    """
+    names = list(names)
+    matched = set()
+    for pattern in patterns:
+        found = {name for name in names if match(pattern, name)}
+        if not found:
+            families = {family(name) for name in names} | set(names)
+            raise ValueError(f"{what} '{pattern}' matches no {kind}; {near(pattern, families)}")
+        matched |= found
+    return [name for name in names if name in matched]
+
+
+def near(name: str, candidates: Iterable[str]) -> str:
+    """A hint with up to five of ``candidates`` that resemble ``name``; all of a short list."""
+    names = sorted(set(candidates))
+    close = names if len(names) <= 5 else get_close_matches(name, names, n=5, cutoff=0.4)
+    return f"near names: {', '.join(close)}" if close else "no near name"

@@ -1,0 +1,90 @@
+"""How the program ends early: one line for a user's mistake or a fault, a traceback for a bug."""
+
+import os
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from hydra.errors import HydraException, InstantiationException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
+from switchlora.errors import JobFailed, LoaderDied, OtherRankFailed, RankLost, TrainingStopped
+from switchlora.names import near
+from switchlora.process import distributed
+
+SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
+FAILURE = "SWITCHLORA_FAILURE"
+"""names the file in which a job of a multirun leaves its one line"""
+USER_ERRORS = (
+    ValueError,
+    TrainingStopped,
+    JobFailed,
+    LoaderDied,
+    OtherRankFailed,
+    RankLost,
+    OSError,
+    torch.OutOfMemoryError,
+    HydraException,
+    OmegaConfBaseException,
+)
+
+
+def exit_with_one_line(error: Exception) -> NoReturn:
+    """Exit with a line that tells a user's mistake or a fault; any other error goes on.
+
+    A mistake that every rank meets is told by the primary rank alone.
+    """
+    told = isinstance(error, USER_ERRORS) or from_launcher(error)
+    line = one_line(error) if told else distributed.lost_rank(error) or ended_worker(error)
+    if FAILURE in os.environ and distributed.is_primary():
+        with suppress(OSError):  # a full disk may be the very error
+            Path(os.environ[FAILURE]).write_text(line or f"{type(error).__name__}: {error}")
+    if line is None or SHOW_TRACEBACK in os.environ:
+        raise error
+    if distributed.is_primary():
+        sys.exit(f"switchlora: {line}")
+    name = f"switchlora, rank {distributed.rank()}"
+    known = isinstance(error, ValueError | OtherRankFailed)
+    sys.exit(1 if known else f"{name}: {line}")
+
+
+def from_launcher(error: Exception) -> bool:
+    """Whether submitit raised it: no Slurm here, an unknown partition, a job that died."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and "submitit" in Path(frames[-1].filename).parts
+
+
+def one_line(error: BaseException) -> str:
+    """The message that matters of an error and its causes, on one line."""
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
+        return one_line(error.__cause__)
+    message = str(error)
+    if isinstance(error, InterpolationKeyError):
+        message = (
+            f"{error.full_key}: {message.splitlines()[0]}; choose groups that go together, "
+            "such as model=bytes with data=bytes, and an image model with images"
+        )
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None:
+        message += f"; {near(str(cause.key), map(str, cause.parent_node))}"
+    return " ".join(message.split("Config search path")[0].split())
+
+
+DIED = (
+    "a process that loads images died (too little memory or shared memory, or too many "
+    "system.workers?)"
+)
+WORKER_ENDED = "DataLoader worker (pid"
+
+
+def ended_worker(error: BaseException) -> str | None:
+    """A line on an error that comes from a worker's end; None for any other error.
+
+    A signal's handler of torch raises its own message between any two lines of the program.
+    """
+    if isinstance(error, LoaderDied):
+        return str(error)
+    return f"{DIED}: {error}" if WORKER_ENDED in str(error) else None

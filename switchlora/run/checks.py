@@ -1,0 +1,133 @@
+"""What is refused before the first update: settings that cannot work together."""
+
+import math
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import nn
+
+from switchlora.adapters import FACTORS, adapted_linear
+from switchlora.config import check_whole
+from switchlora.criteria import AtEpoch, at_start, never
+from switchlora.errors import NothingMeasured, check_choice
+from switchlora.learner import PARALLEL, Recipe, check_goes_with_fsdp
+from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
+from switchlora.names import matching
+from switchlora.policy import SwitchPolicy
+from switchlora.run.state import Phase
+from switchlora.switching import WHOLE, check_start, choose_ranks
+
+
+def _check_config(config: DictConfig) -> None:
+    for key, least in {"epochs": 1, "seed": 0, "max_skipped": 0, "log.every": 1}.items():
+        check_whole(config, key, least)
+    if config.max_updates is not None:
+        check_whole(config, "max_updates", 1)
+    check_choice("system.parallel", config.system.parallel, PARALLEL)
+    if config.system.parallel == "fsdp":
+        if not dist.is_initialized():
+            raise ValueError("system.parallel=fsdp shards over processes: start it with torchrun")
+        if config.ema:
+            raise ValueError("ema does not go with system.parallel=fsdp: its copy is not sharded")
+
+
+def _check_switch(
+    model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor, parallel: str
+) -> None:
+    if policy.criterion is never:
+        return
+    if parallel == "fsdp":
+        _refuse_what_shards_cannot(policy)
+    bases = 1.0 if monitor.bases else None
+    still = LayerStats(1.0, 0.0, 1.0, 0.0, math.nan, basis_stability=bases)
+    once = [Measurement(0, 0.0, math.nan, dict.fromkeys(monitor.targets, still))]
+    policy.criterion(once)
+    if policy.guard is not None and policy.guard.criterion is not None:
+        policy.guard.criterion(once)
+    check_criterion(policy)
+    check_factors_alone(model, policy, monitor)
+    with nullcontext() if policy.decide([]).fires else suppress(NothingMeasured):
+        choose_ranks(model, policy, monitor, [])
+        name, update = next(iter(monitor.updates().items()))
+        check_start(policy, name, policy.init(monitor.targets[name].weight(model), update, 1))
+
+
+def _check_recipes(
+    recipes: Mapping[Phase, Recipe],
+    model: nn.Module,
+    policy: SwitchPolicy,
+    updates_per_epoch: int,
+    sharded: bool,
+) -> None:
+    if sharded:
+        for each in recipes.values():
+            check_goes_with_fsdp(each)
+    recipe = recipes[Phase.ADAPTER]
+    names = [*(name for name, _ in model.named_parameters()), "lora_A", "lora_B"]
+    matching(recipe.unreduced, names, "adapter.unreduced", "parameter", re.search)
+    if recipe.refactoring is None:
+        return
+    if set(policy.train_factors) != set(FACTORS):
+        raise ValueError("adapter.refactoring needs both factors: set switch.train_factors=[A, B]")
+    waits = getattr(recipe.refactoring, "warmup_updates", 0)
+    if policy.restart is not None and waits >= policy.restart.every_epochs * updates_per_epoch:
+        raise ValueError(
+            f"adapter.refactoring.warmup_updates={waits} is no shorter than a cycle of "
+            "switch.restart, so that refactoring would never begin: shorten it"
+        )
+
+
+def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:
+    found = {
+        "joint_epochs": policy.joint_epochs,
+        "stages": policy.stages,
+        "restart": policy.restart,
+        "guard": policy.guard is not None and policy.guard.act != "warn",
+        "adapter": policy.adapter is not adapted_linear,
+    }
+    for name, asked in found.items():
+        if asked:
+            raise ValueError(
+                f"switch.{name} does not go with system.parallel=fsdp: use DDP, or leave it out"
+            )
+
+
+def check_criterion(policy: SwitchPolicy) -> None:
+    """ValueError for a criterion that stages or a guard cannot work with."""
+    plain = (never, at_start)
+    if policy.stages and (policy.criterion in plain or isinstance(policy.criterion, WHOLE)):
+        raise ValueError(
+            "switch.stages needs a criterion with a margin for each target, such as update_norm"
+        )
+    if policy.guard is None:
+        return
+    if policy.criterion is at_start:
+        raise ValueError(
+            "switch.guard compares with a full phase, which criterion=at_start does not have"
+        )
+    again = policy.guard.criterion or policy.criterion
+    if policy.guard.act == "full" and isinstance(again, AtEpoch):
+        raise ValueError(
+            "switch.guard takes back what criterion=at_epoch would switch again at once: give "
+            "switch.guard.criterion, such as update_norm"
+        )
+
+
+@torch.no_grad()
+def check_factors_alone(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
+    """ValueError where factors are to stand instead of a weight but begin elsewhere."""
+    if policy.keeps_residual:
+        return
+    weight = next(iter(monitor.targets.values())).weight(model)
+    rank = min(weight.shape)
+    s = policy.scaling(rank)
+    A, B = policy.init(weight / s, torch.randn_like(weight), rank)
+    if torch.linalg.vector_norm(s * B @ A - weight) > 0.01 * torch.linalg.vector_norm(weight):
+        raise ValueError(
+            "switch/adapter=factorized and guided keep no residual weight, so that factors must "
+            "begin as the weight: use switch/init=weight_svd with gain 1"
+        )

@@ -1,0 +1,126 @@
+"""The end of a run: test metrics, files for others, figures, summary, and where it all is."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from switchlora.adapters import adapted_modules
+from switchlora.process import is_primary, together
+from switchlora.run.memory import memory_lines
+from switchlora.run.messages import final_table, never_switched_lines
+from switchlora.run.run import Run
+from switchlora.run.state import Phase
+from switchlora.storage import environment, save_adapter, save_merged
+
+
+def finish(run: Run, status: str) -> dict[str, Any]:
+    """Write everything that a finished, or stopped, run leaves behind; return its summary."""
+    folder = run.log.folder
+    run.state.end_segment(run.phase_summary())
+    test = evaluate_on_test(run) if status == "finished" else None
+    summary = summarise(run, status, test)
+    model = run.learner.plain()
+    with together():
+        if is_primary():
+            save_models(run, model, folder)
+            run.log.summary(summary)
+            if run.config["log"]["figures"]:
+                from switchlora.analysis.figures import (
+                    draw_figures,  # matplotlib: only where it draws
+                )
+
+                run.log.images(draw_figures(folder))
+    run.log.end_progress()
+    for line in closing_lines(run, status, test, folder):
+        run.log.line(line)
+    return summary
+
+
+def save_models(run: Run, model: nn.Module, folder: Path) -> None:
+    """Merged weights of ``model`` and of its average, and the adapter alone."""
+    save_merged(model, folder / "model.safetensors")
+    if run.ema is not None:
+        save_merged(run.ema.model, folder / "model_ema.safetensors")
+    if adapted_modules(model):
+        save_adapter(model, folder / "adapter")
+
+
+def evaluate_on_test(run: Run) -> dict[str, float]:
+    """Metrics on the official test split, which nothing was chosen on: a 'test' event."""
+    metrics = run.evaluate(run.data.test)
+    named = {f"test/{name}": value for name, value in metrics.items()}
+    run.log.event("test", run.state.num_updates, float(run.state.epoch), **named)
+    return metrics
+
+
+def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str, Any]:
+    """The content of ``summary.json``."""
+    state, report = run.state, run.state.switch_report
+    switch: dict[str, Any] = {
+        "fired": report is not None,
+        "num_updates": state.switch_update,
+        "epoch": state.switch_epoch,
+        "reason": state.verdict.reason if state.verdict else None,
+        "failures": state.failed_switches,
+        "taken_back": state.taken_back,
+    }
+    if report is not None:
+        switch |= vars(report)
+    return {
+        "status": status,
+        "num_updates": state.num_updates,
+        "skipped_updates": state.skipped_updates,
+        "val": {**(state.last_eval or {}), "best_top1": state.best_top1},
+        "test": test,
+        "switch": switch,
+        "phases": {
+            phase: {
+                **figures,
+                "memory": state.memory.get(phase),
+                "flops_per_update": state.flops.get(phase),
+            }
+            for phase, figures in state.phases.items()
+        },
+        "transitions": state.transitions,
+        "segments": state.segments,
+        "cost": cost(run),
+        "trunk": state.reused,
+        "branched_from": state.branched_from,
+        "monitor": {"time_share": run.stopwatch.monitor_share},
+        "environment": environment(run.device, run.config["seed"]),
+    }
+
+
+def cost(run: Run) -> dict[str, Any]:
+    """What training cost in all: 'train_flops', None where they are not known, 'train_seconds'.
+
+    What was taken from a trunk counts as if this run had computed it.
+    """
+    phases = run.state.phases.values()
+    return {
+        "train_flops": run.state.train_flops,
+        "train_seconds": sum(figures["train_seconds"] for figures in phases),
+    }
+
+
+def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: Path) -> list[str]:
+    """The final table, what the switch did or why it never came, and where everything is."""
+    state = run.state
+    lines = ["", *final_table({str(p): figures for p, figures in state.phases.items()}), ""]
+    if state.phase is Phase.ADAPTER and Phase.ADAPTER not in state.memory:
+        lines += [*memory_lines(run), ""]
+    if state.phase is Phase.FULL and state.verdict is not None:
+        failures = state.failed_switches
+        lines += [f"The switch was taken back {state.taken_back} time(s)"] * bool(state.taken_back)
+        lines += never_switched_lines(state.verdict, len(state.history), failures)
+    if test is not None:
+        average = f" (EMA {test['ema_top1']:.2f} %)" if "ema_top1" in test else ""
+        lines.append(f"test top1 {test['top1']:.2f} %{average}, loss {test['loss']:.4f}")
+    share = run.stopwatch.monitor_share
+    lines.append(f"the monitor took {share:.2%} of the training time")
+    names = ["model.safetensors", "summary.json", "metrics.jsonl"]
+    names += ["figures/"] if run.config["log"]["figures"] else []
+    names += ["adapter/"] if adapted_modules(run.model) else []
+    lines.append(f"{status}; everything is in {folder}: {', '.join(names)}")
+    return lines

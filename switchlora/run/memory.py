@@ -1,0 +1,159 @@
+"""The memory proof: bytes of everything that training holds, measured beside predicted.
+
+The measurement reads this rank's live tensors, the prediction only the shapes of a model. Both are
+made once a phase, after its first update.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from switchlora.adapters import adapted_modules, is_factor
+from switchlora.cost import stepped, without_content
+from switchlora.learner import (
+    SavedTensors,
+    autocast,
+    held_bytes,
+    is_sharded,
+    local,
+    operands_within_update,
+)
+from switchlora.process import is_primary, one_line, world_size
+from switchlora.run.messages import memory_metrics, memory_table
+from switchlora.run.run import Run
+from switchlora.run.state import Phase
+
+Bytes = dict[str, int | None]  # by part, None for what cannot be told
+
+
+def record_memory(run: Run) -> None:
+    """The bytes of a phase, after its first update, into the state, the log and the terminal.
+
+    All ranks measure. The primary one also predicts, unless ``log.cost_model`` is off.
+    """
+    state, predicts = run.state, is_primary() and run.config["log"]["cost_model"]
+    with run.stopwatch.paused():
+        measured = measure_memory(run)
+        predicted = predict_memory(run) if predicts else dict.fromkeys(measured)
+        state.memory[state.phase] = {"measured": measured, "predicted": predicted}
+        metrics = memory_metrics(measured, predicted)
+        run.log.event("memory", state.num_updates, run.epoch, **metrics)
+        if state.phase is not Phase.FULL:
+            for line in memory_lines(run):
+                run.log.line(line)
+
+
+def memory_lines(run: Run) -> list[str]:
+    """The table of both phases."""
+    memory = {str(phase): found for phase, found in run.state.memory.items()}
+    return memory_table(memory, model=run.device.type, reference=_reference_device(run))
+
+
+def measure_memory(run: Run) -> Bytes:
+    """Bytes that this rank holds after an update, while its gradients are still in place.
+
+    'ddp_buckets' are what the gradients lie in beyond their own bytes, 'activations' what
+    autograd kept for the backward pass of one micro-batch.
+    """
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    gradient_bytes = sum(local(gradient).nbytes for gradient in gradients)
+    references = run.monitor.references.values()
+    found = {
+        "parameters": held_bytes(_tensors(run.model)),
+        "gradients": gradient_bytes,
+        "optimizer_state": held_bytes(_moments(run.learner.optimizer)),
+        "ema": held_bytes(_tensors(run.ema.model)) if run.ema else 0,
+        "monitor_reference": held_bytes(references),
+        "ddp_buckets": held_bytes(gradients) - gradient_bytes,
+        "activations": run.learner.activation_bytes,
+    }
+    return {**found, "total": _total(run, found)}
+
+
+def predict_memory(run: Run) -> Bytes:
+    """The same from shapes alone, if nothing that training is done with stays alive.
+
+    Gradients lie in DDP's buckets and nowhere else; shards have the mean size over all ranks.
+    """
+    model = run.learner.bones or run.model
+    shards = world_size() if is_sharded(run.model) else 1
+    trained = [p for p in model.parameters() if p.requires_grad]
+    targets = run.monitor.targets.values()
+    moments = _attempted(run, "the optimizer's state", lambda: predict_moments(run, model))
+    found: Bytes = {
+        "parameters": held_bytes(_tensors(model)) // shards,
+        "gradients": sum(parameter.nbytes for parameter in trained) // shards,
+        "optimizer_state": moments and moments // shards,
+        "ema": _plain_bytes(model) if run.ema else 0,
+        "monitor_reference": sum(target.weight(model).nbytes for target in targets),
+        "ddp_buckets": 0,
+        "activations": _attempted(run, "activations", lambda: predict_activations(run, model)),
+    }
+    return {**found, "total": _total(run, found)}
+
+
+def predict_moments(run: Run, model: nn.Module) -> int:
+    """Bytes of the optimizer's state for ``model``: a step on tensors without content."""
+    with without_content(model, run.device) as hollow:
+        return held_bytes(_moments(stepped(hollow, run.recipe)))
+
+
+def predict_activations(run: Run, model: nn.Module) -> int:
+    """Bytes that autograd keeps of one micro-batch: a forward pass that computes shapes only."""
+    recipe, device, saved = run.recipe, run.device, SavedTensors()
+    example = run.data.example(-(-run.share // recipe.accumulation))
+    with without_content(model, device) as model:
+        inputs, targets = (torch.empty_like(tensor, device=device) for tensor in example)
+        with (
+            nullcontext() if is_sharded(run.model) else operands_within_update(model, recipe),
+            autocast(device.type, recipe.precision),
+            saved,
+        ):
+            loss = run.data.loss(model(inputs), targets)
+        kept = saved.bytes_beside(model)
+        del loss  # whose graph has kept it until here
+        return kept
+
+
+def _attempted(run: Run, what: str, predict: Callable[[], int]) -> int | None:
+    """None, and a line, where code that is not ours needs numbers: no reason to end a run."""
+    try:
+        return predict()
+    except Exception as error:
+        run.log.line(f"the bytes of {what} cannot be predicted: {one_line(error)}")
+        return None
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _moments(optimizer: Optimizer) -> Iterable[Tensor]:
+    values = chain.from_iterable(state.values() for state in optimizer.state.values())
+    return (value for value in values if isinstance(value, Tensor))
+
+
+def _plain_bytes(model: nn.Module) -> int:
+    """Bytes of ``model`` without factors, with residual weights as they were before rounding."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    dropped = [m for m in adapted_modules(model).values() if m.weight is None]
+    return sum(4 * m.in_features * m.out_features for m in dropped) + sum(
+        tensor.numel() * max(tensor.itemsize, 4 * tensor.is_floating_point())
+        for name, tensor in named
+        if not is_factor(name)
+    )
+
+
+def _total(run: Run, found: Bytes) -> int | None:
+    """On the model's device, where the monitor's reference may not be."""
+    elsewhere = _reference_device(run) != run.device.type
+    sizes = [n for part, n in found.items() if not (elsewhere and part == "monitor_reference")]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def _reference_device(run: Run) -> str:
+    return torch.device(run.config["monitor"]["device"]).type

@@ -1,0 +1,210 @@
+"""What a run says: lines on the terminal, keys of its events, the final table."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from switchlora.criteria import LOSS, Verdict
+from switchlora.monitor import Measurement
+from switchlora.names import family
+from switchlora.switching import Outcome, SwitchReport
+
+SHOWN_HOLDING_BACK = 3
+EXPECTED_DRIFT = 1e-5
+LATER_PHASES = ("adapter", "staged", "joint")
+MEMORY_PARTS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "ema": "EMA",
+    "monitor_reference": "monitor reference ({reference})",
+    "ddp_buckets": "DDP buckets",
+    "activations": "activations",
+    "total": "total on {model}",
+}
+
+
+def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:
+    """Keys of the 'switch' event."""
+    return {
+        "switch/fired": True,
+        "switch/reason": verdict.reason,
+        "switch/drift": report.drift,
+        "switch/rounding_drift": report.rounding_drift,
+        "switch/seconds": report.seconds,
+        "switch/moments_carried": report.moments_carried,
+        "params/trainable_before": report.trainable_before,
+        "params/trainable": report.trainable_after,
+        "switch/left_full": list(report.left_full),
+        **{f"switch/rank/{name}": rank for name, rank in report.ranks.items()},
+        **{f"switch/captured_energy/{name}": e for name, e in report.captured_energy.items()},
+        "switch/checksum": report.checksum,
+        "switch/ranks": {
+            "columns": ["target", "rank", "captured_energy"],
+            "data": [[n, rank, report.captured_energy[n]] for n, rank in report.ranks.items()],
+        },
+    }
+
+
+def measurement_line(measurement: Measurement, verdict: Verdict) -> str:
+    """One line: loss, how far weights move, and what the criterion makes of it."""
+    moved = median(s.relative_update_norm for s in measurement.layers.values())
+    return (
+        f"update {measurement.num_updates:>6} | epoch {measurement.epoch:6.2f} | "
+        f"loss {measurement.train_loss:.4f} | update norm {100 * moved:.2f} % | "
+        f"{_standing(verdict)}"
+    )
+
+
+def eval_line(epoch: int, phase: str, metrics: Mapping[str, float]) -> str:
+    """One line of validation metrics."""
+    average = f" | EMA top1 {metrics['ema_top1']:.2f} %" if "ema_top1" in metrics else ""
+    return (
+        f"epoch {epoch:>3} done | {phase} phase | val loss {metrics['loss']:.4f} | "
+        f"val top1 {metrics['top1']:.2f} %{average}"
+    )
+
+
+def switch_lines(
+    report: SwitchReport, verdict: Verdict, num_updates: int, epoch: float
+) -> list[str]:
+    """Why the switch fired, the ranks per family, and what it changed."""
+    lines = [f"{_title(report)} at update {num_updates} (epoch {epoch:.2f}): {verdict.reason}"]
+    adapted = {name: rank for name, rank in report.ranks.items() if rank}
+    if frozen := [name for name, rank in report.ranks.items() if not rank]:
+        lines.append(f"  frozen without an adapter: {', '.join(frozen)}")
+    lines += [f"  ranks {row}" for row in rank_rows(adapted)] if adapted else []
+    if report.left_full:
+        lines.append(
+            f"  left full, since factors of their rank would save too little: "
+            f"{', '.join(report.left_full)}"
+        )
+    lines.append(
+        f"  trained parameters {report.trainable_before:,} -> {report.trainable_after:,} "
+        f"({report.trainable_after / report.parameters:.1%} of the model) | "
+        f"captured energy {_captured(report)} | max logit drift {report.drift:.1e} | "
+        f"{report.seconds:.2f} s"
+    )
+    if report.rounding_drift is not None:
+        lines.append(
+            f"  residual weights rounded: the logits move by {report.rounding_drift:.1e} more"
+        )
+    if report.drift > EXPECTED_DRIFT:
+        lines.append(f"  warning: the logits moved by more than {EXPECTED_DRIFT:g}")
+    return lines
+
+
+def change_line(kind: str, where: str, what: str, outcome: Outcome) -> str:
+    """One line of a change that is no switch."""
+    return (
+        f"{kind.upper().replace('_', ' ')} at {where}: {what} | trained parameters "
+        f"{outcome.trainable_before:,} -> {outcome.trainable_after:,} | max logit drift "
+        f"{outcome.drift:.1e} | {outcome.seconds:.2f} s"
+    )
+
+
+def speedup_lines(parts: Mapping[str, float], warning: str | None) -> list[str]:
+    """How much faster the cost model expects updates to be, and from where; its warning."""
+    shown = " x ".join(f"{name} {part:.2f}" for name, part in parts.items())
+    lines = [f"  predicted speed of an update: {math.prod(parts.values()):.2f} = {shown}"]
+    return lines + ([f"  warning: {warning}"] if warning else [])
+
+
+def _title(report: SwitchReport) -> str:
+    if not report.waiting:
+        return "SWITCH"
+    return f"STAGE of {len(report.ranks)} targets, {len(report.waiting)} train on,"
+
+
+def _captured(report: SwitchReport) -> str:
+    found = [e for name, e in report.captured_energy.items() if report.ranks[name]]
+    if not found or any(math.isnan(e) for e in found):
+        return "of no update"
+    return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def rank_rows(ranks: Mapping[str, int]) -> list[str]:
+    """One row per family: its ranks from the first block to the last."""
+    families: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        families.setdefault(family(name), []).append(rank)
+    width = max(len(name) for name in families)
+    return [f"{name:<{width}}  {' '.join(map(str, r))}" for name, r in families.items()]
+
+
+def never_switched_lines(
+    verdict: Verdict, measured: int, failures: Sequence[str] = ()
+) -> list[str]:
+    """Why the run ends in the full phase: a switch undone, or a criterion held back, by what."""
+    if failures:
+        times = f"{len(failures)} time(s)"
+        return [f"The criterion fired, but the switch was undone {times}: {failures[-1]}"]
+    worst = sorted(verdict.margins.items(), key=lambda item: item[1])[:SHOWN_HOLDING_BACK]
+    held = ", ".join(f"{name} by {-margin:.3g}" for name, margin in worst if margin < 0)
+    lines = [f"The switch never fired in {measured} measurements: {verdict.reason}"]
+    return lines + ([f"  held back most by: {held}"] if held else [])
+
+
+def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The phases side by side, and the ratio of the adapter phase to the full phase."""
+    rows: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("updates", "num_updates", "{:,}".format),
+        ("images/s", "images_per_second", "{:,.0f}".format),
+        ("epoch, s", "epoch_seconds", "{:,.1f}".format),
+        ("peak memory, MiB", "peak_memory_bytes", lambda size: f"{size / 2**20:,.0f}"),
+        ("trained parameters", "trainable_parameters", "{:,}".format),
+        ("last val top1, %", "val_top1", "{:.2f}".format),
+    ]
+    titles = [f"{name} phase" for name in phases] + (["ratio"] if len(phases) == 2 else [])
+    lines = [f"{'':<20}" + "".join(f"{title:>16}" for title in titles)]
+    for label, key, form in rows:
+        values: list[Any] = [phase.get(key) for phase in phases.values()]
+        cells = ["-" if value is None else form(value) for value in values]
+        if len(values) == 2 and all(values) and key not in ("num_updates", "val_top1"):
+            cells.append(f"{values[1] / values[0]:.2f}")
+        lines.append(f"{label:<20}" + "".join(f"{cell:>16}" for cell in cells))
+    return lines
+
+
+def memory_metrics(
+    measured: Mapping[str, int | None], predicted: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """Keys of a 'memory' event: ``memory/<part>`` and ``memory/<part>_predicted``, in bytes."""
+    return {
+        **{f"memory/{part}": size for part, size in measured.items()},
+        **{f"memory/{part}_predicted": predicted[part] for part in measured},
+    }
+
+
+def memory_table(
+    memory: Mapping[str, Mapping[str, Mapping[str, int | None]]], **devices: str
+) -> list[str]:
+    """MiB of each part in the full and in the latest phase, '-' for what was not measured.
+
+    ``devices`` are those of the ``model``, whose total is shown, and of the monitor's
+    ``reference``, which may be elsewhere.
+    """
+    later = next((phase for phase in LATER_PHASES if phase in memory), "adapter")
+    phases = ("full", later)
+    columns = [memory.get(p, {}).get(k, {}) for p in phases for k in ("measured", "predicted")]
+    titles = ("full", "predicted", later, "predicted", "ratio")
+    lines = [f"  {'memory, MiB':<24}" + "".join(f"{title:>11}" for title in titles)]
+    for part, label in MEMORY_PARTS.items():
+        sizes = [column.get(part) for column in columns]
+        cells = ["-" if size is None else f"{size / 2**20:,.2f}" for size in sizes]
+        full, _, adapter, _ = sizes
+        cells.append(f"{adapter / full:.2f}" if full and adapter is not None else "-")
+        lines.append(f"  {label.format(**devices):<24}" + "".join(f"{c:>11}" for c in cells))
+    return lines
+
+
+def _standing(verdict: Verdict) -> str:
+    if verdict.fires:
+        return "the criterion fires"
+    if not verdict.margins:
+        return verdict.reason
+    worst = min(verdict.margins, key=lambda name: verdict.margins[name])
+    layers = [margin for name, margin in verdict.margins.items() if name != LOSS]
+    converged = f"converged {sum(m >= 0 for m in layers)}/{len(layers)} | " if layers else ""
+    return f"{converged}smallest margin {verdict.margins[worst]:.3g} ({worst})"

@@ -1,0 +1,94 @@
+"""When a run saves, how it leaves when it is asked to, and how to go on from there."""
+
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+
+from switchlora.errors import Interrupted, LoaderDied, RankLost
+from switchlora.process import distributed, ended_worker
+from switchlora.run.run import Run
+from switchlora.storage import checkpoint, retention
+from switchlora.sweep import is_job
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the run as it is; remove those that are too many."""
+    if not run.saves.keep:
+        return
+    state, folder = run.state, run.log.folder
+    with run.stopwatch.paused():
+        checkpoint.write(folder, state.num_updates, run.state_dict(), run.learner)
+        run.saves.done(state.num_updates)
+        distributed.from_primary(
+            lambda: retention.prune(folder, run.saves.keep, state.best_update)
+        )
+
+
+def save_elsewhere(run: Run, folder: Path, place: int) -> None:
+    """Write a checkpoint into ``folder``, whose log has ``place`` bytes up to this update."""
+    state = {**run.state_dict(), "log": {"bytes": place, "wandb_id": None}}
+    checkpoint.write(folder, run.state.num_updates, state, run.learner)
+
+
+def save_or_leave(run: Run) -> None:
+    """Between two updates: save when it is time, and leave when a signal came to any rank."""
+    interruption = run.interruption
+    due, asked = distributed.any_rank(
+        run.saves.due(run.state.num_updates) or interruption.warned,
+        interruption.received is not None,
+    )
+    if due or asked:
+        interruption.warned = False
+        save(run)
+    if asked:
+        leave(run)
+
+
+def leave_if_asked(run: Run) -> None:
+    """Leave when a signal came to any rank; everything is saved."""
+    if any(distributed.any_rank(run.interruption.received is not None)):
+        leave(run)
+
+
+def leave(run: Run) -> NoReturn:
+    """Raise Interrupted with a line that says how to go on."""
+    number = next(n for n in distributed.gather(run.interruption.received) if n is not None)
+    run.interruption.received = number
+    where = f"interrupted by {number.name} after update {run.state.num_updates}"
+    raise Interrupted(f"{where}; {how_to_go_on(run)}", number)
+
+
+def how_to_go_on(run: Run) -> str:
+    """The last checkpoint, and the command that goes on from it."""
+    found = retention.find_all(run.log.folder)
+    if not found:
+        return "there is no checkpoint"
+    launcher = ["switchlora"]
+    if distributed.world_size() > 1:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", str(distributed.world_size()))
+        launcher = ["torchrun", "--nproc-per-node", processes, "-m", "switchlora"]
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    kept = [word for word in given if not word.startswith("resume=")]
+    words = [*launcher, *kept, f"hydra.run.dir={run.log.folder}", "resume=auto"]
+    if HydraConfig.initialized() and is_job():
+        words.append("hydra.mode=RUN")
+    return f"the last checkpoint is {found[0]}; go on with: {shlex.join(words)}"
+
+
+@contextmanager
+def faults_explained(run: Run) -> Iterator[None]:
+    """Say what died, and how to go on, where torch has only an error of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        where = f"after update {run.state.num_updates}"
+        if (ended := ended_worker(error)) is not None:
+            raise LoaderDied(f"{ended}; this was {where}; {how_to_go_on(run)}") from error
+        if (lost := distributed.lost_rank(error)) is not None:
+            raise RankLost(f"{lost} {where}; {how_to_go_on(run)}") from error
+        raise

@@ -1,0 +1,145 @@
+"""When a run changes: at the end of a window of updates or of the joint phase, or when the guard
+finds it behind. What each change does is in ``transitions``."""
+
+from functools import partial
+
+from switchlora.adapters import cosine_mix, set_mix
+from switchlora.criteria import Verdict
+from switchlora.monitor import Measurement
+from switchlora.policy import Loss
+from switchlora.process import distributed
+from switchlora.run.messages import measurement_line
+from switchlora.run.run import Run
+from switchlora.run.saving import save, save_elsewhere
+from switchlora.run.state import Phase
+from switchlora.run.transitions import (
+    begin_segment,
+    end_joint_phase,
+    given_up,
+    restart_adapter,
+    try_growing,
+    try_switch,
+    try_taking_back,
+)
+from switchlora.storage import measurement_metrics, window_metrics
+
+
+def after_update(run: Run) -> None:
+    """End the joint phase, or a window of updates, where it is time."""
+    state = run.state
+    if state.joint_until is not None and state.num_updates >= state.joint_until:
+        end_joint_phase(run)
+    if run.monitor.due(state.num_updates):
+        end_window(run)
+
+
+def end_window(run: Run) -> None:
+    """Measure; then ask the criterion while weights train in full, or restart the adapter."""
+    state = run.state
+    with run.stopwatch.paused(monitor=True):
+        here = run.monitor.measure(state.num_updates, run.epoch)
+        measured = distributed.from_primary(lambda: here)
+        note_loss(run, "train", measured.train_loss)
+    if state.phase in (Phase.FULL, Phase.STAGED):
+        state.history.append(measured)
+        state.undecided = True
+        consider_switch(run)
+        return
+    with run.stopwatch.paused():
+        run.log.event("window", measured.num_updates, measured.epoch, **window_metrics(measured))
+        restarts = state.phase is Phase.ADAPTER and run.policy.restart is not None
+        if restarts and goes_on(run) and not given_up(state):
+            restart_adapter(run)
+        run.monitor.start_window(state.num_updates)
+
+
+def goes_on(run: Run) -> bool:
+    """Whether updates are left to make: a change after the last one would serve nothing."""
+    return run.state.num_updates < run.last_update
+
+
+def note_loss(run: Run, split: str, value: float) -> None:
+    """For the guard: the loss of a window, or on the validation split."""
+    run.state.losses.append(Loss(run.state.num_updates, split, str(run.state.phase), value))
+
+
+def guide(run: Run) -> None:
+    """Set how much guided layers still lean on their dense weights (2406.16450)."""
+    state = run.state
+    if state.joint_until is not None and state.switch_update is not None:
+        length = state.joint_until - state.switch_update
+        done = (state.num_updates - state.switch_update) / length
+        set_mix(run.model, cosine_mix(done), state.num_updates)
+
+
+def consider_switch(run: Run) -> None:
+    """Ask the criterion; switch what has converged; when that fails, go on as before."""
+    state = run.state
+    share_measurement(run)
+    verdict = distributed.from_primary(
+        lambda: run.policy.decide(state.fresh_history, again=state.taken_back > 0)
+    )
+    chosen = run.policy.chosen(verdict, run.monitor.targets, state.num_updates, state.last_stage)
+    if not goes_on(run) or given_up(state):
+        chosen = []
+    state.verdict = verdict
+    if chosen:
+        leave_trunk(run)
+        save(run)
+    with run.stopwatch.paused():
+        if state.history:
+            report_measurement(run, state.history[-1], verdict)
+        switched = bool(chosen) and try_switch(run, verdict, chosen)
+        state.undecided = False
+    if switched:
+        begin_segment(run)
+    elif state.history:
+        with run.stopwatch.paused(monitor=True):
+            run.monitor.start_window(state.num_updates)
+
+
+def share_measurement(run: Run) -> None:
+    """With the runs that have the same full phase."""
+    if run.trunk is not None and run.state.history:
+        with run.stopwatch.paused():
+            measurement, folder = run.state.history[-1], run.log.folder
+            run.trunk.publish(measurement, folder, partial(save_elsewhere, run), run.log.line)
+
+
+def leave_trunk(run: Run) -> None:
+    """From here on this run is its own."""
+    if run.trunk is not None:
+        with run.stopwatch.paused():
+            run.trunk.leave(run.state.num_updates, partial(save_elsewhere, run), run.log.line)
+
+
+def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> None:
+    """A 'measure' event and a line on the terminal."""
+    run.log.event(
+        "measure",
+        measurement.num_updates,
+        measurement.epoch,
+        **measurement_metrics(measurement, verdict),
+    )
+    run.log.line(measurement_line(measurement, verdict))
+
+
+def look_after(run: Run) -> None:
+    """Let the guard compare the losses since the switch with full training's, and act."""
+    guard, state = run.policy.guard, run.state
+    if guard is None or state.phase in (Phase.FULL, Phase.JOINT) or run.over:
+        return
+    standing = distributed.from_primary(lambda: guard(state.losses, state.guarded_since))
+    if not standing.behind:
+        return
+    state.guarded_since = state.num_updates
+    run.log.line(f"GUARD at update {state.num_updates}: {standing.reason}")
+    metrics = {"guard/excess": standing.excess, "guard/reason": standing.reason}
+    run.log.event("guard", state.num_updates, run.epoch, **metrics)
+    if guard.act == "warn" or state.taken_back >= guard.most:
+        return
+    with run.stopwatch.paused():
+        grown = guard.act == "ranks" and try_growing(run, standing)
+        changed = grown or try_taking_back(run, standing)
+    if changed:
+        begin_segment(run)

@@ -1,0 +1,144 @@
+"""Checkpoints: write them whole or not at all, check them, rebuild a run or a model from one.
+
+A checkpoint is a folder ``checkpoints/update-00001092`` (``.1``, ``.2`` behind it for later ones
+at the same update) with ``state.pt``, plain types and tensors for ``torch.load`` with
+``weights_only=True``, and ``SHA256SUMS``, which ``sha256sum -c`` reads. Weights and moments of a
+sharded model lie beside it in ``tensors/``, in the format of torch.distributed.checkpoint.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from switchlora.adapters import inject_empty
+from switchlora.errors import CheckpointUnusable
+from switchlora.learner import Learner, is_sharded, moments_of
+from switchlora.process import distributed
+from switchlora.storage.retention import FOLDER, _free_name, remove_unfinished
+from switchlora.storage.tensors import _load_sharded, _write_sharded
+
+FORMAT = 4
+STATE, SUMS, TENSORS = "state.pt", "SHA256SUMS", "tensors"
+
+
+def write(folder: Path, num_updates: int, state: Mapping[str, Any], learner: Learner) -> Path:
+    """Write a checkpoint with ``state`` and the learner's tensors into a run folder; return it.
+
+    It appears under its name when all of it is on the disk. All ranks call this; the primary one
+    writes, and of a sharded model each rank its part. OSError when the disk does not take it.
+    """
+    part = folder / FOLDER / f".writing-{num_updates:08d}"
+    with distributed.together():
+        if distributed.is_primary():
+            if not folder.is_dir():
+                raise FileNotFoundError(f"the run folder {folder} is gone: nothing can be saved")
+            part.parent.mkdir(exist_ok=True)
+            remove_unfinished(folder)
+            part.mkdir()
+    tensors: dict[str, Any] = {
+        "weights": learner.model.state_dict(),
+        "moments": moments_of(learner.model, learner.optimizer),
+    }
+    if is_sharded(learner.model):
+        try:
+            tensors = _write_sharded(part / TENSORS, tensors)
+        except CheckpointException as error:  # no Exception, and many lines long
+            shutil.rmtree(part, ignore_errors=True)
+            reason = next(iter(error.failures.values()))[0]
+            raise OSError(f"no checkpoint could be written to {part.parent}: {reason}") from error
+    state = {"format": FORMAT, **state, **tensors}
+    return distributed.from_primary(lambda: _finish_writing(part, state, num_updates))
+
+
+def _finish_writing(part: Path, state: Mapping[str, Any], num_updates: int) -> Path:
+    try:
+        with (part / STATE).open("wb") as file:
+            torch.save(state, file)
+        files = sorted(path for path in part.rglob("*") if path.is_file())
+        lines = [f"{_digest(path)}  {path.relative_to(part)}\n" for path in files]
+        (part / SUMS).write_text("".join(lines))
+        for path in (*files, part / SUMS, *{path.parent for path in files}):
+            _sync(path)
+        target = _free_name(part.parent, num_updates)
+        part.rename(target)
+        _sync(target.parent)
+    except (OSError, RuntimeError) as error:  # torch.save hides the system's error in its own
+        shutil.rmtree(part, ignore_errors=True)
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"no checkpoint could be written to {part.parent}: {reason}") from error
+    return target
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint; CheckpointUnusable, with the reason, when it is not whole."""
+    try:
+        lines = (path / SUMS).read_text().splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:
+        raise CheckpointUnusable(f"{path} is not whole: {SUMS} cannot be read") from error
+    for name, expected in {STATE: "", **sums}.items():
+        try:
+            if _digest(path / name) != expected:
+                raise CheckpointUnusable(f"{path} is damaged: {name} does not match its checksum")
+        except OSError as error:
+            raise CheckpointUnusable(f"{path} is not whole: {name} cannot be read") from error
+    state = load(path, mmap=True)
+    if state.get("format") != FORMAT:
+        raise CheckpointUnusable(
+            f"{path} has format {state.get('format')}, this version of switchlora reads {FORMAT}"
+        )
+    return state
+
+
+def load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The state of a checkpoint that was read, and so checked, before.
+
+    With ``mmap`` tensors are read from the file when they are looked at.
+    """
+    return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
+    """CheckpointUnusable unless the checkpoint's weights are those of the plain ``model``."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in shapes.keys() ^ state["shapes"].keys():
+        where = "this model" if name in shapes else "the checkpoint"
+        raise CheckpointUnusable(f"{path} is another model's: only {where} has {name}")
+    for name, shape in shapes.items():
+        if (other := tuple(state["shapes"][name])) != shape:
+            raise CheckpointUnusable(
+                f"{path} is another model's: {name} is {other} there and {shape} here"
+            )
+
+
+def load_model(path: Path) -> nn.Module:
+    """The model of a checkpoint, with its adapters, from the checkpoint alone."""
+    state = read(path)
+    model: nn.Module = instantiate(state["config"]["model"], _convert_="all")
+    inject_empty(model, state["adapters"])
+    weights = state["weights"]
+    if weights is None:
+        weights, _ = _load_sharded(path / TENSORS, {}, model, only="weights")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

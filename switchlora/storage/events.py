@@ -1,0 +1,94 @@
+"""Events of ``metrics.jsonl``: their keys, how they are written and read back."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from switchlora.criteria import Verdict
+from switchlora.monitor import LayerStats, Measurement
+from switchlora.names import family
+
+METRICS = "metrics.jsonl"
+
+
+def as_record(
+    event: str, num_updates: int, epoch: float, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One event as it stands on a line of ``metrics.jsonl``."""
+    return _plain({"event": event, "num_updates": num_updates, "epoch": epoch, **metrics})
+
+
+def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
+    """Events of a run folder in order, those named ``event`` or all."""
+    with open(folder / METRICS) as file:
+        for line in file:
+            record = json.loads(line)
+            if event in (None, record["event"]):
+                yield record
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+FAMILY_STATISTICS = ("relative_update_norm", "update_stable_rank", "weight_stable_rank")
+
+
+def measurement_metrics(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
+    """Keys of a 'measure' event: ``<statistic>/<target>``, medians ``family/<statistic>/<family>``
+    and ``switch/margin/<target>``."""
+    metrics = window_metrics(measurement)
+    metrics |= {f"switch/margin/{name}": margin for name, margin in verdict.margins.items()}
+    return metrics | {"switch/fires": verdict.fires, "switch/reason": verdict.reason}
+
+
+def window_metrics(measurement: Measurement) -> dict[str, Any]:
+    """Keys of a 'window' event, which no criterion reads: a measurement's without a verdict."""
+    metrics: dict[str, Any] = {"train/window_loss": measurement.train_loss}
+    for name, stats in measurement.layers.items():
+        metrics |= {f"{key}/{name}": v for key, v in vars(stats).items() if v not in (None, ())}
+        metrics[f"relative_update_norm/{name}"] = stats.relative_update_norm
+    return metrics | family_medians(measurement)
+
+
+def family_medians(measurement: Measurement) -> dict[str, float]:
+    """Median of each statistic in ``FAMILY_STATISTICS`` over the targets of a family."""
+    families: dict[str, list[LayerStats]] = {}
+    for name, stats in measurement.layers.items():
+        families.setdefault(family(name), []).append(stats)
+    return {
+        f"family/{key}/{name}": median(getattr(stats, key) for stats in members)
+        for key in FAMILY_STATISTICS
+        for name, members in families.items()
+    }
+
+
+def measurement_of(event: Mapping[str, Any]) -> Measurement:
+    """The measurement that a 'measure' event tells of."""
+    names = [key.removeprefix("weight_norm/") for key in event if key.startswith("weight_norm/")]
+    return Measurement(
+        num_updates=event["num_updates"],
+        epoch=event["epoch"],
+        train_loss=event["train/window_loss"],
+        layers={name: _layer(event, name) for name in names},
+    )
+
+
+def _layer(event: Mapping[str, Any], name: str) -> LayerStats:
+    stats: dict[str, Any] = {}
+    for item in fields(LayerStats):
+        value = event.get(f"{item.name}/{name}", item.default)
+        if value is None and item.default is MISSING:
+            value = math.nan  # which JSON has no number for
+        stats[item.name] = tuple(value) if isinstance(value, list) else value
+    return LayerStats(**stats)

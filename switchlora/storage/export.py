@@ -1,0 +1,89 @@
+"""Files that other libraries load: the merged model for timm, the adapter alone for PEFT."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from switchlora.adapters import (
+    Adapter,
+    GuidedLinear,
+    adapted_modules,
+    merged_state_dict,
+    without_adapters,
+)
+
+PEFT_PREFIX = "base_model.model."
+
+
+def save_merged(model: nn.Module, path: Path) -> Path:
+    """Weights of the plain model, adapters merged, for timm's ``checkpoint_path=``."""
+    _save(merged_state_dict(model), path)
+    return path
+
+
+def save_adapter(model: nn.Module, folder: Path) -> Path:
+    """The adapter in PEFT's format, beside ``residual.safetensors``, the model it belongs on.
+
+    Load the residual with timm, then ``peft.PeftModel.from_pretrained(model, folder)``. Row slices
+    of a fused linear become one adapter of their summed rank with a block-diagonal B; linears with
+    frozen or dense slices alone get none, nor do guided ones. The residual of a factorised linear
+    is zero.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, ranks, alphas = {}, {}, {}
+    dense: dict[str, Tensor] = {}
+    for name, module in adapted_modules(model).items():
+        A, B = _stacked(module.adapters(), module.out_features)
+        if not len(A) or module.kind == GuidedLinear.kind:
+            dense[f"{name}.weight"] = module.merged()
+            continue
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
+        ranks[name] = alphas[name] = len(A)
+        if module.weight is None:
+            dense[f"{name}.weight"] = A.new_zeros(module.out_features, module.in_features)
+    residual = without_adapters(model) | dense
+    _save(residual, folder / "residual.safetensors")
+    _save(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(_peft_config(ranks, alphas), indent=2))
+    return folder
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def _stacked(adapters: dict[str, Adapter], out_features: int) -> tuple[Tensor, Tensor]:
+    rank = sum(len(adapter.A) for adapter in adapters.values())
+    first = next(iter(adapters.values())).A
+    A = torch.cat([adapter.A.detach() for adapter in adapters.values()]).cpu()
+    B = torch.zeros(out_features, rank, dtype=first.dtype)
+    start = 0
+    for adapter in adapters.values():
+        stop = start + len(adapter.A)
+        B[adapter.rows, start:stop] = adapter.scaling * adapter.B.detach().cpu()
+        start = stop
+    return A, B
+
+
+def _peft_config(ranks: dict[str, int], alphas: dict[str, int]) -> dict[str, object]:
+    largest = max(ranks.values(), default=0)
+    return {
+        "peft_type": "LORA",
+        "r": largest,
+        "lora_alpha": largest,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items()},
+        "alpha_pattern": {f"^{name}$".replace(".", r"\."): rank for name, rank in alphas.items()},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }

@@ -1,0 +1,95 @@
+"""Runs as their folders tell of them, finished or not: configuration, events, summary."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from switchlora.monitor import Measurement
+from switchlora.storage.events import METRICS, measurement_of
+from switchlora.storage.runlog import CONFIG, SUMMARY
+
+TRUNK_KEY = "trunk.json"
+"""in a folder that runs share, and that is no run of its own"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run folder."""
+
+    folder: Path
+    config: Mapping[str, Any] = field(repr=False)
+    summary: Mapping[str, Any] | None = field(repr=False)
+    """None of a run that goes on, or that was killed"""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return self.summary is not None and self.summary["status"] == "finished"
+
+    def events(self, event: str | None = None) -> Iterator[dict[str, Any]]:
+        """Events in order, those named ``event`` or all; without a last line that is torn.
+
+        ValueError where another line is none.
+        """
+        *lines, _ = (self.folder / METRICS).read_text().split("\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                found = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.folder}: line {number} of {METRICS} is damaged"
+                ) from error
+            if event in (None, found["event"]):
+                yield found
+
+    def history(self) -> list[Measurement]:
+        """What its monitor measured, bit for bit what its criterion read."""
+        return [measurement_of(event) for event in self.events("measure")]
+
+
+def read_record(folder: Path) -> Record:
+    """The run in ``folder``; ValueError where there is none."""
+    if not is_run(folder):
+        raise ValueError(f"{folder} holds no run: {CONFIG} or {METRICS} is missing")
+    try:
+        config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    except (YAMLError, OSError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read") from error
+    summary = folder / SUMMARY
+    return Record(folder, config, json.loads(summary.read_text()) if summary.exists() else None)
+
+
+def check_alike(records: Sequence[Record], keys: Iterable[str], give: str) -> None:
+    """ValueError that names two runs that differ in one of the ``keys``, and what to ``give``."""
+    for record, key in product(records[1:], keys):
+        if record.config[key] != records[0].config[key]:
+            raise ValueError(
+                f"{records[0].folder} and {record.folder} differ in '{key}': give {give}"
+            )
+
+
+def find_records(paths: Iterable[Path]) -> list[Record]:
+    """The runs in ``paths``: run folders, or folders of run folders, such as a sweep's.
+
+    ValueError names a path without any.
+    """
+    found: dict[Path, Record] = {}
+    for path in paths:
+        inside = (p for p in path.glob("*") if is_run(p) and not (p / TRUNK_KEY).exists())
+        folders = [path] if is_run(path) else sorted(inside)
+        if not folders:
+            raise ValueError(f"{path} is no run folder and holds none: give runs or a sweep")
+        for folder in folders:
+            found.setdefault(folder.resolve(), read_record(folder))
+    return list(found.values())
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in ``folder``."""
+    return (folder / CONFIG).is_file() and (folder / METRICS).is_file()

@@ -1,0 +1,241 @@
+"""What a run writes while it goes on: metrics.jsonl always, W&B when asked, the terminal."""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from switchlora.process import is_primary, together
+from switchlora.storage.events import METRICS, _plain, as_record, read_events
+
+SUMMARY = "summary.json"
+CONFIG = "config.yaml"
+POLL_SECONDS = 0.2
+
+
+class FolderLock:
+    """Holds a run folder for one run at a time; ValueError where another one has it.
+
+    The primary rank holds it, after it has tried for ``patience`` seconds. A context manager.
+    """
+
+    def __init__(self, folder: Path, patience: float = 0.0) -> None:
+        self._file: TextIO | None = None
+        with together():
+            if is_primary():
+                end = time.monotonic() + patience
+                while (lock := locked(folder)) is None and time.monotonic() < end:
+                    time.sleep(POLL_SECONDS)
+                self._file = lock
+                if self._file is None:
+                    raise ValueError(
+                        f"another process is running in {folder}; choose another hydra.run.dir"
+                    )
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class RunLog:
+    """One run's log; a context manager that ends the W&B run with the right exit code.
+
+    Every event is one JSON object a line in ``metrics.jsonl``, the source of truth, and one W&B
+    step with the same keys. Only the primary rank writes and talks. A resumed run passes
+    ``position``, what ``RunLog.position`` said in the checkpoint: later lines, whose updates come
+    again, are cut off. ``source`` is the folder to take the lines before from, where it is not
+    this one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        total_updates: int,
+        wandb: Mapping[str, Any] | None = None,
+        progress: bool = True,
+        position: Mapping[str, Any] | None = None,
+        source: Path | None = None,
+    ) -> None:
+        self.folder = folder
+        self._talks = is_primary()
+        self._wandb = None
+        path = folder / METRICS if self._talks else Path(os.devnull)
+        if self._talks:
+            folder.mkdir(parents=True, exist_ok=True)
+            _cut(path, (source or folder) / METRICS, position["bytes"] if position else 0)
+        self._file = path.open("a", buffering=1)  # noqa: SIM115
+        if self._talks and wandb:
+            known = position["wandb_id"] if position and source in (None, folder) else None
+            self._wandb = _start_wandb(folder, config, wandb, known)
+            self._first_step = self._wandb.starting_step
+            for step, record in enumerate(read_events(folder)):
+                self._to_wandb(step, record)
+        self._step = len(path.read_text().splitlines()) if self._talks else 0
+        self._bar = tqdm(
+            total=total_updates,
+            unit="update",
+            dynamic_ncols=True,
+            disable=not (progress and self._talks),
+        )
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def position(self) -> dict[str, Any]:
+        """Where ``metrics.jsonl`` stands, safely on disk, and the id of the W&B run."""
+        self._file.flush()
+        if self._talks:
+            os.fsync(self._file.fileno())
+        return {
+            "bytes": self._file.tell(),
+            "wandb_id": None if self._wandb is None else self._wandb.id,
+        }
+
+    def event(self, event: str, num_updates: int, epoch: float, **metrics: Any) -> None:
+        """Record one event; keys as in the README.
+
+        Values are numbers, strings, lists or mappings; one with 'columns' and 'data' is a table.
+        """
+        if not self._talks:
+            return
+        record = as_record(event, num_updates, epoch, metrics)
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._to_wandb(self._step, record)
+        self._step += 1
+
+    def line(self, text: str) -> None:
+        """One line on the terminal, above the progress bar."""
+        if self._talks:
+            self._bar.write(text)
+
+    def progress(self, num_updates: int, **postfix: str) -> None:
+        """Set the progress bar to ``num_updates``."""
+        self._bar.set_postfix(postfix, refresh=False)
+        self._bar.update(num_updates - self._bar.n)
+
+    def end_progress(self) -> None:
+        """Close the progress bar, so that what follows stands below it."""
+        self._bar.close()
+
+    def images(self, paths: list[Path]) -> None:
+        """Pictures in W&B, under ``figures/<name>``."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({f"figures/{p.stem}": wandb.Image(str(p)) for p in paths})
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Values of the whole run: ``summary.json``, whole or not at all, and W&B's summary."""
+        if not self._talks:
+            return
+        text = json.dumps(_plain(values), indent=2, allow_nan=False)
+        part = self.folder / f".{SUMMARY}"
+        with part.open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.folder / SUMMARY)
+        if self._wandb is not None:
+            self._wandb.summary.update(_plain(values))
+
+    def _to_wandb(self, step: int, record: Mapping[str, Any]) -> None:
+        if self._wandb is None or step < self._first_step:
+            return
+        import wandb
+
+        values: dict[str, Any] = {}
+        for key, value in record.items():
+            if isinstance(value, int | float):
+                values[key] = value
+            elif isinstance(value, Mapping) and set(value) == {"columns", "data"}:
+                values[key] = wandb.Table(columns=value["columns"], data=value["data"])
+        self._wandb.log(values, step=step)
+
+
+def locked(folder: Path) -> TextIO | None:
+    """The lock of ``folder``, which is made, until the file is closed; None where another has it.
+
+    The system gives it back when the process ends, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    held = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: _close(held()))  # workers may outlive a killed run
+    return file
+
+
+def _close(file: TextIO | None) -> None:
+    if file is not None:
+        file.close()
+
+
+def _cut(path: Path, source: Path, size: int) -> None:
+    if size and (not source.exists() or source.stat().st_size < size):
+        raise ValueError(
+            f"{source} is missing or shorter than the checkpoint knows it: {size:,} bytes"
+        )
+    if source != path and size:
+        part = path.with_name(f".{path.name}")
+        shutil.copyfile(source, part)
+        os.truncate(part, size)
+        part.replace(path)
+    path.touch()
+    os.truncate(path, size)
+
+
+def _start_wandb(
+    folder: Path, config: Mapping[str, Any], options: Mapping[str, Any], known: str | None
+) -> Any:
+    """A W&B run, or the ``known`` one again.
+
+    An offline run cannot be reopened: it is written anew, whole, from metrics.jsonl, and what the
+    interrupted process left is put aside, so that one offline folder holds everything.
+    """
+    import wandb
+
+    offline = options["mode"] == "offline"
+    if offline:
+        _put_aside(folder / "wandb")
+    run = wandb.init(
+        dir=str(folder),
+        config=dict(config),
+        reinit="create_new",
+        id=known,
+        resume="allow" if known and not offline else None,
+        settings=wandb.Settings(silent=True, console="off"),
+        **options,
+    )
+    run.define_metric("num_updates")
+    run.define_metric("*", step_metric="num_updates")
+    return run
+
+
+def _put_aside(folder: Path) -> None:
+    for left in folder.glob("offline-run-*"):
+        aside = folder / "interrupted"
+        aside.mkdir(exist_ok=True)
+        numbers = ("", *(f".{number}" for number in range(1, 1000)))
+        free = (aside / f"{left.name}{number}" for number in numbers)  # names tell seconds
+        left.rename(next(place for place in free if not place.exists()))

@@ -1,0 +1,284 @@
+"""Jobs of a multirun: each in a process of its own, in a folder named after its configuration.
+
+A job's identity is what shapes its results, so the same multirun started again skips the jobs that
+are finished, resumes those that were interrupted and retries those that failed.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from switchlora.config import Config, identity, is_free, leaves, shaping
+from switchlora.errors import JobFailed, JobInterrupted
+from switchlora.names import near
+from switchlora.process import FAILURE, distributed, one_line
+from switchlora.storage import AUTO, METRICS, SUMMARY, find_all, finished_summary
+
+JOB = "job.json"
+TRUNK = "trunk"
+PARENT = "SWITCHLORA_PARENT"
+POLL_SECONDS = 1.0
+NAME_LENGTH = 80
+JOB_PATIENCE = 30.0
+"""seconds that a job waits for the one before it in its folder, which may still be saving"""
+FRESH_PROCESSES = "submitit"
+"""launchers whose jobs are processes of their own already"""
+COUNTED = {"skipped": "finished before", "new": "new"}
+NAMED = ("resumed", "retried", "interrupted", "failed")
+METHOD = "+method"
+"""the group of yamls that each make a published system"""
+PLACED = ("resume", "system.threads", "system.device", "system.parallel")
+"""keys that shape no identity of a run, and yet make another job of it"""
+
+
+class Sweep(Callback):
+    """Hydra's callback that remembers the multirun of this process, to tell how its jobs went."""
+
+    running: "Sweep | None" = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Note where the jobs are and when they start; make their folder."""
+        self.folder, self.start = Path(config.hydra.sweep.dir), time.time()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Sweep.running = self
+
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """How each job of this multirun ended, by the name of its folder."""
+        files = sorted(self.folder.glob(f"*/{JOB}"))
+        recent = [path for path in files if path.stat().st_mtime >= self.start]
+        return {path.parent.name: _noted(path.parent) for path in recent}
+
+    def lines(self) -> list[str]:
+        """How many jobs were skipped and new, and which were resumed, retried and failed."""
+        jobs = self.jobs()
+        lines = [f"{len(jobs)} jobs in {self.folder}:"] if jobs else []
+        for outcome, words in COUNTED.items():
+            if count := sum(job["outcome"] == outcome for job in jobs.values()):
+                lines.append(f"  {words}: {count}")
+        for outcome in NAMED:
+            for name, job in jobs.items():
+                if job["outcome"] == outcome:
+                    lines.append(f"  {outcome}: {name}{job['reason'] and ': ' + job['reason']}")
+        if failed(self):
+            lines.append("the same command goes on with these and leaves the rest alone")
+        return lines
+
+
+def told(sweep: Sweep | None) -> Sequence[str]:
+    """The closing lines of a multirun, on the primary rank; none of a single run."""
+    return sweep.lines() if sweep is not None and distributed.is_primary() else ()
+
+
+def failed(sweep: Sweep | None) -> bool:
+    """Whether a job of a multirun did not come to its end."""
+    jobs = sweep.jobs().values() if sweep is not None else ()
+    return any(job["outcome"] in ("failed", "interrupted") for job in jobs)
+
+
+def job_folder(*, _root_: DictConfig) -> str:
+    """The name of a job's folder: what is set on the command line, and its identity.
+
+    A folder that is there for the same identity, under other words, keeps its name.
+    """
+    config = {key: value for key, value in _root_.items() if key != "hydra"}
+    keys = shaping(OmegaConf.to_container(OmegaConf.create(config), resolve=True))  # type: ignore[arg-type]
+    task = list(_root_.hydra.overrides.task)
+    keys |= {word: "" for word in task if _places(word)}
+    name = identity(keys)
+    if there := sorted(Path(_root_.hydra.sweep.dir).glob(f"*_{name}")):
+        return there[0].name
+    words = [*filter(None, map(readable, task)), name]
+    while len("_".join(words).encode()) > NAME_LENGTH and len(words) > 1:
+        words.pop(0)
+    return "_".join(words)
+
+
+def readable(word: str) -> str:
+    """An override as part of a file name: 'switch.criterion.tau=0.5' is 'tau-0.5'."""
+    key, _, value = word.partition("=")
+    if key == METHOD:
+        return value
+    if key.startswith(("+", "hydra.")) or (is_free(key) and not _places(word)):
+        return ""
+    short = re.split(r"[./]", key)[-1]
+    plain = re.sub(r"[^\w.+-]+", "-", value).strip("-")
+    return f"{short}-{plain}"
+
+
+def run_job(config: DictConfig, folder: Path, train: Any) -> Mapping[str, Any]:
+    """Make, or finish, the job in ``folder``; return its summary.
+
+    It runs in a fresh process, so that its peak of memory and its W&B run are its own, unless the
+    launcher has made one or several processes share it; then ``train(config, folder)`` is called.
+    JobFailed, with the reason, when it fails; the other jobs go on.
+    """
+    hydra = HydraConfig.get()
+    sweep = Path(hydra.sweep.dir)
+    values = job_values(config, sweep.absolute() if hydra.job.chdir else sweep, folder)
+    for key, value in values.items():
+        OmegaConf.update(config, key, value)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    try:
+        outcome = distributed.from_primary(lambda: _begun(folder, plain))
+        if dist.is_initialized() or FRESH_PROCESSES in hydra.launcher._target_:
+            train(config, folder)
+        elif outcome != "skipped":
+            _run_alone(values, folder)
+    except Exception as error:
+        outcome = "interrupted" if isinstance(error, JobInterrupted) else "failed"
+        with suppress(OSError):
+            _note(folder, outcome, one_line(error))
+        raise JobFailed(f"{folder.name}: {one_line(error)}") from error
+    _note(folder, outcome)
+    return json.loads((folder / SUMMARY).read_text())
+
+
+def job_values(config: DictConfig, sweep: Path, folder: Path) -> dict[str, Any]:
+    """What a job of the multirun in ``sweep`` has other than a single run, by dotted key."""
+    values: dict[str, Any] = {}
+    if config.resume is None or find_all(folder):
+        values["resume"] = AUTO
+    if config.trunk.dir == AUTO:
+        values["trunk.dir"] = str(sweep / TRUNK)
+    if config.log.wandb.group is None:
+        values["log.wandb.group"] = f"{config.name}-{sweep.name}"
+    if config.log.wandb.name == config.name:
+        values["log.wandb.name"] = folder.name
+    return values
+
+
+def objectives(config: DictConfig, summary: Mapping[str, Any]) -> float | tuple[float, ...]:
+    """The values of a summary that a sweeper optimises, one or several.
+
+    ValueError for a name in ``objectives`` that the summary does not have.
+    """
+    known = {key: v for key, v in leaves(summary) if isinstance(v, int | float)}
+    if missing := [name for name in config.objectives if name not in known]:
+        raise ValueError(
+            f"objectives: the summary has no number '{missing[0]}'; {near(missing[0], known)}"
+        )
+    values = tuple(float(known[name]) for name in config.objectives)
+    return values[0] if len(values) == 1 else values
+
+
+def is_job() -> bool:
+    """Whether this process is a job of a multirun in another process."""
+    return FAILURE in os.environ
+
+
+def follow_parent() -> None:
+    """In a job's process: save and leave, as on SIGTERM, when the process that started it dies."""
+    if (parent := os.environ.pop(PARENT, None)) is not None:
+        threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
+    """Run the job in a process of its own; JobFailed with the reason that it leaves in a file.
+
+    Where jobs run at the same time its output goes to another file.
+    """
+    failure = folder / "failure.txt"
+    failure.unlink(missing_ok=True)
+    environment = {**os.environ, PARENT: str(os.getpid()), FAILURE: str(failure)}
+    one_at_a_time = "BasicLauncher" in HydraConfig.get().launcher._target_
+    with nullcontext() if one_at_a_time else (folder / "output.log").open("a") as output:
+        process = subprocess.Popen(
+            command(values, folder),
+            env=environment,
+            stdout=output,
+            stderr=output and subprocess.STDOUT,
+        )
+        status = _wait_for(process)
+    if status in (128 + signal.SIGINT, -signal.SIGINT):
+        _note(folder, "interrupted", "by Ctrl-C")
+        raise KeyboardInterrupt
+    if number := status - 128 if status > 128 else -min(status, 0):
+        raise JobInterrupted(f"it was ended by {signal.Signals(number).name}")
+    if status:
+        why = failure.read_text() if failure.exists() else f"it ended with status {status}"
+        raise JobFailed(why)
+
+
+def _wait_for(process: subprocess.Popen) -> int:
+    """Exit status; Ctrl-C, which the process has received too, is left to it to obey."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def command(values: Mapping[str, Any], folder: Path) -> list[str]:
+    """The command line that makes this job of a multirun alone."""
+    hydra = HydraConfig.get()
+    sources = hydra.runtime.config_sources
+    given = [source.path for source in sources if source.provider == "command-line"]
+    own = {**values, "hydra.run.dir": os.path.relpath(folder), "hydra.mode": "RUN"}
+    return [
+        *(sys.executable, "-m", "switchlora", "--config-name", str(hydra.job.config_name)),
+        *(word for path in given for word in ("--config-dir", path)),
+        *(word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath")),
+        *(word for word in hydra.overrides.task if word.partition("=")[0] not in own),
+        *(f"{key}={_quoted(value)}" for key, value in own.items()),
+    ]
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _places(word: str) -> bool:
+    """Whether an override says where a job starts, what data it reads or what it runs on."""
+    key, _, value = word.partition("=")
+    return (key in PLACED or key.endswith("root")) and value not in (AUTO, "null")
+
+
+def _begun(folder: Path, config: Config) -> str:
+    """'skipped', 'new', 'resumed' or 'retried': what starting the job in ``folder`` is.
+
+    What is noted of an earlier start is removed.
+    """
+    if finished_summary(AUTO, folder, config) is not None:
+        return "skipped"
+    folder.mkdir(parents=True, exist_ok=True)
+    failed_before = _noted(folder)["outcome"] == "failed"
+    (folder / JOB).unlink(missing_ok=True)
+    if failed_before:
+        return "retried"
+    return "resumed" if (folder / METRICS).exists() else "new"
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """What is noted of the job in a folder; 'interrupted' where nothing can be read."""
+    try:
+        return json.loads((folder / JOB).read_text())
+    except (OSError, ValueError):
+        return {"outcome": "interrupted", "reason": ""}
+
+
+def _note(folder: Path, outcome: str, reason: str = "") -> None:
+    if distributed.is_primary():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{JOB}"
+        part.write_text(json.dumps({"outcome": outcome, "reason": reason}) + "\n")
+        part.replace(folder / JOB)

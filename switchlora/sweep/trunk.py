@@ -1,0 +1,329 @@
+"""Full phases that runs share: those of one configuration but for when it switches, and to what.
+
+A trunk is a folder named after everything that shapes a full phase. It looks like a run's:
+``config.yaml``, ``metrics.jsonl`` with every measurement, and checkpoints, each made just after a
+measurement and thinned to a budget. One run at a time extends it and holds its lock. Any other
+replays its own criterion over the history; where that fires, it goes on as itself from the
+nearest checkpoint before, bit for bit as if it had trained from the start alone.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from switchlora.adapters import Target
+from switchlora.config import Config, identity, shaping
+from switchlora.errors import (
+    CheckpointUnusable,
+    Interrupted,
+    OtherRankFailed,
+    check_range,
+    check_share,
+)
+from switchlora.monitor import Measurement
+from switchlora.policy import SwitchPolicy
+from switchlora.process import Interruption, distributed, one_line
+from switchlora.storage import (
+    CONFIG,
+    METRICS,
+    TRUNK_KEY,
+    Found,
+    checkpoint,
+    code_digest,
+    locked,
+    machine,
+    retention,
+)
+from switchlora.sweep.trunklog import TrunkLog
+
+BORROWED = ".from-trunk"
+GIGABYTE = 10**9
+POLL_SECONDS = 0.5
+NO_RELATION = -1
+"""updates up to which a run may borrow from a trunk that it does not continue"""
+MEASURED_BY = ("switch.targets", "switch.split_qkv")
+Say = Callable[[str], None]
+Save = Callable[[Path, int], None]
+"""writes a checkpoint of the run into a folder whose log has so many bytes"""
+
+
+def trunk_key(config: Config, device: torch.device, data: str) -> dict[str, Any]:
+    """Everything that shapes the bits of a full phase, as plain values by dotted key.
+
+    ``data`` is a digest of the data set. Code and versions are in it, the switch policy is not.
+    """
+    shared = {key: value for key, value in shaping(config).items() if not _comes_later(key)}
+    return {
+        **shared,
+        "log.every": config["log"]["every"],
+        "system.parallel": config["system"]["parallel"],
+        "processes": distributed.world_size(),
+        "data": data,
+        "code": code_digest(shared),
+        **{f"machine.{key}": value for key, value in machine(device).items()},
+    }
+
+
+def first_firing(
+    policy: SwitchPolicy,
+    history: Sequence[Measurement],
+    targets: Mapping[str, Target] | None = None,
+) -> int | None:
+    """Updates made when ``policy`` switches any of ``targets`` first, 0 before the first update.
+
+    None where the history holds no such moment; without targets only a whole switch counts.
+    """
+    for length in range(len(history) + 1):
+        verdict = policy.decide(history[:length])
+        done = history[length - 1].num_updates if length else 0
+        if verdict.fires or policy.chosen(verdict, targets or {}, done, None):
+            return done
+    return None
+
+
+class Trunk:
+    """One shared full phase on the disk, and this run's part in it.
+
+    ``gigabytes`` of checkpoints are kept, the newest always; writing them takes no more than
+    ``time_share`` of the time, so that not every measurement has one. With ``wait``, a run whose
+    criterion has not fired yet on what is there waits while another one extends the trunk;
+    otherwise, and with several processes, it computes the rest on its own. All ranks call the
+    public methods.
+    """
+
+    def __init__(
+        self,
+        place: Path,
+        key: Mapping[str, Any],
+        gigabytes: float = 4.0,
+        time_share: float = 0.05,
+        wait: bool = True,
+    ) -> None:
+        check_range("trunk.gigabytes", gigabytes, 0)
+        check_share("trunk.time_share", time_share)
+        self.folder = place / identity(key)
+        self.log = TrunkLog(self.folder)
+        self.extends = False
+        """whether this run is the one that makes it longer"""
+        self._key, self._bytes, self._wait = key, gigabytes * GIGABYTE, wait
+        self._share = time_share
+        self._lock: TextIO | None = None
+        self._written_at, self._writing = -math.inf, 0.0
+
+    def enter(
+        self,
+        policy: SwitchPolicy,
+        model: nn.Module,
+        own: Found | None,
+        run: Path,
+        interruption: Interruption,
+        say: Say = print,
+    ) -> Found | None:
+        """Where the run in folder ``run`` goes on: at a checkpoint of the trunk or its own.
+
+        Afterwards ``extends`` says whether this run makes the trunk longer. Interrupted when a
+        signal comes while it waits.
+        """
+        place, position, self.extends = distributed.from_primary(
+            lambda: self._choose(policy, model, own, run, interruption, say)
+        )
+        if place is None:
+            return own
+        state = checkpoint.load(place)
+        state["log"] = {
+            "bytes": position,
+            "wandb_id": own.state["log"]["wandb_id"] if own else None,
+        }
+        state["train"]["reused"] = taken = self._taken(state, own)
+        line = (
+            f"{taken['reused_updates']} updates of the full phase come from {self.folder}: "
+            f"{taken['reused_seconds']:.0f} s saved"
+        )
+        return Found(place, run, [line], branches=False, state=state, foreign=True)
+
+    def publish(self, measurement: Measurement, run: Path, save: Save, say: Say) -> None:
+        """Add what the run in folder ``run`` has just measured, and now and then a checkpoint.
+
+        ``save(folder, place)`` writes the run as it is; ``say`` tells the user a line.
+        """
+        if not self.extends:
+            return
+        with self._left_when_it_cannot_be_written(say):
+            due = distributed.from_primary(lambda: self._append(measurement, run))
+            if due:
+                self._save(measurement.num_updates, save)
+
+    def leave(self, num_updates: int, save: Save, say: Say) -> None:
+        """Let another run extend the trunk from where this run, which switches, leaves it."""
+        if self.extends:
+            with self._left_when_it_cannot_be_written(say):
+                if not distributed.from_primary(lambda: self._is_saved(num_updates)):
+                    self._save(num_updates, save)
+        self.release()
+
+    def release(self) -> None:
+        """Give back the lock, if this run holds it."""
+        self.extends = False
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _choose(
+        self,
+        policy: SwitchPolicy,
+        model: nn.Module,
+        own: Found | None,
+        run: Path,
+        interruption: Interruption,
+        say: Say,
+    ) -> tuple[Path | None, int, bool]:
+        """A borrowed checkpoint, bytes of the run's log there, and whether the run extends."""
+        fires = self._wait_for_a_decision(policy, model, own, interruption, say)
+        least = own.state["train"]["num_updates"] if own else 0
+        for path in retention.find_all(self.folder):
+            if not least < retention.updates_of(path) <= (math.inf if fires is None else fires):
+                continue
+            try:
+                state = checkpoint.read(borrowed := _borrow(path, run))
+                checkpoint.check_model(path, state, model)
+            except (CheckpointUnusable, FileNotFoundError, shutil.Error) as error:
+                say(f"{path} is left alone: {one_line(error)}")
+                continue
+            kept = own.state["log"]["bytes"] if own else 0
+            size = self.log.copy_to(run, state["log"]["bytes"], policy, kept)
+            return borrowed, size, self._lock is not None
+        shutil.rmtree(run / BORROWED, ignore_errors=True)
+        return None, 0, self._lock is not None
+
+    def _wait_for_a_decision(
+        self,
+        policy: SwitchPolicy,
+        model: nn.Module,
+        own: Found | None,
+        interruption: Interruption,
+        say: Say,
+    ) -> int | None:
+        """Updates at which ``policy`` fires on the trunk; None when this run has to train on, and
+        NO_RELATION when what it has done so far is not what the trunk tells of."""
+        targets = policy.find_targets(model)
+        waits = self._wait and distributed.world_size() == 1
+        known, told = -1, False
+        while True:
+            held = self._take_lock()
+            if held or known != self.log.size():
+                known, history = self.log.size(), self.log.history()
+                fires = first_firing(policy, history, targets)
+                goes_on = _continues(own, history)
+            if fires is not None or not goes_on:
+                self.release()
+                return fires if goes_on else NO_RELATION
+            if held or not waits:
+                return None
+            if not told:
+                say(f"waits for the run that extends {self.folder} (trunk.wait=false: goes alone)")
+                told = True
+            if interruption.received is not None:
+                where = f"interrupted while it waited for {self.folder}"
+                raise Interrupted(f"{where}; the same command goes on", interruption.received)
+            time.sleep(POLL_SECONDS)
+
+    def _take_lock(self) -> bool:
+        if self._lock is None:
+            self._lock = locked(self.folder)
+            if self._lock is not None:
+                self.log.mend()
+                text = json.dumps(self._key, indent=2, sort_keys=True)
+                (self.folder / TRUNK_KEY).write_text(text + "\n")
+        return self._lock is not None
+
+    def _append(self, measurement: Measurement, run: Path) -> bool:
+        """Add a measurement; whether a checkpoint is due."""
+        if not (self.folder / CONFIG).exists():
+            shutil.copyfile(run / CONFIG, self.folder / CONFIG)
+        self.log.append(measurement, run / METRICS)
+        rested = time.monotonic() - self._written_at
+        affordable = self._writing * (1 - self._share) <= self._share * rested
+        return affordable and not self._is_saved(measurement.num_updates)
+
+    def _is_saved(self, num_updates: int) -> bool:
+        saved = map(retention.updates_of, retention.find_all(self.folder))
+        return num_updates in saved
+
+    def _save(self, num_updates: int, save: Save) -> None:
+        begin = time.monotonic()
+        save(self.folder, distributed.from_primary(lambda: self.log.place_of(num_updates)))
+        distributed.from_primary(lambda: retention.thin(self.folder, self._bytes))
+        self._written_at = time.monotonic()
+        self._writing = self._written_at - begin
+
+    @contextmanager
+    def _left_when_it_cannot_be_written(self, say: Say) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, OtherRankFailed) as error:
+            say(f"the trunk is left, this run goes on alone: {one_line(error)}")
+            self.release()
+
+    def _taken(self, state: Mapping[str, Any], own: Found | None) -> dict[str, Any]:
+        """What a borrowed checkpoint saves a run that has its ``own`` one already, and before."""
+        before = own.state if own else None
+        updates, seconds = state["train"]["num_updates"], state["stopwatch"]["train_seconds"]
+        if before is not None:
+            earlier = before["train"]["reused"] or {"reused_updates": 0, "reused_seconds": 0.0}
+            updates += earlier["reused_updates"] - before["train"]["num_updates"]
+            seconds += earlier["reused_seconds"] - before["stopwatch"]["train_seconds"]
+        return {
+            "folder": str(self.folder),
+            "reused_updates": updates,
+            "reused_seconds": max(seconds, 0.0),
+        }
+
+
+def give_back(found: Found) -> None:
+    """Remove the copy of a trunk's checkpoint that a run has loaded, if it is one."""
+    if found.path.parent.name == BORROWED and distributed.is_primary():
+        shutil.rmtree(found.path.parent, ignore_errors=True)
+
+
+def _comes_later(key: str) -> bool:
+    group = key.split(".")[0]
+    return group == "adapter" or (group == "switch" and not key.startswith(MEASURED_BY))
+
+
+def _continues(own: Found | None, history: Sequence[Measurement]) -> bool:
+    """Whether a run that goes on from ``own`` makes a trunk with this ``history`` longer.
+
+    It does not where it knows measurements that the trunk lacks, or others: it began under another
+    version of the code, or alone.
+    """
+    if own is None:
+        return True
+    past = own.state["train"]
+    theirs = [asdict(measured) for measured in history[: len(past["history"])]]
+    return not past["failed_switches"] and repr(theirs) == repr(past["history"])
+
+
+def _borrow(path: Path, run: Path) -> Path:
+    """A copy of a checkpoint in a run's folder, by links if possible: the trunk may thin it."""
+    place = run / BORROWED
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    return Path(shutil.copytree(path, place / path.name, copy_function=_link))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        Path(target).hardlink_to(source)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,251 @@
+"""What a switch is going to do: which targets, at what ranks, with which factors."""
+
+import re
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from switchlora.adapters import (
+    Factors,
+    Target,
+    call_order,
+    frozen_outright,
+    is_factor,
+    kept_parameters,
+    plain_parameters,
+)
+from switchlora.cost import measured_gains
+from switchlora.criteria import AtEpoch, LossPlateau
+from switchlora.initializers import empty_factors
+from switchlora.models import eval_mode
+from switchlora.monitor import Measurement, UpdateMonitor, captured_energy
+from switchlora.names import near
+from switchlora.policy import SwitchPolicy
+from switchlora.ranks import SwitchContext, Weights, saves_parameters
+
+WHOLE = (AtEpoch, LossPlateau)
+"""criteria that judge all targets at once"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the primary rank has chosen, on the CPU.
+
+    Factors lie in memory as a checkpoint gives them back: products would round differently.
+    """
+
+    ranks: dict[str, int]
+    left_full: list[str]
+    waiting: list[str]
+    """targets of later stages"""
+    factors: dict[str, Factors]
+    captured_energy: dict[str, float]
+
+
+def make_plan(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    monitor: UpdateMonitor,
+    history: Sequence[Measurement],
+    chosen: Collection[str] | None = None,
+    inputs: Tensor | None = None,
+    precision: str = "fp32",
+) -> Plan:
+    """Ranks and factors of the ``chosen`` targets, of all of the monitor's when None.
+
+    ``model`` is a plain one. On ``inputs``, a share of a batch, the gain of factors is measured
+    where the policy asks for a least one.
+    """
+    ranks, left_full = choose_ranks(model, policy, monitor, history, chosen)
+    if policy.least_gain is not None and inputs is not None:
+        slow = _slow(model, policy, monitor, ranks, inputs, precision)
+        units = {_unit(policy, monitor.targets[name]) for name in slow}
+        left_full += [n for n in ranks if _unit(policy, monitor.targets[n]) in units]
+        ranks = {name: rank for name, rank in ranks.items() if name not in left_full}
+        if not ranks and policy.stages is None:
+            raise ValueError(
+                f"no target is switch.least_gain={policy.least_gain:g} times faster with factors, "
+                "so nothing would adapt: choose smaller ranks or a smaller gain"
+            )
+    updates = monitor.updates(policy.remove_weight_decay, of=model)
+    factors, captured = {}, {}
+    for name, rank in ranks.items():
+        weight, update = monitor.targets[name].weight(model), updates[name]
+        s = policy.scaling(rank)
+        found = policy.init(weight / s, update / s, rank) if rank else empty_factors(weight)
+        check_start(policy, name, found)
+        factors[name] = Factors(*map(as_loaded, found))
+        captured[name] = captured_energy(update, found.A) if rank else 0.0
+    waiting = [n for n in monitor.targets if n not in ranks and n not in left_full]
+    return Plan(ranks, left_full, waiting, factors, captured)
+
+
+def as_loaded(factor: Tensor) -> Tensor:
+    """``factor`` (m, n) on the CPU with strides (n, 1): one column counts as contiguous in any."""
+    return factor.detach().cpu().contiguous().flatten().view(factor.shape)
+
+
+def check_start(policy: SwitchPolicy, name: str, factors: Factors) -> None:
+    """ValueError for an adapter at B = 0 beside a residual weight that is rounded.
+
+    W_res lies on the grid of bf16 numbers, so W_res + s B A is rounded back to it as long as the
+    adapter is smaller than half a step of the grid, and its first updates would do nothing.
+    """
+    if policy.residual_dtype is not None and len(factors.A) and not factors.B.any():
+        raise ValueError(
+            f"switch.residual_dtype={policy.residual_dtype} does not go with a start at B = 0, "
+            f"as {name} has: use switch/init=update_svd or residual_dtype=null"
+        )
+
+
+def choose_ranks(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    monitor: UpdateMonitor,
+    history: Sequence[Measurement],
+    chosen: Collection[str] | None = None,
+) -> tuple[dict[str, int], list[str]]:
+    """Rank per target to switch, and the targets left full because their rank saves nothing.
+
+    A fused module switches whole: one row slice that saves nothing leaves all of it full. In
+    stages each slice is on its own.
+    """
+    now = {n: t for n, t in monitor.targets.items() if chosen is None or n in chosen}
+    _, frozen = frozen_outright(model, now, policy.freeze, monitor.known)
+    targets = {name: target for name, target in now.items() if name not in frozen}
+    if not targets and chosen is None:
+        raise ValueError("switch.freeze leaves no target, so nothing would adapt: freeze fewer")
+    wanted = policy.rank(_context(model, policy, monitor, history, targets)) if targets else {}
+    if odd := sorted(set(wanted) ^ set(targets)):
+        raise ValueError(
+            f"the rank policy must give each target a rank, but '{odd[0]}' is "
+            f"{'missing' if odd[0] in targets else 'no target'}; {near(odd[0], targets)}"
+        )
+    whole = bool(targets) and policy.stages is None
+    if whole and not any(wanted.values()):
+        raise ValueError("every rank is 0, so nothing would adapt: choose larger ranks")
+    useless = {
+        _unit(policy, targets[name])
+        for name, rank in wanted.items()
+        if not saves_parameters(rank, targets[name].weight(model).shape)
+    }
+    left_full = [name for name in wanted if _unit(policy, targets[name]) in useless]
+    for name in frozen:
+        if (unit := _unit(policy, now[name])) in useless:
+            raise ValueError(
+                f"switch.freeze freezes {name}, but {unit} stays full, since ranks this large "
+                "save nothing: lower the ranks, or freeze all of it"
+            )
+    if whole and len(left_full) == len(wanted):
+        raise ValueError("no rank saves parameters on any target: choose smaller ranks")
+    ranks = {n: r for n, r in wanted.items() if n not in left_full} | dict.fromkeys(frozen, 0)
+    return {n: ranks[n] for n in now if n in ranks}, left_full
+
+
+def going_on(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    targets: Mapping[str, Target],
+    full: Collection[str] = (),
+    waits: bool = False,
+) -> dict[str, nn.Parameter]:
+    """What trains besides the factors, where of all ``targets`` those in ``full`` stay linears.
+
+    While targets wait for a later stage (``waits``), everything else trains with them. Dense rows
+    beside adapters train where their target is in ``full``.
+    """
+    full_modules = {targets[name].module for name in full}
+    patterns = [".*"] if waits else list(policy.keep)
+    patterns += [rf"^{re.escape(module)}\." for module in sorted(full_modules)]
+    adapted = {target.module for target in targets.values()} - full_modules
+    frozen, _ = frozen_outright(model, targets, policy.freeze)
+    frozen |= {t.parameter_name(model) for name, t in targets.items() if name not in full}
+    kept = kept_parameters(model, adapted, patterns)
+    return {name: parameter for name, parameter in kept.items() if name not in frozen}
+
+
+def with_frozen_front(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    targets: Mapping[str, Target],
+    margins: Mapping[str, float],
+    chosen: Sequence[str],
+    probe: Tensor,
+) -> SwitchPolicy:
+    """``policy`` that also freezes the front of the model that stands still, outright.
+
+    That is every parameter of what is called before the first target that trains or is going to
+    have an adapter: no gradient has to reach it.
+    """
+    if policy.stages is None or policy.stages.still is None:
+        return policy
+    place = {name: number for number, name in enumerate(call_order(model, probe))}
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    modules = {name: _module_of(name, place) for name in trains}
+    with_weights = {modules[name] for name in trains if not name.endswith(".bias")}
+    moving = [name for name, target in targets.items() if target.module in with_weights]
+    moving.sort(key=lambda name: place[targets[name].module])
+    asked = {name: margin for name, margin in margins.items() if name in chosen}
+    still = policy.stages.front(asked, moving)
+    if not still:
+        return policy
+    rest = [place[targets[name].module] for name in moving[len(still) :]]
+    end = min(rest, default=place[targets[still[-1]].module] + 1)
+    never = len(place)
+    front = [n for n in trains if "." not in n or place.get(modules[n], never) < end]
+    patterns = [f"^{re.escape(name)}$" for name in front]
+    return replace(policy, freeze=[*policy.freeze, *patterns])
+
+
+def _module_of(parameter_name: str, modules: Container[str]) -> str:
+    """Which of ``modules`` has this parameter; those of an adapter are two levels below."""
+    name = parameter_name.rpartition(".")[0]
+    return name if not name or name in modules else name.rpartition(".")[0]
+
+
+def _unit(policy: SwitchPolicy, target: Target) -> str:
+    """What becomes an adapted linear, or stays full, as one."""
+    return target.name if policy.stages else target.module
+
+
+def _context(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    monitor: UpdateMonitor,
+    history: Sequence[Measurement],
+    targets: Mapping[str, Target],
+) -> SwitchContext:
+    known = monitor.known
+    full = [n for n in known if n not in monitor.targets and known[n].trains_in_full(model)]
+    kept = going_on(model, policy, known, full)
+    factors = sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
+    sizes = {name: target.weight(model).numel() for name, target in monitor.targets.items()}
+    return SwitchContext(
+        [measured.only(targets) for measured in history],
+        monitor.updates(policy.remove_weight_decay, of=model).only(targets),
+        monitor.initial_stable_ranks,
+        total_parameters=plain_parameters(model),
+        other_trainable=sum(parameter.numel() for parameter in kept.values()) + factors,
+        train_factors=policy.train_factors,
+        weights=Weights(model, targets),
+        part=sum(sizes[name] for name in targets) / sum(sizes.values()),
+    )
+
+
+@torch.no_grad()
+def _slow(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    monitor: UpdateMonitor,
+    ranks: Mapping[str, int],
+    inputs: Tensor,
+    precision: str,
+) -> list[str]:
+    """Targets whose factors, measured, are not ``least_gain`` times faster than the target."""
+    assert policy.least_gain is not None
+    adapted = {name: rank for name, rank in ranks.items() if rank}
+    with eval_mode(model), torch.enable_grad():
+        gains = measured_gains(model, monitor.targets, adapted, inputs, precision)
+    return [name for name, gain in gains.items() if gain < policy.least_gain]

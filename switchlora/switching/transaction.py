@@ -1,0 +1,195 @@
+"""One change of the trained tensors, all or nothing, in the same process."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from switchlora.adapters import (
+    AdaptedLinear,
+    Adapter,
+    adapted_modules,
+    count_parameters,
+    plain_parameters,
+    restore,
+    round_residual,
+    training_flags,
+)
+from switchlora.errors import SwitchFailed
+from switchlora.learner import (
+    Learner,
+    Moments,
+    dense_moments,
+    load_moments,
+    moments_of,
+    set_checkpointing,
+)
+from switchlora.models import eval_mode
+from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
+from switchlora.process import agreed_checksum, full, lost_rank, together
+
+Rebuild = Callable[[nn.Module], Learner]
+Replaced = dict[str, nn.Linear]
+Adapters = Mapping[str, Mapping[str, Adapter]]
+Inherit = Callable[[Moments, Adapters], Moments]
+T = TypeVar("T", bound="Outcome")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What every change of the trained tensors tells."""
+
+    drift: float
+    """largest absolute change of a logit on the probe, in float32"""
+    rounding_drift: float | None
+    """the same from keeping the residual weights in fewer bytes"""
+    checksum: str
+    """of all trained tensors, the same on all ranks"""
+    moments_carried: int
+    parameters: int
+    """of the model before, which adapters do not add to"""
+    trainable_before: int
+    trainable_after: int
+    seconds: float
+
+
+def operate(
+    learner: Learner,
+    policy: SwitchPolicy,
+    probe: Tensor,
+    rebuild: Rebuild,
+    change: Callable[[nn.Module, Replaced], dict[str, object]],
+    inherit: Inherit | None,
+    report: type[T],
+    limit: float,
+) -> tuple[Learner, T]:
+    """Apply ``change`` to the plain model and rebuild the learner, or leave all as it was.
+
+    ``change`` notes the modules that it replaces as it goes, and returns what ``report`` tells
+    besides. ``inherit`` makes the moments that the new optimizer starts with, None for fresh ones;
+    ``limit`` is the largest drift of a logit that is accepted.
+    """
+    begin = time.perf_counter()
+    learner.optimizer.zero_grad(set_to_none=True)
+    moments = {} if inherit is None else _whole(learner)
+    model = learner.plain()
+    flags = training_flags(model)
+    before = count_parameters(model, trainable=True)
+    parameters = plain_parameters(model)
+    replaced: Replaced = {}
+    exact: dict[str, nn.Parameter] = {}
+    with torch.random.fork_rng([probe.device] if probe.is_cuda else []):
+        try:
+            with together():
+                logits = _logits(model, probe)
+            found = change(model, replaced)
+            with together():
+                adapted = _logits(model, probe)
+                drift = _checked_drift(logits, adapted, limit)
+                rounding = _round_residuals(model, policy, adapted, probe, exact)
+            after = count_parameters(model, trainable=True)
+            checksum = agreed_checksum(trained_tensors(model))
+            adapters = _snapshot(model)
+            moments |= dense_moments(_fresh_dense_rows(model, replaced), moments)
+            new = rebuild(model)
+            with together():
+                inherited = {} if inherit is None else inherit(moments, adapters)
+                carried = _carry(inherited, learner, new)
+        except BaseException as error:
+            for name, weight in exact.items():
+                setattr(model.get_submodule(name), "weight", weight)  # noqa: B010
+            restore(model, replaced)
+            set_checkpointing(model, learner.recipe.activation_checkpointing)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(flags[name])
+            if isinstance(error, Exception) and lost_rank(error) is None:
+                raise SwitchFailed(f"{type(error).__name__}: {error}") from error
+            raise
+    outcome = report(
+        drift=drift,
+        rounding_drift=rounding,
+        checksum=checksum,
+        moments_carried=carried,
+        parameters=parameters,
+        trainable_before=before,
+        trainable_after=after,
+        seconds=time.perf_counter() - begin,
+        **found,  # type: ignore[arg-type]
+    )
+    return new, outcome
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that train, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _whole(learner: Learner) -> dict[str, dict[str, object]]:
+    """Moments by name; sharded ones whole and on the CPU, one at a time on the device."""
+    return {
+        name: {k: full(v).cpu() if isinstance(v, DTensor) else v for k, v in state.items()}
+        for name, state in moments_of(learner.model, learner.optimizer).items()
+    }
+
+
+def _snapshot(model: nn.Module) -> Adapters:
+    """The adapters where they are now: sharding moves the parameters themselves."""
+    return {
+        name: {
+            part: a._replace(A=a.A.detach(), B=a.B.detach())
+            for part, a in module.adapters().items()
+        }
+        for name, module in adapted_modules(model).items()
+    }
+
+
+def _fresh_dense_rows(model: nn.Module, replaced: Replaced) -> dict[str, dict[str, slice]]:
+    """Rows of the slices that were rows of a plain weight until now."""
+    return {
+        name: {part: module.adapters()[part].rows for part in module.dense_rows()}
+        for name, module in adapted_modules(model).items()
+        if name in replaced and not isinstance(replaced[name], AdaptedLinear)
+    }
+
+
+def _round_residuals(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    logits: Tensor,
+    probe: Tensor,
+    exact: dict[str, nn.Parameter],
+) -> float | None:
+    """Round what is frozen; ``exact`` keeps the weights as they were."""
+    if policy.residual_dtype is None:
+        return None
+    for name, module in adapted_modules(model).items():
+        if module.weight is not None and not module.weight.requires_grad:
+            exact[name] = cast(nn.Parameter, module.weight)
+            round_residual(module, RESIDUAL_DTYPES[policy.residual_dtype])
+    return float((logits - _logits(model, probe)).abs().max())
+
+
+def _carry(moments: Moments, old: Learner, new: Learner) -> int:
+    if type(old.optimizer) is not type(new.optimizer):
+        return 0
+    return load_moments(new.model, new.optimizer, moments)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, probe: Tensor) -> Tensor:
+    with eval_mode(model):
+        return model(probe.to(next(model.parameters()).device)).float()
+
+
+def _checked_drift(before: Tensor, after: Tensor, limit: float) -> float:
+    drift = float((before - after).abs().max())
+    if not drift <= limit:
+        raise ValueError(
+            f"the logits moved by {drift:.2g}, more than switch.max_drift={limit:g}: the model "
+            "does not compute with the adapters"
+        )
+    return drift
