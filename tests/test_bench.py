@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from switchlora.adapters import adapted_modules, count_parameters
-from switchlora.bench import arms as bench_arms
-from switchlora.bench import bench
-from switchlora.bench import memory as bench_memory
-from switchlora.bench import report as bench_report
+from switchlora.bench import (
+    arms as bench_arms,
+    bench,
+    memory as bench_memory,
+    report as bench_report,
+)
 
 WORDS = (
     *("--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch", "4", "--rank", "2"),

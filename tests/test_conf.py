@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import zipfile
 
 import pytest
 from torch import nn
@@ -60,23 +59,6 @@ def test_default_targets_of_the_class_and_of_the_yaml_are_the_same():
 def test_every_experiment_is_found_by_its_name(path):
     config = composed(f"+experiments={path.stem}")
     assert build(config.switch) and config.name == path.stem
-
-
-def test_the_wheel_carries_conf_and_experiments_and_finds_them(tmp_path):
-    repository = CONF.parent
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
-    subprocess.run([*command, str(tmp_path), str(repository)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    shown = subprocess.run(
-        [sys.executable, "-m", "switchlora", "+experiments=demo", "--cfg", "job"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert "name: demo" in shown.stdout
 
 
 def test_the_readmes_criterion_works_from_a_folder_of_ones_own(tmp_path):

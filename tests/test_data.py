@@ -22,8 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData
 
-from switchlora.data import build_data, crop_and_flip, decode
-from switchlora.data import images as datasets
+from switchlora.data import build_data, crop_and_flip, decode, images as datasets
 
 CONF = Path(__file__).parents[1] / "conf"
 YAMLS = sorted({path.stem for path in (CONF / "data").glob("*.yaml")} - {"bytes"})

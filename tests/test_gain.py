@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from switchlora.adapters import find_targets
-from switchlora.cost import interleaved_seconds, measured_gains
-from switchlora.cost import timing as gain
+from switchlora.cost import interleaved_seconds, measured_gains, timing as gain
 
 
 def gains_of(model, ranks, inputs, precision="fp32"):

@@ -14,8 +14,8 @@ from switchlora.adapters import (
     adapted_linear,
     cheaper_form,
     operands_kept,
+    product as products,
 )
-from switchlora.adapters import product as products
 
 SLICES = {
     "whole": {"": (slice(0, 12), 3, 1.0)},

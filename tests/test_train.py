@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from conf_yamls import composed
-from runs import BY_DATE, DIGITS, SHALLOW, history_row, wandb_records
-from runs import SHORT as THREE_EPOCHS
+from runs import BY_DATE, DIGITS, SHALLOW, SHORT as THREE_EPOCHS, history_row, wandb_records
 from switchlora.cli import main
 from switchlora.config import build
 from switchlora.learner import Learner

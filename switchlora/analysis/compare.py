@@ -1,4 +1,4 @@
-"""Compare two finished runs bit for bit: ``python scripts/compare.py RUN OTHER``.
+"""Compare two finished runs bit for bit: ``switchlora-runs compare RUN OTHER``.
 
 Weights, average and adapter, the last checkpoint with moments, generators and history, every line
 of metrics.jsonl and the summary must be the same, but for times, memory and configuration. The

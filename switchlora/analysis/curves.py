@@ -1,4 +1,4 @@
-"""How the weights of runs moved: ``python scripts/curves.py RUN... [--out FOLDER]``.
+"""How the weights of runs moved: ``switchlora-runs curves RUN... [--out FOLDER]``.
 
 Draws update norms and stable ranks by family: one run's layers, or the medians of several runs on
 one axis of optimizer updates; and of each run a map of layers by time. Every picture is a PNG for

@@ -1,5 +1,6 @@
 """Pictures of one run, drawn from its metrics.jsonl, and what pictures of several share."""
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -252,9 +253,9 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def main() -> None:
     """Draw into each run's ``figures`` folder and name the files."""
-    if not sys.argv[1:]:
-        sys.exit("usage: python scripts/figures.py RUN...")
-    for folder in map(Path, sys.argv[1:]):
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    for folder in parser.parse_args().runs:
         if not (folder / "metrics.jsonl").is_file():
             sys.exit(f"{folder} holds no metrics.jsonl: give the folder of a run")
         for path in draw_figures(folder):

@@ -1,4 +1,4 @@
-"""Loss against training FLOPs: ``python scripts/scaling.py RUN... --out FOLDER``.
+"""Loss against training FLOPs: ``switchlora-runs scaling RUN... --out FOLDER``.
 
 Fits L = a C^-b through the final validation losses of dense, low-rank and self-guided runs of
 several widths, and writes scaling.json, scaling.md and scaling.png. A RUN may be a sweep. C is

@@ -1,4 +1,4 @@
-"""A Weights & Biases report of runs, laid out by code: ``python scripts/wandb_report.py RUNS...``.
+"""A Weights & Biases report of runs, laid out by code: ``switchlora-runs wandb-report RUNS...``.
 
 Panels of update norms, stable ranks and margins (one for each family of targets, over
 ``num_updates``), validation, and the table of ranks, over the W&B runs that the run folders hold.

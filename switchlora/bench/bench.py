@@ -1,6 +1,6 @@
 """Time one training update of full training, adapters, PEFT and the frozen limit side by side.
 
-``python scripts/bench.py --model vit_small_patch16_224 --rank 16 64 --memory --out FOLDER`` makes,
+``switchlora-bench update --model vit_small_patch16_224 --rank 16 64 --memory --out FOLDER`` makes,
 for each model, precision and rank, rounds in which every arm makes one update, in an order that is
 shuffled each time: what else the machine does meets all arms alike. Peak memory is measured in a
 fresh process an arm. Under torchrun the arms train with DDP; ``--batch`` is that of all processes.

@@ -1,6 +1,6 @@
 """Time of factorised feed-forward layers against their share of the parameters.
 
-``python scripts/lowrank_speed.py --out experiments/lowrank_speed`` times fc1 (d to 4 d) and fc2
+``switchlora-bench lowrank --out experiments/lowrank_speed`` times fc1 (d to 4 d) and fc2
 (4 d to d) at several widths d, dense and as a product of two factors that keep a share of the
 parameters, and writes ``speed.json`` and ``speed.md``. The arms of a layer take turns in one
 process. On a CPU the seconds are those of the processor, so that other processes do not count.

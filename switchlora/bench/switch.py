@@ -1,6 +1,6 @@
 """What the monitor and the switch cost: seconds and peak memory beside those of training.
 
-``python scripts/bench_switch.py --model vit_large_patch16_224 --rank 64 --out FILE`` makes some
+``switchlora-bench switch --model vit_large_patch16_224 --rank 64 --out FILE`` makes some
 updates of full training, measurements of the monitor, and the switch of all targets, in one
 process, and adds a record to FILE. Memory is what the process holds beyond torch, and on CUDA what
 is allocated.

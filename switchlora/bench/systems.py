@@ -1,6 +1,6 @@
 """Time of an update in the last phase of finished runs, side by side in one process.
 
-``python scripts/systems_speed.py RUN... --out FOLDER`` takes one run of each method, that of the
+``switchlora-bench systems RUN... --out FOLDER`` takes one run of each method, that of the
 lowest seed, goes back to its last checkpoint, and lets the methods make updates in turn: whatever
 else the machine does meets all alike, as it does not where runs came one after the other. On a CPU
 the seconds are those of the processor. A RUN may be a sweep; one of method=full is what the others

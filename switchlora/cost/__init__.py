@@ -1,38 +1,27 @@
 """What training costs, predicted before it is paid."""
 
-from switchlora.cost.machine import Machine, measure_machine
+from switchlora.cost.machine import (
+    Machine as Machine,
+    measure_machine as measure_machine,
+)
 from switchlora.cost.predict import (
-    ADAMW_BYTES,
-    Prediction,
-    break_even_rank,
-    predict,
-    speedup_parts,
-    warning,
+    ADAMW_BYTES as ADAMW_BYTES,
+    Prediction as Prediction,
+    break_even_rank as break_even_rank,
+    predict as predict,
+    speedup_parts as speedup_parts,
+    warning as warning,
 )
 from switchlora.cost.timing import (
-    forward_and_backward,
-    interleaved_seconds,
-    linear_and_factors,
-    measured_gains,
+    forward_and_backward as forward_and_backward,
+    interleaved_seconds as interleaved_seconds,
+    linear_and_factors as linear_and_factors,
+    measured_gains as measured_gains,
 )
-from switchlora.cost.trace import Trace, stepped, trace_batch, trace_update, without_content
-
-__all__ = [
-    "ADAMW_BYTES",
-    "Machine",
-    "Prediction",
-    "Trace",
-    "break_even_rank",
-    "forward_and_backward",
-    "interleaved_seconds",
-    "linear_and_factors",
-    "measure_machine",
-    "measured_gains",
-    "predict",
-    "speedup_parts",
-    "stepped",
-    "trace_batch",
-    "trace_update",
-    "warning",
-    "without_content",
-]
+from switchlora.cost.trace import (
+    Trace as Trace,
+    stepped as stepped,
+    trace_batch as trace_batch,
+    trace_update as trace_update,
+    without_content as without_content,
+)

@@ -1,32 +1,19 @@
 """When to switch: criteria are pure functions of the history of measurements."""
 
 from switchlora.criteria.basic import (
-    LOSS,
-    AllOf,
-    AnyOf,
-    AtEpoch,
-    LossPlateau,
-    SwitchCriterion,
-    UpdateNorm,
-    Verdict,
-    at_start,
-    never,
+    LOSS as LOSS,
+    AllOf as AllOf,
+    AnyOf as AnyOf,
+    AtEpoch as AtEpoch,
+    LossPlateau as LossPlateau,
+    SwitchCriterion as SwitchCriterion,
+    UpdateNorm as UpdateNorm,
+    Verdict as Verdict,
+    at_start as at_start,
+    never as never,
 )
-from switchlora.criteria.prelora import PreLoRA
-from switchlora.criteria.spectra import BasisStability, StableRank
-
-__all__ = [
-    "AllOf",
-    "AnyOf",
-    "AtEpoch",
-    "BasisStability",
-    "LOSS",
-    "LossPlateau",
-    "PreLoRA",
-    "StableRank",
-    "SwitchCriterion",
-    "UpdateNorm",
-    "Verdict",
-    "at_start",
-    "never",
-]
+from switchlora.criteria.prelora import PreLoRA as PreLoRA
+from switchlora.criteria.spectra import (
+    BasisStability as BasisStability,
+    StableRank as StableRank,
+)

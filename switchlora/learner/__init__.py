@@ -1,83 +1,55 @@
 """What trains, and is thrown away when the set of trained tensors changes."""
 
-from switchlora.learner.counters import FlopCounter, SavedTensors, flops_of, held_bytes, local
-from switchlora.learner.ema import WeightEMA
+from switchlora.learner.counters import (
+    FlopCounter as FlopCounter,
+    SavedTensors as SavedTensors,
+    flops_of as flops_of,
+    held_bytes as held_bytes,
+    local as local,
+)
+from switchlora.learner.ema import WeightEMA as WeightEMA
 from switchlora.learner.learner import (
-    PARALLEL,
-    Learner,
-    Update,
-    build_learner,
-    operands_within_update,
-    set_checkpointing,
+    PARALLEL as PARALLEL,
+    Learner as Learner,
+    Update as Update,
+    build_learner as build_learner,
+    operands_within_update as operands_within_update,
+    set_checkpointing as set_checkpointing,
 )
 from switchlora.learner.moments import (
-    Moments,
-    dense_moments,
-    factor_moments,
-    load_moments,
-    moments_of,
-    prune_moments,
+    Moments as Moments,
+    dense_moments as dense_moments,
+    factor_moments as factor_moments,
+    load_moments as load_moments,
+    moments_of as moments_of,
+    prune_moments as prune_moments,
 )
-from switchlora.learner.passes import evaluate, module_gradients
+from switchlora.learner.passes import (
+    evaluate as evaluate,
+    module_gradients as module_gradients,
+)
 from switchlora.learner.recipe import (
-    PRECISIONS,
-    Recipe,
-    autocast,
-    check_goes_with_fsdp,
-    parameter_groups,
+    PRECISIONS as PRECISIONS,
+    Recipe as Recipe,
+    autocast as autocast,
+    check_goes_with_fsdp as check_goes_with_fsdp,
+    parameter_groups as parameter_groups,
 )
 from switchlora.learner.reflora import (
-    RefLoRA,
-    RefLoRAS,
-    balance,
-    precondition,
-    refactoring_matrices,
+    RefLoRA as RefLoRA,
+    RefLoRAS as RefLoRAS,
+    balance as balance,
+    precondition as precondition,
+    refactoring_matrices as refactoring_matrices,
 )
-from switchlora.learner.sharding import is_sharded, skeleton
+from switchlora.learner.sharding import (
+    is_sharded as is_sharded,
+    skeleton as skeleton,
+)
 from switchlora.learner.stopwatch import (
-    STATUS,
-    WARMUP_UPDATES,
-    Stopwatch,
-    peak_memory,
-    reset_peak_memory,
+    STATUS as STATUS,
+    WARMUP_UPDATES as WARMUP_UPDATES,
+    Stopwatch as Stopwatch,
+    peak_memory as peak_memory,
+    reset_peak_memory as reset_peak_memory,
 )
-
-__all__ = [
-    "FlopCounter",
-    "Learner",
-    "Moments",
-    "PARALLEL",
-    "PRECISIONS",
-    "Recipe",
-    "RefLoRA",
-    "RefLoRAS",
-    "STATUS",
-    "SavedTensors",
-    "Stopwatch",
-    "Update",
-    "WARMUP_UPDATES",
-    "WeightEMA",
-    "autocast",
-    "balance",
-    "build_learner",
-    "check_goes_with_fsdp",
-    "dense_moments",
-    "evaluate",
-    "factor_moments",
-    "flops_of",
-    "held_bytes",
-    "is_sharded",
-    "load_moments",
-    "local",
-    "module_gradients",
-    "moments_of",
-    "operands_within_update",
-    "parameter_groups",
-    "peak_memory",
-    "precondition",
-    "prune_moments",
-    "refactoring_matrices",
-    "reset_peak_memory",
-    "set_checkpointing",
-    "skeleton",
-]

@@ -1,6 +1,8 @@
 """The models that train: timm's transformers, and a small one over bytes."""
 
-from switchlora.models.text import CausalTransformer
-from switchlora.models.vision import create_model, eval_mode, load_weights
-
-__all__ = ["CausalTransformer", "create_model", "eval_mode", "load_weights"]
+from switchlora.models.text import CausalTransformer as CausalTransformer
+from switchlora.models.vision import (
+    create_model as create_model,
+    eval_mode as eval_mode,
+    load_weights as load_weights,
+)

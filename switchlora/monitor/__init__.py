@@ -1,24 +1,15 @@
 """What measures: how far each weight moves, and in how many directions."""
 
-from switchlora.monitor.measurement import LayerStats, Measurement
-from switchlora.monitor.monitor import UpdateMonitor
-from switchlora.monitor.spectral import (
-    captured_energy,
-    effective_rank,
-    energies,
-    spectral_norm,
-    stable_rank,
-    truncated_svd,
+from switchlora.monitor.measurement import (
+    LayerStats as LayerStats,
+    Measurement as Measurement,
 )
-
-__all__ = [
-    "LayerStats",
-    "Measurement",
-    "UpdateMonitor",
-    "captured_energy",
-    "effective_rank",
-    "energies",
-    "spectral_norm",
-    "stable_rank",
-    "truncated_svd",
-]
+from switchlora.monitor.monitor import UpdateMonitor as UpdateMonitor
+from switchlora.monitor.spectral import (
+    captured_energy as captured_energy,
+    effective_rank as effective_rank,
+    energies as energies,
+    spectral_norm as spectral_norm,
+    stable_rank as stable_rank,
+    truncated_svd as truncated_svd,
+)

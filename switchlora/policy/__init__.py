@@ -1,16 +1,16 @@
 """What a switch is made of: when, of what, to what ranks, and what follows."""
 
-from switchlora.policy.guard import Guard, Loss, Standing, extrapolate
-from switchlora.policy.policy import RESIDUAL_DTYPES, SwitchPolicy
-from switchlora.policy.stages import Restart, Stages
-
-__all__ = [
-    "Guard",
-    "Loss",
-    "RESIDUAL_DTYPES",
-    "Restart",
-    "Stages",
-    "Standing",
-    "SwitchPolicy",
-    "extrapolate",
-]
+from switchlora.policy.guard import (
+    Guard as Guard,
+    Loss as Loss,
+    Standing as Standing,
+    extrapolate as extrapolate,
+)
+from switchlora.policy.policy import (
+    RESIDUAL_DTYPES as RESIDUAL_DTYPES,
+    SwitchPolicy as SwitchPolicy,
+)
+from switchlora.policy.stages import (
+    Restart as Restart,
+    Stages as Stages,
+)

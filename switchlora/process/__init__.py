@@ -1,43 +1,23 @@
 """The process that runs: its fellows, its signals, its end."""
 
 from switchlora.process.distributed import (
-    agreed_checksum,
-    any_rank,
-    from_primary,
-    full,
-    is_primary,
-    like,
-    lost_rank,
-    together,
-    total,
-    world_size,
+    agreed_checksum as agreed_checksum,
+    any_rank as any_rank,
+    from_primary as from_primary,
+    full as full,
+    is_primary as is_primary,
+    like as like,
+    lost_rank as lost_rank,
+    together as together,
+    total as total,
+    world_size as world_size,
 )
 from switchlora.process.exits import (
-    DIED,
-    FAILURE,
-    USER_ERRORS,
-    ended_worker,
-    exit_with_one_line,
-    one_line,
+    DIED as DIED,
+    FAILURE as FAILURE,
+    USER_ERRORS as USER_ERRORS,
+    ended_worker as ended_worker,
+    exit_with_one_line as exit_with_one_line,
+    one_line as one_line,
 )
-from switchlora.process.signals import Interruption
-
-__all__ = [
-    "DIED",
-    "FAILURE",
-    "Interruption",
-    "USER_ERRORS",
-    "agreed_checksum",
-    "any_rank",
-    "ended_worker",
-    "exit_with_one_line",
-    "from_primary",
-    "full",
-    "is_primary",
-    "like",
-    "lost_rank",
-    "one_line",
-    "together",
-    "total",
-    "world_size",
-]
+from switchlora.process.signals import Interruption as Interruption

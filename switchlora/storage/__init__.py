@@ -1,87 +1,66 @@
 """What stays: checkpoints, events, files for others, and where numbers come from."""
 
-from switchlora.storage.checkpoint import FORMAT, STATE, SUMS, load, load_model, read
-from switchlora.storage.events import (
-    METRICS,
-    as_record,
-    family_medians,
-    measurement_metrics,
-    measurement_of,
-    read_events,
-    window_metrics,
+from switchlora.storage.checkpoint import (
+    FORMAT as FORMAT,
+    STATE as STATE,
+    SUMS as SUMS,
+    load as load,
+    load_model as load_model,
+    read as read,
 )
-from switchlora.storage.export import PEFT_PREFIX, save_adapter, save_merged
+from switchlora.storage.events import (
+    METRICS as METRICS,
+    as_record as as_record,
+    family_medians as family_medians,
+    measurement_metrics as measurement_metrics,
+    measurement_of as measurement_of,
+    read_events as read_events,
+    window_metrics as window_metrics,
+)
+from switchlora.storage.export import (
+    PEFT_PREFIX as PEFT_PREFIX,
+    save_adapter as save_adapter,
+    save_merged as save_merged,
+)
 from switchlora.storage.provenance import (
-    KERNEL_LIMITS,
-    code_digest,
-    cpu_name,
-    environment,
-    machine,
-    machine_line,
+    KERNEL_LIMITS as KERNEL_LIMITS,
+    code_digest as code_digest,
+    cpu_name as cpu_name,
+    environment as environment,
+    machine as machine,
+    machine_line as machine_line,
 )
 from switchlora.storage.records import (
-    TRUNK_KEY,
-    Record,
-    check_alike,
-    find_records,
-    is_run,
-    read_record,
+    TRUNK_KEY as TRUNK_KEY,
+    Record as Record,
+    check_alike as check_alike,
+    find_records as find_records,
+    is_run as is_run,
+    read_record as read_record,
 )
-from switchlora.storage.resume import AUTO, Found, find, finished_summary
-from switchlora.storage.retention import FOLDER, SaveSchedule, find_all, thin, updates_of
-from switchlora.storage.runlog import CONFIG, SUMMARY, FolderLock, RunLog, locked
+from switchlora.storage.resume import (
+    AUTO as AUTO,
+    Found as Found,
+    find as find,
+    finished_summary as finished_summary,
+)
+from switchlora.storage.retention import (
+    FOLDER as FOLDER,
+    SaveSchedule as SaveSchedule,
+    find_all as find_all,
+    thin as thin,
+    updates_of as updates_of,
+)
+from switchlora.storage.runlog import (
+    CONFIG as CONFIG,
+    SUMMARY as SUMMARY,
+    FolderLock as FolderLock,
+    RunLog as RunLog,
+    locked as locked,
+)
 from switchlora.storage.tensors import (
-    learner_state,
-    load_tensors,
-    random_states,
-    set_random_states,
+    learner_state as learner_state,
+    load_tensors as load_tensors,
+    random_states as random_states,
+    set_random_states as set_random_states,
 )
-
-__all__ = [
-    "AUTO",
-    "CONFIG",
-    "FOLDER",
-    "FORMAT",
-    "FolderLock",
-    "Found",
-    "KERNEL_LIMITS",
-    "METRICS",
-    "PEFT_PREFIX",
-    "Record",
-    "RunLog",
-    "STATE",
-    "SUMMARY",
-    "SUMS",
-    "SaveSchedule",
-    "TRUNK_KEY",
-    "as_record",
-    "check_alike",
-    "code_digest",
-    "cpu_name",
-    "environment",
-    "family_medians",
-    "find",
-    "find_all",
-    "find_records",
-    "finished_summary",
-    "is_run",
-    "learner_state",
-    "load",
-    "load_model",
-    "load_tensors",
-    "locked",
-    "machine",
-    "machine_line",
-    "measurement_metrics",
-    "measurement_of",
-    "random_states",
-    "read",
-    "read_events",
-    "read_record",
-    "save_adapter",
-    "save_merged",
-    "set_random_states",
-    "thin",
-    "updates_of",
-    "window_metrics",
-]

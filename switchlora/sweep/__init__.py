@@ -1,38 +1,23 @@
 """Many runs: jobs of a multirun, and the full phase that they share."""
 
 from switchlora.sweep.jobs import (
-    JOB,
-    JOB_PATIENCE,
-    Sweep,
-    failed,
-    follow_parent,
-    is_job,
-    job_folder,
-    job_values,
-    objectives,
-    readable,
-    run_job,
-    told,
+    JOB as JOB,
+    JOB_PATIENCE as JOB_PATIENCE,
+    Sweep as Sweep,
+    failed as failed,
+    follow_parent as follow_parent,
+    is_job as is_job,
+    job_folder as job_folder,
+    job_values as job_values,
+    objectives as objectives,
+    readable as readable,
+    run_job as run_job,
+    told as told,
 )
-from switchlora.sweep.trunk import Trunk, first_firing, give_back, trunk_key
-from switchlora.sweep.trunklog import TrunkLog
-
-__all__ = [
-    "JOB",
-    "JOB_PATIENCE",
-    "Sweep",
-    "Trunk",
-    "TrunkLog",
-    "failed",
-    "first_firing",
-    "follow_parent",
-    "give_back",
-    "is_job",
-    "job_folder",
-    "job_values",
-    "objectives",
-    "readable",
-    "run_job",
-    "told",
-    "trunk_key",
-]
+from switchlora.sweep.trunk import (
+    Trunk as Trunk,
+    first_firing as first_firing,
+    give_back as give_back,
+    trunk_key as trunk_key,
+)
+from switchlora.sweep.trunklog import TrunkLog as TrunkLog

@@ -1,20 +1,20 @@
 """What changes the model: the switch and what comes after it, all or nothing."""
 
-from switchlora.switching.changes import SwitchReport, grow, restart, settle, switch, take_back
-from switchlora.switching.plan import WHOLE, check_start, choose_ranks, with_frozen_front
-from switchlora.switching.transaction import Outcome, trained_tensors
-
-__all__ = [
-    "Outcome",
-    "SwitchReport",
-    "WHOLE",
-    "check_start",
-    "choose_ranks",
-    "grow",
-    "restart",
-    "settle",
-    "switch",
-    "take_back",
-    "trained_tensors",
-    "with_frozen_front",
-]
+from switchlora.switching.changes import (
+    SwitchReport as SwitchReport,
+    grow as grow,
+    restart as restart,
+    settle as settle,
+    switch as switch,
+    take_back as take_back,
+)
+from switchlora.switching.plan import (
+    WHOLE as WHOLE,
+    check_start as check_start,
+    choose_ranks as choose_ranks,
+    with_frozen_front as with_frozen_front,
+)
+from switchlora.switching.transaction import (
+    Outcome as Outcome,
+    trained_tensors as trained_tensors,
+)

@@ -1,8 +1,8 @@
-"""One page of a whole sweep: ``python scripts/report.py SWEEP [--out FILE]``.
+"""One page of a whole sweep: ``switchlora-runs report SWEEP [--out FILE]``.
 
 A single HTML file that needs nothing else, no network and no JavaScript: the table of
-``scripts/tables.py``, curves, ranks, what differs between the configurations, what did not finish,
-and where the numbers come from. It prints the path of the file.
+``switchlora-runs tables``, curves, ranks, what differs between the configurations, what did not
+finish, and where the numbers come from. It prints the path of the file.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""When other settings would have switched: ``python scripts/replay.py RUN... KEY=VALUE ...``.
+"""When other settings would have switched: ``switchlora-runs replay RUN... KEY=VALUE ...``.
 
 A criterion reads nothing but the logged history, so it can be asked again without training:
-``python scripts/replay.py runs/x switch/criterion=prelora switch.criterion.tau=0.25,0.5,1``. The
+``switchlora-runs replay runs/x switch/criterion=prelora switch.criterion.tau=0.25,0.5,1``. The
 words are those of ``switchlora -m``, and change the policy that the run was made with; a RUN may
 be a sweep. Prints a table and writes replay.json, replay.md and replay.png.
 """

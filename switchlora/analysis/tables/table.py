@@ -1,4 +1,4 @@
-"""Compare finished runs in tables: ``python scripts/tables.py RUNS...``.
+"""Compare finished runs in tables: ``switchlora-runs tables RUNS...``.
 
 RUNS are run folders or sweep folders. Runs that differ in nothing but their seed are one row: mean
 ± standard deviation over seeds (number of runs). A ratio to a baseline under other conditions is

@@ -1,0 +1,58 @@
+"""``switchlora-runs`` and ``switchlora-bench``: the first word picks the command."""
+
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+
+from switchlora.names import near
+
+RUNS = {
+    "tables": ("analysis.tables.table", "accuracy, cost, speed and memory of runs, side by side"),
+    "report": ("analysis.page.page", "one HTML page with tables, curves and pictures of runs"),
+    "curves": ("analysis.curves", "update norms and ranks over the updates, runs overlaid"),
+    "figures": ("analysis.figures", "draw the pictures of runs again"),
+    "replay": ("analysis.replay.replay", "when other criteria and thresholds would have switched"),
+    "scaling": ("analysis.scaling", "fit loss against training FLOPs over several model sizes"),
+    "compare": ("analysis.compare", "say whether two runs ended bit-equal, and what differs"),
+    "wandb-report": ("analysis.wandb_report", "a report of runs in Weights & Biases"),
+}
+BENCH = {
+    "update": ("bench.bench", "an update's seconds and memory: full training, adapters, PEFT"),
+    "switch": ("bench.switch", "what monitor and switch cost"),
+    "lowrank": ("bench.lowrank", "low-rank layers beside dense ones"),
+    "systems": ("bench.systems", "updates of the runs of a sweep, interleaved in one process"),
+}
+Commands = Mapping[str, tuple[str, str]]
+
+
+def runs() -> None:
+    """``switchlora-runs COMMAND ...``: read the runs that are there."""
+    dispatch("switchlora-runs", RUNS)
+
+
+def bench() -> None:
+    """``switchlora-bench COMMAND ...``: time things anew on this machine."""
+    dispatch("switchlora-bench", BENCH)
+
+
+def dispatch(program: str, commands: Commands) -> None:
+    """Call ``main`` of the module behind the first word of the command line.
+
+    Without a word, or with --help, list the commands. SystemExit with one line for an unknown one.
+    """
+    word, *rest = sys.argv[1:] or ["--help"]
+    if word in ("-h", "--help"):
+        print(usage(program, commands))
+        return
+    if word not in commands:
+        sys.exit(f"{program}: no command '{word}'; {near(word, commands)}")
+    module, _ = commands[word]
+    sys.argv = [f"{program} {word}", *rest]
+    import_module(f"switchlora.{module}").main()
+
+
+def usage(program: str, commands: Commands) -> str:
+    """How the program is called, with a line for each command."""
+    lines = [f"  {name:<14}{what}" for name, (_, what) in commands.items()]
+    head = [f"usage: {program} COMMAND ...", "", "commands:"]
+    return "\n".join([*head, *lines, "", f"{program} COMMAND --help tells more."])

@@ -1,0 +1,104 @@
+"""Everything from an installed wheel, used from another folder, without the repository."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+TINY = (
+    *("data=digits", "model=digits", "model.depth=1", "model.embed_dim=16", "model.num_heads=1"),
+    *("data.train_size=320", "epochs=2", "monitor.window=2", "full.scheduler.warmup_t=2"),
+    *("switch/criterion=at_epoch", "switch.criterion.epoch=0.4", "switch/rank=fixed"),
+    *(
+        "switch.rank.rank=2",
+        "log.progress=false",
+        "log.cost_model=false",
+        "log.wandb.mode=disabled",
+    ),
+    "hydra.sweep.dir=sweep",
+)
+COMMANDS = """
+import sys
+from switchlora import commands
+
+def call(run, *words):
+    sys.argv = ["command", *words]
+    print("$", *words, flush=True)
+    try:
+        run()
+    except SystemExit as stop:
+        print(stop.code, flush=True)
+
+(one,) = sys.argv[1:]
+for words in (
+    ["tables", "sweep", "--out", "tables"],
+    ["report", "sweep", "--out", "page.html"],
+    ["curves", "sweep", "--out", "curves"],
+    ["figures", one],
+    ["replay", one, "switch/criterion=at_epoch", "switch.criterion.epoch=0.2,0.4"],
+    ["scaling", "sweep"],
+    ["compare", one, one],
+):
+    call(commands.runs, *words)
+small = ["--widths", "64", "--tokens", "8", "--rounds", "1", "--out", "lowrank"]
+call(commands.bench, "lowrank", *small)
+for name in ("update", "switch", "systems"):
+    call(commands.bench, name, "--help")
+"""
+LEFT = ("tables/tables.md", "page.html", "lowrank/speed.md")
+SAID = (
+    *("0.2", "is neither dense nor low-rank", "usage: command update", "usage: command switch"),
+    *("usage: command systems", "bit-equal"),
+)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder ``bin`` of an environment with the wheel, beside the packages of this one."""
+    place = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip"]
+    offline = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    build = ["wheel", *offline, "--no-build-isolation", "--wheel-dir", str(place)]
+    subprocess.run([*pip, *build, str(REPOSITORY)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place / "venv"], check=True)
+    python = place / "venv/bin/python"
+    (packages,) = (place / "venv/lib").glob("*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (wheel,) = place.glob("*.whl")
+    subprocess.run([*pip, "--python", python, "install", *offline, wheel], check=True)
+    return python.parent
+
+
+def run(folder, *words):
+    """What a command says; it must succeed."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_and_every_command_on_it_work_from_a_wheel_in_another_folder(installed, tmp_path):
+    said = run(tmp_path, installed / "switchlora", "-m", *TINY, "seed=1")
+    assert "1 jobs in sweep" in said and "new: 1" in said
+    runs = sorted(str(path.parent) for path in tmp_path.glob("sweep/*/summary.json"))
+    where = run(
+        tmp_path, installed / "python", "-c", "import switchlora; print(switchlora.__file__)"
+    )
+    assert str(REPOSITORY) not in where and str(installed.parent) in where
+    said = run(tmp_path, installed / "python", "-c", COMMANDS, *runs)
+    for name in LEFT:
+        assert (tmp_path / name).stat().st_size > 100, (name, said)
+    assert list(tmp_path.glob("curves/*.png"))
+    assert all(words in said for words in SAID), said
+
+
+@pytest.mark.parametrize("program", ["switchlora-runs", "switchlora-bench"])
+def test_the_commands_list_themselves_and_name_the_nearest_to_a_typo(installed, program):
+    assert f"usage: {program} COMMAND" in run("/", installed / program)
+    done = subprocess.run([installed / program, "tabels"], capture_output=True, text=True)
+    assert done.returncode == 1 and "no command 'tabels'; near names" in done.stderr
