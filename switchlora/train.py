@@ -1,4 +1,4 @@
-"""The entry point: ``switchlora key=value ...`` makes one run, in the order told here."""
+"""One run, in the order of its events: train, measure, switch, evaluate, save."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -8,18 +8,20 @@ from omegaconf import DictConfig
 from switchlora.adapters import count_parameters
 from switchlora.config import as_plain
 from switchlora.errors import Interrupted, TrainingStopped
-from switchlora.learner import Update
+from switchlora.learner import StepOutcome
 from switchlora.process import Interruption, distributed, one_line
 from switchlora.run import (
     Phase,
     Run,
-    after_update,
     consider_switch,
+    end_joint_phase,
+    end_window,
     eval_line,
     faults_explained,
     finish,
     guide,
     how_to_go_on,
+    joint_phase_over,
     leave_if_asked,
     look_after,
     note_loss,
@@ -28,6 +30,7 @@ from switchlora.run import (
     save,
     save_or_leave,
     watch_as_configured,
+    window_complete,
 )
 from switchlora.storage import FolderLock, finished_summary
 from switchlora.sweep import JOB_PATIENCE, is_job
@@ -84,72 +87,75 @@ def fit(run: Run) -> None:
 
 
 def train_epoch(run: Run) -> None:
-    """The rest of a pass over the training split; measures, and perhaps switches, on the way."""
+    """Train the rest of a pass over the training split."""
     state = run.state
     run.data.set_epoch(state.epoch, start=state.position)
     run.stopwatch.resume()
     if state.num_updates >= run.last_update:
         return
-    for images, targets in run.data.train:
+    for inputs, labels in run.data.train:
         if run.data.mixup is not None:
-            images, targets = run.data.mixup(images, targets)
+            inputs, labels = run.data.mixup(inputs, labels)
         guide(run)
-        update = run.learner.update(images, targets, run.data.loss, state.num_updates)
+        step = run.learner.update(inputs, labels, run.data.loss, state.num_updates)
         state.position += 1
-        if keep(run, update):
-            count_update(run, update)
+        if step.applied:
+            step_done(run, step)
+            if joint_phase_over(run):
+                end_joint_phase(run)
+            if window_complete(run):
+                end_window(run)  # measures, asks the criterion, and may switch
+        else:
+            step_skipped(run, step)
         if state.num_updates >= run.last_update or state.position >= len(run.data.train):
             break
         save_or_leave(run)
 
 
-def count_update(run: Run, update: Update) -> None:
-    """One more update is made: record it, and measure when a window is complete."""
-    run.stopwatch.lap()
-    run.state.num_updates += 1
-    record_update(run, update)
-    if not run.state.recorded:
-        record_memory(run)
-        run.state.flops[run.state.phase] = run.flops_per_update
-        run.state.recorded = True
-    run.count_flops()
-    run.monitor.observe(update.loss, run.learner.decay(update.lr))
-    after_update(run)
-
-
-def keep(run: Run, update: Update) -> bool:
-    """Whether the update was applied; TrainingStopped after too many in a row that were not."""
+def step_done(run: Run, step: StepOutcome) -> None:
+    """Count an optimizer step that was applied, log it and show it to the monitor."""
     state = run.state
-    if update.applied:
-        state.skipped_in_a_row = 0
-        return True
+    run.stopwatch.lap()
+    state.num_updates += 1
+    state.skipped_in_a_row = 0
+    if run.ema is not None:
+        run.ema.update(run.model)
+    log_step(run, step)
+    if not state.recorded:
+        record_memory(run)
+        state.flops[state.phase] = run.flops_per_update
+        state.recorded = True
+    run.count_flops()
+    run.monitor.observe(step.loss, run.learner.decay(step.lr))
+
+
+def step_skipped(run: Run, step: StepOutcome) -> None:
+    """Count and tell a step that was not applied; TrainingStopped after too many in a row."""
+    state = run.state
     state.skipped_updates += 1
-    state.skipped_in_a_row += not update.overflow
-    why = "fp16 overflow, the loss scale was lowered: " if update.overflow else ""
+    state.skipped_in_a_row += not step.overflow
+    why = "fp16 overflow, the loss scale was lowered: " if step.overflow else ""
     run.log.line(
         f"skipped an update after {state.num_updates}: {why}"
-        f"loss {update.loss:g}, gradient norm {update.grad_norm:g}"
+        f"loss {step.loss:g}, gradient norm {step.grad_norm:g}"
     )
     if state.skipped_in_a_row > run.config["max_skipped"]:
         raise TrainingStopped(
             f"loss or gradient was not finite in {state.skipped_in_a_row} updates in a row after "
             f"update {state.num_updates}; lower the learning rate (full.optimizer.lr, "
-            f"{update.lr:.2g} here) or check the data; {how_to_go_on(run)}"
+            f"{step.lr:.2g} here) or check the data; {how_to_go_on(run)}"
         )
-    return False
 
 
-def record_update(run: Run, update: Update) -> None:
-    """EMA, progress bar, and every ``log.every`` updates a 'train' event."""
-    if run.ema is not None:
-        run.ema.update(run.model)
+def log_step(run: Run, step: StepOutcome) -> None:
+    """Move the progress bar; write a 'train' event every ``log.every`` updates."""
     num_updates = run.state.num_updates
-    run.log.progress(num_updates, phase=run.state.phase, loss=f"{update.loss:.3f}")
+    run.log.progress(num_updates, phase=run.state.phase, loss=f"{step.loss:.3f}")
     if num_updates % run.config["log"]["every"] == 0 or num_updates == 1:
         metrics = {
-            "train/loss": update.loss,
-            "train/lr": update.lr,
-            "train/grad_norm": update.grad_norm,
+            "train/loss": step.loss,
+            "train/lr": step.lr,
+            "train/grad_norm": step.grad_norm,
             "train/phase": run.state.phase,
             "train/adapter_phase": int(run.state.phase is not Phase.FULL),
         }
@@ -157,29 +163,39 @@ def record_update(run: Run, update: Update) -> None:
 
 
 def evaluate_epoch(run: Run) -> None:
-    """Validation metrics after an epoch, which is then done: an 'eval' event and a line."""
-    state = run.state
+    """Evaluate on the validation split; write an 'eval' event and a line."""
     guide(run)
     with run.stopwatch.paused():
         metrics = run.evaluate(run.data.val)
         note_loss(run, "val", metrics["loss"])
-        speed = run.stopwatch.summary(run.batch_size, len(run.data.train))
-        if metrics["top1"] > state.best_top1:
-            state.best_top1, state.best_update = metrics["top1"], state.num_updates
-        state.last_eval = metrics
-        state.epoch, state.position = state.epoch + 1, 0
-        run.log.event(
-            "eval",
-            state.num_updates,
-            run.epoch,
-            **{f"val/{name}": value for name, value in metrics.items()},
-            **{
-                "train/images_per_second": speed["images_per_second"],
-                "train/epoch_seconds": speed["epoch_seconds"],
-                "memory/peak_bytes": speed["peak_memory_bytes"],
-                "monitor/time_share": run.stopwatch.monitor_share,
-                "params/trainable": count_parameters(run.model, trainable=True),
-                "train/phase": state.phase,
-            },
-        )
-    run.log.line(eval_line(state.epoch, state.phase, metrics))
+        finish_epoch(run, metrics)
+        log_evaluation(run, metrics)
+    run.log.line(eval_line(run.state.epoch, run.state.phase, metrics))
+
+
+def finish_epoch(run: Run, metrics: dict[str, float]) -> None:
+    """Note the metrics, whether they are the best, and that the next epoch begins."""
+    state = run.state
+    if metrics["top1"] > state.best_top1:
+        state.best_top1, state.best_update = metrics["top1"], state.num_updates
+    state.last_eval = metrics
+    state.epoch, state.position = state.epoch + 1, 0
+
+
+def log_evaluation(run: Run, metrics: dict[str, float]) -> None:
+    """Write an 'eval' event: the metrics, and what the phase cost so far."""
+    speed = run.stopwatch.summary(run.batch_size, len(run.data.train))
+    run.log.event(
+        "eval",
+        run.state.num_updates,
+        run.epoch,
+        **{f"val/{name}": value for name, value in metrics.items()},
+        **{
+            "train/images_per_second": speed["images_per_second"],
+            "train/epoch_seconds": speed["epoch_seconds"],
+            "memory/peak_bytes": speed["peak_memory_bytes"],
+            "monitor/time_share": run.stopwatch.monitor_share,
+            "params/trainable": count_parameters(run.model, trainable=True),
+            "train/phase": run.state.phase,
+        },
+    )

@@ -38,7 +38,10 @@ LEGEND_COLUMNS = 3
 LAYERS = "lines: median of the layers; bands: quartiles"
 SWITCH = "vertical lines and large markers: switch"
 CHANGES = "large markers: switches; vertical lines: all changes but restarts, which are ticks"
-FORMATS = {"png": {"dpi": 150}, "pdf": {"metadata": {"CreationDate": None}}}
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"dpi": 150},
+    "pdf": {"metadata": {"CreationDate": None}},
+}
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,7 @@ def read(records: Sequence[Record]) -> list[Point]:
 
 def point_of(record: Record) -> Point:
     """A finished run; ValueError where its FLOPs are not known or its model has no width."""
-    summary, model = record.summary, record.config["model"]
-    assert summary is not None
+    summary, model = record.result, record.config["model"]
     flops = summary["cost"]["train_flops"]
     if flops is None:
         raise ValueError(f"{record.folder}: its FLOPs are not known, as with torch.compile")
@@ -107,20 +106,18 @@ def label_of(record: Record) -> str:
             f"{record.folder} is neither dense nor low-rank: give runs with switch/criterion=never"
             ", or with switch/adapter=factorized or guided and switch/rank=parameter_ratio"
         )
-    assert record.summary is not None
-    if record.summary["segments"][-1]["phase"] != "adapter":
+    if record.result["segments"][-1]["phase"] != "adapter":
         raise ValueError(f"{record.folder} did not end with its factors alone: see its log")
     return f"{KINDS[made_by]}, {100 * switch['rank']['ratio']:.4g} %"
 
 
 def curve_of(record: Record) -> Iterator[tuple[float, float]]:
     """About ten points (FLOPs, mean training loss) along a run."""
-    assert record.summary is not None
     events = [event for event in record.events("train") if event["train/loss"] is not None]
     size = max(len(events) // CURVE_POINTS, 1)
     for last in range(size, len(events) + 1, size):
         losses = [event["train/loss"] for event in events[last - size : last]]
-        flops = flops_until(events[last - 1]["num_updates"], record.summary["phases"])
+        flops = flops_until(events[last - 1]["num_updates"], record.result["phases"])
         yield flops, sum(losses) / size
 
 

@@ -62,7 +62,11 @@ def draw_ends(
     )
     told = f"{label}: b = {law.exponent:.3f} [{law.low:.3f}, {law.high:.3f}], n = {law.runs}"
     ends = np.geomspace(min(flops), max(flops), 2)
-    look = {"markersize": 5, "markerfacecolor": "none", "markevery": []}  # the legend alone has it
+    look: dict[str, Any] = {
+        "markersize": 5,
+        "markerfacecolor": "none",
+        "markevery": [],
+    }  # the legend alone has it
     axis.plot(ends, law(ends), label=told, **look, **style)
 
 

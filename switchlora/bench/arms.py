@@ -44,7 +44,10 @@ from switchlora.process import distributed
 T = TypeVar("T")
 ARMS = ("full", "adapter", "adapter-merged", "adapter-split", "adapter-B", "peft", "frozen")
 LEANER = ("adapter-gelu", "adapter-B-blocks")  # with activation checkpointing; on demand only
-REFACTORED = {"adapter-reflora": RefLoRA(warmup_updates=0), "adapter-reflora_s": RefLoRAS()}
+REFACTORED: dict[str, Callable[[Learner], None]] = {
+    "adapter-reflora": RefLoRA(warmup_updates=0),
+    "adapter-reflora_s": RefLoRAS(),
+}
 ON_DEMAND = (*LEANER, *REFACTORED)
 RESIDUAL_DTYPES = {"none": None, "bf16": torch.bfloat16}
 UPDATES_FOR_PEAK = 2  # the second has moments beside its activations
@@ -202,13 +205,20 @@ def images_shape(cell: Cell) -> tuple[int, int, int, int]:
     return cell.share, channels, cell.image_size, cell.image_size
 
 
+def class_count(model: nn.Module) -> int:
+    """Number of classes of a timm model."""
+    count = model.num_classes
+    assert isinstance(count, int)
+    return count
+
+
 def make_arm(name: str, model: nn.Module, cell: Cell) -> Arm:
     """The arm ``name`` of ``cell`` from a plain ``model``, which it changes."""
     notes = become(name, model, cell)
     device = device_of_benchmark()
     generator = torch.Generator().manual_seed(distributed.rank())
     images = torch.randn(images_shape(cell), generator=generator)
-    labels = torch.randint(model.num_classes, (len(images),), generator=generator)
+    labels = torch.randint(class_count(model), (len(images),), generator=generator)
     learner = build_learner(model, bench_recipe(cell, name), TOTAL_UPDATES)
     clock = Clock(learner, device)
     return Arm(name, learner, images.to(device), labels.to(device), clock, notes)

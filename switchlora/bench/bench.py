@@ -17,7 +17,7 @@ from ast import literal_eval
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -34,6 +34,7 @@ from switchlora.bench.arms import (
     RESIDUAL_DTYPES,
     Cell,
     base_model,
+    class_count,
     common_conditions,
     conditions_of,
     device_of_benchmark,
@@ -192,12 +193,12 @@ def describe(
         arm = make_arm(name, copy.deepcopy(base), cell)
         conditions[name] = conditions_of(arm)
         shape = images_shape(cell)
-        traces[name] = trace_update(arm.model, arm.learner.recipe, shape, base.num_classes)
+        traces[name] = trace_update(arm.model, arm.learner.recipe, shape, class_count(base))
         result["arms"][name] = {
             "trained": count_parameters(arm.model, trainable=True),
             "notes": arm.notes,
         }
-    where = environment(device_of_benchmark(), seed=0)
+    where: dict[str, Any] = environment(device_of_benchmark(), seed=0)
     where["versions"]["peft"] = version_of("peft")
     result["environment"] = where
     result["conditions"] = {
@@ -217,7 +218,7 @@ def largest_batch(cell: Cell, base: nn.Module, gib: float) -> int:
 
     def peak(steps: int) -> int:
         shape = images_shape(replace(cell, batch=steps * step))
-        trace = trace_update(arm.model, arm.learner.recipe, shape, base.num_classes)
+        trace = trace_update(arm.model, arm.learner.recipe, shape, class_count(base))
         return predicted_peak(trace)
 
     steps = bisect_right(range(1, 4096), gib * 2**30, key=peak)
@@ -255,6 +256,7 @@ def layers_of(
     tokens, found = tokens_of(base, cell), []
     for name in find_targets(base, DEFAULT_TARGETS):
         linear = base.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         shape = (tokens[name], linear.in_features, linear.out_features)
         groups.setdefault((family(name), shape), []).append(name)
     for (shared, shape), names in groups.items():
@@ -303,7 +305,7 @@ def measure_memory(cell: Cell, traces: dict[str, Trace], result: Result) -> None
         return peak_in_fresh_process(name, cell)
 
     for name in progress(traces, f"{cell} memory"):
-        result["arms"][name]["peak_bytes"] = distributed.from_primary(lambda name=name: peak(name))
+        result["arms"][name]["peak_bytes"] = distributed.from_primary(partial(peak, name))
         say(f"  {arm_line(result, name)}")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from textwrap import fill
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ BAR_INCHES = 0.24
 TITLE_LETTERS = 52  # on a line
 SPEED = "speed relative to full training (whiskers: quartiles)"
 PEAK = "peak memory, MiB"
-MARKER = {"color": "white", "markeredgecolor": "black", "markersize": 4.5}
+MARKER: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markersize": 4.5}
 USUAL = {
     "accumulation": 1,
     "image_size": 224,
@@ -139,7 +140,7 @@ def _title(result: Result) -> str:
 
 def _draw_bars(axis: Axes, found: Sequence[Bar], form: str) -> None:
     """Horizontal bars from top to bottom, the value beside each."""
-    style = {"height": 0.72, "edgecolor": "black", "linewidth": 0.6}
+    style: dict[str, Any] = {"height": 0.72, "edgecolor": "black", "linewidth": 0.6}
     for place, bar in enumerate(found):
         color, hatch = COLORS[bar.arm.split("-")[0]], HATCHES.get(bar.arm, "")
         axis.barh(place, bar.value, color=color, hatch=hatch, **style)
@@ -149,7 +150,7 @@ def _draw_bars(axis: Axes, found: Sequence[Bar], form: str) -> None:
         if bar.predicted is not None:
             axis.plot(bar.predicted, place, "D", zorder=4, **MARKER)
         end = max(bar.value, bar.high, bar.predicted or 0)
-        text = {"fontsize": 8, "va": "center", "textcoords": "offset points"}
+        text: dict[str, Any] = {"fontsize": 8, "va": "center", "textcoords": "offset points"}
         axis.annotate(form.format(bar.value), (end, place), (7, 0), **text)
     if not found:
         axis.text(0.04, 0.5, "not measured", fontsize=8, transform=axis.transAxes)

@@ -174,10 +174,8 @@ def speedup_line(result: Result) -> str:
     line = f"Predicted speed of the adapter's update: {whole:.2f} = {parts}"
     if result["conditions"]["processes"] == 1:
         return line
-    here = result["machine"]["all_reduce"]
-    wanted = bandwidth_for(
-        PRELORA_SPEEDUP, *(result["arms"][n] for n in ("full", "adapter")), here
-    )
+    here, arms = result["machine"]["all_reduce"], result["arms"]
+    wanted = bandwidth_for(PRELORA_SPEEDUP, arms["full"], arms["adapter"], here)
     return (
         f"{line}. Gradients are averaged at {here / 1e6:,.0f} MB/s here; at "
         f"{wanted / 1e6:,.0f} MB/s the adapter would be {PRELORA_SPEEDUP:g} times as fast."
@@ -225,7 +223,8 @@ def cost_table(result: Result) -> str:
         share = f"{100 * peak / full:.0f} %" if peak and full else "-"
         bytes_told = arm.get("predicted", {}).get("peak_bytes")
         predicted = _beside(bytes_told, peak, _mebibytes)
-        speed = _beside(predicted_ratio(result, name), ratio and ratio.value, "{:.2f}".format)
+        faster = None if ratio is None else ratio.value
+        speed = _beside(predicted_ratio(result, name), faster, "{:.2f}".format)
         trained = f"{arm['trained']:,}"
         rows.append([name, trained, _mebibytes(peak) if peak else "-", share, predicted, speed])
     return markdown([head, *rows])

@@ -99,6 +99,8 @@ def measure(cell: Cell, updates: int, window: int) -> dict[str, Any]:
 
     begin = time.perf_counter()
     _, report = switch(arm.learner, policy, monitor, history, arm.images[:8], rebuild)
+    switch_seconds, switch_peak = time.perf_counter() - begin, peak_memory(device)
+    assert training_peak is not None and switch_peak is not None
     return {
         "cell": {**vars(cell), "options": dict(cell.options)},
         "targets": len(report.ranks),
@@ -108,9 +110,9 @@ def measure(cell: Cell, updates: int, window: int) -> dict[str, Any]:
         "new_window_seconds": restart,
         "monitor_share": (median(later) + restart) / (window * median(laps[1:])),
         "window": window,
-        "switch_seconds": time.perf_counter() - begin,
+        "switch_seconds": switch_seconds,
         "training_peak_bytes": training_peak - before,
-        "switch_peak_bytes": peak_memory(device) - before,
+        "switch_peak_bytes": switch_peak - before,
         "drift": report.drift,
         "environment": environment(device, seed=0),
     }

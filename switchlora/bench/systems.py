@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.benchmark import timer as synchronised_clock
 from tqdm import tqdm
 
@@ -97,6 +97,7 @@ def measure(records: Mapping[str, Record], rounds: int) -> dict[str, Any]:
 def step_of(record: Record, folder: Path) -> Callable[[], object]:
     """One update of the run as its last checkpoint left it, on the first batch of its data."""
     config = OmegaConf.merge(record.config, QUIET, {"resume": str(record.folder)})
+    assert isinstance(config, DictConfig)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         run = prepare(config, folder)
     inputs, targets = next(iter(run.data.train))

@@ -11,7 +11,7 @@ from switchlora.learner.ema import WeightEMA as WeightEMA
 from switchlora.learner.learner import (
     PARALLEL as PARALLEL,
     Learner as Learner,
-    Update as Update,
+    StepOutcome as StepOutcome,
     build_learner as build_learner,
     operands_within_update as operands_within_update,
     set_checkpointing as set_checkpointing,

@@ -27,7 +27,7 @@ PARALLEL = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
-class Update:
+class StepOutcome:
     """Outcome of one optimizer update; not ``applied`` when loss or gradient was not finite."""
 
     loss: float
@@ -66,9 +66,11 @@ class Learner:
     torch.compile"""
 
     def update(
-        self, images: Tensor, targets: Tensor, loss_fn: nn.Module, num_updates: int
-    ) -> Update:
-        """One optimizer update on a batch: (B, C, H, W) images, class indices or soft targets.
+        self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module, num_updates: int
+    ) -> StepOutcome:
+        """Make one optimizer update on a batch of inputs (B, ...) with labels (B, ...).
+
+        Labels are what ``loss_fn`` expects: classes, or their probabilities after Mixup.
 
         The batch is this rank's share; it is split into ``accumulation`` micro-batches, and ranks
         exchange gradients after the last. Gradients stay in place afterwards, unscaled and
@@ -77,20 +79,20 @@ class Learner:
         lr = self.set_lr(num_updates)
         self.optimizer.zero_grad(set_to_none=True)
         with operands_within_update(self.model, self.recipe), self._flops_counted():
-            loss = self._accumulate(images, targets, loss_fn)
+            loss = self._accumulate(inputs, labels, loss_fn)
         return self._step(loss, lr)
 
-    def _accumulate(self, images: Tensor, targets: Tensor, loss_fn: nn.Module) -> Tensor:
+    def _accumulate(self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
         device = next(self.model.parameters()).device
         loss = torch.zeros((), device=device)
-        parts = images.chunk(self.recipe.accumulation)
-        labels = targets.chunk(self.recipe.accumulation)
-        for number, (part, label) in enumerate(zip(parts, labels, strict=True), start=1):
+        parts = inputs.chunk(self.recipe.accumulation)
+        label_parts = labels.chunk(self.recipe.accumulation)
+        for number, (part, label) in enumerate(zip(parts, label_parts, strict=True), start=1):
             with self._exchange(number == len(parts)):
                 with autocast(device.type, self.recipe.precision), self._activations_counted():
                     output = self.forward(part.to(device, non_blocking=True))
                     share = loss_fn(output, label.to(device, non_blocking=True))
-                share = share * (len(part) / len(images))
+                share = share * (len(part) / len(inputs))
                 (share if self.scaler is None else self.scaler.scale(share)).backward()
             loss += share.detach()
         return loss
@@ -139,7 +141,7 @@ class Learner:
             return nullcontext()
         return wrapped.no_sync()
 
-    def _step(self, loss: Tensor, lr: float) -> Update:
+    def _step(self, loss: Tensor, lr: float) -> StepOutcome:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.recipe.frobenius_decay:
@@ -157,7 +159,7 @@ class Learner:
         if self.scaler is not None:
             self.scaler.update()
             overflow = not applied and math.isfinite(loss_value) and self.scaler.get_scale() > 1
-        return Update(loss_value, norm_value, lr, applied, overflow)
+        return StepOutcome(loss_value, norm_value, lr, applied, overflow)
 
 
 def operands_within_update(model: nn.Module, recipe: Recipe) -> AbstractContextManager:

@@ -15,28 +15,28 @@ from switchlora.process import total
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> dict[str, float]:
-    """Mean cross-entropy 'loss', 'top1' and (from 5 classes on) 'top5' in % over all targets.
+    """Mean cross-entropy 'loss', 'top1' and (from 5 classes on) 'top5' in % over all labels.
 
-    Targets are one an image, or one a token: (B,) with logits (B, classes), or (B, T) with logits
+    Labels are one an image, or one a token: (B,) with logits (B, classes), or (B, T) with logits
     (B, T, vocabulary). Each rank passes its share of them; all get the same means.
     """
     device = next(model.parameters()).device
-    totals, targets_seen = torch.zeros(3, dtype=torch.float64), 0
+    totals, labels_seen = torch.zeros(3, dtype=torch.float64), 0
     with eval_mode(model):
-        for inputs, targets in loader:
+        for inputs, labels in loader:
             with autocast(device.type, precision):
                 logits = model(inputs.to(device)).flatten(0, -2)
-            totals += _batch_totals(logits.float(), targets.flatten().to(device))
-            targets_seen += targets.numel()
-    *sums, count = total([*totals.tolist(), targets_seen])
+            totals += _batch_totals(logits.float(), labels.flatten().to(device))
+            labels_seen += labels.numel()
+    *sums, count = total([*totals.tolist(), labels_seen])
     names = ("loss", "top1", "top5") if logits.shape[1] >= 5 else ("loss", "top1")
     return {name: value / count for name, value in zip(names, sums, strict=False)}
 
 
-def _batch_totals(logits: Tensor, targets: Tensor) -> Tensor:
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    hits = accuracy(logits, targets, topk=(1, min(5, logits.shape[1])))
-    return torch.stack([loss, *(hit * len(targets) for hit in hits)]).double().cpu()
+def _batch_totals(logits: Tensor, labels: Tensor) -> Tensor:
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    hits = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
+    return torch.stack([loss, *(hit * len(labels) for hit in hits)]).double().cpu()
 
 
 def module_gradients(

@@ -15,7 +15,7 @@ from switchlora.monitor.spectral import effective_rank, spectral_norm, stable_ra
 FIRST_ITERATIONS = 32
 
 
-class Updates(Mapping[str, Tensor]):
+class WeightUpdates(Mapping[str, Tensor]):
     """W - W_ref of each target (out, in), float32, computed when it is asked for.
 
     Nothing is held for all targets at once: the switch needs one matrix at a time.
@@ -38,10 +38,10 @@ class Updates(Mapping[str, Tensor]):
         update = weight - reference
         return update.add_(weight + reference, alpha=self._decay / 2) if self._decay else update
 
-    def only(self, targets: Collection[str]) -> "Updates":
+    def only(self, targets: Collection[str]) -> "WeightUpdates":
         """The updates of some of the targets."""
         some = {name: target for name, target in self._targets.items() if name in targets}
-        return Updates(self._model, some, self._references, self._decay)
+        return WeightUpdates(self._model, some, self._references, self._decay)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)
@@ -108,13 +108,13 @@ class UpdateMonitor:
         loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
         return Measurement(num_updates, epoch, loss, layers)
 
-    def updates(self, without_decay: bool = False, of: nn.Module | None = None) -> Updates:
+    def updates(self, without_decay: bool = False, of: nn.Module | None = None) -> WeightUpdates:
         """The movement of the weights over the window, with or without weight decay's share.
 
         ``of`` is a copy of the model to read the present weights from.
         """
         decay = self._decay if without_decay else 0.0
-        return Updates(of or self.model, self.targets, self.references, decay)
+        return WeightUpdates(of or self.model, self.targets, self.references, decay)
 
     def watch(self, names: Collection[str], num_updates: int) -> None:
         """Measure these of the known targets from now on; give back what the others held."""

@@ -18,12 +18,18 @@ from switchlora.run.saving import (
     save as save,
     save_or_leave as save_or_leave,
 )
+from switchlora.run.snapshot import restore as restore, state_of as state_of
 from switchlora.run.state import Phase as Phase
-from switchlora.run.transitions import watch_as_configured as watch_as_configured
+from switchlora.run.transitions import (
+    end_joint_phase as end_joint_phase,
+    watch_as_configured as watch_as_configured,
+)
 from switchlora.run.windows import (
-    after_update as after_update,
     consider_switch as consider_switch,
+    end_window as end_window,
     guide as guide,
+    joint_phase_over as joint_phase_over,
     look_after as look_after,
     note_loss as note_loss,
+    window_complete as window_complete,
 )

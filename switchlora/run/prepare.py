@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from timm.utils import random_seed
 from torch import nn
 
-from switchlora.adapters import check_targets_are_called, freeze_unused, inject_empty, train_only
+from switchlora.adapters import check_targets_are_called, freeze_unused
 from switchlora.config import as_plain, build
 from switchlora.data import Data
 from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_learner
@@ -18,7 +18,8 @@ from switchlora.monitor import UpdateMonitor
 from switchlora.process import Interruption, distributed
 from switchlora.run.checks import _check_config, _check_recipes, _check_switch
 from switchlora.run.run import Run, probe_images, recipe_of
-from switchlora.run.state import Phase, TrainState
+from switchlora.run.snapshot import restore, restore_parts
+from switchlora.run.state import Phase
 from switchlora.storage import (
     AUTO,
     CONFIG,
@@ -61,7 +62,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     trunk = _trunk(config, plain, data, device, found)
     if trunk is not None:
         found = trunk.enter(policy, model, found, folder, interruption)
-    state = _restore_parts(found, model, monitor)
+    state = restore_parts(found, model, monitor)
     replicated = distributed.world_size() > 1 and not sharded
     unused = freeze_unused(model, probe_images(data, device)) if replicated else []
     if not state.full_parameters:
@@ -93,7 +94,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     if unused:
         run.log.line(f"frozen, since no gradient reaches them: {', '.join(unused)}")
     if found:
-        run.load(found)
+        restore(run, found)
         give_back(found)
     else:
         random_seed(config.seed, distributed.rank())  # whatever was drawn on the way
@@ -171,20 +172,6 @@ def _trunk(
             return None
     key = distributed.from_primary(lambda: trunk_key(plain, device, data.digest()))
     return Trunk(Path(place), key, **options)
-
-
-def _restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor) -> TrainState:
-    """The state of the run; ``model`` gets its adapters and flags, ``monitor`` its window."""
-    state = TrainState()
-    if found is None:
-        return state
-    state.load_state_dict(found.state["train"])
-    if found.branches:
-        state.branched_from = str(found.path)
-    inject_empty(model, found.state["adapters"])
-    train_only(model, set(found.state["trained"]), factors=())  # factors are among the names
-    monitor.load_state_dict(found.state["monitor"])
-    return state
 
 
 def _first_learner(

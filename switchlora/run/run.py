@@ -5,16 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from switchlora.adapters import (
     Target,
     adapted_modules,
-    adapter_layout,
     count_parameters,
-    merged_state_dict,
     skipped_flops,
 )
 from switchlora.data import Data
@@ -25,23 +22,16 @@ from switchlora.learner import (
     WeightEMA,
     build_learner,
     evaluate,
-    is_sharded,
 )
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed
 from switchlora.run.state import Phase, TrainState
 from switchlora.storage import (
-    Found,
     RunLog,
     SaveSchedule,
-    learner_state,
-    load_tensors,
-    random_states,
-    set_random_states,
 )
 from switchlora.sweep import Trunk
-from switchlora.switching import trained_tensors
 
 PROBE_IMAGES = 16
 
@@ -173,43 +163,6 @@ class Run:
             scaler=self.learner.scaler,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors that, with those of the learner, make the run go on exactly.
-
-        All ranks call it.
-        """
-        return {
-            "config": self.config,
-            "train": self.state.state_dict(),
-            "adapters": adapter_layout(self.model),
-            "start": self.learner.start,
-            "monitor": self.monitor.state_dict(),
-            "ema": self.ema and self.ema.state_dict(),
-            "stopwatch": self.stopwatch.state_dict(),
-            "log": self.log.position(),
-            "random": distributed.gather(random_states()),
-            **learner_state(self.learner),
-        }
-
-    def load(self, found: Found) -> None:
-        """Become the run that ``found`` was saved by; the model has its adapters already."""
-        saved = found.state
-        self.starts_elsewhere = found.foreign
-        lines = [*found.lines, *load_tensors(found.path, saved, self.learner, found.branches)]
-        if self.ema is not None:
-            self.ema.load_state_dict(saved["ema"] or merged_state_dict(self.model))
-        self.stopwatch.load_state_dict(saved["stopwatch"])
-        self.saves.done(self.state.num_updates)
-        _set_random_states(saved["random"], self.config["seed"] + self.state.num_updates)
-        for line in lines:
-            self.log.line(line)
-        self.log.line(
-            f"resumed from {found.path}: {self.state.phase} phase, update {self.state.num_updates}"
-        )
-        if distributed.world_size() > 1 and not is_sharded(self.model):
-            same = distributed.agreed_checksum(trained_tensors(self.model))
-            self.log.line(distributed.agreement_line(same))
-
 
 def recipe_of(
     phase: Phase, recipes: Mapping[Phase, Recipe], policy: SwitchPolicy, state: TrainState
@@ -225,11 +178,3 @@ def probe_images(data: Data, device: torch.device) -> Tensor:
     """The first images of the validation split on ``device``."""
     images, _ = next(iter(data.val))
     return images[:PROBE_IMAGES].to(device)
-
-
-def _set_random_states(states: list[dict[str, Any]], seed: int) -> None:
-    """This rank's generators as they were; those of a rank that was not there start anew."""
-    if distributed.rank() < len(states):
-        set_random_states(states[distributed.rank()])
-    else:
-        random_seed(seed, distributed.rank())

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from switchlora.errors import Interrupted, LoaderDied, RankLost
 from switchlora.process import distributed, ended_worker
 from switchlora.run.run import Run
+from switchlora.run.snapshot import state_of
 from switchlora.storage import checkpoint, retention
 from switchlora.sweep import is_job
 
@@ -22,7 +23,7 @@ def save(run: Run) -> None:
         return
     state, folder = run.state, run.log.folder
     with run.stopwatch.paused():
-        checkpoint.write(folder, state.num_updates, run.state_dict(), run.learner)
+        checkpoint.write(folder, state.num_updates, state_of(run), run.learner)
         run.saves.done(state.num_updates)
         distributed.from_primary(
             lambda: retention.prune(folder, run.saves.keep, state.best_update)
@@ -31,7 +32,7 @@ def save(run: Run) -> None:
 
 def save_elsewhere(run: Run, folder: Path, place: int) -> None:
     """Write a checkpoint into ``folder``, whose log has ``place`` bytes up to this update."""
-    state = {**run.state_dict(), "log": {"bytes": place, "wandb_id": None}}
+    state = {**state_of(run), "log": {"bytes": place, "wandb_id": None}}
     checkpoint.write(folder, run.state.num_updates, state, run.learner)
 
 

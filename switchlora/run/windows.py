@@ -14,7 +14,6 @@ from switchlora.run.saving import save, save_elsewhere
 from switchlora.run.state import Phase
 from switchlora.run.transitions import (
     begin_segment,
-    end_joint_phase,
     given_up,
     restart_adapter,
     try_growing,
@@ -24,13 +23,15 @@ from switchlora.run.transitions import (
 from switchlora.storage import measurement_metrics, window_metrics
 
 
-def after_update(run: Run) -> None:
-    """End the joint phase, or a window of updates, where it is time."""
-    state = run.state
-    if state.joint_until is not None and state.num_updates >= state.joint_until:
-        end_joint_phase(run)
-    if run.monitor.due(state.num_updates):
-        end_window(run)
+def joint_phase_over(run: Run) -> bool:
+    """Whether weights and factors have trained together for as long as they should."""
+    until = run.state.joint_until
+    return until is not None and run.state.num_updates >= until
+
+
+def window_complete(run: Run) -> bool:
+    """Whether the monitor has seen as many updates as a window has."""
+    return run.monitor.due(run.state.num_updates)
 
 
 def end_window(run: Run) -> None:

@@ -32,6 +32,12 @@ class Record:
         """Whether it came to its end."""
         return self.summary is not None and self.summary["status"] == "finished"
 
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """The summary of a run that has ended."""
+        assert self.summary is not None
+        return self.summary
+
     def events(self, event: str | None = None) -> Iterator[dict[str, Any]]:
         """Events in order, those named ``event`` or all; without a last line that is torn.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from itertools import product
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -34,10 +35,15 @@ PAGE_COLORS = {
     **dict.fromkeys(("#000000", "#111111", "#555555"), "currentColor"),
     "#ffffff": "var(--card)",
 }
-SVG_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "switchlora", "font.size": 10}
+SVG_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "switchlora", "font.size": 10}
 MARGINS = {"left": 0.13, "right": 0.97, "bottom": 0.21, "top": 0.95}
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-MARKER = {"zorder": 5, "markersize": 6, "markeredgecolor": "#ffffff", "markeredgewidth": 0.8}
+MARKER: dict[str, Any] = {
+    "zorder": 5,
+    "markersize": 6,
+    "markeredgecolor": "#ffffff",
+    "markeredgewidth": 0.8,
+}
 MARKERS = {"switch": "o", "stage": "o", "settle": "D", "grow": "^", "take_back": "X"}
 """by kind of change; restarts have none"""
 
@@ -47,8 +53,8 @@ class Curve:
     """One run's values over its optimizer updates, drawn in the style of its ``group``."""
 
     group: int
-    updates: Sequence[float]
-    values: Sequence[float]
+    updates: Sequence[float] | np.ndarray
+    values: Sequence[float] | np.ndarray
     changes: Sequence[Change] = ()
 
     def thinned(self) -> "Curve":

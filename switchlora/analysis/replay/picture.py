@@ -108,5 +108,10 @@ def _outcome(answer: Any) -> str:
 
 
 def _sample(axis: Axes, face: str, label: str) -> Any:
-    style = {"linestyle": "none", "marker": "o", "color": GREY, "markerfacecolor": face}
+    style: dict[str, Any] = {
+        "linestyle": "none",
+        "marker": "o",
+        "color": GREY,
+        "markerfacecolor": face,
+    }
     return axis.plot([], [], label=label, **style)[0]

@@ -135,13 +135,13 @@ def machine_and_task(record: Record) -> dict[str, Any]:
     keys = shaping(record.config)
     task = {k: v for k, v in keys.items() if k.startswith(("data.", "model.")) or k in LENGTH}
     parallel = record.config["system"]["parallel"]
-    torch = record.summary["environment"].get("versions", {}).get("torch")
+    torch = record.result["environment"].get("versions", {}).get("torch")
     return {**task, "system.parallel": parallel, "torch": torch, **machine(record)}
 
 
 def machine(record: Record) -> dict[str, Any]:
     """Device, threads of a process and number of processes."""
-    where = record.summary["environment"]
+    where = record.result["environment"]
     return {"world_size": 1, **{key: where[key] for key in MACHINE if key in where}}
 
 
@@ -211,10 +211,11 @@ def against(
 
     def read(record: Record) -> float | None:
         found = [theirs(reference) for reference in references.get(record.folder, ())]
+        told = [number for number in found if number is not None]
         value = mine(record)
-        if value is None or not found or None in found or not fmean(found):
+        if value is None or not told or len(told) < len(found) or not fmean(told):
             return None
-        return combine(value, fmean(found))
+        return combine(value, fmean(told))
 
     return read
 

@@ -66,8 +66,8 @@ def make_cell(column: Column, records: Sequence[Record]) -> Cell | None:
     values = tuple(v for record in records if (v := column.read(record)) is not None)
     if not values:
         return None
-    alone = len(records) == 1 and column.quartiles is not None
-    return Cell(values, column.quartiles(records[0]) if alone else None)
+    read = column.quartiles if len(records) == 1 else None
+    return Cell(values, None if read is None else read(records[0]))
 
 
 def run_columns() -> list[Column]:
@@ -110,17 +110,17 @@ PHASE_COLUMNS = (
 
 def switch_update(record: Record) -> float | None:
     """The update after which the run switched."""
-    return record.summary["switch"]["num_updates"]
+    return record.result["switch"]["num_updates"]
 
 
 def val_top1(record: Record) -> float | None:
     """Top1 of the last validation, in %."""
-    return record.summary["val"].get("top1")
+    return record.result["val"].get("top1")
 
 
 def test_top1(record: Record) -> float | None:
     """Top1 on the test split, in %."""
-    return (record.summary["test"] or {}).get("top1")
+    return (record.result["test"] or {}).get("top1")
 
 
 def validations(record: Record) -> list[tuple[int, float]]:
@@ -147,10 +147,9 @@ def recovery(record: Record) -> float | None:
 
     0 if the first one does; NOT_RECOVERED if none does; None without validations on both sides.
     """
-    before = top1_at_switch(record)
-    if before is None or top1_after_switch(record) is None:
+    before, switch = top1_at_switch(record), switch_update(record)
+    if before is None or switch is None or top1_after_switch(record) is None:
         return None
-    switch = switch_update(record)
     after = [(n, top1) for n, top1 in validations(record) if n > switch]
     if after[0][1] >= before:
         return 0
@@ -161,7 +160,7 @@ def of_phase(phase: str, key: str, scale: float = 1) -> Read:
     """Reads a number of one phase from the summary, times ``scale``."""
 
     def read(record: Record) -> float | None:
-        found = record.summary["phases"].get(phase, {})
+        found = record.result["phases"].get(phase, {})
         counts = found.get("num_updates") or key == "trainable_parameters"
         value = found.get(key) if counts else None
         return None if value is None else scale * value
@@ -176,8 +175,8 @@ def of_last_phase(key: str) -> Read:
 
 def segments(record: Record) -> list[Mapping[str, Any]]:
     """What lay between the run's transitions; its phases where it does not tell."""
-    phases = record.summary["phases"].items()
-    return record.summary.get("segments") or [{"phase": name, **found} for name, found in phases]
+    phases = record.result["phases"].items()
+    return record.result.get("segments") or [{"phase": name, **found} for name, found in phases]
 
 
 def last_segment(record: Record) -> Mapping[str, Any]:
@@ -194,7 +193,7 @@ def quartiles_of(phase: str) -> Callable[[Record], tuple[float, float] | None]:
     """Reads the quartiles of images/s over the updates of one phase."""
 
     def read(record: Record) -> tuple[float, float] | None:
-        found = record.summary["phases"].get(phase, {}).get("images_per_second_quartiles")
+        found = record.result["phases"].get(phase, {}).get("images_per_second_quartiles")
         return found and tuple(found)
 
     return read
@@ -207,20 +206,21 @@ def trainable(record: Record) -> float | None:
 
 def trainable_share(record: Record) -> float | None:
     """``trainable`` in % of the parameters of the model without adapters."""
-    whole = record.summary["switch"].get("parameters")
+    whole = record.result["switch"].get("parameters")
     if whole is None:
         whole = of_phase("full", "trainable_parameters")(record)
-    return 100 * trainable(record) / whole if whole and trainable(record) is not None else None
+    part = trainable(record)
+    return 100 * part / whole if whole and part is not None else None
 
 
 def phases_made(record: Record) -> dict[str, Mapping[str, Any]]:
     """What the summary says of each phase in which updates were made."""
-    return {k: phase for k, phase in record.summary["phases"].items() if phase["num_updates"]}
+    return {k: phase for k, phase in record.result["phases"].items() if phase["num_updates"]}
 
 
 def cost_flops(record: Record) -> float | None:
     """FLOPs of all updates; None where a phase does not tell."""
-    told = record.summary.get("cost", {}).get("train_flops")
+    told = record.result.get("cost", {}).get("train_flops")
     return told or _sum(
         phase.get("flops_per_update") and phase["flops_per_update"] * phase["num_updates"]
         for phase in phases_made(record).values()
@@ -241,4 +241,5 @@ def mean_epoch_seconds(record: Record) -> float | None:
 
 def _sum(parts: Iterable[float | None]) -> float | None:
     values = list(parts)
-    return sum(values) if values and None not in values else None
+    told = [value for value in values if value is not None]
+    return sum(told) if told and len(told) == len(values) else None

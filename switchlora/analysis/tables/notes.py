@@ -57,7 +57,7 @@ def reused_notes(rows: Sequence[Row]) -> list[str]:
     """Which rows' full phases were taken from another run, and how many of their updates."""
     notes = []
     for row in rows:
-        trunks = [record.summary.get("trunk") for record in row.records]
+        trunks = [record.result.get("trunk") for record in row.records]
         reused = [trunk["reused_updates"] if trunk else 0 for trunk in trunks]
         if any(reused):
             told = ", ".join(f"{n:,}" for n in reused)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,9 +21,9 @@ MARKER = 6.0  # points
 DISTANCES = (6, 14, 24, 36, 50, 66, 84, 104)  # points from a point to its name
 ANGLES = (0, 180, 90, 270, 45, 135, 315, 225)  # degrees
 MOST_NAMES = 8
-ON_FRONT = {"marker": "o", "linestyle": "", "color": BLUE, "markersize": MARKER}
-BEATEN = {**ON_FRONT, "marker": "s", "color": GREY, "markerfacecolor": "white"}
-STEPS = {"color": BLUE, "linewidth": 1, "linestyle": (0, (1, 1.5)), "zorder": 1}
+ON_FRONT: dict[str, Any] = {"marker": "o", "linestyle": "", "color": BLUE, "markersize": MARKER}
+BEATEN: dict[str, Any] = {**ON_FRONT, "marker": "s", "color": GREY, "markerfacecolor": "white"}
+STEPS: dict[str, Any] = {"color": BLUE, "linewidth": 1, "linestyle": (0, (1, 1.5)), "zorder": 1}
 AWAY = 12  # points from which on a line leads to the name
 Point = tuple[float, float]
 
@@ -130,6 +131,7 @@ def place_names(
     A thin line leads to names that are far from their points.
     """
     figure = axes.figure
+    assert isinstance(figure, Figure)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     ink = [ends for row in rows for ends in _spread(row)]
@@ -140,9 +142,9 @@ def place_names(
     for row, name in zip(rows, names, strict=True):
         point = _point(row)
         note = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8)
-        size = note.get_window_extent().size
+        size = np.asarray(note.get_window_extent().size)
         offset, box = _free_place(axes, axes.transData.transform(point), size, taken)
-        note.set_position(offset)
+        note.set_position(tuple(offset))
         note.set(ha="center", va="center")
         taken.append(box)
         _lead(axes, point, box)

@@ -40,7 +40,7 @@ class Row:
     @property
     def never_switched(self) -> bool:
         """Whether all of its runs have trained in full to their end."""
-        return not any(record.summary["switch"]["fired"] for record in self.records)  # type: ignore[index]
+        return not any(record.result["switch"]["fired"] for record in self.records)
 
 
 @dataclass(frozen=True)

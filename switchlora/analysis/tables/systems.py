@@ -73,17 +73,17 @@ def held(part: str) -> Read:
 def switch_epoch(record: Record) -> float | None:
     """The epoch of the first switch, also of one that was taken back later."""
     found = (change["epoch"] for change in transitions(record) if change["kind"] in SWITCHES)
-    return next(found, record.summary["switch"].get("epoch"))
+    return next(found, record.result["switch"].get("epoch"))
 
 
 def changes(record: Record) -> float | None:
     """How often the trained tensors changed; None where the run does not tell."""
-    return len(transitions(record)) if "transitions" in record.summary else None
+    return len(transitions(record)) if "transitions" in record.result else None
 
 
 def transitions(record: Record) -> Sequence[Mapping[str, Any]]:
     """What changed the trained tensors, in order."""
-    return record.summary.get("transitions", ())
+    return record.result.get("transitions", ())
 
 
 def switch_notes(rows: Sequence[Row]) -> list[str]:
@@ -114,7 +114,7 @@ def _taken_back(record: Record) -> bool:
 
 
 def _switch(record: Record) -> Mapping[str, Any]:
-    return record.summary["switch"]  # type: ignore[index]
+    return record.result["switch"]
 
 
 def _ratio(references: References, read: Read) -> Read:

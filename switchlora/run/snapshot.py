@@ -1,0 +1,83 @@
+"""A run as plain values and tensors: what a checkpoint holds, and how a run goes on from it.
+
+``state_of`` and ``restore`` mirror each other. ``restore_parts`` comes before the learner is
+built: the model needs its adapters, the monitor its window.
+"""
+
+from typing import Any
+
+from timm.utils import random_seed
+from torch import nn
+
+from switchlora.adapters import adapter_layout, inject_empty, merged_state_dict, train_only
+from switchlora.learner import is_sharded
+from switchlora.monitor import UpdateMonitor
+from switchlora.process import distributed
+from switchlora.run.run import Run
+from switchlora.run.state import TrainState
+from switchlora.storage import (
+    Found,
+    learner_state,
+    load_tensors,
+    random_states,
+    set_random_states,
+)
+from switchlora.switching import trained_tensors
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """Return what makes the run go on exactly, with the learner's tensors. All ranks call it."""
+    return {
+        "config": run.config,
+        "train": run.state.state_dict(),
+        "adapters": adapter_layout(run.model),
+        "start": run.learner.start,
+        "monitor": run.monitor.state_dict(),
+        "ema": run.ema and run.ema.state_dict(),
+        "stopwatch": run.stopwatch.state_dict(),
+        "log": run.log.position(),
+        "random": distributed.gather(random_states()),
+        **learner_state(run.learner),
+    }
+
+
+def restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor) -> TrainState:
+    """Return the saved counters; give ``model`` its adapters and flags, ``monitor`` its window."""
+    state = TrainState()
+    if found is None:
+        return state
+    state.load_state_dict(found.state["train"])
+    if found.branches:
+        state.branched_from = str(found.path)
+    inject_empty(model, found.state["adapters"])
+    train_only(model, set(found.state["trained"]), factors=())  # factors are among the names
+    monitor.load_state_dict(found.state["monitor"])
+    return state
+
+
+def restore(run: Run, found: Found) -> None:
+    """Give the run the tensors, times and generators of ``found``; tell where it goes on."""
+    saved = found.state
+    run.starts_elsewhere = found.foreign
+    lines = [*found.lines, *load_tensors(found.path, saved, run.learner, found.branches)]
+    if run.ema is not None:
+        run.ema.load_state_dict(saved["ema"] or merged_state_dict(run.model))
+    run.stopwatch.load_state_dict(saved["stopwatch"])
+    run.saves.done(run.state.num_updates)
+    _set_random_states(saved["random"], run.config["seed"] + run.state.num_updates)
+    for line in lines:
+        run.log.line(line)
+    run.log.line(
+        f"resumed from {found.path}: {run.state.phase} phase, update {run.state.num_updates}"
+    )
+    if distributed.world_size() > 1 and not is_sharded(run.model):
+        same = distributed.agreed_checksum(trained_tensors(run.model))
+        run.log.line(distributed.agreement_line(same))
+
+
+def _set_random_states(states: list[dict[str, Any]], seed: int) -> None:
+    """Set this rank's generators as they were; start those anew of a rank that was not there."""
+    if distributed.rank() < len(states):
+        set_random_states(states[distributed.rank()])
+    else:
+        random_seed(seed, distributed.rank())
