@@ -65,8 +65,8 @@ def draw_ends(
     look: dict[str, Any] = {
         "markersize": 5,
         "markerfacecolor": "none",
-        "markevery": [],
-    }  # the legend alone has it
+        "markevery": [],  # the legend alone has a marker
+    }
     axis.plot(ends, law(ends), label=told, **look, **style)
 
 

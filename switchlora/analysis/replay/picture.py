@@ -108,10 +108,6 @@ def _outcome(answer: Any) -> str:
 
 
 def _sample(axis: Axes, face: str, label: str) -> Any:
-    style: dict[str, Any] = {
-        "linestyle": "none",
-        "marker": "o",
-        "color": GREY,
-        "markerfacecolor": face,
-    }
-    return axis.plot([], [], label=label, **style)[0]
+    return axis.plot(
+        [], [], linestyle="none", marker="o", color=GREY, markerfacecolor=face, label=label
+    )[0]
