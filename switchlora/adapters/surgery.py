@@ -17,7 +17,6 @@ from switchlora.adapters.linear import (
 )
 from switchlora.adapters.product import Adapter
 from switchlora.adapters.targets import Target
-from switchlora.adapters.trainable import _kept_in, _of_all_slices
 
 
 def inject(
@@ -160,3 +159,24 @@ def plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     for name, module in adapted_modules(model).items():
         shapes[f"{name}.weight"] = (module.out_features, module.in_features)
     return shapes
+
+
+def _kept_in(module: AdaptedLinear) -> torch.dtype:
+    """The dtype of the residual weight, of the factors where there is none."""
+    return next(module.parameters()).dtype if module.weight is None else module.weight.dtype
+
+
+def _of_all_slices(
+    linear: nn.Linear, rows: Mapping[str, slice], new: Mapping[str, Adapter]
+) -> tuple[dict[str, Adapter], list[str]]:
+    """Adapters of all slices of ``rows``, ``new`` or old or empty, and the names of dense ones."""
+    old: dict[str, Adapter] = {}
+    if isinstance(linear, AdaptedLinear):
+        old = {n: a for n, a in linear.adapters().items() if n not in linear.dense_rows()}
+    known = {**old, **new}
+    dense = [part for part in rows if part not in known]
+    zeros = next(iter(new.values())).A.new_zeros
+    for part in dense:
+        size = rows[part].stop - rows[part].start
+        known[part] = Adapter(zeros(0, linear.in_features), zeros(size, 0), rows[part], 1.0)
+    return {part: known[part] for part in rows}, dense

@@ -6,8 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from switchlora.adapters.linear import FACTORS, AdaptedLinear, adapted_modules, is_factor
-from switchlora.adapters.product import Adapter
+from switchlora.adapters.linear import FACTORS, adapted_modules, is_factor
 from switchlora.adapters.targets import Target
 from switchlora.models import eval_mode
 from switchlora.names import matching
@@ -82,11 +81,6 @@ def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def _kept_in(module: AdaptedLinear) -> torch.dtype:
-    """The dtype of the residual weight, of the factors where there is none."""
-    return next(module.parameters()).dtype if module.weight is None else module.weight.dtype
-
-
 def plain_parameters(model: nn.Module) -> int:
     """Number of parameters of the plain model, which adapters neither add to nor take from."""
     factors = sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
@@ -98,19 +92,3 @@ def plain_parameters(model: nn.Module) -> int:
 def training_flags(model: nn.Module) -> dict[str, bool]:
     """Which parameters train, by name."""
     return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-
-
-def _of_all_slices(
-    linear: nn.Linear, rows: Mapping[str, slice], new: Mapping[str, Adapter]
-) -> tuple[dict[str, Adapter], list[str]]:
-    """Adapters of all slices of ``rows``, ``new`` or old or empty, and the names of dense ones."""
-    old: dict[str, Adapter] = {}
-    if isinstance(linear, AdaptedLinear):
-        old = {n: a for n, a in linear.adapters().items() if n not in linear.dense_rows()}
-    known = {**old, **new}
-    dense = [part for part in rows if part not in known]
-    zeros = next(iter(new.values())).A.new_zeros
-    for part in dense:
-        size = rows[part].stop - rows[part].start
-        known[part] = Adapter(zeros(0, linear.in_features), zeros(size, 0), rows[part], 1.0)
-    return {part: known[part] for part in rows}, dense

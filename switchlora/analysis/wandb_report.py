@@ -56,7 +56,7 @@ def main() -> None:
             options.out.write_text(json.dumps(spec_of(report), indent=2) + "\n")
             print(options.out)
     except (ValueError, OSError) as error:
-        sys.exit(f"wandb_report: {error}")
+        sys.exit(f"wandb-report: {error}")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

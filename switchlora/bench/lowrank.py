@@ -38,7 +38,7 @@ def main() -> None:
         for ratio in options.ratios:
             check_share("--ratios", ratio)
     except ValueError as error:
-        sys.exit(f"lowrank_speed: {error}")
+        sys.exit(f"switchlora-bench lowrank: {error}")
     record = measure(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")

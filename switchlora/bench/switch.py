@@ -51,7 +51,7 @@ def main() -> None:
         cell = Cell(options.model, options.precision, options.rank, options.batch)
         record = measure(cell, options.updates, options.window)
     except ValueError as error:
-        sys.exit(f"bench_switch: {error}")
+        sys.exit(f"switchlora-bench switch: {error}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("a") as file:
         file.write(json.dumps(record) + "\n")

@@ -49,7 +49,7 @@ def main() -> None:
         check_range("--rounds", options.rounds, 1)
         record = measure(one_of_each(find_records(options.runs)), options.rounds)
     except USER_ERRORS as error:
-        sys.exit(f"systems_speed: {one_line(error)}")
+        sys.exit(f"switchlora-bench systems: {one_line(error)}")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
     text = page(record)

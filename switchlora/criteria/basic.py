@@ -146,7 +146,8 @@ def by_layer(history: Sequence[Measurement]) -> dict[str, list[LayerStats]]:
     return {name: [m.layers[name] for m in history] for name in history[-1].layers}
 
 
-def _relative_changes(values: Sequence[float]) -> list[float]:
+def relative_changes(values: Sequence[float]) -> list[float]:
+    """Return the change from each value to the next, in % of the earlier one."""
     return [
         0.0 if max(abs(a), abs(b)) < 1e-12 else 100 * abs(b - a) / max(abs(a), 1e-12)
         for a, b in zip(values, values[1:], strict=False)

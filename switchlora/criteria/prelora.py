@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from switchlora.criteria.basic import LOSS, Verdict, _relative_changes, by_layer, too_short
+from switchlora.criteria.basic import LOSS, Verdict, by_layer, relative_changes, too_short
 from switchlora.errors import check_choice, check_range
 from switchlora.monitor import LayerStats, Measurement
 from switchlora.names import family
@@ -51,7 +51,7 @@ class PreLoRA:
         recent = history[-self.windows :]
         changes = {name: self._changes(stats) for name, stats in by_layer(recent).items()}
         families = _family_means(self._entries(changes))
-        loss = max(_relative_changes([m.train_loss for m in recent]))
+        loss = max(relative_changes([m.train_loss for m in recent]))
         margins = {name: self.tau - max(d) for name, d in changes.items()}
         margins[LOSS] = self.zeta - loss
         worst, change = max(families.items(), key=lambda item: item[1])
@@ -81,7 +81,7 @@ class PreLoRA:
 
     def _changes(self, stats: Sequence[LayerStats]) -> list[float]:
         if self.signal == "weight_norm":
-            return _relative_changes([s.weight_norm for s in stats])
+            return relative_changes([s.weight_norm for s in stats])
         pairs = zip(stats, stats[1:], strict=False)
         return [100 * new.update_norm / max(old.weight_norm, 1e-12) for old, new in pairs]
 

@@ -1,6 +1,7 @@
 """How the program ends early: one line for a user's mistake or a fault, a traceback for a bug."""
 
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -62,6 +63,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
         return one_line(error.__cause__)
     message = str(error)
+    if unknown := re.search(r"Error locating target '(switchlora\.[\w.]+)'", message):
+        message = (
+            f"this version of switchlora has no {unknown[1]}: the configuration is another's; "
+            "make the run anew"
+        )
     if isinstance(error, InterpolationKeyError):
         message = (
             f"{error.full_key}: {message.splitlines()[0]}; choose groups that go together, "

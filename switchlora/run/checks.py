@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,8 @@ from switchlora.run.state import Phase
 from switchlora.switching import WHOLE, check_start, choose_ranks
 
 
-def _check_config(config: DictConfig) -> None:
+def check_config(config: DictConfig) -> None:
+    """Raise ValueError for a number out of its range, or settings that fight each other."""
     for key, least in {"epochs": 1, "seed": 0, "max_skipped": 0, "log.every": 1}.items():
         check_whole(config, key, least)
     if config.max_updates is not None:
@@ -35,34 +35,47 @@ def _check_config(config: DictConfig) -> None:
             raise ValueError("ema does not go with system.parallel=fsdp: its copy is not sharded")
 
 
-def _check_switch(
+def rehearse_switch(
     model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor, parallel: str
 ) -> None:
+    """Ask criterion, ranks and start once, before the first update, for what they would refuse.
+
+    ValueError where they cannot work together. A policy that fires at the start must have ranks
+    and factors without a measurement; any other may say that it has measured nothing yet.
+    """
     if policy.criterion is never:
         return
     if parallel == "fsdp":
         _refuse_what_shards_cannot(policy)
-    bases = 1.0 if monitor.bases else None
-    still = LayerStats(1.0, 0.0, 1.0, 0.0, math.nan, basis_stability=bases)
-    once = [Measurement(0, 0.0, math.nan, dict.fromkeys(monitor.targets, still))]
+    once = [_invented_measurement(monitor)]
     policy.criterion(once)
     if policy.guard is not None and policy.guard.criterion is not None:
         policy.guard.criterion(once)
     check_criterion(policy)
     check_factors_alone(model, policy, monitor)
-    with nullcontext() if policy.decide([]).fires else suppress(NothingMeasured):
+    try:
         choose_ranks(model, policy, monitor, [])
         name, update = next(iter(monitor.updates().items()))
         check_start(policy, name, policy.init(monitor.targets[name].weight(model), update, 1))
+    except NothingMeasured:
+        if policy.decide([]).fires:
+            raise
 
 
-def _check_recipes(
+def _invented_measurement(monitor: UpdateMonitor) -> Measurement:
+    bases = 1.0 if monitor.bases else None
+    still = LayerStats(1.0, 0.0, 1.0, 0.0, math.nan, basis_stability=bases)
+    return Measurement(0, 0.0, math.nan, dict.fromkeys(monitor.targets, still))
+
+
+def check_recipes(
     recipes: Mapping[Phase, Recipe],
     model: nn.Module,
     policy: SwitchPolicy,
     updates_per_epoch: int,
     sharded: bool,
 ) -> None:
+    """Raise ValueError for recipes that do not go with the policy, the model or with shards."""
     if sharded:
         for each in recipes.values():
             check_goes_with_fsdp(each)

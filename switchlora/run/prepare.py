@@ -16,7 +16,7 @@ from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_lear
 from switchlora.models import load_weights
 from switchlora.monitor import UpdateMonitor
 from switchlora.process import Interruption, distributed
-from switchlora.run.checks import _check_config, _check_recipes, _check_switch
+from switchlora.run.checks import check_config, check_recipes, rehearse_switch
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import restore, restore_parts
 from switchlora.run.state import Phase
@@ -36,7 +36,7 @@ from switchlora.sweep import Trunk, give_back, trunk_key
 def prepare(config: DictConfig, folder: Path, interruption: Interruption | None = None) -> Run:
     """Build data, model, policy, recipes and learner; check what can be checked; resume."""
     plain, interruption = as_plain(config), interruption or Interruption()
-    _check_config(config)
+    check_config(config)
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
@@ -55,8 +55,8 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     check_targets_are_called(model, targets.values(), probe_images(data, _device_of(model)))
     _device(config.monitor.device)
     monitor = UpdateMonitor(model, targets, **{**config.monitor, "window": window})
-    _check_switch(model, policy, monitor, config.system.parallel)
-    _check_recipes(recipes, model, policy, len(data.train), sharded)
+    rehearse_switch(model, policy, monitor, config.system.parallel)
+    check_recipes(recipes, model, policy, len(data.train), sharded)
     saves = SaveSchedule(**config.checkpoint)
     ema = WeightEMA(model, config.ema) if config.ema else None
     trunk = _trunk(config, plain, data, device, found)

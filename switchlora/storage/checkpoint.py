@@ -22,11 +22,11 @@ from switchlora.adapters import inject_empty
 from switchlora.errors import CheckpointUnusable
 from switchlora.learner import Learner, is_sharded, moments_of
 from switchlora.process import distributed
-from switchlora.storage.retention import FOLDER, _free_name, remove_unfinished
-from switchlora.storage.tensors import _load_sharded, _write_sharded
+from switchlora.storage.retention import FOLDER, free_name, remove_unfinished
+from switchlora.storage.tensors import TENSORS, load_sharded, write_sharded
 
-FORMAT = 4
-STATE, SUMS, TENSORS = "state.pt", "SHA256SUMS", "tensors"
+FORMAT = 5
+STATE, SUMS = "state.pt", "SHA256SUMS"
 
 
 def write(folder: Path, num_updates: int, state: Mapping[str, Any], learner: Learner) -> Path:
@@ -49,7 +49,7 @@ def write(folder: Path, num_updates: int, state: Mapping[str, Any], learner: Lea
     }
     if is_sharded(learner.model):
         try:
-            tensors = _write_sharded(part / TENSORS, tensors)
+            tensors = write_sharded(part / TENSORS, tensors)
         except CheckpointException as error:  # no Exception, and many lines long
             shutil.rmtree(part, ignore_errors=True)
             reason = next(iter(error.failures.values()))[0]
@@ -67,7 +67,7 @@ def _finish_writing(part: Path, state: Mapping[str, Any], num_updates: int) -> P
         (part / SUMS).write_text("".join(lines))
         for path in (*files, part / SUMS, *{path.parent for path in files}):
             _sync(path)
-        target = _free_name(part.parent, num_updates)
+        target = free_name(part.parent, num_updates)
         part.rename(target)
         _sync(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save hides the system's error in its own
@@ -126,7 +126,7 @@ def load_model(path: Path) -> nn.Module:
     inject_empty(model, state["adapters"])
     weights = state["weights"]
     if weights is None:
-        weights, _ = _load_sharded(path / TENSORS, {}, model, only="weights")
+        weights, _ = load_sharded(path / TENSORS, {}, model, only="weights")
     model.load_state_dict(weights)
     return model.eval()
 

@@ -19,7 +19,7 @@ def as_record(
     event: str, num_updates: int, epoch: float, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One event as it stands on a line of ``metrics.jsonl``."""
-    return _plain({"event": event, "num_updates": num_updates, "epoch": epoch, **metrics})
+    return plain_values({"event": event, "num_updates": num_updates, "epoch": epoch, **metrics})
 
 
 def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
@@ -31,11 +31,12 @@ def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, An
                 yield record
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """Return what JSON can hold: lists for tuples, None for numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain_values(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain_values(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -97,7 +97,8 @@ def _remove(path: Path) -> None:
     shutil.rmtree(unfinished)
 
 
-def _free_name(place: Path, num_updates: int) -> Path:
+def free_name(place: Path, num_updates: int) -> Path:
+    """Return the name of the next checkpoint of an update: ``.1`` and so on if there is one."""
     name = f"update-{num_updates:08d}"
     taken = [_order(path)[1] for path in place.glob(f"{name}*")]
     return place / (f"{name}.{max(taken) + 1}" if taken else name)

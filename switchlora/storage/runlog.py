@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from switchlora.process import is_primary, together
-from switchlora.storage.events import METRICS, _plain, as_record, read_events
+from switchlora.storage.events import METRICS, as_record, plain_values, read_events
 
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
@@ -145,7 +145,7 @@ class RunLog:
         """Values of the whole run: ``summary.json``, whole or not at all, and W&B's summary."""
         if not self._talks:
             return
-        text = json.dumps(_plain(values), indent=2, allow_nan=False)
+        text = json.dumps(plain_values(values), indent=2, allow_nan=False)
         part = self.folder / f".{SUMMARY}"
         with part.open("w") as file:
             file.write(text + "\n")
@@ -153,7 +153,7 @@ class RunLog:
             os.fsync(file.fileno())
         part.replace(self.folder / SUMMARY)
         if self._wandb is not None:
-            self._wandb.summary.update(_plain(values))
+            self._wandb.summary.update(plain_values(values))
 
     def _to_wandb(self, step: int, record: Mapping[str, Any]) -> None:
         if self._wandb is None or step < self._first_step:

@@ -17,7 +17,7 @@ from switchlora.adapters import plain_shapes
 from switchlora.learner import Learner, load_moments
 from switchlora.process import distributed
 
-STATE, SUMS, TENSORS = "state.pt", "SHA256SUMS", "tensors"
+TENSORS = "tensors"
 
 
 def load_tensors(
@@ -30,7 +30,7 @@ def load_tensors(
     """
     weights, moments = state["weights"], state["moments"]
     if weights is None:
-        weights, moments = _load_sharded(path / TENSORS, moments, learner.model)
+        weights, moments = load_sharded(path / TENSORS, moments, learner.model)
     with torch.no_grad():
         for name, tensor in learner.model.state_dict().items():
             tensor.copy_(distributed.like(weights[name], tensor))
@@ -87,7 +87,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _write_sharded(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def write_sharded(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Write all tensors with torch.distributed.checkpoint; return the values that are none."""
     flat = {f"weights/{name}": tensor for name, tensor in tensors["weights"].items()}
     plain: dict[str, dict[str, Any]] = {}
@@ -101,7 +101,7 @@ def _write_sharded(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {"weights": None, "moments": plain}
 
 
-def _load_sharded(
+def load_sharded(
     folder: Path, plain: Mapping[str, Mapping[str, Any]], model: nn.Module, only: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """Weights and moments (``only`` one of them), each rank its part of a sharded ``model``."""

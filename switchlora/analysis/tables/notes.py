@@ -22,7 +22,7 @@ SWITCHING = (
 TIMES = (
     "Images/s and seconds of an epoch are medians over updates, without evaluation and the first "
     f"{WARMUP_UPDATES} updates of a phase and after a resume (WARMUP_UPDATES in "
-    "switchlora/throughput.py)."
+    "switchlora/learner/stopwatch.py)."
 )
 RATIOS = (
     "Peak memory: allocated on a GPU, resident on a CPU. Their ratios: "

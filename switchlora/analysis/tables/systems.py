@@ -32,7 +32,7 @@ SYSTEMS = (
 STEP = (
     "Step ratio: median time of an update in the last phase, over the baseline's, without "
     f"evaluation and the first {WARMUP_UPDATES} updates of a phase and after a resume "
-    "(WARMUP_UPDATES in switchlora/throughput.py); below 1 it is faster."
+    "(WARMUP_UPDATES in switchlora/learner/stopwatch.py); below 1 it is faster."
 )
 SWITCHES = ("switch", "stage")
 
