@@ -60,4 +60,4 @@ def test_each_method_makes_updates_of_its_last_phase_and_its_run_stays_as_it_is(
 
 def test_without_full_training_there_is_nothing_to_compare_with(runs, tmp_path, monkeypatch):
     said = timed(monkeypatch, tmp_path, runs / "low_rank_32")
-    assert said.startswith("systems_speed: no finished run of method=full")
+    assert said.startswith("switchlora-bench systems: no finished run of method=full")

@@ -93,5 +93,5 @@ def test_publishing_needs_an_owner_and_a_login_and_says_so_in_one_line(
     for name, value in (("HOME", tmp_path), ("NETRC", tmp_path / "none"), ("WANDB_API_KEY", "")):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(sys, "argv", ["x", str(sweep), "--publish", "--entity", "nobody"])
-    with pytest.raises(SystemExit, match=r"^wandb_report: W&B refused the report: .*$"):
+    with pytest.raises(SystemExit, match=r"^wandb-report: W&B refused the report: .*$"):
         main()
