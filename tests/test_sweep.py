@@ -104,7 +104,7 @@ def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("searched")
     words = ("+launch=joblib", "+search=optuna", "hydra.sweeper.n_trials=2")
     words += ("hydra.sweeper.n_jobs=2", "switch.criterion.epoch=interval(0.3, 1.7)")
-    words += ("log.wandb.mode=offline", f"hydra.sweep.dir={folder}")
+    words += (f"hydra.sweep.dir={folder}",)
     command = [sys.executable, "-m", "switchlora", "-m", *JOBS, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -119,7 +119,6 @@ def test_jobs_at_the_same_time_write_their_output_to_files(searched):
     for record in records:
         wandb = record.config["log"]["wandb"]
         assert wandb["name"] == record.folder.name and wandb["group"] == f"run-{searched.name}"
-        assert len(list(record.folder.glob("wandb/offline-run-*"))) == 1
         assert "finished; everything is in" in (record.folder / "output.log").read_text()
         updates = [event["num_updates"] for event in record.events("train")]
         assert updates == list(range(1, 21)), "whole, whoever computed the full phase"

@@ -175,9 +175,7 @@ def test_other_images_have_a_trunk_of_their_own():
 
 def test_changed_code_has_a_trunk_of_its_own(tmp_path, monkeypatch):
     module = tmp_path / "my_data.py"
-    module.write_text(
-        "from switchlora.datasets import Digits\n\n\nclass Mine(Digits):\n    pass\n"
-    )
+    module.write_text("from switchlora.data import Digits\n\n\nclass Mine(Digits):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     words = ("data.train._target_=my_data.Mine", "data.test._target_=my_data.Mine")
     before = key_of(*words)

@@ -49,10 +49,15 @@ call(commands.bench, "lowrank", *small)
 for name in ("update", "switch", "systems"):
     call(commands.bench, name, "--help")
 """
-LEFT = ("tables/tables.md", "page.html", "lowrank/speed.md")
+LEFT = ("tables/table.md", "page.html", "lowrank/speed.md")
 SAID = (
-    *("0.2", "is neither dense nor low-rank", "usage: command update", "usage: command switch"),
-    *("usage: command systems", "bit-equal"),
+    *(
+        "0.2",
+        "is neither dense nor low-rank",
+        "usage: switchlora-bench update",
+        "usage: command switch",
+    ),
+    *("usage: switchlora-bench systems", "bit-equal"),
 )
 
 
