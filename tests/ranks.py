@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import switchlora.run.transitions
 import switchlora.switching.changes
 from conf_yamls import composed
 from runs import SHORT
@@ -74,8 +75,12 @@ def break_the_first_switch():
 
 
 def run_and_look(folder, *overrides):
-    """Make a run in ``folder`` and leave what this group of ranks found in ``ranks.json``."""
+    """Make a run in ``folder`` and leave what this group of ranks found in ``ranks.json``.
+
+    No seconds are predicted, since that would take some.
+    """
     distributed.join()
+    switchlora.run.transitions.predicted_update = lambda run: None
     run = prepare(composed(*SHORT, *overrides), Path(folder))
     with run.log:
         fit(run)

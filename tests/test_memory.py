@@ -48,7 +48,8 @@ LOSS = nn.CrossEntropyLoss()
 def finished(request, tmp_path_factory):
     """Folder, summary and words of a run with two updates in each phase."""
     folder = tmp_path_factory.mktemp("run")
-    with redirect_stdout(StringIO()) as said:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
+        patch.setattr("switchlora.run.transitions.predicted_update", lambda run: None)
         summary = make_run(folder, *EARLY, *KINDS[request.param], "max_updates=4")
     return folder, summary, said.getvalue()
 
