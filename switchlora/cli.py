@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from switchlora import __version__
 from switchlora.config import folder_of
 from switchlora.errors import Interrupted
 from switchlora.process import distributed, exit_with_one_line
@@ -52,6 +53,9 @@ def main() -> None:
 
     With SWITCHLORA_TRACEBACK=1 in the environment the whole traceback is shown.
     """
+    if "--version" in sys.argv[1:]:
+        print(f"switchlora {__version__}")
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
     follow_parent()
     try:

@@ -1,4 +1,4 @@
-"""The configuration: where it lies, what it builds, which of its keys shape a run."""
+"""The configuration: where its files are, how it is built, which of its keys shape a run."""
 
 import hashlib
 import json
@@ -27,18 +27,21 @@ DIGITS = 10
 
 
 def shaping(config: Config) -> dict[str, Any]:
-    """The dotted keys of ``config`` that shape results, with their values."""
+    """Return the dotted keys of ``config`` that shape results, with their values."""
     return {key: value for key, value in leaves(config) if not is_free(key)}
 
 
 def identity(keys: Mapping[str, Any]) -> str:
-    """A short name of dotted keys with plain values: the same for the same, in any order."""
+    """Return a short name of dotted keys with plain values.
+
+    Equal keys and values give the same name, in any order.
+    """
     text = json.dumps(keys, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Keys that shape results and differ, as 'key: old there, new here'."""
+    """Return the keys that shape results and differ, as 'key: old there, new here'."""
     before, after = shaping(old), shaping(new)
     return [
         f"{key}: {before.get(key)} there, {after.get(key)} here"
@@ -48,7 +51,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in nested mappings; lists are values."""
+    """Yield the dotted key and the value of everything in nested mappings; lists are values."""
     if isinstance(config, Mapping):
         for key, value in config.items():
             yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
@@ -57,7 +60,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def is_free(key: str) -> bool:
-    """Whether a dotted key changes no result: where data lies is free too."""
+    """Return whether a dotted key changes no result; the place of the data is free too."""
     return key.split(".")[0] in FREE or key.endswith("root")
 
 
@@ -65,12 +68,12 @@ build = partial(instantiate, _convert_="all")
 
 
 def as_plain(config: DictConfig) -> dict[str, Any]:
-    """A config as plain dicts and lists, interpolations resolved."""
+    """Return a config as plain dicts and lists, with interpolations resolved."""
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def check_whole(config: DictConfig, key: str, least: int) -> None:
-    """ValueError unless ``key`` holds a whole number of at least ``least``."""
+    """Raise ValueError unless ``key`` holds a whole number of at least ``least``."""
     value = OmegaConf.select(config, key)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{key} is {value!r}: give a whole number of at least {least}")

@@ -1,4 +1,4 @@
-"""What a user reads when something is wrong: one line, with the nearest right name."""
+"""Errors that a user reads as one line, and checks that name the right values."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ class NothingMeasured(ValueError):
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; what was computed so far is kept and the message says why."""
+    """Training cannot go on. Results so far are kept; the message says why it stopped."""
 
 
 class SwitchFailed(RuntimeError):
@@ -21,7 +21,7 @@ class CheckpointUnusable(ValueError):
 
 
 class JobFailed(RuntimeError):
-    """A job of a multirun failed; the message says which and why."""
+    """A job of a multirun failed; the message says which job and why."""
 
 
 class JobInterrupted(JobFailed):
@@ -33,7 +33,7 @@ class LoaderDied(RuntimeError):
 
 
 class OtherRankFailed(RuntimeError):
-    """Another process of the run raised; its own message says why."""
+    """Another process of the run raised an error, whose own message says why."""
 
 
 class RankLost(RuntimeError):
@@ -45,7 +45,10 @@ class RanksDisagree(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop; what was done is saved. No error, so nothing catches it."""
+    """A signal asked the run to stop; its progress is saved.
+
+    It is a BaseException, so ``except Exception`` does not catch it.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -53,26 +56,26 @@ class Interrupted(BaseException):
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """ValueError unless ``value`` is one of ``choices``."""
+    """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} is '{value}': choose one of {', '.join(choices)}")
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """ValueError unless ``low`` <= ``value`` <= ``high``."""
+    """Raise ValueError unless ``low`` <= ``value`` <= ``high``."""
     if not low <= value <= high:
         bounds = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
         raise ValueError(f"{name} is {value:g}: give {bounds}")
 
 
 def check_share(name: str, value: float) -> None:
-    """ValueError unless 0 < ``value`` <= 1."""
+    """Raise ValueError unless 0 < ``value`` <= 1."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} is {value:g}: give a share above 0, at most 1")
 
 
 def check_patterns(name: str, patterns: Sequence[str]) -> None:
-    """ValueError unless ``patterns`` is a list of regular expressions."""
+    """Raise ValueError unless ``patterns`` is a list of regular expressions."""
     if isinstance(patterns, str):
         raise ValueError(f"{name} is '{patterns}': give a list, [{patterns}]")
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""The names of modules: families, patterns that match them, names that resemble each other."""
+"""Names of modules: their families, patterns that match them, names that resemble each other."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -6,7 +6,10 @@ from difflib import get_close_matches
 
 
 def family(name: str) -> str:
-    """What a target's name shares with its siblings: 'blocks.3.attn.qkv' -> 'attn.qkv'."""
+    """Return the part of a target's name that its siblings share.
+
+    Siblings of other blocks differ in a number: 'blocks.3.attn.qkv' -> 'attn.qkv'.
+    """
     return re.split(r"(?:^|\.)\d+\.", name)[-1]
 
 
@@ -17,9 +20,10 @@ def matching(
     kind: str,
     match: Callable[[str, str], re.Match | None],
 ) -> list[str]:
-    """Those of ``names`` that ``match`` one of ``patterns``, in their order.
+    """Return those of ``names`` that ``match`` one of ``patterns``, in their order.
 
-    ValueError for a pattern without a match; it calls patterns ``what`` and names ``kind``.
+    ValueError for a pattern without a match. Its message calls a pattern ``what`` and a name
+    ``kind``.
     """
     names = list(names)
     matched = set()
@@ -33,7 +37,10 @@ def matching(
 
 
 def near(name: str, candidates: Iterable[str]) -> str:
-    """A hint with up to five of ``candidates`` that resemble ``name``; all of a short list."""
+    """Return a hint with up to five of ``candidates`` that resemble ``name``.
+
+    Five or fewer candidates are all listed.
+    """
     names = sorted(set(candidates))
     close = names if len(names) <= 5 else get_close_matches(name, names, n=5, cutoff=0.4)
     return f"near names: {', '.join(close)}" if close else "no near name"

@@ -1,4 +1,4 @@
-"""What a weight becomes: adapted linears, the targets among a model's, and what trains."""
+"""Choose target modules, put adapters on them, and choose the parameters that train."""
 
 from switchlora.adapters.factorized import (
     KINDS as KINDS,

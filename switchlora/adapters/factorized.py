@@ -1,4 +1,4 @@
-"""Linear layers that are a product of two factors, with no residual weight beside them."""
+"""Linear layers whose weight is a product of two factors, without a residual weight."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,9 @@ from switchlora.adapters.product import Adapter
 class LowRankLinear(LoRALinear):
     """y = s B (A x) + b: r (in + out) weights instead of in out.
 
-    As in Pufferfish (Wang et al., arXiv 2103.03936), Cuttlefish (Wang et al., arXiv 2305.02538)
-    and the low-rank feed-forward layers of Wei et al. (arXiv 2407.09835). ``weight`` is None, so
-    a state dict has the factors alone.
+    It is used in Pufferfish (Wang et al., arXiv 2103.03936), in Cuttlefish (Wang et al., arXiv
+    2305.02538) and in the low-rank feed-forward layers of Wei et al. (arXiv 2407.09835).
+    ``weight`` is None, so a state dict has the factors alone.
     """
 
     kind = "factorized"
@@ -29,29 +29,31 @@ class LowRankLinear(LoRALinear):
         self.weight = None  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map inputs (..., in) to outputs (..., out)."""
         return _low_rank(self, input, self.scaling * self.lora_A)
 
     def merged(self) -> Tensor:
-        """s B A (out, in): summed in float64, rounded once to the factors' dtype."""
+        """Return s B A (out, in): summed in float64, rounded once to the factors' dtype."""
         return _product(self).to(self.lora_B.dtype)
 
 
 class GuidedLinear(LoRALinear):
     """o = a W x + (1 - a) s B (A x) + b, where W trains too and a falls from 1 to 0.
 
-    Self-guided training (Wei et al., arXiv 2406.16450). W starts at s B A, so that every a gives
-    the same function then. ``mix`` is a, the same for all layers: see ``set_mix``. In training, a
-    ``stochastic`` layer evaluates W x only with probability a, drawn for each update; where it
-    does not, o = s B (A x) + b, and W gets a zero gradient: DDP would wait for one for ever.
+    Self-guided training (Wei et al., arXiv 2406.16450). W starts at s B A, so at the start every a
+    gives the same function. ``mix`` is a, the same for all layers: see ``set_mix``.
+
+    A ``stochastic`` layer in training evaluates W x only with probability a. Each update draws
+    anew whether it does. An update without W x computes o = s B (A x) + b and gives W a gradient
+    of zeros, since DDP would wait for a missing one for ever.
     """
 
     kind = "guided"
     mix = 1.0
     draw = 0.0
-    """uniform in [0, 1): a stochastic layer evaluates W x where it is below ``mix``"""
+    """a number in [0, 1): a stochastic layer evaluates W x if it is below ``mix``"""
     tokens = 0
-    """of the last forward pass"""
+    """number of tokens in the last forward pass"""
 
     def __init__(
         self, bias: nn.Parameter | None, adapter: Adapter, stochastic: bool = False
@@ -62,7 +64,7 @@ class GuidedLinear(LoRALinear):
         self.stochastic = stochastic
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map inputs (..., in) to outputs (..., out)."""
         self.tokens = input.shape[:-1].numel()
         A = self.scaling * self.lora_A
         if self.skips_dense():
@@ -72,22 +74,22 @@ class GuidedLinear(LoRALinear):
         )
 
     def skips_dense(self) -> bool:
-        """Whether W x is left out: in a stochastic layer's training, by the draw."""
+        """Return whether W x is left out: only by the draw of a stochastic layer in training."""
         return self.training and self.stochastic and self.draw >= self.mix
 
     def merged(self) -> Tensor:
-        """a W + (1 - a) s B A (out, in): summed in float64, rounded once to W's dtype."""
+        """Return a W + (1 - a) s B A (out, in): summed in float64, rounded once to W's dtype."""
         return torch.lerp(_product(self), self.weight.detach().double(), self.mix).to(self.weight)
 
     def settings(self) -> dict[str, Any]:
-        """Kind and attributes, with a, which the merged weight depends on."""
+        """Return the kind and the attributes, with a, since the merged weight depends on it."""
         return {**super().settings(), "stochastic": self.stochastic, "mix": self.mix}
 
 
 def factorized_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> LowRankLinear:
-    """The product s B A in the place of ``linear``: its weight is dropped, its bias shared.
+    """Return the product s B A in the place of ``linear``, without its weight.
 
-    ValueError where ``adapters`` are of row slices.
+    The bias is shared with ``linear``. ValueError if ``adapters`` are of row slices.
     """
     return LowRankLinear(linear.bias, _only(adapters)).train(linear.training)
 
@@ -95,30 +97,34 @@ def factorized_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> Low
 def guided_linear(
     linear: nn.Linear, adapters: Mapping[str, Adapter], stochastic: bool = False
 ) -> GuidedLinear:
-    """The product s B A in the place of ``linear``, guided by a dense W that starts there too.
+    """Return the product s B A in the place of ``linear``, guided by a dense W.
 
-    The bias is shared. ValueError where ``adapters`` are of row slices.
+    W starts at s B A too. The bias is shared with ``linear``. ValueError if ``adapters`` are of
+    row slices.
     """
     return GuidedLinear(linear.bias, _only(adapters), stochastic).train(linear.training)
 
 
 def settled(module: GuidedLinear) -> LowRankLinear:
-    """``module`` without its W; the factors and the bias are the same parameters."""
+    """Return ``module`` without its W; the factors and the bias are the same parameters."""
     alone = LowRankLinear(module.bias, module.adapters()[""])
     alone.lora_A, alone.lora_B, alone.dropout = module.lora_A, module.lora_B, module.dropout
     return alone.train(module.training)
 
 
 def cosine_mix(done: float) -> float:
-    """a = (1 + cos(pi t)) / 2 at the share t of the guided updates that are done (2406.16450)."""
+    """Return a = (1 + cos(pi t)) / 2, where t is the share of guided updates that are done.
+
+    The schedule is that of arXiv 2406.16450.
+    """
     return (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
 
 
 def set_mix(model: nn.Module, mix: float, num_updates: int) -> None:
-    """Set a of all guided layers for an update, and the draws of the stochastic ones.
+    """Set a of all guided layers for one update, and the draws of the stochastic ones.
 
-    A draw depends on the update and on the place of the layer only: all ranks, and a run that
-    was resumed, make the same.
+    A draw depends only on the update and on the layer's place in the model. So all ranks draw the
+    same, and a resumed run does too.
     """
     layers = [module for module in model.modules() if isinstance(module, GuidedLinear)]
     draws = np.random.default_rng(num_updates).random(len(layers))
@@ -127,9 +133,9 @@ def set_mix(model: nn.Module, mix: float, num_updates: int) -> None:
 
 
 def skipped_flops(model: nn.Module) -> int:
-    """FLOPs that the last forward and backward pass saved where W x was left out.
+    """Return the FLOPs that the last forward and backward pass saved by leaving out W x.
 
-    Of T tokens the dense product costs 2 T in out forward and twice that backward.
+    For T tokens the dense product costs 2 T in out FLOPs forward and twice that backward.
     """
     skipping = (m for m in model.modules() if isinstance(m, GuidedLinear) and m.skips_dense())
     return sum(6 * m.tokens * m.in_features * m.out_features for m in skipping)
@@ -149,7 +155,11 @@ def rebuilt(
     dense: Sequence[str] = (),
     **attributes: Any,
 ) -> AdaptedLinear:
-    """The adapted module whose ``settings()`` are the other arguments."""
+    """Return the module of this ``kind`` with ``adapters`` on ``linear``.
+
+    ``kind``, ``dense`` and ``attributes`` are what ``settings()`` of the earlier module gave.
+    ``dense`` names the dense row slices. ``attributes`` are set on the module.
+    """
     module = KINDS[kind](linear, adapters)
     if dense:
         cast(SlicedLoRALinear, module).make_dense(dense)
@@ -159,14 +169,14 @@ def rebuilt(
 
 
 def _low_rank(module: LoRALinear, input: Tensor, A: Tensor) -> Tensor:
-    """B (A drop(x)) + b; A has the scaling in it."""
+    """Return B (A drop(x)) + b; A already contains the scaling."""
     dropped = F.dropout(input, module.dropout, module.training)
     return F.linear(F.linear(dropped, A), module.lora_B, module.bias)
 
 
 @torch.no_grad()
 def _product(module: LoRALinear) -> Tensor:
-    """s B A (out, in) in float64."""
+    """Return s B A (out, in) in float64."""
     return module.scaling * (module.lora_B.double() @ module.lora_A.double())
 
 

@@ -22,7 +22,10 @@ from switchlora.adapters.product import (
 
 
 class Factors(NamedTuple):
-    """An adapter's factors: A (r, in) and B (out, r), float32; the adapter is scaling * B A."""
+    """The two factors of an adapter: A (r, in) and B (out, r), float32.
+
+    The adapter is scaling * B A.
+    """
 
     A: Tensor
     B: Tensor
@@ -30,20 +33,26 @@ class Factors(NamedTuple):
 
 FACTORS = ("A", "B")
 REFORMED_FROM = 8192
-"""tokens from which an effective weight is formed again in the backward pass: that costs about
-r / T of a product, and keeping it the memory of the weight"""
+"""number of tokens from which the backward pass forms the effective weight again, instead of
+keeping it; forming it costs about r / T of one product of T tokens, and keeping it costs the
+memory of the weight"""
 
 
 class AdaptedLinear(nn.Linear):
-    """y = W_res x + b + s B A x (Hu et al., arXiv 2106.09685), W_res frozen or not.
+    """y = W_res x + b + s B A x (Hu et al., arXiv 2106.09685).
 
-    ``weight`` and ``bias`` stay where ``nn.Linear`` has them, so the names in state dicts,
-    optimizers and curves survive the switch. Subclasses say where the factors are. ``form`` is
-    'merged' or 'split', None leaves it to ``cheaper_form``. With ``recompute_gelu``, inputs that
-    come from a gelu are made again in the backward pass instead of kept. Where ``weight`` trains,
-    as in the joint phase, it gets its gradient. ``dropout`` is the share of the adapter's inputs
-    that training zeroes. A weight that trains and dropout use autograd's own products, where
-    ``form`` and ``recompute_gelu`` have no effect.
+    W_res is usually frozen; in the joint phase it trains and gets a gradient. ``weight`` and
+    ``bias`` stay where ``nn.Linear`` has them, so their names in state dicts, optimizers and
+    curves survive the switch. Subclasses say where the factors are.
+
+    - ``form`` says how the product is computed: 'merged' or 'split'. With None, ``cheaper_form``
+      decides.
+    - ``recompute_gelu`` saves memory. Inputs that come from a gelu are computed again in the
+      backward pass instead of kept.
+    - ``dropout`` is the share of the adapter's inputs that training zeroes.
+
+    With dropout, or with a weight that trains, autograd makes the products. ``form`` and
+    ``recompute_gelu`` have no effect then.
     """
 
     kind = "lora"
@@ -58,19 +67,19 @@ class AdaptedLinear(nn.Linear):
         self.bias = bias  # type: ignore[assignment]
 
     def adapters(self) -> dict[str, Adapter]:
-        """The adapters by the name of their row slice, in the order of the rows."""
+        """Return the adapters by the name of their row slice, in the order of the rows."""
         raise NotImplementedError
 
     def dense_rows(self) -> dict[str, nn.Parameter]:
-        """Weights of the row slices without an adapter that train in full, by name."""
+        """Return the weights of the dense row slices by name: no adapter, they train in full."""
         return {}
 
     def residual(self) -> Tensor:
-        """What the adapters add to (out, in): W_res, and the weights of dense rows."""
+        """Return what the adapters add to (out, in): W_res, with the rows of dense slices."""
         return self.weight
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map inputs (..., in) to outputs (..., out)."""
         adapters = list(self.adapters().values())
         if self.dropout and self.training:
             return dropped_forward(input, self.residual(), self.bias, adapters, self.dropout)
@@ -92,11 +101,14 @@ class AdaptedLinear(nn.Linear):
         return AdaptedProduct.apply(input, self.weight, self.bias, kept, source, how, *factors)
 
     def merged(self) -> Tensor:
-        """The effective weight W_res + s B A (out, in): summed in float64, rounded once."""
+        """Return the effective weight W_res + s B A (out, in): summed in float64, rounded once."""
         return add_adapters(self.residual().detach(), self.adapters())
 
     def settings(self) -> dict[str, Any]:
-        """Kind and attributes, besides weights and ranks, that ``lowrank.rebuilt`` needs."""
+        """Return the kind and the attributes that ``factorized.rebuilt`` needs.
+
+        Weights and ranks are not among them.
+        """
         return {"kind": self.kind, "dropout": self.dropout}
 
     @torch.no_grad()
@@ -111,7 +123,7 @@ class AdaptedLinear(nn.Linear):
         return self._kept[form, dtype]
 
     def extra_repr(self) -> str:
-        """Shapes and ranks."""
+        """Return the shapes and the ranks, for ``repr``."""
         ranks = {name: len(adapter.A) for name, adapter in self.adapters().items()}
         return f"{super().extra_repr()}, ranks={ranks}"
 
@@ -125,7 +137,7 @@ class LoRALinear(AdaptedLinear):
         self.lora_A, self.lora_B = nn.Parameter(adapter.A), nn.Parameter(adapter.B)
 
     def adapters(self) -> dict[str, Adapter]:
-        """The adapter under the name '', which stands for all rows."""
+        """Return the one adapter, under the name '', which stands for all rows."""
         rows = slice(0, self.out_features)
         return {"": Adapter(self.lora_A, self.lora_B, rows, self.scaling)}
 
@@ -133,10 +145,13 @@ class LoRALinear(AdaptedLinear):
 class SlicedLoRALinear(AdaptedLinear):
     """A fused linear, such as qkv, with one adapter for each of its row slices.
 
-    The slices cover all rows in order; a slice of rank 0 is frozen without an adapter.
-    ``lora_A.q`` is (r_q, in), ``lora_B.q`` (rows of q, r_q), and so on: the cost is that of the
-    separate low-rank products, never of a block-diagonal B. A slice that is to switch later is
-    dense: its rows are not in ``weight``, they are the parameter ``dense.q`` (rows of q, in).
+    The slices cover all rows in order. Their factors are ``lora_A.q`` (r_q, in), ``lora_B.q``
+    (rows of q, r_q), and so on. The cost is that of the separate low-rank products, never that of
+    a block-diagonal B. A slice of rank 0 has no adapter and is one of these:
+
+    - frozen: its rows are part of ``weight``.
+    - dense, because it is to switch later: its rows train as the parameter ``dense.q`` (rows of q,
+      in) and are not part of ``weight``.
     """
 
     def __init__(
@@ -155,21 +170,24 @@ class SlicedLoRALinear(AdaptedLinear):
 
     @torch.no_grad()
     def make_dense(self, parts: Sequence[str]) -> None:
-        """Let the rows of these slices, whose adapters have rank 0, train in full."""
+        """Let the rows of these slices train in full; their adapters must have rank 0."""
         rows = {name: self.weight[adapter.rows] for name, adapter in self.adapters().items()}
         self.dense.update({part: nn.Parameter(rows.pop(part).clone()) for part in parts})
         self.weight = nn.Parameter(torch.cat(list(rows.values())), requires_grad=False)
 
     def settings(self) -> dict[str, Any]:
-        """Kind and attributes, with the names of the dense slices."""
+        """Return the kind and the attributes, with the names of the dense slices."""
         return {**super().settings(), "dense": list(self.dense)}
 
     def dense_rows(self) -> dict[str, nn.Parameter]:
-        """The slices that ``make_dense`` took out of ``weight``."""
+        """Return the slices that ``make_dense`` took out of ``weight``, by name."""
         return dict(self.dense.items())
 
     def residual(self) -> Tensor:
-        """Rows of ``weight`` and dense ones in their order (out, in); gradients pass."""
+        """Return ``weight`` and the dense slices as one matrix (out, in), in the order of rows.
+
+        Gradients flow through it to the parameters.
+        """
         dense = self.dense_rows()
         if not dense:
             return self.weight
@@ -180,7 +198,7 @@ class SlicedLoRALinear(AdaptedLinear):
         return torch.cat([own[n] if n in own else next(frozen).to(dtype) for n in self.lora_B])
 
     def adapters(self) -> dict[str, Adapter]:
-        """The adapter of each row slice by its name."""
+        """Return the adapter of each row slice by its name."""
         found, start = {}, 0
         for name, B in self.lora_B.items():
             rows = slice(start, start := start + len(B))
@@ -190,11 +208,13 @@ class SlicedLoRALinear(AdaptedLinear):
 
 @contextmanager
 def operands_kept(model: nn.Module) -> Iterator[None]:
-    """Within one update, effective weights are formed once and kept for the backward pass.
+    """Form each effective weight once inside, and keep it for the backward pass.
 
-    Factors must not change inside. Outside, and where a pass sees ``REFORMED_FROM`` tokens or
-    more, each forward and each backward pass forms its own and holds it no longer than a product
-    takes.
+    Use it around one update: factors must not change inside. Two cases form the weight in each
+    forward and each backward pass, and hold it only as long as a product takes:
+
+    - passes outside of this context,
+    - passes of ``REFORMED_FROM`` tokens or more.
     """
     modules = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     for module in modules:
@@ -207,9 +227,10 @@ def operands_kept(model: nn.Module) -> Iterator[None]:
 
 
 def adapted_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> AdaptedLinear:
-    """``linear`` with ``adapters`` on it: the same function, the bias shared, W left alone.
+    """Return a module with ``adapters`` that computes the same function as ``linear``.
 
-    W_res = W - s B A is a new tensor, so that undoing the switch is putting ``linear`` back.
+    The bias is shared with ``linear``, whose own weight is left alone: W_res = W - s B A is a new
+    tensor. To undo the switch, put ``linear`` back.
     """
     weight = add_adapters(linear.weight.detach(), adapters, sign=-1)
     if set(adapters) == {""}:
@@ -219,9 +240,9 @@ def adapted_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> Adapte
 
 @torch.no_grad()
 def add_adapters(weight: Tensor, adapters: Mapping[str, Adapter], sign: int = 1) -> Tensor:
-    """W + sign * s B A on the rows of each adapter: summed in float64, rounded once.
+    """Return W + sign * s B A, with each adapter added on its rows.
 
-    The result has the dtype of the factors where that is the finer one.
+    The sum is made in float64 and rounded once, to the finer dtype of ``weight`` and the factors.
     """
     total = weight.to(torch.float64, copy=True)
     dtype = weight.dtype
@@ -233,27 +254,30 @@ def add_adapters(weight: Tensor, adapters: Mapping[str, Adapter], sign: int = 1)
 
 
 def is_factor(parameter_name: str, which: Sequence[str] = FACTORS) -> bool:
-    """Whether a parameter name belongs to an adapter's factors, or to ``which`` of them."""
+    """Return whether this is the name of an adapter's factor, or of one of ``which``."""
     return any(f"lora_{factor}" in parameter_name for factor in which)
 
 
 def scaling_one(rank: int) -> float:
-    """s = 1: the factors alone carry the adapter's magnitude."""
+    """Return s = 1: the factors alone carry the adapter's magnitude."""
     return 1.0
 
 
 def alpha_over_rank(rank: int, alpha: float) -> float:
-    """s = alpha / r (Hu et al., arXiv 2106.09685)."""
+    """Return s = alpha / r (Hu et al., arXiv 2106.09685)."""
     return alpha / max(rank, 1)
 
 
 def rank_stabilised(rank: int, alpha: float) -> float:
-    """s = alpha / sqrt(r) (rsLoRA; Kalajdzievski, arXiv 2312.03732)."""
+    """Return s = alpha / sqrt(r) (rsLoRA; Kalajdzievski, arXiv 2312.03732)."""
     return alpha / max(rank, 1) ** 0.5
 
 
 def trained_adapters(model: nn.Module) -> list[Adapter]:
-    """The adapters of ``model`` whose factors, or B alone, train; row slices each by itself."""
+    """Return the adapters of ``model`` whose factors train; it is enough that B does.
+
+    Each row slice counts as an adapter of its own.
+    """
     adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     adapters = [adapter for module in adapted for adapter in module.adapters().values()]
     return [adapter for adapter in adapters if len(adapter.A) and adapter.B.requires_grad]
@@ -261,10 +285,11 @@ def trained_adapters(model: nn.Module) -> list[Adapter]:
 
 @torch.no_grad()
 def add_frobenius_decay(adapters: Iterable[Adapter], strength: float) -> None:
-    """Add the gradient of strength/2 ||s B A||_F^2 to those of the factors that have one.
+    """Add the gradient of strength/2 ||s B A||_F^2 to the factors' gradients.
 
-    g_A += strength s^2 (B^T B) A and g_B += strength s^2 B (A A^T): no product is of the size of
-    the weight. Cuttlefish's Frobenius decay (Wang et al., arXiv 2305.02538).
+    g_A += strength s^2 (B^T B) A and g_B += strength s^2 B (A A^T). No product here has the size
+    of the weight. Factors without a gradient are left out. This is Cuttlefish's Frobenius decay
+    (Wang et al., arXiv 2305.02538).
     """
     for A, B, _, scaling in adapters:
         factor = strength * scaling**2
@@ -275,5 +300,5 @@ def add_frobenius_decay(adapters: Iterable[Adapter], strength: float) -> None:
 
 
 def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The modules with adapters, by name."""
+    """Return the modules with adapters, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}

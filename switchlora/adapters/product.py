@@ -1,4 +1,4 @@
-"""The product X (W_res + s B A)^T + b: its two forms, its gradients, what it keeps."""
+"""The product X (W_res + s B A)^T + b: its two forms, its gradients, and what it keeps."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,21 +20,25 @@ class Adapter(NamedTuple):
 def cheaper_form(
     tokens: int, in_features: int, out_features: int, trains_A: bool = True, slices: int = 1
 ) -> str:
-    """'merged' or 'split', whichever costs less for ``tokens`` inputs; only shapes decide.
+    """Return the form that costs less for ``tokens`` inputs: 'merged' or 'split'.
 
-    Forming W_res + s B A takes r in out multiply-adds once; apart, the low-rank path adds
-    T r (n in + out) with n row slices, and T r out more where A is frozen, whose gradient would
-    need that product anyway. Bytes read and written compare in the same way, so r cancels out.
+    - 'merged' forms W_res + s B A, which takes r in out multiply-adds once.
+    - 'split' adds the low-rank path to the product with W_res. That takes T r (n in + out)
+      multiply-adds for T tokens and n row slices. If A is frozen it takes T r out more, for a
+      product that the gradient of a trained A needs in both forms.
+
+    r cancels out, so only shapes decide. Bytes read and written compare in the same way.
     """
     apart = slices * in_features + out_features * (1 if trains_A else 2)
     return "merged" if tokens * apart >= in_features * out_features else "split"
 
 
 def effective_weight(weight: Tensor, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
-    """W_res + s B A (out, in) in ``dtype``.
+    """Return W_res + s B A (out, in) in ``dtype``.
 
-    The sum is made in at least float32 and rounded once; where W_res has a lower precision
-    already, by the kernel of that precision, with rounded factors, as under autocast.
+    The sum is made in at least float32 and rounded once. The exception is a W_res that already has
+    a lower precision ``dtype``: there the kernel of that precision adds rounded factors, as under
+    autocast.
     """
     exact = dtype if weight.dtype == dtype else torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(exact, copy=True)
@@ -46,10 +50,12 @@ def effective_weight(weight: Tensor, adapters: Sequence[Adapter], dtype: torch.d
 def adapted_forward(
     inputs: Tensor, operand: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], form: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """Outputs (..., out) of X (..., in), and X A^T (T, r) of each adapter, for B's gradient.
+    """Return the outputs (..., out) of X (..., in), and X A^T (T, r) of each adapter.
 
-    ``operand`` is the effective weight in the merged form, W_res in the split one, where
-    s (X A^T) B^T is added in place.
+    X A^T is kept for B's gradient. ``operand`` (out, in) depends on ``form``:
+
+    - 'merged': the effective weight.
+    - 'split': W_res. s (X A^T) B^T is then added in place.
     """
     outputs = F.linear(inputs, operand, bias)
     flat = inputs.reshape(-1, inputs.shape[-1])
@@ -69,11 +75,12 @@ def adapted_backward(
     adapters: Sequence[Adapter],
     form: str,
 ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
-    """Gradients of X, of the bias and of the factors from that of the outputs, G (T, out).
+    """Return the gradients of X, of the bias and of the factors.
 
-    g_X = G (W_res + s B A), g_A = s (G B)^T X, g_B = s G^T (X A^T): no dense (out, in) product.
-    Without ``operand`` g_X is left out, without ``inputs`` g_A. The bias's gradient, the column
-    sums of G, comes out of the product that makes g_B: X A^T gets a column of ones.
+    They come from the gradient G (T, out) of the outputs, without a dense (out, in) product: g_X =
+    G (W_res + s B A), g_A = s (G B)^T X, g_B = s G^T (X A^T). Without ``operand`` there is no g_X,
+    and without ``inputs`` no g_A. The bias's gradient is the column sums of G. The product for g_B
+    yields it too, because X A^T gets a column of ones.
     """
     grad_input = None if operand is None else grad @ operand
     ones = grad.new_ones(len(grad), 1)
@@ -96,7 +103,7 @@ def adapted_backward(
 def joint_forward(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
 ) -> Tensor:
-    """X (W + s B A)^T + b by autograd, for the joint phase, where W trains too: (..., out).
+    """Return X (W + s B A)^T + b (..., out) by autograd, for the joint phase, where W trains too.
 
     The sum is made outside of autocast, so that W + s B A is rounded once. ``adapters`` cover all
     rows in order.
@@ -111,9 +118,10 @@ def joint_forward(
 def dropped_forward(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], p: float
 ) -> Tensor:
-    """X W_res^T + b + s drop(X) A^T B^T by autograd (..., out), in training (arXiv 2106.09685).
+    """Return X W_res^T + b + s drop(X) A^T B^T (..., out) by autograd, for training with dropout.
 
-    One mask, which zeroes a share ``p`` of the inputs, for all row slices. W_res may train.
+    One mask zeroes a share ``p`` of the inputs, for all row slices alike (arXiv 2106.09685). W_res
+    may train.
     """
     dropped = F.dropout(inputs, p)
     low = [a.scaling * F.linear(F.linear(dropped, a.A), a.B) for a in adapters]
@@ -122,22 +130,24 @@ def dropped_forward(
 
 
 class Product(NamedTuple):
-    """How an adapted product is made, besides its tensors."""
+    """How to compute a product with adapters, besides its tensors."""
 
     form: str
     layout: Sequence[tuple[slice, float]]
     """rows and scaling of each adapter"""
     gelu: str | None = None
-    """approximation of the gelu that made the inputs, where they are not kept"""
+    """approximation of the gelu that made the inputs; None if the inputs themselves are kept"""
 
 
 class AdaptedProduct(torch.autograd.Function):
     """X (W_res + s B A)^T + b with gradients for X, b and the factors only.
 
-    Merged, the effective weight is formed and used in one full-size product each way; split, the
-    low-rank path is added in place to the outputs and to the inputs' gradient. X is kept for the
-    backward pass only where A trains, the (T, r) projections always, and nothing twice: the
-    output of a gelu can be made again from ``source``, the input that gelu keeps for itself.
+    - Merged form: the effective weight is used in one full-size product each way.
+    - Split form: the low-rank path is added in place to the outputs, and to the gradient of X.
+
+    The backward pass needs the (T, r) projections, which are always kept. X is kept only if A
+    trains. Nothing is kept twice: the output of a gelu can be computed again from ``source``, the
+    input that gelu keeps for itself.
     """
 
     @staticmethod
@@ -151,10 +161,11 @@ class AdaptedProduct(torch.autograd.Function):
         how: Product,
         *factors: Tensor,
     ) -> Tensor:
-        """(..., in) -> (..., out); ``factors`` are A, B of each adapter of ``how``.
+        """Map inputs (..., in) to outputs (..., out).
 
-        ``kept`` is the operand when it was made before; it is then kept for the backward pass,
-        where it is made a second time otherwise.
+        ``factors`` are A, B of each adapter of ``how``. ``kept`` is the operand of
+        ``adapted_forward`` if it was made before. It is then kept for the backward pass; without
+        it the backward pass makes the operand a second time.
         """
         device, dtype = input.device.type, compute_dtype(input.device.type, factors)
         with torch.autocast(device, enabled=False):
@@ -173,7 +184,7 @@ class AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients in the order of the arguments of ``forward``; None for the frozen weight."""
+        """Return gradients in the order of ``forward``'s arguments; None for the frozen weight."""
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         inputs, operand, weight, *rest = ctx.saved_tensors
         form, layout, gelu = ctx.how
@@ -198,7 +209,10 @@ class AdaptedProduct(torch.autograd.Function):
 
 
 def gelu_input(outputs: Tensor) -> tuple[Tensor | None, str | None]:
-    """Z and the approximation where ``outputs`` = gelu(Z) comes fresh from a gelu, else None."""
+    """Return Z and gelu's approximation if ``outputs`` = gelu(Z) comes directly from a gelu.
+
+    Return (None, None) for any other tensor, and in compiled code.
+    """
     node = None if torch.compiler.is_compiling() else outputs.grad_fn
     if node is None or node.name() != "GeluBackward0":
         return None, None
@@ -206,7 +220,7 @@ def gelu_input(outputs: Tensor) -> tuple[Tensor | None, str | None]:
 
 
 def compute_dtype(device: str, factors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of the products: autocast's where it is on, the factors' otherwise."""
+    """Return the dtype of the products: autocast's if it is on, else the factors'."""
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return factors[0].dtype
@@ -215,7 +229,10 @@ def compute_dtype(device: str, factors: Sequence[Tensor]) -> torch.dtype:
 def operand_of(
     weight: Tensor, adapters: Sequence[Adapter], form: str, dtype: torch.dtype
 ) -> Tensor:
-    """What ``adapted_forward`` multiplies by (out, in): the effective weight or W_res."""
+    """Return the matrix (out, in) that ``adapted_forward`` multiplies by.
+
+    It is the effective weight in the merged form, W_res in the split form.
+    """
     return effective_weight(weight, adapters, dtype) if form == "merged" else weight.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Inject adapters, undo it, choose what trains, read merged weights."""
+"""Put adapters into a model, take them out again, read the merged weights."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -27,12 +27,15 @@ def inject(
     make: Callable[[nn.Linear, Mapping[str, Adapter]], AdaptedLinear] = adapted_linear,
     dropout: float = 0.0,
 ) -> dict[str, nn.Linear]:
-    """Put adapters on the targets that ``factors`` names; return the modules they replace.
+    """Put adapters on the targets that ``factors`` names; return the replaced modules by name.
 
-    ``make`` puts them on a plain linear, whose function most keep; a module that has adapters
-    already is merged first. Of a fused one, slices in ``targets`` that ``factors`` does not name
-    keep the factors that they have, or stay dense. A module whose rows are all to be of rank 0
-    stays an ``nn.Linear``. ``restore`` undoes it exactly.
+    ``restore`` undoes it exactly. ``make`` builds the new module from a plain linear and its
+    adapters; most kinds keep the function of that linear. A module that has adapters already is
+    merged first.
+
+    - Row slices of a fused linear that ``factors`` does not name keep the factors they have.
+      Without factors they stay dense.
+    - A plain linear whose rows would all get rank 0 stays an ``nn.Linear``.
     """
     chosen: dict[str, dict[str, Adapter]] = {}
     for name, (A, B) in factors.items():
@@ -56,7 +59,7 @@ def inject(
 
 
 def plain(module: nn.Linear) -> nn.Linear:
-    """``module`` if it has no adapters, else an ``nn.Linear`` with its effective weight.
+    """Return ``module`` if it has no adapters, else an ``nn.Linear`` with its effective weight.
 
     The bias is the same parameter.
     """
@@ -68,9 +71,10 @@ def plain(module: nn.Linear) -> nn.Linear:
 
 
 def merge(model: nn.Module) -> dict[str, nn.Linear]:
-    """Replace all adapted modules by plain linears of the same function; return what they were.
+    """Replace all modules with adapters by plain linears of the same function.
 
-    ``restore(model, merge(model))`` leaves every bit as it was.
+    Return the replaced modules by name: ``restore(model, merge(model))`` leaves every bit as it
+    was.
     """
     adapted: dict[str, nn.Linear] = {**adapted_modules(model)}
     for name, module in adapted.items():
@@ -79,7 +83,11 @@ def merge(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def adapter_layout(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What ``inject_empty`` needs, by module: rank and scaling by row slice, dtype, settings."""
+    """Return what ``inject_empty`` needs to build the adapters of ``model`` again, by module.
+
+    That is the rank and the scaling of each row slice, the dtype of the residual weight, and the
+    module's settings.
+    """
     return {
         name: {
             "dtype": str(_kept_in(module)).removeprefix("torch."),
@@ -94,7 +102,10 @@ def adapter_layout(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def inject_empty(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give a plain model the adapters of ``adapter_layout``, all zero: weights are loaded next."""
+    """Give a plain model the adapters that ``adapter_layout`` describes, with factors of zeros.
+
+    The caller loads the weights next.
+    """
     for name, kept in layout.items():
         linear = cast(nn.Linear, model.get_submodule(name))
         rows = linear.out_features // len(kept["parts"])
@@ -110,13 +121,13 @@ def inject_empty(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def round_residual(module: AdaptedLinear, dtype: torch.dtype) -> None:
-    """Keep the frozen weight of an adapted module, if it has one, in ``dtype``."""
+    """Convert the frozen weight of a module with adapters, if it has one, to ``dtype``."""
     if module.weight is not None:
         module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
 
 
 def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
-    """Put back the linears that ``inject`` replaced."""
+    """Put back the linears that ``inject`` or ``merge`` replaced."""
     for name, linear in linears.items():
         model.set_submodule(name, linear)
 
@@ -124,7 +135,7 @@ def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
 def applied_ranks(
     model: nn.Module, targets: Mapping[str, Target], names: Iterable[str]
 ) -> dict[str, int]:
-    """Rank of each named target as its factors in ``model`` have it; 0 without an adapter."""
+    """Return the rank of each named target in ``model``; 0 for a target without an adapter."""
     modules = adapted_modules(model)
     return {
         name: len(modules[target.module].adapters()[target.part].A)
@@ -135,16 +146,17 @@ def applied_ranks(
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the plain model: adapters merged in float64, rounded once, factors left out.
+    """Return the state dict of the plain model, with the adapters merged into the weights.
 
-    The tensors of everything else are shared with ``model``, which is not changed.
+    Sums are made in float64 and rounded once; factors are left out. All other tensors are shared
+    with ``model``, which is not changed.
     """
     merged = {n: m.merged() for n, m in adapted_modules(model).items()}
     return without_adapters(model) | {f"{n}.weight": weight for n, weight in merged.items()}
 
 
 def without_adapters(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the plain model as it is below the adapters: W_res in the place of W."""
+    """Return the state dict of the plain model without its adapters: W_res in the place of W."""
     adapted = adapted_modules(model)
     dense = {f"{name}.dense.{part}" for name, m in adapted.items() for part in m.dense_rows()}
     state = model.state_dict()
@@ -154,7 +166,7 @@ def without_adapters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the plain model's state dict, by name."""
+    """Return the shapes of the plain model's state dict, by name."""
     shapes = {n: tuple(t.shape) for n, t in without_adapters(model).items()}
     for name, module in adapted_modules(model).items():
         shapes[f"{name}.weight"] = (module.out_features, module.in_features)
@@ -162,14 +174,18 @@ def plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _kept_in(module: AdaptedLinear) -> torch.dtype:
-    """The dtype of the residual weight, of the factors where there is none."""
+    """Return the dtype of the residual weight, or of the factors if there is none."""
     return next(module.parameters()).dtype if module.weight is None else module.weight.dtype
 
 
 def _of_all_slices(
     linear: nn.Linear, rows: Mapping[str, slice], new: Mapping[str, Adapter]
 ) -> tuple[dict[str, Adapter], list[str]]:
-    """Adapters of all slices of ``rows``, ``new`` or old or empty, and the names of dense ones."""
+    """Return the adapters of all slices of ``rows``, and the names of the dense slices.
+
+    An adapter is the one of ``new``, else the one that ``linear`` has. A dense slice has neither
+    and gets an adapter of rank 0.
+    """
     old: dict[str, Adapter] = {}
     if isinstance(linear, AdaptedLinear):
         old = {n: a for n, a in linear.adapters().items() if n not in linear.dense_rows()}

@@ -1,4 +1,4 @@
-"""Targets: the linears, or row slices of fused ones, that are measured and get adapters."""
+"""Targets: the linears that are measured and get adapters, or row slices of fused linears."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -26,9 +26,9 @@ QKV = ("q", "k", "v")
 class Target:
     """A linear, or some rows of a fused one, that is measured and gets an adapter.
 
-    ``name`` is the module's name, with '.q', '.k' or '.v' behind it for a row slice. In a sharded
-    model, ``weight`` and ``grad`` are gathered: all ranks must ask for them. The weight of a
-    module with adapters is the effective one.
+    ``name`` is the module's name; a row slice has '.q', '.k' or '.v' appended. The weight of a
+    module with adapters is its effective weight. In a sharded model ``weight`` and ``grad`` are
+    gathered, so all ranks must ask for them.
     """
 
     name: str
@@ -37,7 +37,10 @@ class Target:
     part: str = ""
 
     def weight(self, model: nn.Module) -> Tensor:
-        """The target's weight in ``model``, detached (out, in); a view of one without adapters."""
+        """Return the target's weight (out, in) in ``model``, detached.
+
+        It is a view of the parameter where the target has no adapter.
+        """
         module = cast(nn.Linear, model.get_submodule(self.module))
         alone = self._dense_rows(model)
         if alone is not None:
@@ -47,7 +50,7 @@ class Target:
         return full(module.weight.detach())[self.rows]
 
     def grad(self, model: nn.Module) -> Tensor | None:
-        """The gradient of the target's weight (out, in), None where it has none."""
+        """Return the gradient of the target's weight (out, in), or None if it has none."""
         alone = self._dense_rows(model)
         if alone is not None:
             return alone.grad
@@ -56,17 +59,24 @@ class Target:
         return None if grad is None else full(grad)[self.rows]
 
     def is_dense(self, model: nn.Module) -> bool:
-        """Whether it has no adapter and is not frozen beside slices that have one."""
+        """Return whether the target is still a plain weight.
+
+        False for a target with an adapter. False also for a row slice without an adapter that is
+        frozen beside slices with adapters.
+        """
         module = model.get_submodule(self.module)
         return not isinstance(module, AdaptedLinear) or self._dense_rows(model) is not None
 
     def trains_in_full(self, model: nn.Module) -> bool:
-        """Whether its own rows train, beside no factors of theirs."""
+        """Return whether the target's own rows train, without factors."""
         parameter = self.parameter_name(model)
         return self.is_dense(model) and model.get_parameter(parameter).requires_grad
 
     def parameter_name(self, model: nn.Module) -> str:
-        """Name of the parameter with its rows, or with those of its residual weight."""
+        """Return the name of the parameter that holds the target's rows.
+
+        For a target with an adapter that is its residual weight.
+        """
         alone = self._dense_rows(model) is not None
         return f"{self.module}.dense.{self.part}" if alone else f"{self.module}.weight"
 
@@ -78,10 +88,10 @@ class Target:
 def find_targets(
     model: nn.Module, patterns: Sequence[str], split_qkv: bool = False
 ) -> dict[str, Target]:
-    """Targets by name: the linears whose name ends, at a dot, in a match of a pattern.
+    """Return the targets by name: linears whose name ends, after a dot, in a match of a pattern.
 
-    Patterns are regular expressions: ``attn.qkv`` finds ``blocks.3.attn.qkv``. With
-    ``split_qkv`` a fused qkv counts as three targets. ValueError for a pattern without a match.
+    Patterns are regular expressions: ``attn.qkv`` finds ``blocks.3.attn.qkv``. With ``split_qkv``
+    a fused qkv counts as three targets. ValueError for a pattern without a match.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     names = matching(patterns, linears, "target pattern", "linear layer", _match_ending)
@@ -93,10 +103,11 @@ def find_targets(
 
 @torch.no_grad()
 def check_targets_are_called(model: nn.Module, targets: Iterable[Target], images: Tensor) -> None:
-    """One forward pass of ``images``; ValueError where the model bypasses a target's forward.
+    """Make one forward pass of ``images``; ValueError if the model never calls a target's module.
 
     Some attention blocks (BEiT's fused bias, ``nn.MultiheadAttention``) read ``weight`` and never
-    call the linear, so an adapter on it would be dead.
+    call the linear. An adapter there would do nothing. ValueError also if the model cannot take
+    inputs of this shape.
     """
     modules, called = {target.module for target in targets}, set()
     hooks = [
@@ -125,7 +136,10 @@ def check_targets_are_called(model: nn.Module, targets: Iterable[Target], images
 
 @torch.no_grad()
 def call_order(model: nn.Module, inputs: Tensor) -> list[str]:
-    """Names of the modules with parameters of their own, in the order of their first calls."""
+    """Return the names of the modules that own parameters, in the order of their first calls.
+
+    The order comes from one forward pass of ``inputs``.
+    """
     names: dict[str, None] = {}
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: names.setdefault(name))

@@ -1,4 +1,4 @@
-"""What trains: the parameters that go on, the frozen ones, and their count."""
+"""Choose the parameters that train, freeze the others, and count both."""
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -13,9 +13,10 @@ from switchlora.names import matching
 
 
 def freeze_unused(model: nn.Module, images: Tensor) -> list[str]:
-    """Freeze the parameters that get no gradient from a backward pass of ``images``; their names.
+    """Freeze the parameters that get no gradient from a backward pass of ``images``.
 
-    One process leaves them where they are; several would wait for their gradients for ever.
+    Return their names. A single process would just never move them. With several processes DDP
+    would wait for their gradients for ever.
     """
     with torch.enable_grad(), eval_mode(model):
         model(images).sum().backward()
@@ -32,10 +33,15 @@ def frozen_outright(
     freeze: Sequence[str],
     known: Iterable[str] = (),
 ) -> tuple[set[str], set[str]]:
-    """Parameters and ``targets`` in whose names ``freeze``, regular expressions, are found.
+    """Return the parameters and the targets that the patterns ``freeze`` take out of training.
 
-    A target counts when its weight does, and the bias of a module whose targets all do. A pattern
-    that finds nothing, not even a name that is ``known`` besides, is a ValueError.
+    ``freeze`` holds regular expressions that are searched for in names.
+
+    - A target is frozen if its own name or the name of its weight is found.
+    - A bias is frozen if it is found, or if all targets of its module are frozen.
+
+    ``known`` holds further names that a pattern may find. ValueError for a pattern that finds
+    nothing.
     """
     parameters = [n for n, _ in model.named_parameters()]
     names = [*parameters, *targets, *known, *(f"{name}.weight" for name in known)]
@@ -49,10 +55,11 @@ def frozen_outright(
 def kept_parameters(
     model: nn.Module, frozen_modules: Iterable[str], keep: Sequence[str]
 ) -> dict[str, nn.Parameter]:
-    """Parameters besides the factors that train now and that ``keep`` lets go on, by name.
+    """Return the parameters that go on training beside the factors, by name.
 
-    ``keep`` holds regular expressions that are searched for in parameter names; one that finds
-    nothing is a ValueError. Weights of the ``frozen_modules`` are never among them.
+    They train now, and a regular expression of ``keep`` is found in their name. Factors and the
+    weights of the ``frozen_modules`` are never among them. ValueError for a pattern that finds
+    nothing.
     """
     frozen = {f"{name}.weight" for name in frozen_modules}
     others = {
@@ -77,12 +84,12 @@ def train_only(model: nn.Module, kept: Container[str], factors: Sequence[str] = 
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
-    """Number of parameters, or of those that train."""
+    """Return the number of parameters, or of those that train."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def plain_parameters(model: nn.Module) -> int:
-    """Number of parameters of the plain model, which adapters neither add to nor take from."""
+    """Return the number of parameters of the plain model, whether or not it has adapters now."""
     factors = sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
     dropped = [m for m in adapted_modules(model).values() if m.weight is None]
     kept = count_parameters(model) - factors
@@ -90,5 +97,5 @@ def plain_parameters(model: nn.Module) -> int:
 
 
 def training_flags(model: nn.Module) -> dict[str, bool]:
-    """Which parameters train, by name."""
+    """Return for each parameter, by name, whether it trains."""
     return {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""What goes in: images and text, batches that follow from a seed, loaders."""
+"""Read images and text, form batches that follow from a seed, and load them."""
 
 from switchlora.data.batches import (
     crop_and_flip as crop_and_flip,

@@ -1,8 +1,8 @@
-"""What one batch holds: its order, its decoding, its augmentation, each a function of a seed.
+"""Form one batch: its order, its decoding and its augmentation, each a function of a seed.
 
-The sampler hands every image of an epoch an integer of its own, its *draw*, and the augmentation
-of that image follows from its draw alone. So neither the number of workers, nor the number of
-processes, nor who drew random numbers before changes a batch.
+The sampler gives every image of an epoch an integer of its own, its *draw*. The augmentation of
+that image follows from its draw alone. So a batch does not depend on the number of workers, on the
+number of processes, or on random numbers drawn before.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets: images (B, C, H, W) float32
 class EpochSampler(Sampler[Key]):
     """This process's rows and draws of each batch of ``epoch``, from batch ``start`` on.
 
-    Of every ``batch_size`` items process ``rank`` of ``world_size`` gets an equal, contiguous
-    share. An incomplete last batch is left out. The length is that of a whole epoch.
+    A batch has ``batch_size`` items. Process ``rank`` of ``world_size`` gets an equal, contiguous
+    share of them. An incomplete last batch is left out. The length is that of a whole epoch.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class EpochSampler(Sampler[Key]):
 
 
 def eval_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Key]:
-    """Every ``world_size``-th row from ``rank`` on, in order and without draws.
+    """Return batches of every ``world_size``-th row from ``rank`` on, in order and without draws.
 
     All ranks get the same number of batches, since a sharded model computes them together.
     ValueError for fewer rows than ranks.
@@ -67,10 +67,10 @@ def eval_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1)
 
 
 class InMemory(Dataset[Batch]):
-    """Rows of a data set of (PIL image, class) decoded once: N * C * H * W bytes.
+    """Rows of a data set of (PIL image, class), decoded once: N * C * H * W bytes.
 
-    ``shape`` is (C, H, W); ValueError when an image has another one. The key of an item is a
-    whole batch: rows with draws are cropped and flipped, rows without are not.
+    ``shape`` is (C, H, W). ValueError if an image has another one. The key of an item is a whole
+    batch. Rows with draws are cropped and flipped, rows without draws are not.
     """
 
     def __init__(
@@ -98,15 +98,15 @@ class InMemory(Dataset[Batch]):
         return images.float().div_(255).sub_(self.mean).div_(self.std), self.targets[rows]
 
     def digest(self) -> str:
-        """Of all pixels and classes."""
+        """Return a digest of all pixels and classes."""
         return _digest(self.images.numpy().data, self.targets.numpy().data)
 
 
 class Transformed(Dataset[Batch]):
     """Rows of a data set of (PIL image, class), decoded and transformed each time.
 
-    The key of an item is a whole batch. A row with a draw is read and transformed with the
-    random numbers that follow from it.
+    The key of an item is a whole batch. A row with a draw is read and transformed with random
+    numbers that follow from the draw. ValueError if images do not have ``in_chans`` channels.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Transformed(Dataset[Batch]):
 
     @property
     def targets(self) -> Tensor | None:
-        """The class of every row, where the data set knows it without decoding images."""
+        """The class of every row; None if the data set knows it only by decoding images."""
         known = getattr(self.dataset, "targets", None)
         return None if known is None else torch.as_tensor(known)[self.rows]
 
@@ -136,13 +136,16 @@ class Transformed(Dataset[Batch]):
         return torch.stack([image for image, _ in items]), torch.tensor([t for _, t in items])
 
     def digest(self) -> str:
-        """Of the rows, and of pixels or of names and classes, whichever the data set knows."""
+        """Return a digest of the rows and of what the data set knows without decoding.
+
+        That is pixels, or names and classes.
+        """
         known = [getattr(self.dataset, name, None) for name in ("root", "samples", "targets")]
         pixels = np.asarray(getattr(self.dataset, "data", ()))
         return _digest(self.rows.numpy().data, repr(known).encode(), pixels.tobytes())
 
     def read(self, row: int, draw: int | None) -> tuple[Tensor, int]:
-        """The transformed image of a row of the data set, and its class."""
+        """Return the transformed image of a row of the data set, and its class."""
         if draw is not None:
             seed_generators(draw)
         image, target = self.dataset[row]
@@ -152,7 +155,7 @@ class Transformed(Dataset[Batch]):
 class EpochMixup(timm.data.Mixup):
     """timm's Mixup and CutMix, with the n-th call of an epoch a function of (seed, epoch, n).
 
-    Call it once a batch on (images, targets); targets become (B, num_classes) and sum to one.
+    Call it once per batch on (images, targets). Targets become (B, num_classes) and sum to one.
     """
 
     def __init__(self, seed: int, **options: Any) -> None:
@@ -160,7 +163,7 @@ class EpochMixup(timm.data.Mixup):
         self.seed, self.epoch, self.calls = seed, 0, 0
 
     def __call__(self, images: Tensor, targets: Tensor) -> Batch:
-        """Mixed images, in place, and soft targets."""
+        """Return the images, mixed in place, and soft targets."""
         self.calls += 1
         with generators_kept():
             seed_generators(seed_of(self.seed, self.epoch, self.calls))
@@ -175,7 +178,10 @@ def _digest(*parts: bytes | memoryview) -> str:
 
 
 def decode(dataset: Dataset, rows: Tensor, shape: tuple[int, int, int]) -> Batch:
-    """Images (N, C, H, W) uint8 and targets (N,) int64 of the given rows."""
+    """Return images (N, C, H, W) uint8 and targets (N,) int64 of the given rows.
+
+    ``shape`` is (C, H, W). ValueError for an image of another shape.
+    """
     channels, height, width = shape
     images = np.empty((len(rows), height, width, channels), dtype=np.uint8)
     targets = np.empty(len(rows), dtype=np.int64)
@@ -193,7 +199,10 @@ def decode(dataset: Dataset, rows: Tensor, shape: tuple[int, int, int]) -> Batch
 
 
 def items(dataset: Dataset, rows: Tensor) -> Iterable[tuple[Any, Any]]:
-    """(image, class) of each row, from the arrays of the MNIST and CIFAR families at once."""
+    """Return (image, class) of each row.
+
+    For the MNIST and CIFAR families they come from the arrays at once.
+    """
     plain = type(dataset).__getitem__ in (MNIST.__getitem__, CIFAR10.__getitem__)
     if plain and isinstance(dataset, MNIST | CIFAR10) and dataset.transforms is None:
         return zip(np.asarray(dataset.data)[rows], np.asarray(dataset.targets)[rows], strict=True)
@@ -203,8 +212,12 @@ def items(dataset: Dataset, rows: Tensor) -> Iterable[tuple[Any, Any]]:
 def crop_and_flip(images: Tensor, draws: Tensor, padding: int, hflip: float) -> Tensor:
     """Shift each image by up to ``padding`` pixels, filled with zeros, and flip some of them.
 
-    images (B, C, H, W), draws (B,) below 2^62: bits 0-15 give the row, 16-31 the column, and
-    32-47 are compared with ``hflip``, the probability of a horizontal flip.
+    images (B, C, H, W), draws (B,) below 2^62. The bits of a draw decide:
+
+    - 0-15: the row where the image is cropped.
+    - 16-31: the column.
+    - 32-47: whether to flip. They are compared with ``hflip``, the probability of a horizontal
+      flip.
     """
     low, middle, high = (draws >> shift & 0xFFFF for shift in (0, 16, 32))
     if hflip:
@@ -219,12 +232,12 @@ def crop_and_flip(images: Tensor, draws: Tensor, padding: int, hflip: float) -> 
 
 
 def seed_of(*numbers: int) -> int:
-    """One 63-bit seed from several non-negative integers."""
+    """Return one 63-bit seed from several non-negative integers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_generators(seed: int) -> None:
-    """Let random, numpy and torch on the CPU start from ``seed``; CUDA's generators stay."""
+    """Seed the generators of random, numpy and torch on the CPU; CUDA's generators stay."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
@@ -232,7 +245,7 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Put the generators of random, numpy and torch on the CPU back to where they were."""
+    """Restore the generators of random, numpy and torch on the CPU afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

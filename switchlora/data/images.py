@@ -1,4 +1,4 @@
-"""Data sets that torchvision cannot bring by itself: Fashion-MNIST from anywhere, and Digits."""
+"""Data sets beyond torchvision: Digits, and Fashion-MNIST from several sources."""
 
 import gzip
 import os
@@ -41,7 +41,8 @@ FAILURES = (
 class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits: 8 x 8 grey PIL images, 10 classes, no download.
 
-    The split is fixed for all runs: 1,437 images to train, 360 to test, classes in proportion.
+    The split is the same for all runs: 1,437 images to train, 360 to test. Both have the classes
+    in the same proportion.
     """
 
     def __init__(self, train: bool) -> None:
@@ -61,11 +62,11 @@ class Digits(Dataset):
 
 
 def fashion_mnist(root: str, train: bool) -> FashionMNIST:
-    """Fashion-MNIST under ``root``, fetched first when it is missing or damaged there.
+    """Return Fashion-MNIST under ``root``; fetch it first if it is missing or damaged there.
 
-    It comes from torchvision's host or, where that is out of reach, from Debian's package
-    ``dataset-fashion-mnist``, which is unpacked without being installed. Raises ValueError when
-    neither works. Processes may call this at the same time: files appear whole or not at all.
+    It comes from torchvision's host. If that is out of reach, it comes from Debian's package
+    ``dataset-fashion-mnist``, which is unpacked without being installed. ValueError if neither
+    works. Several processes may call this at the same time: files appear whole or not at all.
     """
     raw = Path(root) / "FashionMNIST" / "raw"
     if any(problem(raw / name, shape) for name, shape in FILES.items()):
@@ -74,7 +75,7 @@ def fashion_mnist(root: str, train: bool) -> FashionMNIST:
 
 
 def problem(path: Path, shape: tuple[int, ...]) -> str | None:
-    """Why ``path`` is not an idx file of bytes of this ``shape``; None when it is."""
+    """Return why ``path`` is not an idx file of bytes of this ``shape``, or None if it is one."""
     header = struct.pack(f">{1 + len(shape)}I", 0x800 + len(shape), *shape)
     if not path.is_file():
         return f"{path.name} is missing"
@@ -86,7 +87,10 @@ def problem(path: Path, shape: tuple[int, ...]) -> str | None:
 
 
 def fetch(raw: Path) -> None:
-    """Fill ``raw`` from the first source that works and print which one it was."""
+    """Fill ``raw`` from the first source that works, and print which one it was.
+
+    ValueError if no source works.
+    """
     failures = []
     for source, bring in (("torchvision", from_torchvision), ("Debian's package", from_debian)):
         try:
@@ -103,12 +107,15 @@ def fetch(raw: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type when it has none."""
+    """Return the first line of an error's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def unpack(folder: Path, raw: Path) -> None:
-    """Unpack the four ``.gz`` files of ``folder`` into ``raw``, each checked, then renamed."""
+    """Unpack the four ``.gz`` files of ``folder`` into ``raw``.
+
+    Each is checked before it gets its final name. ValueError for one that lacks items.
+    """
     raw.mkdir(parents=True, exist_ok=True)
     for name, shape in FILES.items():
         part = raw / f"{name}.part{os.getpid()}"
@@ -123,7 +130,10 @@ def unpack(folder: Path, raw: Path) -> None:
 
 
 def from_torchvision(scratch: Path) -> Path:
-    """Download with torchvision, after one short question whether any of its hosts answers."""
+    """Download with torchvision and return the folder of the files.
+
+    First ask briefly whether one of its hosts answers. OSError if none does.
+    """
     name = FashionMNIST.resources[0][0]
     if not any(answers(mirror + name) for mirror in FashionMNIST.mirrors):
         raise OSError("its hosts do not answer")
@@ -136,7 +146,7 @@ def from_torchvision(scratch: Path) -> Path:
 
 
 def answers(url: str) -> bool:
-    """Whether ``url`` can be opened within ``PATIENCE`` seconds, name look-up included."""
+    """Return whether ``url`` can be opened within ``PATIENCE`` seconds, name look-up included."""
     opened = threading.Event()
 
     def ask() -> None:
@@ -155,7 +165,10 @@ def answers(url: str) -> bool:
 
 
 def from_debian(scratch: Path) -> Path:
-    """The folder of Debian's package: the installed one, else one unpacked in ``scratch``."""
+    """Return the folder of Debian's package: the installed one, else one in ``scratch``.
+
+    The latter is downloaded and unpacked there. RuntimeError if a command fails.
+    """
     if DEBIAN_FOLDER.is_dir():
         return DEBIAN_FOLDER
     command = ["apt-get", "-o", "Acquire::http::Timeout=10", "download", DEBIAN_PACKAGE]
@@ -172,7 +185,7 @@ def from_debian(scratch: Path) -> Path:
 
 
 def call(command: list[str], folder: Path) -> None:
-    """Run a command quietly in ``folder``; RuntimeError with its last line when it fails."""
+    """Run a command quietly in ``folder``; RuntimeError with its last line if it fails."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
         said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Loaders from a data config: splits, transforms, Mixup and the loss that goes with it."""
+"""Build the loaders of a data config: splits, transforms, Mixup and the loss that fits them."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -30,13 +30,18 @@ View = InMemory | Transformed
 
 @dataclass(frozen=True)
 class Data:
-    """The three loaders of a run, and the loss that fits what they yield.
+    """The three loaders of a run, and the loss that fits their batches.
 
-    Loaders yield a batch of inputs, such as images (B, C, H, W) float32 with targets (B,) int64.
-    ``train`` leaves out its last incomplete batch; ``val`` is cut from the training set, in the
-    same way for every seed; ``test`` is the official split. With several processes each loader
-    yields this process's share: sum over processes before you divide. ``mixup`` maps
-    (images, targets) to mixed images and soft targets, and ``loss`` expects them.
+    A batch has inputs and targets, such as images (B, C, H, W) float32 and classes (B,) int64.
+
+    - ``train`` leaves out its last incomplete batch.
+    - ``val`` is cut from the training set, in the same way for every seed.
+    - ``test`` is the official split.
+    - ``mixup`` maps (images, targets) to mixed images and soft targets.
+    - ``loss`` expects the targets that ``mixup`` makes, if there is a ``mixup``.
+
+    With several processes each loader yields this process's share: sum over processes before you
+    divide.
     """
 
     train: Loader
@@ -46,12 +51,18 @@ class Data:
     loss: nn.Module
 
     def digest(self) -> str:
-        """Of what there is to train and to validate on, or of what tells that they changed."""
+        """Return a digest of the data to train and to validate on.
+
+        Images that are decoded anew for each batch may count by their names and classes only.
+        """
         views = [loader.dataset.digest() for loader in (self.train, self.val)]  # type: ignore[attr-defined]
         return hashlib.sha256("".join(views).encode()).hexdigest()
 
     def example(self, count: int) -> Batch:
-        """``count`` inputs and targets, as the loss gets them, on the meta device: shapes only."""
+        """Return ``count`` inputs and targets, as the loss gets them, without their contents.
+
+        They are on the meta device, which has shapes only.
+        """
         inputs, targets = self.val.dataset[torch.zeros(1, dtype=torch.long), None]
         if self.mixup is not None:
             targets = torch.empty(1, self.mixup.num_classes)
@@ -98,14 +109,16 @@ def build_data(
 ) -> Data:
     """Cut the validation split, attach transforms and make the loaders.
 
-    ``train`` and ``test`` yield (PIL image, class number). Without ``train_transform`` and
-    ``eval_transform`` images are decoded once and kept as bytes, see ``in_memory``; otherwise
-    both are options of ``timm.data.create_transform``, and ``workers`` processes decode images.
-    ``batch_size`` counts the images of one optimizer update over all ``world_size`` processes.
-    ``train_size`` limits training to a fixed subset of what validation leaves, ``eval_size``
-    both validation and test to one of theirs. ``root`` is not read: it is the key that ``train``
-    and ``test`` refer to in a config. Raises ValueError when sizes, channels, labels or options
-    do not fit together.
+    - ``train`` and ``test`` yield (PIL image, class number).
+    - ``train_transform`` and ``eval_transform`` are options of ``timm.data.create_transform``.
+      With either, ``workers`` processes decode images each time. With neither, images are decoded
+      once and kept as bytes: see ``in_memory``.
+    - ``batch_size`` counts the images of one optimizer update over all ``world_size`` processes.
+    - ``train_size`` limits training to a fixed subset of what validation leaves.
+    - ``eval_size`` limits both validation and test to a fixed subset.
+    - ``root`` is not read. It is the key that ``train`` and ``test`` refer to in a config.
+
+    ValueError if sizes, channels, labels or options do not fit together.
     """
     fit, val = split(length(train), val_fraction, train_size)
     val, held_out = limited(val, eval_size), limited(torch.arange(length(test)), eval_size)
@@ -134,14 +147,18 @@ def build_data(
 
 
 def length(dataset: Dataset) -> int:
-    """The number of images; ValueError for a data set that cannot tell."""
+    """Return the number of images; ValueError for a data set that is empty or cannot tell."""
     if not isinstance(dataset, Sized) or len(dataset) == 0:
         raise ValueError(f"data set {type(dataset).__name__} has no length, or is empty")
     return len(dataset)
 
 
 def split(size: int, val_fraction: float, train_size: int | None) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to validate on, shuffled by a fixed seed, not by the run's."""
+    """Return the rows to train on and the rows to validate on.
+
+    They are shuffled by a fixed seed, not by the run's. ValueError if a size or a share does not
+    fit.
+    """
     held = round(size * val_fraction)
     if not 0 < val_fraction < 1 or not 0 < held < size:
         raise ValueError(
@@ -157,9 +174,9 @@ def split(size: int, val_fraction: float, train_size: int | None) -> tuple[Tenso
 
 
 def limited(rows: Tensor, size: int | None) -> Tensor:
-    """``size`` of ``rows`` by a fixed seed, in their order; all where that is None or more.
+    """Return ``size`` of ``rows``, chosen by a fixed seed, in their order.
 
-    ValueError for a size below 1.
+    All rows are returned if ``size`` is None or larger. ValueError for a size below 1.
     """
     if size is None:
         return rows
@@ -169,7 +186,7 @@ def limited(rows: Tensor, size: int | None) -> Tensor:
 
 
 def share_of(batch_size: int, train_size: int, world_size: int, items: str = "images") -> int:
-    """How many items of a batch each process gets; ValueError when a batch cannot be made."""
+    """Return how many items of a batch each process gets; ValueError if no batch can be made."""
     if not 0 < batch_size <= train_size:
         raise ValueError(
             f"data.batch_size={batch_size} must lie between 1 and the {train_size} "
@@ -190,9 +207,10 @@ def in_memory(
     crop_padding: int,
     hflip: float,
 ) -> list[View]:
-    """Views on images decoded once; those to train on are randomly cropped and flipped.
+    """Return views on images decoded once; those to train on are randomly cropped and flipped.
 
-    Crops come after ``crop_padding`` black pixels on each side, flips with probability ``hflip``.
+    A crop is taken after padding each side with ``crop_padding`` black pixels. ``hflip`` is the
+    probability of a flip.
     """
     (train, fit), *plain = parts
     augmented = InMemory(train, fit, shape, mean, std, crop_padding, hflip)
@@ -202,7 +220,10 @@ def in_memory(
 def transformed(
     parts: Parts, in_chans: int, common: Options, train_options: Options, eval_options: Options
 ) -> list[View]:
-    """Views through ``timm.data.create_transform``; the options of training augment."""
+    """Return views through ``timm.data.create_transform``; the options of training augment.
+
+    ValueError for options that timm refuses.
+    """
     (train, fit), *plain = parts
     try:
         augment = create_transform(**common, is_training=True, **train_options)
@@ -214,7 +235,10 @@ def transformed(
 
 
 def load(view: Dataset, order: Iterable[Key], seed: int, workers: int, pin_memory: bool) -> Loader:
-    """A loader of the batches that ``order`` names; workers for training outlive an epoch."""
+    """Return a loader of the batches that ``order`` names.
+
+    Workers for training outlive an epoch.
+    """
     return Loader(
         view,
         sampler=order,
@@ -226,7 +250,7 @@ def load(view: Dataset, order: Iterable[Key], seed: int, workers: int, pin_memor
 
 
 def check_labels(targets: Tensor | None, num_classes: int) -> None:
-    """ValueError when a known label is no class number."""
+    """Raise ValueError if a known label is not a class number."""
     if targets is not None and not 0 <= targets.min() <= targets.max() < num_classes:
         raise ValueError(
             f"labels run from {targets.min()} to {targets.max()}, but "
@@ -242,9 +266,9 @@ def build_mixup(
     seed: int,
     share: int,
 ) -> EpochMixup | None:
-    """Mixup and CutMix with these alphas; None when both are 0.
+    """Return Mixup and CutMix with these alphas, or None if both are 0.
 
-    ValueError for a batch of an odd number of images a process, which timm cannot pair.
+    ValueError if each process gets an odd number of images, which timm cannot pair.
     """
     if mixup_alpha == cutmix_alpha == 0:
         return None
@@ -260,7 +284,7 @@ def build_mixup(
 
 
 def build_loss(mixup: EpochMixup | None, label_smoothing: float) -> nn.Module:
-    """The training loss: for soft targets, for smoothed ones, or plain cross entropy."""
+    """Return the training loss: for soft targets, for smoothed ones, or plain cross entropy."""
     if mixup is not None:
         return SoftTargetCrossEntropy()
     if label_smoothing > 0:

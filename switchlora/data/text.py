@@ -1,6 +1,6 @@
-"""Text as a data set: windows of bytes, and for each byte the one that follows.
+"""Text as a data set: windows of bytes, with the next byte as the target of each.
 
-What sampler, loaders and resume know of images holds for windows: a window counts as one.
+Sampler, loaders and resume treat a window as they treat an image.
 """
 
 import hashlib
@@ -21,10 +21,11 @@ VOCABULARY = 256
 
 
 class Windows(Dataset[Batch]):
-    """Windows of ``context`` bytes that touch but do not overlap; an incomplete last one is lost.
+    """Windows of ``context`` bytes that touch but do not overlap.
 
-    ``text`` is (n,) uint8. The key of an item is a whole batch of rows; it has inputs (B, context)
-    int64 and as targets the same bytes one place on.
+    An incomplete last window is left out. ``text`` is (n,) uint8. The key of an item is a whole
+    batch of rows. Its inputs are (B, context) int64. Its targets are the same bytes, one place
+    further on.
     """
 
     def __init__(self, text: Tensor, context: int) -> None:
@@ -39,7 +40,7 @@ class Windows(Dataset[Batch]):
         return self.text[places].long(), self.text[places + 1].long()
 
     def digest(self) -> str:
-        """Of all bytes, and of where windows begin."""
+        """Return a digest of all bytes, and of where windows begin."""
         return hashlib.sha256(self.text.numpy().tobytes() + b"%d" % self.context).hexdigest()
 
 
@@ -47,7 +48,7 @@ class TokenCrossEntropy(nn.Module):
     """Cross entropy, in nats, averaged over all tokens of all sequences."""
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits (B, T, vocabulary) and targets (B, T) int64 to a scalar."""
+        """Map logits (B, T, vocabulary) and targets (B, T) int64 to a scalar."""
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
@@ -65,12 +66,14 @@ def build_text(
     rank: int = 0,
     world_size: int = 1,
 ) -> Data:
-    """Loaders of the windows of one text, cut into three pieces: to train, validate and test on.
+    """Return loaders of the windows of one text, cut into pieces to train, validate and test on.
 
-    The text is the file ``path``, or without one Python's own reference on its language, which
-    is English and comes with Python. ``batch_size`` counts the windows of one update over all
-    ``world_size`` processes; ``train_size`` keeps only the first windows to train on. Raises
-    ValueError when the text is too short for that, and OSError when it cannot be read.
+    - ``path`` is the file with the text. Without it the text is Python's own reference on its
+      language, which is English and comes with Python.
+    - ``batch_size`` counts the windows of one update over all ``world_size`` processes.
+    - ``train_size`` keeps only the first windows to train on.
+
+    ValueError if the text is too short for that. OSError if it cannot be read.
     """
     check_range("data.context", context, 1)
     pieces = cut(read(path), val_fraction, test_fraction)
@@ -94,17 +97,18 @@ def build_text(
 
 
 def read(path: str | None) -> Tensor:
-    """The bytes (n,) uint8 of a file, or of Python's reference; it changes with Python's version.
+    """Return the bytes (n,) uint8 of a file, or of Python's reference if ``path`` is None.
 
-    OSError when the file cannot be read.
+    The reference changes with Python's version. OSError if the file cannot be read.
     """
     text = "\n".join(topics.values()).encode() if path is None else Path(path).read_bytes()
     return torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)
 
 
 def cut(text: Tensor, val_fraction: float, test_fraction: float) -> tuple[Tensor, ...]:
-    """The beginning to train on, the next ``val_fraction`` and the last ``test_fraction``.
+    """Return three pieces of the text, in order: to train, validate and test on.
 
+    Validation gets ``val_fraction``, test the last ``test_fraction``, training the beginning.
     ValueError unless all three have a share of the text.
     """
     train_fraction = 1 - val_fraction - test_fraction

@@ -1,4 +1,4 @@
-"""A loader whose processes may die: however torch shows it, the run hears one LoaderDied."""
+"""A loader that raises LoaderDied whenever one of its processes dies, however torch shows it."""
 
 import atexit
 import multiprocessing
@@ -20,10 +20,11 @@ WORKER_RAISED = "in DataLoader worker process"
 
 
 class Loader(DataLoader):
-    """A DataLoader of whole batches of tensors that raises LoaderDied when a worker has died.
+    """A DataLoader of whole batches of tensors that raises LoaderDied if a worker has died.
 
-    torch shows a worker's death in many ways, by the moment of it: a message of its own, a reset
-    or refused connection, an end of file, half a pickle. An exception of the data set passes.
+    torch shows a worker's death in many ways, depending on the moment: a message of its own, a
+    reset or refused connection, an end of file, half a pickle. An exception that the data set
+    raised passes through.
     """
 
     def __init__(self, dataset: Dataset, *, num_workers: int = 0, **options: Any) -> None:
@@ -45,9 +46,9 @@ class Loader(DataLoader):
 
 
 def raised_by_the_data(error: Exception) -> bool:
-    """Whether a worker lives and hands over what its data set raised.
+    """Return whether a living worker passed on an error that its data set raised.
 
-    A batch that finds no room in shared memory is no fault of the data set.
+    False for a batch that finds no room in shared memory: that is no fault of the data set.
     """
     message = str(error)
     return WORKER_RAISED in message and NO_ROOM not in message
@@ -56,7 +57,7 @@ def raised_by_the_data(error: Exception) -> bool:
 def in_shared_memory(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Move a batch to shared memory in the worker's main thread.
 
-    torch would do it in a helper thread. There, a failure is printed and the batch is lost: the
+    torch would do it in a helper thread. A failure there is printed and the batch is lost, so the
     run would wait for it for ever.
     """
     try:
@@ -66,9 +67,9 @@ def in_shared_memory(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def ignore_signals(worker: int) -> None:
-    """Let a worker live through a signal to all processes: the run still needs it to save.
+    """Let a worker survive a signal to all processes: the run still needs it until it has saved.
 
-    A worker ends with the run, see ``kill_workers``.
+    A worker ends with the run: see ``kill_workers``.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What trains, and is thrown away when the set of trained tensors changes."""
+"""Optimize the tensors that train now; a switch throws the learner away and builds a new one."""
 
 from switchlora.learner.counters import (
     FlopCounter as FlopCounter,

@@ -1,4 +1,4 @@
-"""What an update costs: FLOPs, and the bytes that autograd keeps for it."""
+"""Count what an update costs: FLOPs, and the bytes that autograd keeps for it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,16 +26,19 @@ FORMULAS = flop_registry | {
 
 
 def flops_of(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
-    """FLOPs of one operator call; 0 of the element-wise rest."""
+    """Return the FLOPs of one operator call; 0 for operators without a formula.
+
+    Those are the element-wise operators and other cheap ones.
+    """
     formula = FORMULAS.get(func.overloadpacket)
     return formula(*args, **kwargs, out_val=result) if formula else 0
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the FLOPs of what runs inside, forward and backward, into ``total``.
+    """Counts the FLOPs of all operators that run inside, forward and backward, into ``total``.
 
-    Unlike torch's ``FlopCounterMode`` it hooks no modules, so that wrappers and checkpointed
-    blocks run as they do without it.
+    It hooks no modules, unlike torch's ``FlopCounterMode``. So wrappers and checkpointed blocks
+    run as they do without it.
     """
 
     def __init__(self) -> None:
@@ -53,22 +56,22 @@ class FlopCounter(TorchDispatchMode):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``: its shard of a sharded one."""
+    """Return the part of ``tensor`` that this rank holds: its shard if the tensor is sharded."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of ``tensors`` on this rank."""
+    """Return the bytes of the storages of ``tensors`` on this rank, each storage once."""
     found = (local(tensor).untyped_storage() for tensor in tensors)
     return sum(storage.nbytes() for storage in {id(s): s for s in found}.values())
 
 
 class SavedTensors(saved_tensors_hooks):
-    """Watches what autograd keeps for the backward pass of the forward pass inside.
+    """Watches which tensors autograd keeps for the backward pass, during a forward pass inside.
 
-    Tensors go in and out of the graph as they are: gradients keep every bit. What torch.compile's
-    graphs keep is not seen.
+    Tensors go in and out of the graph unchanged, so gradients keep every bit. It does not see what
+    the graphs of torch.compile keep.
     """
 
     def __init__(self) -> None:
@@ -76,9 +79,9 @@ class SavedTensors(saved_tensors_hooks):
         super().__init__(self._pack, _unpack)
 
     def bytes_beside(self, model: nn.Module) -> int:
-        """Bytes that are kept now, without those of the parameters and buffers of ``model``.
+        """Return the bytes kept now, without those of the parameters and buffers of ``model``.
 
-        Parameters that a sharded model gathered and has freed again count for nothing.
+        Parameters that a sharded model gathered and has freed again count as 0 bytes.
         """
         for tensor in (*model.parameters(), *model.buffers()):
             self._storages.pop(local(tensor).untyped_storage(), None)

@@ -12,8 +12,9 @@ from switchlora.adapters import AdaptedLinear, adapted_modules
 class WeightEMA:
     """E <- d E + (1 - d) W_eff after each update, with W_eff = W_res + s B A in the adapter phase.
 
-    ``model`` is always a plain model. The average of products is not the product of averaged
-    factors, so the effective weight is averaged: one low-rank product per target and update.
+    ``model`` holds the average and is always a plain model. The average of products is not the
+    product of averaged factors. So the effective weight is averaged, at the cost of one low-rank
+    product per target and update.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -24,7 +25,7 @@ class WeightEMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average toward ``model``."""
+        """Move the average toward the effective weights of ``model``."""
         new = 1 - self.decay
         present, adapted = model.state_dict(), adapted_modules(model)
         residual = {n: m for n, m in adapted.items() if m.kind == AdaptedLinear.kind}
@@ -39,11 +40,11 @@ class WeightEMA:
             self._add_adapters(f"{name}.weight", module, new)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights."""
+        """Return the averaged weights."""
         return self.model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Become the average that ``state_dict`` came from."""
+        """Continue from the averaged weights of a ``state_dict``."""
         self.model.load_state_dict(state)
 
     def _add_adapters(self, name: str, module: AdaptedLinear, new: float) -> None:

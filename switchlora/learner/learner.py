@@ -1,4 +1,4 @@
-"""Recipe, Learner, build_learner(): what is rebuilt when the set of trained tensors changes."""
+"""The learner: a model with its optimizer, schedule and wrappers, rebuilt at each switch."""
 
 import math
 import re
@@ -28,7 +28,10 @@ PARALLEL = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Outcome of one optimizer update; not ``applied`` when loss or gradient was not finite."""
+    """Outcome of one optimizer update.
+
+    ``applied`` is False when the loss or the gradient was not finite.
+    """
 
     loss: float
     """mean over the batch and all ranks"""
@@ -36,34 +39,37 @@ class StepOutcome:
     lr: float
     applied: bool
     overflow: bool = False
-    """a finite loss whose scaled fp16 gradient was too large: the scaler lowers its scale"""
+    """a finite loss with a scaled fp16 gradient that was too large: the scaler lowers its scale"""
 
 
 @dataclass
 class Learner:
-    """A model with the disposable things around it. Build it with ``build_learner``."""
+    """A model with its optimizer, schedule and wrappers, rebuilt when the trained tensors change.
+
+    Build it with ``build_learner``.
+    """
 
     model: nn.Module
     """the plain module, or the sharded one"""
     forward: Callable[[Tensor], Tensor]
-    """the model, or what DDP and torch.compile make of it"""
+    """the model, or its wrapper by DDP and torch.compile"""
     optimizer: Optimizer
     scheduler: Scheduler
     recipe: Recipe
     start: int
     """update at which this learner took over"""
     since: int = 0
-    """updates since then, the present one apart"""
+    """updates since ``start``, not counting the present one"""
     scaler: GradScaler | None = None
-    """of the loss, in fp16"""
+    """scales the loss in fp16; None in other precisions"""
     bones: nn.Module | None = field(default=None, repr=False)
-    """what a plain copy of a sharded model is made from"""
+    """the ``skeleton`` of a sharded model, from which ``plain`` makes a plain copy"""
     activation_bytes: int | None = None
-    """what autograd kept for the backward pass of the first micro-batch, parameters apart; None
-    before, and with torch.compile"""
+    """bytes that autograd kept for the backward pass of the first micro-batch, without parameters;
+    None before that, and with torch.compile"""
     flops: int | None = None
-    """of the first update on this rank, products and attention; None before, and with
-    torch.compile"""
+    """FLOPs of this rank's first update, counting products and attention; None before that, and
+    with torch.compile"""
 
     def update(
         self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module, num_updates: int
@@ -72,8 +78,8 @@ class Learner:
 
         Labels are what ``loss_fn`` expects: classes, or their probabilities after Mixup.
 
-        The batch is this rank's share; it is split into ``accumulation`` micro-batches, and ranks
-        exchange gradients after the last. Gradients stay in place afterwards, unscaled and
+        The batch is this rank's share. It is split into ``accumulation`` micro-batches. Ranks
+        exchange gradients after the last one. Gradients stay in place afterwards, unscaled and
         clipped, for the monitor to read.
         """
         lr = self.set_lr(num_updates)
@@ -98,7 +104,10 @@ class Learner:
         return loss
 
     def set_lr(self, num_updates: int) -> float:
-        """Set and return the plan's learning rate, a function of the update counter alone."""
+        """Set and return the learning rate of this update, a function of the update counter alone.
+
+        The returned value is without a group's ``lr_scale``.
+        """
         self.scheduler.step_update(num_updates)
         self.since = num_updates - self.start
         ramp = min(1.0, (self.since + 1) / max(1, self.recipe.rewarmup_updates))
@@ -107,11 +116,11 @@ class Learner:
         return self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]
 
     def decay(self, lr: float) -> float:
-        """lr * weight decay of one update where the decay is decoupled from the gradient."""
+        """Return lr * weight decay of one update; 0 if the optimizer's decay is not decoupled."""
         return lr * self.recipe.weight_decay if self.recipe.decoupled_weight_decay else 0.0
 
     def plain(self) -> nn.Module:
-        """The plain model: the live one, or a copy on the CPU of one that is sharded."""
+        """Return the plain model: the live one, or a copy on the CPU if the model is sharded."""
         return self.model if self.bones is None else gathered(self.model, self.bones)
 
     @contextmanager
@@ -163,8 +172,10 @@ class Learner:
 
 
 def operands_within_update(model: nn.Module, recipe: Recipe) -> AbstractContextManager:
-    """The context of an update: effective weights live on to the backward pass, where memory
-    allows it. Shards and checkpointed blocks form them again."""
+    """Return the context that keeps effective weights from the forward to the backward pass.
+
+    It does nothing for sharded models and checkpointed blocks, which form them again.
+    """
     if is_sharded(model) or recipe.activation_checkpointing == "blocks":
         return nullcontext()
     return operands_kept(model)
@@ -178,10 +189,14 @@ def build_learner(
     parallel: str = "ddp",
     scaler: GradScaler | None = None,
 ) -> Learner:
-    """Fresh optimizer, schedule and wrappers for what trains in the plain ``model`` now.
+    """Build an optimizer, a schedule and wrappers for the tensors of ``model`` that train now.
 
-    With several processes gradients are averaged by DDP, or ``parallel='fsdp'`` shards the model
-    in place. ``scaler`` is the one before, whose loss scale goes on.
+    ``model`` is plain. With several processes, ``parallel`` says how they work together:
+
+    - 'ddp': DDP averages gradients.
+    - 'fsdp': the model is sharded in place.
+
+    ``scaler`` is the loss scaler of the previous learner. The new one starts from its scale.
     """
     set_checkpointing(model, recipe.activation_checkpointing)
     bones = None
@@ -215,7 +230,10 @@ def _wrapped(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
 
 
 def set_checkpointing(model: nn.Module, what: str | None) -> None:
-    """Tell ``model`` what of its activations is computed again: 'blocks', 'gelu' or nothing."""
+    """Set what ``model`` computes again in the backward pass: 'blocks', 'gelu' or nothing.
+
+    ValueError for 'blocks' if the model cannot checkpoint its blocks.
+    """
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
             module.recompute_gelu = what == "gelu"

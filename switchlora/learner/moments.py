@@ -1,4 +1,4 @@
-"""What an optimizer remembers of each tensor: handed on, projected onto factors, pruned."""
+"""Moments: an optimizer's state of each tensor. Hand it on, project it onto factors, prune it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,17 +18,17 @@ POWERS = {
     **dict.fromkeys(FIRST_MOMENTS, 1),
     **dict.fromkeys((*SECOND_MOMENTS, "max_exp_avg_sq"), 2),
 }
-"""how often a gradient's factor is in each moment"""
+"""power to which a factor of the gradient appears in each moment"""
 PRUNINGS = ("random", "magnitude", "zero")
 
 
 def moments_of(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's state of each tensor that it has stepped, by name; nothing is copied."""
+    """Return the optimizer's state of each tensor it has stepped, by name; nothing is copied."""
     return {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
 
 
 def load_moments(model: nn.Module, optimizer: Optimizer, moments: Moments) -> int:
-    """Give each tensor that ``optimizer`` trains its state in ``moments``; return how many got it.
+    """Give each tensor that ``optimizer`` trains its state in ``moments``; return their number.
 
     A state is shared, unless it has to move to another device or be sharded first.
     """
@@ -49,13 +49,17 @@ def load_moments(model: nn.Module, optimizer: Optimizer, moments: Moments) -> in
 def factor_moments(
     adapters: Mapping[str, Mapping[str, Adapter]], moments: Moments
 ) -> dict[str, dict[str, Any]]:
-    """Moments of the factors, projected from those of the weights they replace.
+    """Return moments of the factors, projected from those of the weights they replace.
 
-    ``adapters`` are those of each module by row slice. Gradients obey g_A = s B^T g_W and g_B = s
-    g_W A^T, so first moments map exactly: m_A = s B^T m_W, m_B = s m_W A^T. For second moments the
-    entries of g_W are taken as uncorrelated: v_A = s^2 (B*B)^T v_W, v_B = s^2 v_W (A*A)^T. Factors
-    whose images would be zero (B = 0) keep a fresh state. A slice that was dense before has had
-    moments of its own.
+    ``adapters`` are those of each module, by row slice. A slice that was dense before has had
+    moments of its own, which are used then.
+
+    - Gradients obey g_A = s B^T g_W and g_B = s g_W A^T. So first moments map exactly: m_A = s B^T
+      m_W, m_B = s m_W A^T.
+    - For second moments the entries of g_W are taken as uncorrelated: v_A = s^2 (B*B)^T v_W, v_B =
+      s^2 v_W (A*A)^T.
+
+    Factors whose projected moments would be zero (B = 0) are left out and keep a fresh state.
     """
     projected = {}
     for name, parts in adapters.items():
@@ -78,10 +82,10 @@ def factor_moments(
 def dense_moments(
     slices: Mapping[str, Mapping[str, slice]], moments: Moments
 ) -> dict[str, dict[str, Any]]:
-    """Moments of dense slices, copied from those rows of the fused weight's.
+    """Return moments of dense slices, copied from their rows of the fused weight's moments.
 
-    ``slices`` are the rows of each dense slice by module. What has no rows, such as the number of
-    steps, is copied whole.
+    ``slices`` are the rows of each dense slice, by module. State without rows, such as the number
+    of steps, is copied whole.
     """
     return {
         f"{name}.dense.{part}": {
@@ -121,9 +125,10 @@ def _copied(key: str, value: Any) -> Any:
 
 
 def rescale_moments(state: Mapping[str, Any], factor: Tensor | float) -> None:
-    """Make one tensor's ``state`` that of ``factor`` times its gradients, in place.
+    """Change one tensor's ``state`` in place to that of ``factor`` times its gradients.
 
-    First moments are multiplied by the factor, second ones by its square.
+    First moments are multiplied by the factor, second moments by its square. ValueError for other
+    state tensors.
     """
     for key, value in state.items():
         if key in POWERS and value is not None:
@@ -139,10 +144,16 @@ def rescale_moments(state: Mapping[str, Any], factor: Tensor | float) -> None:
 def prune_moments(moments: Moments, how: str, share: float, seed: int) -> None:
     """Zero a ``share`` of each factor's moments in place (ReLoRA, arXiv 2307.05695).
 
-    'random' keeps each entry with probability 1 - share, with one draw for all moments of a
-    tensor, from ``seed`` alone: the number of updates, say, since all ranks must draw alike.
-    'magnitude' zeroes floor(share * n) of the n entries of a moment, the smallest in absolute
-    value; 'zero' all, whatever the share. Counters and moments of what is no factor stay.
+    ``how`` is one of:
+
+    - 'random': each entry is kept with probability 1 - share. One draw serves all moments of a
+      tensor. It depends on ``seed`` alone, since all ranks must draw alike; the number of updates
+      is a good seed.
+    - 'magnitude': of the n entries of a moment, the floor(share * n) smallest in absolute value
+      are zeroed.
+    - 'zero': all entries are zeroed, whatever the share.
+
+    Counters stay, and so do the moments of all other parameters.
     """
     check_choice("how", how, PRUNINGS)
     check_share("share", share)
@@ -155,7 +166,7 @@ def prune_moments(moments: Moments, how: str, share: float, seed: int) -> None:
 
 
 def _kept(moment: Tensor, how: str, share: float, drawn: Tensor) -> Tensor:
-    """Ones where an entry of ``moment`` is kept, zeros where not."""
+    """Return ones where an entry of ``moment`` is kept, zeros elsewhere."""
     kept = torch.ones_like(moment)
     if how == "zero":
         return kept.zero_()

@@ -1,4 +1,4 @@
-"""Passes that make no update: evaluation, and the gradient by effective weights."""
+"""Passes that make no update: evaluation, and gradients with respect to effective weights."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,11 @@ from switchlora.process import total
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> dict[str, float]:
-    """Mean cross-entropy 'loss', 'top1' and (from 5 classes on) 'top5' in % over all labels.
+    """Return the mean cross-entropy 'loss', and 'top1' and 'top5' in %, over all labels.
 
-    Labels are one an image, or one a token: (B,) with logits (B, classes), or (B, T) with logits
-    (B, T, vocabulary). Each rank passes its share of them; all get the same means.
+    'top5' is left out below 5 classes. Labels are one per image, (B,) with logits (B, classes), or
+    one per token, (B, T) with logits (B, T, vocabulary). Each rank evaluates its share of the
+    batches; all ranks get the same means.
     """
     device = next(model.parameters()).device
     totals, labels_seen = torch.zeros(3, dtype=torch.float64), 0
@@ -47,10 +48,10 @@ def module_gradients(
     inputs: Tensor,
     labels: Tensor,
 ) -> dict[str, Tensor]:
-    """G = sum over tokens of g_y x^T (out, in) of the linears ``names``.
+    """Return G = sum over tokens of g_y x^T (out, in) for each of the linears ``names``.
 
-    From one forward and backward pass, by the inputs and the outputs' gradients that pass through
-    each module.
+    x is the input of the linear and g_y the gradient of its output. Both come from one forward and
+    backward pass.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     hooks = [

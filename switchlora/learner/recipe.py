@@ -25,10 +25,13 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Recipe:
     """How the trained tensors of one phase are optimised.
 
-    ``optimizer`` takes parameter groups, ``scheduler`` an optimizer and ``t_initial``, the updates
-    of the whole run: a timm scheduler that counts updates. Factors get ``factor_lr_scale`` times
-    the learning rate and their own weight decay, which pulls toward the residual weight.
-    ``refactoring`` is called with each new learner, whose optimizer it may give hooks.
+    - ``optimizer`` takes parameter groups.
+    - ``scheduler`` takes an optimizer and ``t_initial``, the number of updates of the whole run.
+      It returns a timm scheduler that counts updates.
+    - ``refactoring`` is called with each new learner and may add hooks to the learner's optimizer.
+
+    Factors get ``factor_lr_scale`` times the learning rate. They have their own weight decay
+    ``factor_weight_decay``, which pulls the effective weight toward the residual weight.
     """
 
     optimizer: Callable[[list[dict[str, Any]]], Optimizer]
@@ -39,23 +42,26 @@ class Recipe:
     factor_weight_decay: float = 0.0
     factor_lr_scale: float = 1.0
     factor_B_lr_scale: float = 1.0
-    """times ``factor_lr_scale``, for lora_B alone (LoRA+; Hayou et al., arXiv 2402.12354)"""
+    """multiplies ``factor_lr_scale`` for lora_B alone (LoRA+; Hayou et al., arXiv 2402.12354)"""
     frobenius_decay: float = 0.0
-    """lambda of the penalty lambda/2 ||s B A||_F^2, in place of ``factor_weight_decay``"""
+    """lambda of the penalty lambda/2 ||s B A||_F^2, used instead of ``factor_weight_decay``"""
     refactoring: "Callable[[Learner], None] | None" = None
     rewarmup_updates: int = 0
-    """linear ramp of the learning rate after this recipe takes over in the middle of a run"""
+    """length of a linear ramp of the learning rate; the ramp starts when this recipe takes over"""
     clip_grad: float | None = 1.0
     accumulation: int = 1
     """micro-batches per update; the batch and the number of updates stay the same"""
     lr_scale: float = 1.0
-    """of the whole plan, which other recipes of the run follow as it is"""
+    """multiplies all learning rates of this recipe; other recipes of the run may use the same
+    schedule without it"""
     precision: str = "fp32"
     compile: Mapping[str, Any] | None = None
     """arguments of torch.compile; None leaves the model eager"""
     activation_checkpointing: str | None = None
-    """what is computed again in the backward pass instead of kept: 'blocks', whole ones, or
-    'gelu', the inputs of adapted linears that come straight from a gelu, not in compiled code"""
+    """what the backward pass computes again instead of keeping it:
+    - 'blocks': whole blocks
+    - 'gelu': the inputs of adapted linears that come straight from a gelu; not with ``compile``
+    - None: nothing"""
     unreduced: Sequence[str] = ()
     """regular expressions of parameters whose gradients DDP does not average, so that ranks drift
     apart: a published bug (PreLoRA's code, arXiv 2509.21619), to compare with"""
@@ -83,20 +89,24 @@ class Recipe:
 
 
 def autocast(device_type: str, precision: str) -> AbstractContextManager:
-    """The context of a precision: nothing for fp32, autocast for bf16 and fp16."""
+    """Return the context of a precision: autocast for bf16 and fp16, an empty context for fp32."""
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
 
 
 def check_goes_with_fsdp(recipe: Recipe) -> None:
-    """ValueError for a recipe that needs whole factors, or DDP."""
+    """Raise ValueError for a recipe that needs whole factors, or DDP."""
     for name in ("refactoring", "frobenius_decay", "unreduced"):
         if getattr(recipe, name):
             raise ValueError(f"{name} does not go with system.parallel=fsdp: use ddp")
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Groups of the trained parameters: decay and no decay (timm's rule), factors apart."""
+    """Return the optimizer's groups of the trained parameters.
+
+    Weights are split by timm's rule into a group with and a group without decay. Factors have
+    groups of their own.
+    """
     factors = {n: p for n, p in model.named_parameters() if p.requires_grad and is_factor(n)}
     ids = {id(p) for p in factors.values()}
     skip = set(getattr(model, "no_weight_decay", set)())

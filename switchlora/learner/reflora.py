@@ -1,9 +1,9 @@
 """RefLoRA: steps as if each pair of factors were balanced first (arXiv 2505.18877).
 
-For any invertible P the pair (P^T A, B P^-T) has the product B A too, but other gradients, and so
-another next step. Zhang, Li and Giannakis choose the pair for which A A^T = B^T B. Only S = P P^T
-matters: the one symmetric positive definite solution of S (A A^T) S = B^T B, which is the
-geometric mean of (A A^T)^-1 and B^T B.
+For any invertible P the pair (P^T A, B P^-T) has the product B A too. Its gradients differ, and so
+does its next step. Zhang, Li and Giannakis choose the pair for which A A^T = B^T B. Only S = P P^T
+matters. It is the one symmetric positive definite solution of S (A A^T) S = B^T B: the geometric
+mean of (A A^T)^-1 and B^T B.
 """
 
 import weakref
@@ -22,18 +22,19 @@ from switchlora.learner.learner import Learner
 from switchlora.learner.moments import rescale_moments
 
 EPS = 1e-5
-"""of the largest singular value: a smaller one counts as zero. The rounding of float32 factors
-makes singular values of about 1e-7 out of zeros"""
+"""relative to the largest singular value: a smaller one counts as zero; rounding of float32
+factors turns zeros into singular values of about 1e-7"""
 
 
 @dataclass(frozen=True)
 class RefLoRA:
     """Precondition the gradients of the factors before a step: g_A <- S^-1 g_A, g_B <- g_B S.
 
-    A step in the balanced pair, mapped back (Zhang et al., arXiv 2505.18877): the factors and the
-    optimizer's moments are not refactored, so moments are those of preconditioned gradients. It
-    skips the first ``warmup_updates`` of its recipe and then acts on every ``interval``-th update.
-    A singular pair, as at B = 0, keeps its gradients: see ``refactoring_matrices`` for ``eps``.
+    This is a step in the balanced pair, mapped back (Zhang et al., arXiv 2505.18877). The factors
+    and the optimizer's moments are not refactored, so moments are those of preconditioned
+    gradients. It skips the first ``warmup_updates`` of its recipe and then acts on every
+    ``interval``-th update. A singular pair, as at B = 0, keeps its gradients.
+    ``refactoring_matrices`` explains ``eps``.
     """
 
     warmup_updates: int = 100
@@ -46,7 +47,7 @@ class RefLoRA:
         check_share("refactoring.eps", self.eps)
 
     def __call__(self, learner: Learner) -> None:
-        """Give the optimizer of ``learner`` a hook that acts before its steps."""
+        """Give the optimizer of ``learner`` a hook that acts before each step."""
         pairs = sorted(trained_pairs(learner), key=_rank)
         batches = [list(alike) for _, alike in groupby(pairs, _rank)]
         its = weakref.ref(learner)  # a cycle would keep the moments of learners that are replaced
@@ -64,9 +65,9 @@ class RefLoRA:
 class RefLoRAS:
     """Give A and B of each pair the same norm after each step (RefLoRA-S, arXiv 2505.18877).
 
-    That is S = p^2 I with p^2 = ||B||_F / ||A||_F: A <- p A and B <- B / p, once at the start too.
-    The optimizer's moments follow as gradients do, which is by 1/p for A and p for B, and squared
-    for second moments.
+    That is S = p^2 I with p^2 = ||B||_F / ||A||_F: A <- p A and B <- B / p. It happens once at the
+    start too. The optimizer's moments are rescaled as gradients would be: by 1/p for A and by p
+    for B. Second moments are rescaled by the squares.
     """
 
     def __call__(self, learner: Learner) -> None:
@@ -81,21 +82,22 @@ class RefLoRAS:
 
 
 def refactoring_matrices(A: Tensor, B: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """S (..., r, r) with S (A A^T) S = B^T B, and its inverse, in float64.
+    """Return S (..., r, r) with S (A A^T) S = B^T B, and its inverse, in float64.
 
-    A is (..., r, in), B (..., out, r). Where a singular value of A, or of B A, is below ``eps``
-    times the largest one, as at B = 0 or where a row of A is zero, S or its inverse would be
-    unbounded: there both are the identity.
+    A is (..., r, in), B is (..., out, r). S or its inverse would be unbounded for a singular pair:
+    a singular value of A, or of B A, is below ``eps`` times the largest one. That is so at B = 0,
+    or when a row of A is zero. Both matrices are the identity then.
     """
     return geometric_means(_gram(A), _gram(B.mT), eps)
 
 
 def geometric_means(P: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """S with S P S = Q, and its inverse, of symmetric positive definite P and Q (..., r, r).
+    """Return S with S P S = Q, and its inverse.
 
-    With P = V s^2 V^T and K = V diag(s): K^T Q K = W t^2 W^T, S = K^-T W diag(t) W^T K^-1.
-    Identities where the smallest s or t is below ``eps`` times the largest. The t are the singular
-    values of B A when P = A A^T and Q = B^T B.
+    P and Q (..., r, r) are symmetric positive definite. With P = V s^2 V^T and K = V diag(s): K^T
+    Q K = W t^2 W^T, S = K^-T W diag(t) W^T K^-1. Both results are identities where the smallest s
+    or t is below ``eps`` times the largest. For P = A A^T and Q = B^T B, the t are the singular
+    values of B A.
     """
     s, V = _roots_and_vectors(P)
     root = V * s.unsqueeze(-2)
@@ -112,7 +114,7 @@ def geometric_means(P: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def precondition(pairs: Sequence[Adapter], eps: float = EPS) -> None:
-    """g_A <- S^-1 g_A and g_B <- g_B S in place, of pairs of one rank with gradients."""
+    """Set g_A <- S^-1 g_A and g_B <- g_B S in place, for pairs of one rank that have gradients."""
     grams_A = torch.stack([_gram(pair.A) for pair in pairs])
     grams_B = torch.stack([_gram(pair.B.mT) for pair in pairs])
     means, inverses = geometric_means(grams_A, grams_B, eps)
@@ -124,7 +126,7 @@ def precondition(pairs: Sequence[Adapter], eps: float = EPS) -> None:
 
 @torch.no_grad()
 def balance(pairs: Sequence[Adapter], optimizer: Optimizer) -> None:
-    """A <- p A, B <- B / p with p^2 = ||B||_F / ||A||_F, and the moments of both in ``optimizer``.
+    """Set A <- p A, B <- B / p with p^2 = ||B||_F / ||A||_F, and rescale their moments to match.
 
     The product B A does not change. A pair with a zero factor is left alone.
     """
@@ -142,7 +144,7 @@ def balance(pairs: Sequence[Adapter], optimizer: Optimizer) -> None:
 
 
 def trained_pairs(learner: Learner) -> list[Adapter]:
-    """The adapters of a learner's model whose two factors train."""
+    """Return the adapters of a learner's model whose two factors both train."""
     return [pair for pair in trained_adapters(learner.model) if pair.A.requires_grad]
 
 
@@ -161,5 +163,8 @@ def _roots_and_vectors(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread_within(eps: float, values: Tensor) -> Tensor:
-    """Whether the smallest of ascending values is above ``eps`` times the largest; (..., 1)."""
+    """Return whether the smallest of ascending values is above ``eps`` times the largest.
+
+    ``values`` is (..., n), the result (..., 1).
+    """
     return values[..., :1] > eps * values[..., -1:]

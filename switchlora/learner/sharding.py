@@ -1,4 +1,4 @@
-"""Models that outgrow one device: torch's fully_shard, and the way back to a plain model."""
+"""Shard models that outgrow one device with torch's fully_shard, and gather them again."""
 
 import copy
 
@@ -13,7 +13,8 @@ from switchlora.process import full, world_size
 def shard(model: nn.Module) -> nn.Module:
     """Shard the parameters of ``model`` over all ranks, block by block, in place; return it.
 
-    Adapters cannot be added to a sharded model: take ``gathered``, change that, shard it.
+    Adapters cannot be added to a sharded model. Change its ``gathered`` copy instead, then shard
+    that. ValueError if modules share parameters.
     """
     if len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False))):
         raise ValueError("system.parallel=fsdp does not go with parameters that modules share")
@@ -25,7 +26,7 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a plain model with its buffers, whose parameters take no memory."""
+    """Return a copy of a plain model with its buffers, whose parameters take no memory."""
     empty = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()
@@ -34,9 +35,9 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def gathered(model: nn.Module, bones: nn.Module) -> nn.Module:
-    """A plain copy of a sharded model on the CPU, from its ``skeleton``, on every rank.
+    """Return a plain copy of a sharded model on the CPU, on every rank.
 
-    One parameter at a time is whole on the device.
+    It is made from the model's ``skeleton``. Only one parameter at a time is whole on the device.
     """
     plain = copy.deepcopy(bones)
     whole = {name: full(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
@@ -45,7 +46,7 @@ def gathered(model: nn.Module, bones: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``shard`` was applied to ``model``."""
+    """Return whether ``shard`` was applied to ``model``."""
     return isinstance(model, FSDPModule)
 
 

@@ -1,4 +1,4 @@
-"""Throughput, epoch time and peak memory of each phase."""
+"""Measure throughput, epoch time and peak memory of each phase."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -13,11 +13,11 @@ STATUS = "/proc/self/status"
 
 
 class Stopwatch:
-    """Times updates of one phase; what runs under ``paused`` does not count.
+    """Times the updates of one phase; work inside ``paused`` does not count.
 
-    The first ``WARMUP_UPDATES`` updates of a phase, and those after a resume, are dropped:
-    allocators, caches and compilers settle in them. ``monitor_share`` tells how much of the time
-    of all updates the monitor took.
+    The first ``WARMUP_UPDATES`` updates of a phase are dropped, and as many after a resume,
+    because allocators, caches and compilers settle in them. ``monitor_share`` compares the
+    monitor's time with the time of all updates.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,11 +37,11 @@ class Stopwatch:
         self.resume()
 
     def resume(self) -> None:
-        """The clock starts here."""
+        """Start the clock here."""
         self._mark = time.perf_counter()
 
     def lap(self) -> None:
-        """One update is done."""
+        """Count one finished update and its time."""
         now = time.perf_counter()
         if self._settling:
             self._settling -= 1
@@ -54,7 +54,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self, monitor: bool = False) -> Iterator[None]:
-        """Leave out what runs inside; ``monitor`` books it as the monitor's time."""
+        """Leave out the time of what runs inside; ``monitor`` books it as the monitor's time."""
         self._finish_queued_work()
         begin = time.perf_counter()
         yield
@@ -69,11 +69,14 @@ class Stopwatch:
 
     @property
     def monitor_share(self) -> float:
-        """Monitor's seconds over training seconds."""
+        """Seconds of the monitor over seconds of training."""
         return self.monitor_seconds / self.train_seconds if self.train_seconds else 0.0
 
     def summary(self, batch_size: int, updates_per_epoch: int) -> dict[str, Any]:
-        """Medians of the phase, and its seconds of all updates; None where too few were made."""
+        """Return the phase's medians, and the seconds of all its updates.
+
+        A value is None if too few updates were made for it.
+        """
         counted = self._laps
         typical = median(counted) if counted else None
         peak = peak_memory(self.device)
@@ -89,7 +92,7 @@ class Stopwatch:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Times and peak of the phase so far."""
+        """Return the times and the peak of the phase so far."""
         return {
             "laps": self._laps,
             "num_updates": self._num_updates,
@@ -100,7 +103,7 @@ class Stopwatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the times and the peak of ``state_dict``."""
+        """Continue from the times and the peak of a ``state_dict``."""
         self.start_phase()
         self._laps = list(state["laps"])
         self._num_updates, self._earlier_peak = state["num_updates"], state["peak"]
@@ -121,9 +124,9 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the peak since the last reset: allocated on CUDA, resident on a CPU (Linux).
+    """Return the peak since the last reset in bytes: allocated on CUDA, resident on a CPU (Linux).
 
-    None where the system does not tell.
+    None if the system does not tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

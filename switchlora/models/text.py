@@ -1,4 +1,4 @@
-"""A small causal transformer: of each place in a sequence of tokens it predicts the next token."""
+"""A small causal transformer that predicts the next token at each place of a sequence."""
 
 import math
 
@@ -12,7 +12,7 @@ INIT_STD = 0.02
 
 
 class CausalAttention(nn.Module):
-    """Self-attention in which a token sees itself and what comes before it."""
+    """Self-attention in which a token sees itself and the tokens before it."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class CausalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, **_: object) -> Tensor:
-        """(B, T, dim) to (B, T, dim); masks that timm's block hands on are not read."""
+        """Map (B, T, dim) to (B, T, dim); masks that timm's block passes on are not read."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -30,9 +30,10 @@ class CausalAttention(nn.Module):
 class CausalTransformer(nn.Module):
     """timm's pre-norm blocks with causal attention, learned positions and an untied head.
 
-    Weights start as those of GPT-2 (Radford et al., 2019): N(0, 0.02^2), and 1/sqrt(2 depth)
-    times that where a block adds to its input. Linears have the names of a Vision Transformer's.
-    ValueError for heads that do not divide ``embed_dim``.
+    Weights start as those of GPT-2 (Radford et al., 2019): N(0, 0.02^2). Linears that end a
+    branch, whose output is added to the block's input, start 1/sqrt(2 depth) times as large.
+    Linears have the names of a Vision Transformer's. ValueError if ``num_heads`` does not divide
+    ``embed_dim``.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class CausalTransformer(nn.Module):
         self.init_weights()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) int64, T at most ``context``, to logits (B, T, vocabulary)."""
+        """Map tokens (B, T) int64, T at most ``context``, to logits (B, T, vocabulary)."""
         x = self.token_embed(tokens) + self.pos_embed[:, : tokens.shape[1]]
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.head(self.norm(x))
@@ -77,16 +78,16 @@ class CausalTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone."""
+        """Return the names of parameters that weight decay leaves alone."""
         return {"pos_embed"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass instead of keeping what is inside them."""
+        """Compute blocks again in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
 
 def causal_block(dim: int, num_heads: int, mlp_ratio: float) -> Block:
-    """timm's block of a Vision Transformer, with causal attention."""
+    """Return timm's block of a Vision Transformer, with causal attention."""
     block = Block(dim, num_heads, mlp_ratio)
     block.attn = CausalAttention(dim, num_heads)
     return block

@@ -1,4 +1,4 @@
-"""Models by their timm name, and the pretrained weights that they may start from."""
+"""Create models by their timm name, and load pretrained weights to start from."""
 
 import re
 import sys
@@ -16,10 +16,11 @@ PRETRAINED, HUB = "pretrained", "hf-hub:"
 
 
 def create_model(name: str, **options: object) -> nn.Module:
-    """``timm.create_model`` with one clear ValueError for an unknown name or option.
+    """Return ``timm.create_model`` of these; one clear ValueError for an unknown name or option.
 
-    EVA's and BEiT's attention is told to call its qkv and add the bias apart: by default it reads
-    the weight and would walk past an adapter.
+    EVA's and BEiT's attention is set to call its qkv linear and to add the bias apart. By default
+    it reads the weight directly and would bypass an adapter. ValueError also if patches do not
+    divide the image.
     """
     if not timm.is_model(name):
         raise ValueError(f"unknown model '{name}'; {near(name, timm.list_models())}")
@@ -37,12 +38,16 @@ def create_model(name: str, **options: object) -> nn.Module:
 def load_weights(model: nn.Module, source: str) -> str:
     """Give ``model`` the weights of ``source``, in place; return one line on what was done.
 
-    ``source`` is a file of timm weights (``.safetensors``, ``.pth``), ``hf-hub:owner/name``, or
-    ``pretrained``, timm's own weights of the model. timm's filter of the architecture brings
-    position and patch embeddings to the model's image and patch size, the first convolution to
-    its input channels. A head of another number of classes stays as new as it is. ValueError when
-    ``source`` cannot be read, or when anything else than the head is missing, left over or of
-    another shape.
+    ``source`` is one of:
+
+    - a file of timm weights (``.safetensors``, ``.pth``),
+    - ``hf-hub:owner/name``,
+    - ``pretrained``: timm's own weights of the model.
+
+    Weights are adapted to the model: position and patch embeddings to its image and patch size by
+    timm's filter for the architecture, the first convolution to its input channels. A head with
+    another number of classes stays new. ValueError if ``source`` cannot be read. ValueError also
+    if anything but the head is missing, left over or of another shape.
     """
     found = _read(model, source)
     weights = _fitted(found, model, source)
@@ -62,7 +67,10 @@ def load_weights(model: nn.Module, source: str) -> str:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` in evaluation mode inside, in the mode it was in afterwards, whatever happens."""
+    """Put ``model`` into evaluation mode inside, and back into its former mode afterwards.
+
+    The former mode comes back after an exception too.
+    """
     training = model.training
     model.eval()
     try:
@@ -72,13 +80,16 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _own_name(model: nn.Module) -> str:
-    """The name that timm knows the model's pretrained weights by, with their tag."""
+    """Return the name, with its tag, by which timm knows the model's pretrained weights."""
     config = _config(model)
     return ".".join(str(config[key]) for key in ("architecture", "tag") if config.get(key))
 
 
 def _read(model: nn.Module, source: str) -> dict[str, Tensor]:
-    """Tensors of ``source`` by name, in float32 so that they are not resampled in float16."""
+    """Return the tensors of ``source`` by name.
+
+    They are in float32, so that they are not resampled in float16.
+    """
     remote = source == PRETRAINED or source.startswith(HUB)
     if not remote and not Path(source).is_file():
         raise ValueError(
@@ -100,7 +111,7 @@ def _read(model: nn.Module, source: str) -> dict[str, Tensor]:
 
 
 def _fitted(found: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
-    """``found`` converted and resampled to ``model``, but for a head of other shapes."""
+    """Return ``found`` converted and resampled to ``model``, without a head of other shapes."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     own, weights = model.state_dict(), dict(found)
     try:
@@ -122,7 +133,10 @@ def _fitted(found: Mapping[str, Tensor], model: nn.Module, source: str) -> dict[
 
 
 def _check_fit(source: str, weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """ValueError unless ``weights`` are all of ``model``, but perhaps its head, and no others."""
+    """Raise ValueError unless ``weights`` are exactly those of ``model``.
+
+    Its head may be missing.
+    """
     own = model.state_dict()
     problems = {
         "lacks": [key for key in own if key not in weights and not _in_head(key, model)],
@@ -153,7 +167,7 @@ def _config(model: nn.Module) -> Mapping[str, object]:
 
 
 def _names(model: nn.Module, kind: str) -> tuple[str, ...]:
-    """Modules that timm names as the model's ``first_conv`` or ``classifier``."""
+    """Return the modules that timm names as the model's ``first_conv`` or ``classifier``."""
     names = _config(model).get(kind) or ()
     return (names,) if isinstance(names, str) else tuple(names)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What measures: how far each weight moves, and in how many directions."""
+"""Measure how far each weight moves, and in how many directions."""
 
 from switchlora.monitor.measurement import (
     LayerStats as LayerStats,

@@ -1,4 +1,4 @@
-"""How the weights move: one measurement of every target per window of optimizer updates."""
+"""Measure how far the weight of every target moves, once per window of optimizer updates."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -16,9 +16,9 @@ FIRST_ITERATIONS = 32
 
 
 class WeightUpdates(Mapping[str, Tensor]):
-    """W - W_ref of each target (out, in), float32, computed when it is asked for.
+    """The updates W - W_ref of the targets (out, in), float32, each computed when it is asked for.
 
-    Nothing is held for all targets at once: the switch needs one matrix at a time.
+    They are never all in memory: the switch needs one matrix at a time.
     """
 
     def __init__(
@@ -32,14 +32,17 @@ class WeightUpdates(Mapping[str, Tensor]):
         self._decay = decay
 
     def __getitem__(self, name: str) -> Tensor:
-        """W - W_ref + c (W + W_ref) / 2, where c is the sum of lr * weight decay to take out."""
+        """Return W - W_ref + c (W + W_ref) / 2, the update without the share of weight decay.
+
+        c is the window's sum of lr * weight decay. With c = 0 the decay stays in.
+        """
         weight = self._targets[name].weight(self._model).float()
         reference = self._references[name].to(weight)
         update = weight - reference
         return update.add_(weight + reference, alpha=self._decay / 2) if self._decay else update
 
     def only(self, targets: Collection[str]) -> "WeightUpdates":
-        """The updates of some of the targets."""
+        """Return the updates of some of the targets."""
         some = {name: target for name, target in self._targets.items() if name in targets}
         return WeightUpdates(self._model, some, self._references, self._decay)
 
@@ -54,10 +57,12 @@ class WeightUpdates(Mapping[str, Tensor]):
 class UpdateMonitor:
     """Measures each target every ``window`` updates against a copy from the window's start.
 
-    The copy lives on ``device`` (the CPU by default, so that it does not show in the memory
-    table). Spectral norms come from ``iterations`` power iterations, warm-started from the window
-    before. ``exact`` adds full spectra, and ``bases`` how far the singular bases turned, each at
-    the price of two SVDs per target and window.
+    The copies live on ``device``. It is the CPU by default, so that they do not show in the memory
+    table. Spectral norms come from ``iterations`` power iterations, which start from the vector of
+    the previous window. Two options each cost two SVDs per target and window:
+
+    - ``exact`` adds full spectra, with the first ``leading`` singular values.
+    - ``bases`` adds how far the singular bases turned.
     """
 
     model: nn.Module
@@ -69,7 +74,7 @@ class UpdateMonitor:
     leading: int = 16
     bases: bool = False
     known: Mapping[str, Target] = field(init=False)
-    """all targets that there are, of which ``targets`` are watched now"""
+    """all targets; ``targets`` are those of them that are measured now"""
     references: dict[str, Tensor] = field(init=False, default_factory=dict)
     initial_stable_ranks: dict[str, float] = field(init=False, default_factory=dict)
     """stable rank of each weight before training"""
@@ -93,12 +98,15 @@ class UpdateMonitor:
         self._decay += decay
 
     def due(self, num_updates: int) -> bool:
-        """Whether the window is complete after ``num_updates`` updates."""
+        """Return whether the window is complete after ``num_updates`` updates."""
         return num_updates - self._window_start >= self.window
 
     @torch.no_grad()
     def measure(self, num_updates: int, epoch: float) -> Measurement:
-        """Statistics of every target at the end of the window; one transfer to the host."""
+        """Return the statistics of every target at the end of the window.
+
+        Norms and stable ranks of all targets reach the host in one transfer.
+        """
         measured = [self._measure_target(name, t) for name, t in self._items()]
         rows = torch.stack(measured).tolist() if measured else []
         layers = {
@@ -109,15 +117,19 @@ class UpdateMonitor:
         return Measurement(num_updates, epoch, loss, layers)
 
     def updates(self, without_decay: bool = False, of: nn.Module | None = None) -> WeightUpdates:
-        """The movement of the weights over the window, with or without weight decay's share.
+        """Return the movement of the weights over the window.
 
-        ``of`` is a copy of the model to read the present weights from.
+        ``without_decay`` takes out the share of weight decay. ``of`` is a copy of the model; if
+        given, the present weights are read from it.
         """
         decay = self._decay if without_decay else 0.0
         return WeightUpdates(of or self.model, self.targets, self.references, decay)
 
     def watch(self, names: Collection[str], num_updates: int) -> None:
-        """Measure these of the known targets from now on; give back what the others held."""
+        """Measure only these of the known targets from now on, in a new window.
+
+        The copies and vectors of the other targets are released.
+        """
         self.targets = {name: t for name, t in self.known.items() if name in names}
         self.references = {n: r for n, r in self.references.items() if n in self.targets}
         kept = {*self.targets, *(f"{name}:update" for name in self.targets)}
@@ -137,7 +149,7 @@ class UpdateMonitor:
         self._window_start = num_updates
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next measurement depends on: plain types and tensors."""
+        """Return everything that the next measurement depends on, as plain types and tensors."""
         return {
             "window": self.window,
             "references": self.references,
@@ -149,7 +161,7 @@ class UpdateMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become the monitor that ``state_dict`` came from; ValueError for other targets."""
+        """Continue from a ``state_dict``; ValueError if it is of other targets."""
         if set(state["initial_stable_ranks"]) != set(self.known):
             raise ValueError("the checkpoint measured other switch.targets: give the same")
         self.watch(state["references"], state["window_start"])
@@ -201,9 +213,11 @@ class UpdateMonitor:
         }
 
     def _basis_stability(self, name: str) -> float:
-        """OIALR's statistic (arXiv 2401.08505): columns are those of the tall one of W and W^T.
+        """Return OIALR's statistic (arXiv 2401.08505): how little the singular bases turned.
 
-        They are orthonormal in U V^T, so the mean of their cosines is an inner product.
+        It compares the columns of U V^T now and at the start of the window; for a wide W those of
+        its transpose. These columns are orthonormal, so the mean of their cosines is an inner
+        product.
         """
         weight = self.targets[name].weight(self.model).float()
         now, before = (_orthogonal_factor(m) for m in (weight, self.references[name].to(weight)))

@@ -21,11 +21,12 @@ class SVD(NamedTuple):
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> SVD:
-    """Leading ``rank`` singular triplets of ``matrix`` (m, n), signs fixed, global RNG untouched.
+    """Return the leading ``rank`` singular triplets of ``matrix`` (m, n).
 
-    Randomised range finder with oversampling and power iterations (Halko, Martinsson & Tropp,
-    arXiv 0909.4061) where it is cheaper than the exact decomposition, which is used otherwise.
-    Each left singular vector has its largest entry positive, which fixes the signs.
+    The method is a randomised range finder with oversampling and power iterations (Halko,
+    Martinsson & Tropp, arXiv 0909.4061), or the exact decomposition if that is cheaper. Signs are
+    fixed: each left singular vector has its largest entry positive. The global random generators
+    are left untouched. ValueError for a rank outside 1..min(m, n).
     """
     matrix = _at_least_float32(matrix)
     smaller = min(matrix.shape)
@@ -39,12 +40,12 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
 
 
 def spectral_norm(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Largest singular value of ``matrix`` (m, n) and its right singular vector (n,).
+    """Return the largest singular value of ``matrix`` (m, n) and its right singular vector (n,).
 
-    Rayleigh-Ritz over the iterates of the power method v <- M^T M v from ``start`` (n,): the
-    Golub-Kahan-Lanczos process, far closer than the last iterate alone where the leading singular
-    values are close. Warm-start it with the vector of the last call. The estimate never exceeds
-    the true norm by more than rounding.
+    The power method v <- M^T M v starts from ``start`` (n,). Rayleigh-Ritz over all its iterates
+    is the Golub-Kahan-Lanczos process. This is far more accurate than the last iterate alone when
+    the leading singular values are close. Start it from the vector of the previous call. The
+    estimate never exceeds the true norm by more than rounding.
     """
     steps = min(iterations, min(matrix.shape) - 1)
     basis = matrix.new_zeros(matrix.shape[1], steps + 1)
@@ -57,13 +58,16 @@ def spectral_norm(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tenso
 
 
 def stable_rank(frobenius_norm: Tensor, spectral_norm: Tensor) -> Tensor:
-    """||M||_F^2 / ||M||_2^2, between 1 and the rank; 0 for the zero matrix."""
+    """Return ||M||_F^2 / ||M||_2^2, between 1 and the rank; 0 for the zero matrix."""
     ratio = (frobenius_norm / spectral_norm).square()
     return torch.where(spectral_norm > 0, ratio, torch.zeros_like(ratio))
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """exp(entropy of the normalised singular values) (Roy & Vetterli, 2007); 0 for zeros."""
+    """Return exp(entropy of the normalised singular values); 0 for zeros.
+
+    Defined by Roy & Vetterli (2007).
+    """
     total = singular_values.sum()
     if total == 0:
         return 0.0
@@ -71,19 +75,20 @@ def effective_rank(singular_values: Tensor) -> float:
 
 
 def energies(matrix: Tensor) -> Tensor:
-    """All squared singular values of ``matrix``, descending, in float64 on its device.
+    """Return all squared singular values of ``matrix``, descending, in float64 on its device.
 
-    Eigenvalues of the Gram matrix of the smaller side: exact to about 1e-16 of the largest,
-    which is all that an energy share needs, at a fraction of an SVD's cost.
+    They are the eigenvalues of the Gram matrix of the smaller side. Their error is about 1e-16 of
+    the largest, which is enough for energy shares. It costs a fraction of an SVD.
     """
     wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().mT
     return torch.linalg.eigvalsh(wide @ wide.mT).flip(0).clamp_min(0)
 
 
 def captured_energy(matrix: Tensor, rows: Tensor) -> float:
-    """Share of ||M||_F^2 that lies in the row space of ``rows`` (r, n): ||M Q||_F^2 / ||M||_F^2.
+    """Return the share of ||M||_F^2 that lies in the row space of ``rows`` (r, n).
 
-    NaN for a zero matrix, of which nothing can be captured.
+    It is ||M Q||_F^2 / ||M||_F^2, where the columns of Q are an orthonormal basis of that space.
+    NaN for a zero matrix.
     """
     matrix = _at_least_float32(matrix)
     basis = torch.linalg.qr(_at_least_float32(rows).mT).Q
@@ -111,7 +116,10 @@ def _with_fixed_signs(svd: SVD) -> SVD:
 
 
 def _orthogonal_unit(basis: Tensor, vector: Tensor) -> Tensor:
-    """What of ``vector`` (n,) is new to orthonormal ``basis`` (n, k); 0 if only rounding."""
+    """Return the unit vector of the part of ``vector`` (n,) that is orthogonal to ``basis``.
+
+    ``basis`` (n, k) is orthonormal. The result is 0 if only rounding is left of ``vector``.
+    """
     new = vector - basis @ (basis.mT @ vector)
     new = new - basis @ (basis.mT @ new)  # once is not enough to stay orthogonal in float32
     size, rounding = torch.linalg.vector_norm(new), 1e-5 * torch.linalg.vector_norm(vector)

@@ -1,4 +1,4 @@
-"""The process that runs: its fellows, its signals, its end."""
+"""Run as one of several processes: talk to the others, heed signals, exit with one line."""
 
 from switchlora.process.distributed import (
     agreed_checksum as agreed_checksum,

@@ -1,6 +1,6 @@
 """Several processes: join the group once, sum over ranks, let the primary rank decide.
 
-In a single process every function here returns what it was given.
+In a single process the functions here return what they were given.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ BROKEN = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe"
 
 
 def join() -> None:
-    """Join the group that torchrun or submitit describes in the environment, once a process.
+    """Join the group that torchrun or submitit describes in the environment, once per process.
 
-    NCCL carries tensors on GPUs, gloo those on CPUs and all plain values.
+    NCCL carries tensors on GPUs. gloo carries tensors on CPUs and all plain values.
     """
     if dist.is_initialized() or not _launched_as_one_of_several():
         return
@@ -37,33 +37,33 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Leave the group, where one was joined."""
+    """Leave the group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return this process's number."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """Return this process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes work on this run."""
+    """Return how many processes work on this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_primary() -> bool:
-    """Whether this is the process that decides, writes and talks."""
+    """Return whether this is the primary rank, the process that decides, writes and prints."""
     return rank() == 0
 
 
 def total(values: Sequence[float]) -> list[float]:
-    """Sum of each value over all ranks, in float64."""
+    """Return the sum of each value over all ranks, in float64."""
     if world_size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
@@ -72,12 +72,12 @@ def total(values: Sequence[float]) -> list[float]:
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """Whether each flag is set on at least one rank."""
+    """Return whether each flag is set on at least one rank."""
     return [count > 0 for count in total([float(flag) for flag in flags])]
 
 
 def gather(value: T) -> list[T]:
-    """The picklable ``value`` of every rank, in the order of the ranks."""
+    """Return the picklable ``value`` of every rank, in the order of the ranks."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
@@ -86,9 +86,9 @@ def gather(value: T) -> list[T]:
 
 
 def from_primary(compute: Callable[[], T]) -> T:
-    """``compute()`` of the primary rank, the only one that calls it, on every rank.
+    """Return the primary rank's ``compute()`` on every rank; no other rank calls it.
 
-    When it raises, so does every other rank: OtherRankFailed.
+    If it raises, every other rank raises OtherRankFailed.
     """
     if world_size() == 1:
         return compute()
@@ -110,9 +110,10 @@ def from_primary(compute: Callable[[], T]) -> T:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """All ranks get through the block, or an exception is raised on all of them.
+    """Let all ranks get through the block, or raise an exception on all of them.
 
-    The block must not talk to other ranks: one that fails in it would leave them waiting.
+    A rank that succeeded raises OtherRankFailed. The block must not talk to other ranks: a rank
+    that fails in it would leave them waiting.
     """
     error = None
     try:
@@ -128,7 +129,7 @@ def together() -> Iterator[None]:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, the first 16 hexadecimal digits."""
+    """Return the first 16 hexadecimal digits of SHA-256 over names, dtypes, shapes and bytes."""
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -138,7 +139,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def agreed_checksum(tensors: Mapping[str, Tensor]) -> str:
-    """The checksum of ``tensors``; RanksDisagree unless it is the same on all ranks."""
+    """Return the checksum of ``tensors``; RanksDisagree unless it is the same on all ranks."""
     sums = gather(checksum(tensors))
     if len(set(sums)) > 1:
         raise RanksDisagree(f"ranks hold different tensors: checksums {', '.join(sums)}")
@@ -146,17 +147,17 @@ def agreed_checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def agreement_line(agreed: str) -> str:
-    """What an agreed checksum means, for the user."""
+    """Return a line for the user on what an agreed checksum means."""
     return f"all {world_size()} ranks train the same tensors (SHA-256 {agreed}...)"
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every rank; any other tensor itself."""
+    """Return the whole of a sharded tensor, on every rank; return any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
-    """``tensor`` on the device of ``model``, and sharded as it is where shapes agree."""
+    """Return ``tensor`` on the device of ``model``, sharded like it if their shapes agree."""
     tensor = tensor.to(model.device)
     if not isinstance(model, DTensor) or tensor.shape != model.shape:
         return tensor
@@ -164,7 +165,7 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """A line on an error that comes from another rank's end; None for any other error."""
+    """Return a line on an error that comes from another rank's end; None for any other error."""
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return None
     if not isinstance(error, dist.DistError) and not any(w in str(error) for w in BROKEN):

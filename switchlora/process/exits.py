@@ -1,4 +1,4 @@
-"""How the program ends early: one line for a user's mistake or a fault, a traceback for a bug."""
+"""End the program early: one line for a user's mistake or a fault, a traceback for a bug."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from switchlora.process import distributed
 
 SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
 FAILURE = "SWITCHLORA_FAILURE"
-"""names the file in which a job of a multirun leaves its one line"""
+"""names the file to which a job of a multirun writes its one line"""
 USER_ERRORS = (
     ValueError,
     TrainingStopped,
@@ -34,9 +34,11 @@ USER_ERRORS = (
 
 
 def exit_with_one_line(error: Exception) -> NoReturn:
-    """Exit with a line that tells a user's mistake or a fault; any other error goes on.
+    """Exit with one line for a user's mistake or a fault; raise any other error again.
 
-    A mistake that every rank meets is told by the primary rank alone.
+    A mistake that every rank meets is printed by the primary rank alone. A job of a multirun also
+    writes the line to the file that ``FAILURE`` names. With ``SHOW_TRACEBACK`` in the environment
+    every error is raised again.
     """
     told = isinstance(error, USER_ERRORS) or from_launcher(error)
     line = one_line(error) if told else distributed.lost_rank(error) or ended_worker(error)
@@ -53,13 +55,13 @@ def exit_with_one_line(error: Exception) -> NoReturn:
 
 
 def from_launcher(error: Exception) -> bool:
-    """Whether submitit raised it: no Slurm here, an unknown partition, a job that died."""
+    """Return whether submitit raised it: no Slurm here, an unknown partition, a job that died."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and "submitit" in Path(frames[-1].filename).parts
 
 
 def one_line(error: BaseException) -> str:
-    """The message that matters of an error and its causes, on one line."""
+    """Return the message that matters, of an error or one of its causes, on one line."""
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
         return one_line(error.__cause__)
     message = str(error)
@@ -87,9 +89,9 @@ WORKER_ENDED = "DataLoader worker (pid"
 
 
 def ended_worker(error: BaseException) -> str | None:
-    """A line on an error that comes from a worker's end; None for any other error.
+    """Return a line on an error that comes from a worker's end; None for any other error.
 
-    A signal's handler of torch raises its own message between any two lines of the program.
+    torch's signal handler raises its own message between any two lines of the program.
     """
     if isinstance(error, LoaderDied):
         return str(error)

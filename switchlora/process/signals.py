@@ -13,11 +13,15 @@ REQUEUE = signal.SIGUSR2
 class Interruption:
     """Notes the first SIGTERM or SIGINT instead of dying of it; a second SIGINT kills at once.
 
-    Where a job launcher (submitit) handles SIGUSR2, which a cluster sends before it takes the
-    machine away, its handler, which puts the job back into the queue, is called by ``hand_over``
-    after the run has saved. Its handler of SIGTERM, which ignores it, is called at once; a cluster
-    that sends no SIGUSR2 gives its warning with SIGTERM, so ``warned`` asks for a checkpoint.
-    A context manager; outside the main thread, where Python has no signals, it does nothing.
+    Clusters send SIGUSR2 before they take a machine away. A job launcher (submitit) handles it by
+    putting the job back into the queue, and ignores SIGTERM. Under such a launcher:
+
+    - SIGUSR2 is noted. The run saves, and ``hand_over`` then calls the launcher's handler.
+    - SIGTERM calls the launcher's handler at once. It may be the only warning of a cluster that
+      sends no SIGUSR2, so ``warned`` asks for a checkpoint.
+
+    Use it as a context manager. Outside the main thread it does nothing, since Python has no
+    signals there.
     """
 
     def __init__(self) -> None:
@@ -39,10 +43,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def hand_over(self) -> None:
-        """Let the launcher's handler of SIGUSR2 have it, if it came; it ends the primary rank.
+        """Call the launcher's handler of SIGUSR2, if that signal came.
 
-        On the others it returns; they end here, as if all were well, because a failed task can
-        take the primary one with it before that has put the job back.
+        The handler ends the process on the primary rank. On the other ranks it returns, and they
+        exit here with status 0. A failed task could take the primary rank with it before that has
+        put the job back into the queue.
         """
         handler = self._previous.get(self.received) if self.received else None
         if self.received is REQUEUE and callable(handler):

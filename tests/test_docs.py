@@ -1,0 +1,49 @@
+"""The documentation: every key has its row, every page is reached, every link leads somewhere."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from conf_yamls import composed
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+sys.path.insert(0, str(DOCS))
+from reference import page
+
+
+def keys_of(config, above=""):
+    """Dotted names of all leaves of a config, interpolations unresolved."""
+    for name in config:
+        raw = OmegaConf.to_container(config, resolve=False)[name]
+        if isinstance(raw, dict):
+            yield from keys_of(config[name], f"{above}{name}.")
+        else:
+            yield f"{above}{name}"
+
+
+@pytest.mark.parametrize("words", [(), ("switch/rank=energy", "switch/guard=full", "data=cifar10")])
+def test_the_reference_has_a_row_for_every_key(words):
+    """A mapping that a yaml writes on one line, such as ``data.train``, has one row."""
+    told = set(re.findall(r"^\| `([\w.]+)`", page(), re.M))
+    config = composed(*words)
+    assert isinstance(config, DictConfig)
+    missing = {key for key in keys_of(config) if not {key, key.rpartition(".")[0]} & told}
+    assert not missing
+
+
+def test_the_reference_explains_the_keys_of_a_plain_run():
+    silent = set(re.findall(r"^\| `([\w.]+)` \| .* \|  \|$", page(), re.M))
+    ours = {key for key in keys_of(composed()) if not re.search(r"_target_|_partial_|\.path$", key)}
+    assert len(silent & ours) <= 5, sorted(silent & ours)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_of_a_page_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        place, _, _ = link.partition("#")
+        known = link.startswith(("http", "#", "mailto:")) or place == "configuration.md"
+        assert known or (DOCS / place).exists(), link
