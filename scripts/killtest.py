@@ -1,9 +1,9 @@
-"""Kill a run at many moments, resume it each time, compare it with an uninterrupted one.
+"""Kill a run at many moments, resume it each time, and compare it with an uninterrupted one.
 
-``python scripts/killtest.py`` works in rounds. A round is one run that the same command starts
-again and again with ``resume=auto``; SIGKILL ends its whole session at moments drawn from a seed,
-the last start ends by itself. What it leaves must then be that of a run that nobody touched, bit
-for bit, but for times. Linux only.
+``python scripts/killtest.py`` works in rounds. In a round the same command starts one run again
+and again with ``resume=auto``. SIGKILL ends the run's whole session at random moments that depend
+on ``--seed``. The last start runs to its end. The files it leaves must then equal those of an
+uninterrupted run bit for bit, except for times. Linux only.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from switchlora.storage import FOLDER, METRICS, environment, find_all
 FULL, ADAPTER, WRITE = "full phase", "adapter phase", "inside a checkpoint write"
 SWITCH, EPOCH, START = "at the switch", "epoch end", "start-up"
 KINDS = (FULL, ADAPTER, WRITE, SWITCH, EPOCH, START)
-DELAYS = {FULL: 0.1, ADAPTER: 0.1, WRITE: 0.06, SWITCH: 0.3, EPOCH: 0.4}  # seconds, at most
+DELAYS = {FULL: 0.1, ADAPTER: 0.1, WRITE: 0.06, SWITCH: 0.3, EPOCH: 0.4}  # longest, in seconds
 RUN = (
     *("data=digits", "model=digits", "log=quiet", "log.figures=false", "log.every=1"),
     *("monitor.window=10", "full.scheduler.warmup_t=10", "full.accumulation=2", "ema=0.9"),
@@ -58,12 +58,12 @@ PATIENCE = 300  # seconds that one start may take
 
 
 class Trouble(Exception):
-    """A run did not come to its end."""
+    """A start of a run failed or took too long."""
 
 
 @dataclass(frozen=True)
 class Child:
-    """A started run; ``exit_code`` gives None while it runs."""
+    """A started process of a run. ``exit_code`` returns None while it runs."""
 
     pid: int
     exit_code: Callable[[], int | None]
@@ -74,18 +74,21 @@ Starter = Callable[[Sequence[str], Path], Child]
 
 @dataclass(frozen=True)
 class Marks:
-    """Where an uninterrupted run has its switch, its ends of epochs and its end, in updates."""
+    """The updates at which an uninterrupted run switches, ends its epochs, and ends."""
 
     switch: int
     epochs: list[int]
     last: int
     start_seconds: float
-    """from the start of the process to the first update"""
+    """seconds from the start of the process to the first update"""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: ``delay`` seconds after ``update`` was reached in the sense of ``kind``."""
+    """When to kill: ``delay`` seconds after ``update`` is reached.
+
+    ``kind`` says what counts as reached: see ``Watch.reached``.
+    """
 
     kind: str
     update: int
@@ -94,7 +97,7 @@ class Moment:
 
 @dataclass
 class Kill:
-    """One kill and what was found right after it."""
+    """One kill, and the state of the run's folder right after it."""
 
     round: int
     pipeline: str
@@ -108,13 +111,13 @@ class Kill:
     unfinished_write: dict[str, int] | None
     """bytes of each file in the folder of a checkpoint that was being written"""
     between_switch_checkpoints: bool
-    """the checkpoint just before the switch was there, the one just after it was not"""
+    """whether the checkpoint before the switch was there, and the one after it was not"""
     resumed_from: str | None = None
     recovered: bool = False
 
 
 def main() -> None:
-    """Kill, compare, write the result; exit with one line that names the first difference."""
+    """Kill, compare and write the result. Exit with one line on the first difference, if any."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -137,7 +140,7 @@ def main() -> None:
 
 
 def start_program(words: Sequence[str], output: Path) -> Child:
-    """``python -m switchlora`` in a session of its own."""
+    """Start ``python -m switchlora`` in a session of its own."""
     with output.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "switchlora", *words],
@@ -150,7 +153,10 @@ def start_program(words: Sequence[str], output: Path) -> Child:
 
 
 def start_fork(words: Sequence[str], output: Path) -> Child:
-    """The same command in a fork of a process that has imported it: saves seconds a start."""
+    """Start the same command in a fork of a process that has already imported it.
+
+    That saves seconds for each start.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_enter, args=(list(words), output))
@@ -180,7 +186,10 @@ def killtest(
     pipelines: Mapping[str, Sequence[str]] = PIPELINES,
     start: Starter = start_program,
 ) -> dict[str, Any]:
-    """Rounds of at most one kill of each kind until there are ``number`` kills; the result."""
+    """Run rounds until there are ``number`` kills, and return the result.
+
+    A round has at most one kill of each kind.
+    """
     begin = time.perf_counter()
     kills: list[Kill] = []
     troubles: list[str] = []
@@ -217,7 +226,7 @@ def killtest(
 
 
 def total_line(kills: Sequence[Kill]) -> str:
-    """How many kills were recovered, and of which kinds they were."""
+    """Return a line with the number of recovered kills and the number of kills of each kind."""
     recovered = sum(kill.recovered for kill in kills)
     counts = Counter(kill.kind for kill in kills)
     kinds = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
@@ -225,13 +234,13 @@ def total_line(kills: Sequence[Kill]) -> str:
 
 
 def next_kinds(kills: Sequence[Kill], number: int) -> list[str]:
-    """The kinds of the next round, the rarest so far first."""
+    """Return the kinds of the next round, the rarest so far first."""
     counts = Counter(kill.kind for kill in kills)
     return sorted(KINDS, key=lambda kind: counts[kind])[: number - len(kills)]
 
 
 def plan(kinds: Sequence[str], marks: Marks, chance: random.Random) -> list[Moment]:
-    """A random moment of each kind, in the order in which one run comes by them."""
+    """Draw a random moment of each kind, and sort the moments by their update."""
     updates = {
         FULL: range(1, marks.switch),
         ADAPTER: range(marks.switch + 1, marks.last),
@@ -249,7 +258,7 @@ def plan(kinds: Sequence[str], marks: Marks, chance: random.Random) -> list[Mome
 
 
 def reference(folder: Path, command: Sequence[str], start: Starter) -> Marks:
-    """Make the uninterrupted run in ``folder``."""
+    """Make the uninterrupted run in ``folder``, and return its marks."""
     begin, output = time.perf_counter(), folder.with_name(f"{folder.name}.log")
     watch = Watch(folder, output)
     child = start([*command, f"hydra.run.dir={folder}"], output)
@@ -274,7 +283,11 @@ def one_round(
     start: Starter,
     before: int,
 ) -> tuple[list[Kill], str | None]:
-    """Kill one run at all ``moments``, let it end, compare it; the kills and what went wrong."""
+    """Kill one run at all ``moments``, let it end, and compare it with the uninterrupted one.
+
+    Return the kills, and a line about what went wrong (None if nothing did). ``before`` is the
+    number of kills in earlier rounds.
+    """
     place = folder / f"round-{number}"
     command = [*command, f"hydra.run.dir={place}"]
     kills: list[Kill] = []
@@ -301,7 +314,12 @@ def one_round(
 
 
 def wait(child: Child, output: Path, until: Callable[[], bool] | None = None) -> bool:
-    """Wait until the condition holds, True, or the child ends well, False; else Trouble."""
+    """Wait until the condition holds or the child ends.
+
+    - Return True when the condition ``until`` holds.
+    - Return False when the child ends with status 0.
+    - Raise Trouble when it ends with another status, or takes longer than ``PATIENCE`` seconds.
+    """
     deadline = time.monotonic() + PATIENCE
     try:
         while (code := child.exit_code()) is None:
@@ -320,13 +338,13 @@ def wait(child: Child, output: Path, until: Callable[[], bool] | None = None) ->
 
 
 def stop(child: Child, output: Path, delay: float) -> bool:
-    """Kill the child after ``delay``; False when it ended well before."""
+    """Kill the child after ``delay`` seconds. Return False when it had already ended well."""
     time.sleep(delay)
     return kill(child) == -signal.SIGKILL or wait(child, output)
 
 
 def kill(child: Child) -> int:
-    """SIGKILL the child's whole session, wait until nothing of it is left; the exit code."""
+    """Kill the child's whole session with SIGKILL, wait until it is gone, return the exit code."""
     for call in (os.killpg, os.kill):
         with suppress(ProcessLookupError):
             call(child.pid, signal.SIGKILL)
@@ -341,7 +359,7 @@ def kill(child: Child) -> int:
 
 
 def session_of(leader: int) -> list[int]:
-    """Living processes of a session."""
+    """Return the process ids of a session's living processes."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -352,7 +370,7 @@ def session_of(leader: int) -> list[int]:
 
 
 class Watch:
-    """Sees from outside what a child that starts in ``folder`` has done since."""
+    """Observes from outside what a child in ``folder`` has done since this object was made."""
 
     def __init__(self, folder: Path, output: Path) -> None:
         self.folder, self.output = folder, output
@@ -363,7 +381,13 @@ class Watch:
         self._last: tuple[int, int] = (-1, 0)
 
     def reached(self, moment: Moment) -> bool:
-        """Whether the moment has come, but for its delay."""
+        """Return whether the moment has come, not counting its delay.
+
+        - start-up: always.
+        - inside a checkpoint write: the child writes a checkpoint of that update or a later one.
+        - at the switch: the child has made a new checkpoint of that update.
+        - all others: the child has made so many updates.
+        """
         if moment.kind == START:
             return True
         if moment.kind == WRITE:
@@ -374,14 +398,20 @@ class Watch:
         return self.num_updates() >= moment.update
 
     def resumed_from(self) -> str | None:
-        """The checkpoint that the child said it goes on from, 'the start' for none, or None."""
+        """Return the checkpoint from which the child went on, as its output says.
+
+        Return 'the start' when there was no checkpoint, and None when it is not known yet.
+        """
         said = self.output.read_text() if self.output.exists() else ""
         if match := re.search(r"resumed from \S*/(\S+):", said):
             return match[1]
         return "the start" if not self._old_checkpoints and self._has_begun() else None
 
     def num_updates(self) -> int:
-        """Updates in metrics.jsonl, 0 until the child has cut off what an earlier one left."""
+        """Return the number of updates in metrics.jsonl.
+
+        It is 0 until the child has cut off what an earlier child left there.
+        """
         if not self._has_begun():
             return 0
         if (size := self._metrics_size()) != self._last[0]:
@@ -390,7 +420,7 @@ class Watch:
         return self._last[1]
 
     def found(self, number: int, pipeline: str, moment: Moment) -> Kill:
-        """What is there now that the child was killed."""
+        """Return the record of a kill, from what the folder holds after it."""
         events = complete_events(self.folder)
         phases = [event["train/phase"] for event in events if "train/phase" in event]
         switched = any(event["event"] == "switch" for event in events)
@@ -434,7 +464,7 @@ class Watch:
 
 
 def kill_line(kill: Kill) -> str:
-    """One line about a kill."""
+    """Return one line about a kill."""
     where = f"update {kill.num_updates:3}, {kill.phase} phase, after '{kill.last_event}'"
     inside = "; inside a write" if kill.unfinished_write is not None else ""
     between = "; between the switch's checkpoints" if kill.between_switch_checkpoints else ""
@@ -442,13 +472,13 @@ def kill_line(kill: Kill) -> str:
 
 
 def note_resume(kills: Sequence[Kill], watch: Watch) -> None:
-    """Tell the kills that nobody has resumed after yet where this start went on from."""
+    """Record where this start went on from, in the kills that have no such record yet."""
     for kill in kills:
         kill.resumed_from = kill.resumed_from or watch.resumed_from()
 
 
 def complete_events(folder: Path) -> list[dict[str, Any]]:
-    """The events of metrics.jsonl, without a last line that is not complete."""
+    """Return the events of metrics.jsonl, without an incomplete last line."""
     path = folder / METRICS
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from switchlora import __version__
 from switchlora.config import folder_of
 from switchlora.errors import Interrupted
-from switchlora.process import distributed, exit_with_one_line
+from switchlora.process import distributed, exit_with_one_line, prepare_words
 from switchlora.sweep import Sweep, failed, follow_parent, job_folder, objectives, run_job, told
 from switchlora.train import train
 
@@ -59,6 +59,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
     follow_parent()
     try:
+        prepare_words()
         distributed.join()
         try:
             _hydra_main()

@@ -1,8 +1,10 @@
-"""Adapter initializers: ``(weight, update, rank) -> Factors``.
+"""Adapter initializers: they choose the first factors, ``(weight, update, rank) -> Factors``.
 
-An initializer only chooses the factors. The function of the network is kept by the switch, which
-subtracts the adapter from the weight. ``weight`` and ``update`` = W - W_ref are (out, in), of one
-target and divided by its scaling s, so that the adapter s B A of an SVD start is a part of them.
+An initializer only chooses the factors of one target. The switch keeps the function of the
+network: it subtracts the adapter from the weight.
+
+``weight`` and ``update`` = W - W_ref are (out, in). Both come divided by the target's scaling s.
+With gain 1, B A of an SVD start thus approximates the given matrix, s B A the undivided one.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from switchlora.monitor import truncated_svd
 
 
 class AdapterInit(Protocol):
-    """Chooses the factors of one target from its weight and its recent update."""
+    """Choose the factors of one target from its weight and its recent update."""
 
     def __call__(self, weight: Tensor, update: Tensor, rank: int) -> Factors:
         """Return factors of the given rank for ``weight`` and ``update`` (out, in)."""
@@ -25,11 +27,11 @@ class AdapterInit(Protocol):
 
 @dataclass(frozen=True)
 class UpdateSVD:
-    """Balanced factors of the recent update D = W - W_ref.
+    """Start from balanced factors of the recent update D = W - W_ref.
 
-    D ~ U S V^T,  B = g U S^(1/2),  A = g S^(1/2) V^T,  so that A A^T = B^T B = g^2 S and
-    B A = g^2 D_r. Small factors learn slowly under Adam, whose steps do not scale with them:
-    the gain g moves their magnitude without moving the function.
+    D ~ U S V^T,  B = g U S^(1/2),  A = g S^(1/2) V^T. Hence A A^T = B^T B = g^2 S and
+    B A = g^2 D_r. Small factors learn slowly under Adam, since its steps do not scale with them.
+    The gain g changes their size without changing the function of the network.
     """
 
     gain: float = 1.0
@@ -41,8 +43,9 @@ class UpdateSVD:
 
 @dataclass(frozen=True)
 class WeightSVD:
-    """Balanced factors of the weight itself (PiSSA; Meng, Wang & Zhang, arXiv 2404.02948).
+    """Start from balanced factors of the weight itself: PiSSA.
 
+    By Meng, Wang & Zhang (arXiv 2404.02948).
     W ~ U S V^T,  B = g U S^(1/2),  A = g S^(1/2) V^T.
     """
 
@@ -54,31 +57,32 @@ class WeightSVD:
 
 
 def update_directions(weight: Tensor, update: Tensor, rank: int) -> Factors:
-    """A spans the leading right singular vectors of the recent update, B = 0.
+    """Return A with the leading right singular vectors of the recent update as rows, and B = 0.
 
-    Its rows have norm sqrt(1/3), as those of LoRA's Kaiming-uniform start have on average: LoRA
-    with directions from data, as EVA takes them from activations (arXiv 2410.07170).
+    The rows of A have norm sqrt(1/3). The rows of LoRA's Kaiming-uniform start have this norm on
+    average. This is LoRA with directions from data; EVA takes them from activations
+    (arXiv 2410.07170). It raises ValueError when nothing has been updated yet.
     """
     directions = truncated_svd(_moved(update, "update_directions"), rank).Vh
     return Factors(directions / 3**0.5, _zero_B(weight, rank))
 
 
 def zero_b(weight: Tensor, update: Tensor, rank: int) -> Factors:
-    """LoRA's own start: A Kaiming-uniform, B = 0 (Hu et al., arXiv 2106.09685)."""
+    """Return LoRA's own start: A Kaiming-uniform, B = 0 (Hu et al., arXiv 2106.09685)."""
     A = torch.empty(rank, weight.shape[1], device=weight.device)
     nn.init.kaiming_uniform_(A, a=5**0.5)
     return Factors(A, _zero_B(weight, rank))
 
 
 def orthogonal(weight: Tensor, update: Tensor, rank: int) -> Factors:
-    """A with random orthonormal rows of norm sqrt(1/3), B = 0."""
+    """Return A with random orthogonal rows of norm sqrt(1/3), and B = 0."""
     A = torch.empty(rank, weight.shape[1], device=weight.device)
     nn.init.orthogonal_(A, gain=3**-0.5)
     return Factors(A, _zero_B(weight, rank))
 
 
 def empty_factors(weight: Tensor) -> Factors:
-    """Factors of rank 0: a target that is frozen without an adapter."""
+    """Return factors of rank 0, for a target that is frozen without an adapter."""
     return Factors(weight.new_zeros(0, weight.shape[1]).float(), _zero_B(weight, 0))
 
 

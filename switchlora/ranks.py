@@ -1,6 +1,6 @@
-"""Rank policies: what the full phase measured -> the rank of each adapter.
+"""Rank policies: they choose the rank of each adapter from what the full phase measured.
 
-A new one is a function, or a frozen dataclass with ``__call__``, and a yaml in
+To add one, write a function, or a frozen dataclass with ``__call__``, and a yaml in
 ``conf/switch/rank``. Rank 0 freezes a target without an adapter.
 """
 
@@ -19,26 +19,26 @@ from switchlora.names import family
 
 @dataclass(frozen=True)
 class SwitchContext:
-    """What a rank policy may look at."""
+    """What a rank policy may read, about the targets that switch now."""
 
     history: Sequence[Measurement]
     updates: Mapping[str, Tensor]
-    """W - W_ref per target (out, in)"""
+    """the recent update W - W_ref (out, in) of each target"""
     initial_stable_ranks: Mapping[str, float]
-    """of each target's weight before training"""
+    """stable rank of each target's weight before training"""
     total_parameters: int
-    """of the model before the switch"""
+    """parameters of the model before the switch"""
     other_trainable: int
-    """parameters that go on training besides the factors"""
+    """number of parameters that go on training beside the factors"""
     train_factors: Sequence[str] = FACTORS
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """W per target (out, in)"""
+    """the weight W (out, in) of each target"""
     part: float = 1.0
-    """share of the weights still to be adapted that this stage takes"""
+    """the targets that switch now hold this share of the weights of all targets still to switch"""
 
 
 class Weights(Mapping[str, Tensor]):
-    """W of each target (out, in), read from ``model`` when it is asked for."""
+    """Mapping of each target to its weight W (out, in), read from ``model`` on access."""
 
     def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
         self._model, self._targets = model, targets
@@ -58,12 +58,12 @@ RankPolicy = Callable[[SwitchContext], Mapping[str, int]]
 
 @dataclass(frozen=True)
 class Fixed:
-    """The same rank everywhere."""
+    """Give every target the same rank."""
 
     rank: int = 8
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
-        """Rank per target; ValueError for a rank above a target's smaller side."""
+        """Return the rank per target; ValueError for a rank above a target's smaller side."""
         for name, update in context.updates.items():
             if not 1 <= self.rank <= min(update.shape):
                 raise ValueError(
@@ -75,7 +75,10 @@ class Fixed:
 
 @dataclass(frozen=True)
 class RankRatio:
-    """r = round(ratio * min(out, in)): Pufferfish's one ratio (Wang et al., arXiv 2103.03936)."""
+    """Give every target the same share of its full rank: r = round(ratio * min(out, in)).
+
+    This is the one ratio of Pufferfish (Wang et al., arXiv 2103.03936).
+    """
 
     ratio: float = 0.25
 
@@ -83,17 +86,17 @@ class RankRatio:
         check_share("rank.ratio", self.ratio)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
-        """Rank per target, at least 1."""
+        """Return the rank per target, at least 1."""
         sides = {name: min(update.shape) for name, update in context.updates.items()}
         return {name: max(round(self.ratio * side), 1) for name, side in sides.items()}
 
 
 @dataclass(frozen=True)
 class ParameterRatio:
-    """r = round(ratio * out in / (out + in)): factors with that share of a target's parameters.
+    """Give the factors the share ``ratio`` of their target's parameters.
 
-    Low-rank FFN training (Wei et al., arXiv 2407.09835) has 0.625 and 0.3125, which are r = d / 2
-    and d / 4 between widths d and 4 d.
+    r = round(ratio * out in / (out + in)). Low-rank FFN training (Wei et al., arXiv 2407.09835)
+    uses the ratios 0.625 and 0.3125. Between widths d and 4 d, these are r = d / 2 and r = d / 4.
     """
 
     ratio: float = 0.63
@@ -102,18 +105,21 @@ class ParameterRatio:
         check_share("rank.ratio", self.ratio)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
-        """Rank per target, at least 1."""
+        """Return the rank per target, at least 1."""
         full = {n: math.prod(u.shape) / sum(u.shape) for n, u in context.updates.items()}
         return {name: max(round(self.ratio * rank), 1) for name, rank in full.items()}
 
 
 @dataclass(frozen=True)
 class PreLoRARanks:
-    """PreLoRA's ranks: the more a target changed lately, the larger (arXiv 2509.21619).
+    """Give larger ranks to targets that changed more lately: PreLoRA (arXiv 2509.21619).
 
-    c_i = |m_i(T) - m_i(T-1)| / m_i(T-1) of ``signal``; u_i = c_i scaled to [0, 1] over the family
-    (``mode='family'``) or over all; R = [r_min, 2 r_min, ..., r_max]; r_i = R[ceil(u_i |R|) - 1],
-    or R[0] at u_i = 0. Equal changes (max = min) give r_min.
+    - c_i = |m_i(T) - m_i(T-1)| / m_i(T-1), with m_i the ``signal`` of target i and T the last
+      window.
+    - u_i is c_i scaled to [0, 1] over the family (``mode='family'``) or over all targets ('all').
+    - r_i = R[ceil(u_i |R|) - 1], or R[0] at u_i = 0, with R = [r_min, 2 r_min, ..., r_max].
+
+    Equal changes (max = min) give r_min.
     """
 
     r_min: int = 4
@@ -130,7 +136,7 @@ class PreLoRARanks:
             raise ValueError(f"r_min {self.r_min} must be below r_max {self.r_max}")
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
-        """Rank per target; NothingMeasured with fewer than two measurements."""
+        """Return the rank per target; NothingMeasured with fewer than two measurements."""
         if len(context.history) < 2:
             raise NothingMeasured("rank=prelora compares two windows; fewer are measured")
         before, after = (m.layers for m in context.history[-2:])
@@ -155,12 +161,16 @@ class PreLoRARanks:
 
 @dataclass(frozen=True)
 class StableRankRanks:
-    """The measured stable rank, rounded up, of the last window's update or of the weight.
+    """Give each target its measured stable rank rho, rounded up.
 
-    ``scaled`` is Cuttlefish's form for weights: r = ceil(rho * full / rho_init), where rho_init is
-    the stable rank before training (arXiv 2305.02538). ``multiplier`` widens. Two floors:
-    ``lowest``, a share of the full rank, and ``accumulative`` = p, Cuttlefish's accumulative rank
-    min {k : sum_{i<=k} s_i >= p * sum s_i} with s the singular values of W.
+    - ``of``: 'update' takes rho of the last window's update, 'weight' takes rho of the weight.
+    - ``multiplier``: multiply rho by it before rounding.
+    - ``scaled``: Cuttlefish's form for weights (arXiv 2305.02538), r = ceil(rho * full / rho_init)
+      with full = min(out, in). rho_init is the stable rank of the weight before training.
+    - ``lowest``: the rank is at least this share of the full rank.
+    - ``accumulative`` = p: the rank is at least Cuttlefish's accumulative rank,
+      min {k : sum_{i<=k} s_i >= p * sum s_i} with s the singular values of W.
+    - ``power_of_two``: round up to a power of two.
     """
 
     of: str = "update"
@@ -178,7 +188,7 @@ class StableRankRanks:
             check_share("rank.accumulative", self.accumulative)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
-        """Rank per target; NothingMeasured before the first measurement."""
+        """Return the rank per target; NothingMeasured before the first measurement."""
         if not context.history:
             raise NothingMeasured("rank=stable_rank needs a measurement; none is there yet")
         return {
@@ -198,9 +208,10 @@ class StableRankRanks:
 
 @dataclass(frozen=True)
 class Energy:
-    """The smallest rank that captures a share of the update's energy.
+    """Give each target the smallest rank that captures a share of its update's energy.
 
-    r = min {k : sum_{i<=k} S_i^2 >= share * sum S_i^2} with S the singular values of W - W_ref.
+    r = min {k : sum_{i<=k} S_i^2 >= share * sum S_i^2} with S the singular values of W - W_ref,
+    at most ``r_max``. ``power_of_two`` rounds r up to a power of two.
     """
 
     share: float = 0.8
@@ -213,7 +224,7 @@ class Energy:
             check_range("rank.r_max", self.r_max, 1)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
-        """Rank per target; NothingMeasured before the first update."""
+        """Return the rank per target; NothingMeasured before the first update."""
         return {name: self._rank(name, update) for name, update in context.updates.items()}
 
     def _rank(self, name: str, update: Tensor) -> int:
@@ -224,13 +235,18 @@ class Energy:
 
 @dataclass(frozen=True)
 class Budget:
-    """The ranks that capture most energy of the updates with a given share of trained parameters.
+    """Choose the ranks that capture most energy of the updates within a parameter budget.
 
-    Maximises sum_i sum_{k <= r_i} S_ik^2 under sum_i r_i (out_i + in_i) + others <= ``share`` * P,
-    with P the model's parameters and 'others' what trains besides the factors; in_i does not count
-    where A is frozen. Singular values
-    descend, so buying them by energy per parameter is optimal up to the last one bought.
-    ``relative`` counts energy as a share of the layer's own.
+    Maximise sum_i sum_{k <= r_i} S_ik^2 under sum_i r_i (out_i + in_i) + others <= ``share`` * P.
+    S_ik are the singular values of the update of target i, P is the number of parameters of the
+    model, and 'others' is the number that train beside the factors. in_i does not count when A is
+    frozen.
+
+    The policy starts at ``r_min`` everywhere and buys singular values by energy per parameter.
+    Singular values descend, so this is optimal up to the last one bought.
+
+    - ``relative``: count energy as a share of the energy of the target's own update.
+    - ``power_of_two``: round ranks down to a power of two.
     """
 
     share: float = 0.1
@@ -243,7 +259,7 @@ class Budget:
         check_range("rank.r_min", self.r_min, 0)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
-        """Rank per target; ValueError when even ``r_min`` everywhere is above the budget."""
+        """Return the rank per target; ValueError when ``r_min`` everywhere is above the budget."""
         updates = context.updates
         costs = {name: _cost(update, context.train_factors) for name, update in updates.items()}
         left = int(self.share * context.total_parameters) - context.other_trainable
@@ -273,12 +289,12 @@ class Budget:
 
 
 def saves_parameters(rank: int, shape: Sequence[int]) -> bool:
-    """Whether factors of this rank are smaller than the weight (out, in) they stand for."""
+    """Return whether factors of this rank have fewer parameters than a weight (out, in)."""
     return rank <= largest_saving_rank(shape)
 
 
 def largest_saving_rank(shape: Sequence[int]) -> int:
-    """The largest r with r (out + in) < out in."""
+    """Return the largest r with r (out + in) < out in."""
     return (math.prod(shape) - 1) // sum(shape)
 
 

@@ -37,7 +37,11 @@ from switchlora.sweep import JOB_PATIENCE, is_job
 
 
 def train(config: DictConfig, folder: Path) -> dict:
-    """Run the experiment of ``config`` in ``folder``, from the start or on; return its summary."""
+    """Run the experiment of ``config`` in ``folder`` and return its summary.
+
+    With ``resume=auto`` an interrupted run goes on from its last checkpoint. A finished run is
+    then not run again: its summary is read from the folder.
+    """
     distributed.join()
     folder = distributed.from_primary(lambda: folder)
     interruption = Interruption()
@@ -55,7 +59,11 @@ def train(config: DictConfig, folder: Path) -> dict:
 
 
 def train_and_finish(run: Run) -> dict:
-    """All epochs, then everything that a run leaves behind; that also when training must stop."""
+    """Train all epochs, write everything that a run leaves behind, and return its summary.
+
+    The results are also written when training stops with an error. There is one exception: with
+    several processes, an error other than TrainingStopped writes nothing.
+    """
     with run.log:
         try:
             with faults_explained(run):
@@ -72,7 +80,11 @@ def train_and_finish(run: Run) -> dict:
 
 
 def fit(run: Run) -> None:
-    """All epochs, with the switch wherever the criterion fires, and what follows from it."""
+    """Train and evaluate epoch by epoch until the run is over.
+
+    Switches happen inside ``train_epoch``. After each evaluation the guard checks the losses
+    (``look_after``) and a checkpoint is saved.
+    """
     if run.starts_elsewhere:
         watch_as_configured(run)
         save(run)
@@ -87,7 +99,10 @@ def fit(run: Run) -> None:
 
 
 def train_epoch(run: Run) -> None:
-    """Train the rest of a pass over the training split."""
+    """Train the rest of the current epoch.
+
+    At the end of a window of updates the criterion is asked, so this function may switch.
+    """
     state = run.state
     run.data.set_epoch(state.epoch, start=state.position)
     run.stopwatch.resume()
@@ -113,7 +128,10 @@ def train_epoch(run: Run) -> None:
 
 
 def step_done(run: Run, step: StepOutcome) -> None:
-    """Count an optimizer step that was applied, log it and show it to the monitor."""
+    """Count an optimizer step that was applied, log it and pass it to the monitor.
+
+    The first step after a change of the trained tensors also records memory and FLOPs.
+    """
     state = run.state
     run.stopwatch.lap()
     state.num_updates += 1
@@ -130,7 +148,11 @@ def step_done(run: Run, step: StepOutcome) -> None:
 
 
 def step_skipped(run: Run, step: StepOutcome) -> None:
-    """Count and tell a step that was not applied; TrainingStopped after too many in a row."""
+    """Count and log a step that was not applied.
+
+    Raise TrainingStopped after more than ``max_skipped`` such steps in a row. An fp16 overflow
+    does not count towards that limit.
+    """
     state = run.state
     state.skipped_updates += 1
     state.skipped_in_a_row += not step.overflow
@@ -148,7 +170,7 @@ def step_skipped(run: Run, step: StepOutcome) -> None:
 
 
 def log_step(run: Run, step: StepOutcome) -> None:
-    """Move the progress bar; write a 'train' event every ``log.every`` updates."""
+    """Move the progress bar and write a 'train' event every ``log.every`` updates."""
     num_updates = run.state.num_updates
     run.log.progress(num_updates, phase=run.state.phase, loss=f"{step.loss:.3f}")
     if num_updates % run.config["log"]["every"] == 0 or num_updates == 1:
@@ -163,7 +185,7 @@ def log_step(run: Run, step: StepOutcome) -> None:
 
 
 def evaluate_epoch(run: Run) -> None:
-    """Evaluate on the validation split; write an 'eval' event and a line."""
+    """Evaluate on the validation split, end the epoch, and log the metrics."""
     guide(run)
     with run.stopwatch.paused():
         metrics = run.evaluate(run.data.val)
@@ -174,7 +196,7 @@ def evaluate_epoch(run: Run) -> None:
 
 
 def finish_epoch(run: Run, metrics: dict[str, float]) -> None:
-    """Note the metrics, whether they are the best, and that the next epoch begins."""
+    """Store the metrics and the best top1 so far, and advance to the next epoch."""
     state = run.state
     if metrics["top1"] > state.best_top1:
         state.best_top1, state.best_update = metrics["top1"], state.num_updates
@@ -183,7 +205,7 @@ def finish_epoch(run: Run, metrics: dict[str, float]) -> None:
 
 
 def log_evaluation(run: Run, metrics: dict[str, float]) -> None:
-    """Write an 'eval' event: the metrics, and what the phase cost so far."""
+    """Write an 'eval' event with the metrics and the speed and memory of the phase so far."""
     speed = run.stopwatch.summary(run.batch_size, len(run.data.train))
     run.log.event(
         "eval",

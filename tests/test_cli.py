@@ -9,6 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf_yamls import CONF, composed
+from switchlora.process import checked
+from switchlora.process.words import explained
 
 HELP = OmegaConf.load(CONF / "config.yaml").hydra.help.template
 EXAMPLES = re.findall(r"^  switchlora (.*?)(?:  .*)?$", HELP, re.M)
@@ -50,6 +52,69 @@ def test_help_begins_with_what_the_program_does_and_names_groups_and_choices():
 
 def test_the_version_is_that_of_the_program():
     assert re.fullmatch(r"switchlora \d+\.\d+\.\d+\n", said("--version"))
+
+
+MISTAKES = {
+    "switch/guard=ful": "switch/guard=ful: choose one of full, ranks, warn",
+    "switch/rank=8": "switch/rank=8: choose one of budget, .*fixed",
+    "switch.rank=8": "switch.rank is a group: write switch/rank=CHOICE, one of budget.*"
+    r"switch.rank.KEY=VALUE",
+    "switch.guard=full": "switch.guard is a group: write switch/guard=CHOICE",
+    "switch.init=pissa": "switch.init is a group: write switch/init=CHOICE",
+    "adapter.refactoring=reflora": "is a group: write adapter/refactoring=CHOICE",
+    "switch/guards=full": "there is no group 'switch/guards'; near names: .*switch/guard",
+    "data=cifar": "data=cifar: choose one of .*cifar10",
+    "+methods=lora": "there is no key 'methods'; near names: .*method",
+    "+lr=1e-3": "there is no key 'lr'; near names: full.optimizer.lr",
+    "--epochs": "'--epochs' is no option: write epochs=VALUE without dashes",
+    "epochs": r"'epochs' sets nothing: write KEY=VALUE, such as epochs=3",
+    "train": "'train' sets nothing",
+    "demo": r"'demo' sets nothing: write \+experiments=demo",
+    "lora": r"'lora' sets nothing: write \+method=lora",
+}
+
+
+@pytest.mark.parametrize(("word", "line"), MISTAKES.items(), ids=MISTAKES)
+def test_a_mistaken_word_gets_the_line_that_helps(word, line):
+    with pytest.raises(ValueError, match=line):
+        checked([word])
+
+
+KEYS_THAT_ARE_NOT = {
+    "lr": "there is no key 'lr'; near names: full.optimizer.lr",
+    "full.lr": "there is no key 'full.lr'; near names: full.optimizer.lr",
+    "epoch": "there is no key 'epoch'; near names: .*switch.criterion.epoch",
+    "dataset": "there is no key 'dataset'; n",
+    "full.optimizer": "write recipe@full=sgd",
+    "adapter.optimizer.lr": "follows full.optimizer: set full.optimizer.lr; adapter.lr_scale",
+    "switch.criterion.tau": "switch.criterion.tau belongs to switch/criterion=prelora",
+}
+
+
+@pytest.mark.parametrize(("key", "line"), KEYS_THAT_ARE_NOT.items(), ids=KEYS_THAT_ARE_NOT)
+def test_hydras_error_on_a_missing_key_becomes_the_line_that_helps(key, line):
+    assert re.search(line, explained(f"Could not override '{key}'.\nTo append use +{key}=1"))
+
+
+def test_words_that_are_right_stay_as_they_are():
+    words = ["-m", "data=cifar10", "recipe@full=lion", "switch/rank=energy,fixed", "seed=0,1"]
+    words += ["+method=lora", "full.optimizer.lr=1e-3", "switch.guard={act: warn}", "~trunk"]
+    words += ["hydra.run.dir=x", "+model.drop_path_rate=0.1", "switch.keep=[norm]", "--cfg", "job"]
+    words += ["--config-dir", "conf", "+launch=joblib", "method=mine", "switch.stages=null"]
+    assert checked(words) == words
+
+
+def test_a_system_or_an_experiment_needs_no_plus():
+    assert checked(["method=lora", "experiments=demo"]) == ["+method=lora", "+experiments=demo"]
+
+
+def test_a_group_of_ones_own_is_known_by_its_folder(tmp_path):
+    (tmp_path / "switch/criterion").mkdir(parents=True)
+    (tmp_path / "switch/criterion/still.yaml").write_text("_target_: mine.Still\n")
+    words = ["--config-dir", str(tmp_path), "switch/criterion=still"]
+    assert checked(words) == words
+    with pytest.raises(ValueError, match="choose one of"):
+        checked(words[2:])
 
 
 @pytest.mark.parametrize("word", ["switch/guard=ful", "switch/stages=by_margins"])

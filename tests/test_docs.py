@@ -12,7 +12,7 @@ from conf_yamls import composed
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 sys.path.insert(0, str(DOCS))
-from reference import page
+from reference import page  # noqa: E402
 
 
 def keys_of(config, above=""):
@@ -25,7 +25,9 @@ def keys_of(config, above=""):
             yield f"{above}{name}"
 
 
-@pytest.mark.parametrize("words", [(), ("switch/rank=energy", "switch/guard=full", "data=cifar10")])
+@pytest.mark.parametrize(
+    "words", [(), ("switch/rank=energy", "switch/guard=full", "data=cifar10")]
+)
 def test_the_reference_has_a_row_for_every_key(words):
     """A mapping that a yaml writes on one line, such as ``data.train``, has one row."""
     told = set(re.findall(r"^\| `([\w.]+)`", page(), re.M))
@@ -37,7 +39,9 @@ def test_the_reference_has_a_row_for_every_key(words):
 
 def test_the_reference_explains_the_keys_of_a_plain_run():
     silent = set(re.findall(r"^\| `([\w.]+)` \| .* \|  \|$", page(), re.M))
-    ours = {key for key in keys_of(composed()) if not re.search(r"_target_|_partial_|\.path$", key)}
+    ours = {
+        key for key in keys_of(composed()) if not re.search(r"_target_|_partial_|\.path$", key)
+    }
     assert len(silent & ours) <= 5, sorted(silent & ours)
 
 

@@ -32,7 +32,8 @@ def imports(path):
     """(module, name) of everything that a file takes from this package, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "switchlora":
-            yield from ((node.module, alias.name) for alias in node.names)
+            names = [alias.name for alias in node.names if alias.name != "__version__"]
+            yield from ((node.module, name) for name in names)
         if isinstance(node, ast.Import):
             assert not any(alias.name.startswith("switchlora") for alias in node.names), path
 

@@ -263,8 +263,8 @@ def test_too_many_bad_losses_stop_the_run_with_one_line_and_keep_everything(tmp_
     [
         (["model=timm", "model.name=vit_tiny_patch16_24"], "unknown model.*vit_tiny_patch16_224"),
         (["+model.hidden_size=3"], "refuses its options.*hidden_size"),
-        (["data=imagenett"], "Could not find 'data/imagenett'"),
-        (["switch.criteria=3"], "Could not override 'switch.criteria'.*near names: criterion"),
+        (["data=imagenett"], "data=imagenett: choose one of .*imagenet"),
+        (["switch.criteria=3"], "there is no key 'switch.criteria'; near names"),
         (
             ["switch.targets=[attn.qvk]"],
             "'attn.qvk' matches no linear layer; near names: attn.qkv",
@@ -279,7 +279,7 @@ def test_too_many_bad_losses_stop_the_run_with_one_line_and_keep_everything(tmp_
         (["max_updates=-1"], "max_updates is -1"),
         (
             ["switch/init=pissa"],
-            "Could not find 'switch/init/pissa' Available options.*weight_svd",
+            "switch/init=pissa: choose one of .*weight_svd",
         ),
         (["monitor.window=often"], "monitor.window is 'often'"),
         (["full.precision=fp8"], "precision is 'fp8': choose one of fp32, bf16"),

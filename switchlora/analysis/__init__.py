@@ -1,1 +1,1 @@
-"""What reports: pictures, tables, the page, the replay of a run's history."""
+"""Reports on finished runs: pictures, tables, the page, the replay of a run's history."""

@@ -1,8 +1,12 @@
 """Compare two finished runs bit for bit: ``switchlora-runs compare RUN OTHER``.
 
-Weights, average and adapter, the last checkpoint with moments, generators and history, every line
-of metrics.jsonl and the summary must be the same, but for times, memory and configuration. The
-exit status is 1 and one line names the first difference when they are not.
+These must be the same, except for times, memory and configuration:
+- the weights, their average and the adapter,
+- the last checkpoint with moments, random generators and history,
+- every line of metrics.jsonl,
+- the summary.
+
+If they are not, one line names the first difference and the exit status is 1.
 """
 
 import argparse
@@ -36,7 +40,7 @@ TIMED = {
 
 
 def main() -> None:
-    """Compare; exit with the first difference."""
+    """Compare two runs. Exit with the first difference, if any."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs=2)
     if (difference := told(differences(*parser.parse_args().runs))) is not None:
@@ -45,7 +49,10 @@ def main() -> None:
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """What two finished runs do not have in common, bit for bit and but for times."""
+    """Return a line for each difference between two finished runs, except those in times.
+
+    Values are compared bit for bit.
+    """
     contents = [content(folder) for folder in (first, second)]
     found = []
     for what in contents[0].keys() | contents[1].keys():
@@ -60,13 +67,13 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def told(found: Sequence[str]) -> str | None:
-    """The first difference and how many more there are, on one line; None for none."""
+    """Return one line with the first difference and how many more there are, or None for none."""
     more = f", and {len(found) - 1} more differences" if len(found) > 1 else ""
     return f"{found[0]}{more}" if found else None
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """Everything of a finished run that is compared, by file."""
+    """Return everything of a finished run that is compared, by file."""
     return {
         **{
             str(path.relative_to(folder)): load_file(path)
@@ -84,7 +91,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number and event of each line, its text where it is none."""
+    """Yield the number and the event of each line. A line that is not JSON is given as text."""
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             yield number, json.loads(line)
@@ -93,7 +100,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and value of everything in nested dicts and lists that does not depend on time."""
+    """Yield path and value of each leaf of nested dicts and lists, without keys in ``TIMED``."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             if key not in TIMED:
@@ -106,7 +113,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether two values have the same type and the same bits."""
+    """Return whether two values have the same type and the same bits."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         alike = first.dtype == second.dtype and first.shape == second.shape
         return alike and torch.equal(bits(first), bits(second))
@@ -114,10 +121,10 @@ def same(first: Any, second: Any) -> bool:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor."""
+    """Return the bytes of a tensor as a flat uint8 tensor on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def shown(first: Any, second: Any) -> str:
-    """Two values to read, unless they are tensors."""
+    """Return two values as text, or nothing for tensors."""
     return "" if isinstance(first, Tensor) else f" ({first} and {second})"

@@ -1,8 +1,11 @@
-"""How the weights of runs moved: ``switchlora-runs curves RUN... [--out FOLDER]``.
+"""Draw how the weights of runs moved: ``switchlora-runs curves RUN... [--out FOLDER]``.
 
-Draws update norms and stable ranks by family: one run's layers, or the medians of several runs on
-one axis of optimizer updates; and of each run a map of layers by time. Every picture is a PNG for
-the screen and a PDF for print, and can be read in grey. A RUN may be a sweep.
+A RUN may be a sweep. The pictures are:
+- update norms and stable ranks by family, over optimizer updates. One run shows all its layers,
+  several runs show their medians.
+- a map of layers by time for each run.
+
+Every picture is a PNG for the screen and a PDF for print, and can be read in grey.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from switchlora.process import USER_ERRORS, one_line
 from switchlora.storage import Record, find_records
 
 QUARTILES = (25, 50, 75)
-MOST_RUNS = 12  # that one picture tells apart
+MOST_RUNS = 12  # most runs that can be told apart in one picture
 LEGEND_COLUMNS = 3
 LAYERS = "lines: median of the layers; bands: quartiles"
 SWITCH = "vertical lines and large markers: switch"
@@ -46,14 +49,14 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Curves:
-    """What the monitor of one run measured."""
+    """The label and the measurements of one run."""
 
     label: str
     course: Timeline
 
 
 def main() -> None:
-    """Draw what the command line asks for; one clear line for a mistake in it."""
+    """Draw what the command line asks for. Exit with one line on a mistake in it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, help="curves/ in the run or sweep by default")
@@ -74,9 +77,9 @@ def main() -> None:
 
 
 def read(records: Sequence[Record]) -> tuple[list[Curves], list[str]]:
-    """The curves of runs, and the names of those that measured nothing.
+    """Return the curves of runs, and the names of the runs that measured nothing.
 
-    ValueError where no run measured anything, or where they are of several models.
+    Raise ValueError when no run measured anything, or when the runs trained different models.
     """
     labels = run_labels([record.folder for record in records])
     curves = [
@@ -92,7 +95,7 @@ def read(records: Sequence[Record]) -> tuple[list[Curves], list[str]]:
 
 
 def refuse_other_model(first: tuple[Curves, Record], other: tuple[Curves, Record]) -> None:
-    """ValueError unless both runs trained the same model and measured the same targets."""
+    """Raise ValueError unless both runs trained the same model and measured the same targets."""
     models = [dict(leaves(record.config["model"])) for _, record in (first, other)]
     names = f"{first[0].label} and {other[0].label}"
     for key in sorted(models[0].keys() | models[1].keys()):
@@ -110,7 +113,13 @@ def refuse_other_model(first: tuple[Curves, Record], other: tuple[Curves, Record
 
 
 def draw(runs: Sequence[Curves]) -> dict[str, Figure]:
-    """Pictures by file name: all of one run; of several, overlays and a map each."""
+    """Return the pictures by file name.
+
+    - For one run: all its pictures.
+    - For several runs: an overlay of each statistic, and a map for each run.
+
+    Raise ValueError for more than ``MOST_RUNS`` runs.
+    """
     if len(runs) == 1:
         return statistics_figures(runs[0].course)
     if len(runs) > MOST_RUNS:
@@ -126,9 +135,10 @@ def draw(runs: Sequence[Curves]) -> dict[str, Figure]:
 
 
 def overlay(runs: Sequence[Curves], key: str, label: str, unit: float = 1.0) -> Figure:
-    """One panel per family; a line per run for the median of its layers, a band for quartiles.
+    """Draw one panel per family, with a line and a band per run.
 
-    A larger marker on a line is a switch of its run: the first one, or a stage.
+    The line is the median of the run's layers, the band their quartiles. A larger marker on a line
+    is a switch or a stage of its run.
     """
     names = measured_targets(runs[0].course, key)
     families = list(dict.fromkeys(family(name) for name in names))
@@ -152,20 +162,20 @@ def overlay(runs: Sequence[Curves], key: str, label: str, unit: float = 1.0) -> 
 
 
 def key_of(runs: Sequence[Curves]) -> str:
-    """What lines, bands and markers mean."""
+    """Return a line that says what lines, bands and markers mean."""
     kinds = {kind for run in runs for kind, _ in run.course.changes}
     return f"{LAYERS}; {SWITCH if kinds <= {'switch'} else CHANGES}"
 
 
 def windows(runs: Sequence[Curves]) -> list[str]:
-    """A line where the runs' windows differ in their length."""
+    """Return a line of warning when the runs' windows differ in length; else an empty list."""
     return window_note({w.end - w.begin for run in runs for w in run.course.windows})
 
 
 def draw_line(
     axis: Axes, run: Curves, updates: Sequence[int], values: np.ndarray, style: dict[str, Any]
 ) -> None:
-    """Median and quartiles of ``values`` (windows, layers) over the run's updates."""
+    """Draw median and quartiles of ``values`` (windows, layers) over the run's updates."""
     low, median, high = quartiles(values)
     axis.fill_between(updates, low, high, color=style["color"], alpha=0.13, linewidth=0)
     every = max(len(updates) // 6, 1)
@@ -186,7 +196,7 @@ def draw_line(
 
 
 def quartiles(values: np.ndarray) -> np.ndarray:
-    """Quartiles (3, windows) over the layers that were measured; NaN where none was."""
+    """Return quartiles (3, windows) over the measured layers; NaN when no layer was measured."""
     found = np.full((len(QUARTILES), len(values)), np.nan)
     seen = np.isfinite(values).any(axis=1)
     found[:, seen] = np.nanpercentile(values[seen], QUARTILES, axis=1)
@@ -194,7 +204,7 @@ def quartiles(values: np.ndarray) -> np.ndarray:
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure in each format; the files."""
+    """Write a figure in each format, and return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     for ending, options in FORMATS.items():
         figure.savefig(folder / f"{name}.{ending}", **options)

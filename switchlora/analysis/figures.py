@@ -1,4 +1,7 @@
-"""Pictures of one run, drawn from its metrics.jsonl, and what pictures of several share."""
+"""Draw the pictures of one run from its metrics.jsonl.
+
+The styles and labels that pictures of several runs share are here too.
+"""
 
 import argparse
 import math
@@ -40,7 +43,7 @@ from switchlora.storage import read_events
 BLUE = "#0072b2"
 UNMEASURED = "#eeeeee"
 RUN_COLORS = ("#0072b2", "#d55e00", "#000000", "#cc79a7", "#009e73", "#e69f00", "#56b4e9")
-"""of Okabe and Ito, who see red and green alike"""
+"""the colour-blind-safe palette of Okabe and Ito"""
 RUN_DASHES = ("-", "--", "-.", (0, (1, 1.2)))
 RUN_MARKERS = ("o", "s", "^", "D", "v")
 STATISTICS = {
@@ -48,7 +51,7 @@ STATISTICS = {
     "stable_ranks": ("update_stable_rank", "stable rank of the update", 1.0),
     "weight_stable_ranks": ("weight_stable_rank", "stable rank of the weight", 1.0),
 }
-"""by picture: key of the events, label, and what its values are multiplied with"""
+"""by picture: the key of the events, the label, and the factor for the values"""
 ABOVE: dict[str, Any] = {
     "loc": "outside upper center",
     "ncols": 5,
@@ -58,7 +61,7 @@ ABOVE: dict[str, Any] = {
 
 
 def draw_figures(folder: Path) -> list[Path]:
-    """Draw what the run in ``folder`` measured into ``folder/figures``; return the files."""
+    """Draw the measurements of the run in ``folder`` into ``folder/figures``; return the files."""
     events = list(read_events(folder))
     pictures = layer_figures(events)
     if any(e["event"] in ("train", "eval") for e in events):
@@ -67,13 +70,16 @@ def draw_figures(folder: Path) -> list[Path]:
 
 
 def layer_figures(events: Sequence[Event]) -> dict[str, Figure]:
-    """Pictures, by name, of what the monitor measured in each layer; none where nothing was."""
+    """Return, by name, the pictures of the monitor's measurements of each layer.
+
+    The dictionary is empty when nothing was measured.
+    """
     course = read_timeline(events)
     return statistics_figures(course) if course.windows else {}
 
 
 def statistics_figures(course: Timeline) -> dict[str, Figure]:
-    """A picture of each statistic, by name, and the map of layers by time."""
+    """Return, by name, a picture of each statistic and the map of layers by time."""
     pictures = {
         name: small_multiples(course, key, label, unit)
         for name, (key, label, unit) in STATISTICS.items()
@@ -82,9 +88,10 @@ def statistics_figures(course: Timeline) -> dict[str, Figure]:
 
 
 def small_multiples(course: Timeline, key: str, label: str, unit: float = 1.0) -> Figure:
-    """One panel per family with a line per layer, dark for the first block, light for the last.
+    """Draw one panel per family with a line per layer.
 
-    A line ends where its layer switches, unless it is measured between restarts.
+    The line of the first block is dark, that of the last block is light. A line ends where its
+    layer switches, unless the layer is measured between restarts.
     """
     names = measured_targets(course, key)
     families = list(dict.fromkeys(family(name) for name in names))
@@ -106,7 +113,10 @@ def small_multiples(course: Timeline, key: str, label: str, unit: float = 1.0) -
 
 
 def window_note(lengths: Collection[int]) -> list[str]:
-    """A line where updates are over windows of several lengths, which do not compare."""
+    """Return a line of warning when windows have several lengths; otherwise an empty list.
+
+    Updates over windows of different lengths cannot be compared.
+    """
     if len(lengths) < 2:
         return []
     told = " and ".join(map(str, sorted(lengths)))
@@ -114,7 +124,7 @@ def window_note(lengths: Collection[int]) -> list[str]:
 
 
 def family_panels(families: Sequence[str]) -> tuple[Figure, np.ndarray]:
-    """A figure with one titled panel per family, in two columns on common axes."""
+    """Create a figure with one titled panel per family, in two columns with common axes."""
     columns = min(len(families), 2)
     rows = math.ceil(len(families) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
@@ -128,7 +138,10 @@ def family_panels(families: Sequence[str]) -> tuple[Figure, np.ndarray]:
 
 
 def run_styles(count: int) -> list[dict[str, Any]]:
-    """Colour, dashes and marker of each of ``count`` runs: no two share all, also in grey."""
+    """Return the colour, dashes and marker of each of ``count`` runs.
+
+    Up to 20 runs differ in dashes or marker, so that they can be told apart in grey.
+    """
     kinds = zip(cycle(RUN_COLORS), cycle(RUN_DASHES), cycle(RUN_MARKERS), strict=False)
     return [
         {"color": color, "linestyle": dashes, "marker": marker}
@@ -137,7 +150,7 @@ def run_styles(count: int) -> list[dict[str, Any]]:
 
 
 def run_labels(folders: Sequence[Path]) -> list[str]:
-    """Names of run folders, with as much of the path before them as tells all apart."""
+    """Return the names of run folders, with as much of their path as makes them distinct."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
@@ -147,7 +160,7 @@ def run_labels(folders: Sequence[Path]) -> list[str]:
 
 
 def heat_map(course: Timeline, key: str) -> Figure:
-    """Layers by time: the relative update norm of every target, and where each switched."""
+    """Draw a map of layers by time: each target's relative update norm, and where it switched."""
     names = sorted(measured_targets(course, key), key=lambda n: (family(n), _depth(n)))
     updates, values = series(course.windows, [f"{key}/{n}" for n in names], 100)
     figure = Figure(figsize=(7.2, 1.2 + 0.16 * len(names)), layout="constrained")
@@ -166,7 +179,7 @@ def heat_map(course: Timeline, key: str) -> Figure:
 
 
 def _mark_map(axis: Axes, course: Timeline, names: Sequence[str]) -> str:
-    """Mark what changed on a map of layers; returns what the marks mean."""
+    """Mark the changes of the run on a map of layers, and return what the marks mean."""
     if course.ends_at_switch:
         return "" if course.switch is None else f"until the switch at update {course.switch:,}"
     seen = [change for change in course.changes if change.num_updates <= course.last_measured]
@@ -186,7 +199,7 @@ def _mark_map(axis: Axes, course: Timeline, names: Sequence[str]) -> str:
 
 
 def training_curves(events: Sequence[Event]) -> Figure:
-    """Train and validation loss, and top1, with the phases shaded."""
+    """Draw train and validation loss, and top1, with the phases shaded."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss, top1 = figure.subplots(1, 2)
     course, last = read_timeline(events), max(e["num_updates"] for e in events)
@@ -218,7 +231,7 @@ def _points(events: Sequence[Event]) -> Callable[[str, str], tuple[list[int], li
 
 
 def _mark(axis: Axes, course: Timeline) -> None:
-    """The switch where curves end at it; phases and changes where they go on."""
+    """Mark the switch when curves end at it; otherwise shade the phases and mark all changes."""
     if course.ends_at_switch:
         mark_end(axis, course.switch)
     else:
@@ -240,7 +253,7 @@ def _depth(name: str) -> list[int]:
 
 
 def tidy(axis: Axes) -> None:
-    """No frame on top and right, small tick labels."""
+    """Remove the frame on top and right, and make the tick labels small."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
 
@@ -252,7 +265,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def main() -> None:
-    """Draw into each run's ``figures`` folder and name the files."""
+    """Draw the pictures of each run into its ``figures`` folder and print the files."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     for folder in parser.parse_args().runs:

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are padded, the first row on top: it reads well as plain text too."""
+    """Return a Markdown table with padded columns, which also reads well as plain text.
+
+    The first row is the header.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)] for row in rows]
     padded.insert(1, ["-" * width for width in widths])

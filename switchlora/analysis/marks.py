@@ -1,4 +1,4 @@
-"""What pictures over optimizer updates share: shades of the phases, lines where one begins."""
+"""Marks on pictures over optimizer updates: shades for phases, lines for changes."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,15 @@ from matplotlib.patches import Patch
 from switchlora.analysis.timeline import Change, Span, Timeline
 
 SHADES = {"full": "#dfe7f1", "joint": "#dfeedd", "staged": "#ebe2f1", "adapter": "#f6e6d3"}
-"""by phase"""
+"""the background colour of each phase"""
 ORANGE, GREY = "#d55e00", "#555555"
 NAMES = {"settle": "weights frozen", "grow": "ranks grow", "take_back": "taken back"}
-ROOM = 0.045  # of the axis that a name along a line needs
-TICK = 0.04  # of the axis
+ROOM = 0.045  # share of the axis that a name along a line needs
+TICK = 0.04  # height of a tick, as a share of the axis
 
 
 def shade(axis: Axes, spans: Sequence[Span], last: int) -> None:
-    """Shade each phase until update ``last``; phases that come again are told once."""
+    """Shade each phase until update ``last``. A phase that occurs again gets only one label."""
     told = set()
     for phase, begin, end in spans:
         if begin < last:
@@ -29,9 +29,9 @@ def shade(axis: Axes, spans: Sequence[Span], last: int) -> None:
 
 
 def mark_changes(axis: Axes, changes: Sequence[Change], last: int) -> None:
-    """A thin line at each change until update ``last``, named where there is room.
+    """Draw a thin line at each change until update ``last``, with its name if there is room.
 
-    Restarts, which are many, are ticks on the axis.
+    Restarts are drawn as ticks on the axis, because there are many of them.
     """
     named = -float("inf")
     for kind, update in changes:
@@ -45,27 +45,27 @@ def mark_changes(axis: Axes, changes: Sequence[Change], last: int) -> None:
 
 
 def tick(axis: Axes, update: int, color: str = ORANGE) -> None:
-    """A short line that stands on the axis of updates."""
+    """Draw a short line upwards from the axis of updates."""
     transform = axis.get_xaxis_transform()
     axis.plot([update, update], [0, TICK], color=color, linewidth=1, transform=transform)
 
 
 def keys(course: Timeline, last: int) -> list[Artist]:
-    """What the shades and the ticks until update ``last`` mean, for a legend."""
+    """Return legend entries for the shades and the ticks until update ``last``."""
     phases = dict.fromkeys(span.phase for span in course.spans if span.begin < last)
     patches = [Patch(color=SHADES[phase], label=f"{phase} phase") for phase in phases]
     return [*patches, *restart_key(course.changes, last)]
 
 
 def restart_key(changes: Sequence[Change], last: int) -> list[Artist]:
-    """What the ticks mean, for a legend, where there are any until update ``last``."""
+    """Return the legend entry for restarts, if there are any until update ``last``."""
     if not any(kind == "restart" and update <= last for kind, update in changes):
         return []
     return [Line2D([], [], label="restart", marker="|", linestyle="", color=ORANGE, markersize=7)]
 
 
 def mark_end(axis: Axes, switch: int | None) -> None:
-    """A line at the switch where curves end at it."""
+    """Draw a line at the ``switch``, if there is one, on a picture whose curves end there."""
     if switch is not None:
         axis.axvline(switch, color=ORANGE, linestyle="--", linewidth=1.2)
         axis.annotate(

@@ -1,9 +1,9 @@
-"""Loss against training FLOPs: ``switchlora-runs scaling RUN... --out FOLDER``.
+"""Fit loss against training FLOPs: ``switchlora-runs scaling RUN... --out FOLDER``.
 
-Fits L = a C^-b through the final validation losses of dense, low-rank and self-guided runs of
-several widths, and writes scaling.json, scaling.md and scaling.png. A RUN may be a sweep. C is
-what the run computed in products and attention, forward and backward, its whole training through;
-causal attention counts like full attention.
+A RUN may be a sweep. L = a C^-b is fitted to the final validation losses of dense, low-rank and
+self-guided runs of several widths. C is the FLOPs of the whole training in products and attention,
+forward and backward. Causal attention counts like full attention. The results are written to
+scaling.json, scaling.md and scaling.png.
 """
 
 import argparse
@@ -29,19 +29,19 @@ class Point:
     """One finished run."""
 
     label: str
-    """'dense', or what stands for the weights and its share of their parameters"""
+    """'dense', or the kind of factors and their share of the weights' parameters"""
     width: int
     seed: int
     flops: float
-    """of the whole training"""
+    """FLOPs of the whole training"""
     loss: float
-    """of the last validation, in nats"""
+    """loss of the last validation, in nats"""
     curve: Sequence[tuple[float, float]]
-    """(FLOPs, mean training loss of the updates since the point before)"""
+    """pairs (FLOPs, mean of the logged training losses since the pair before)"""
 
 
 def main() -> None:
-    """Fit and write what the command line asks for; one clear line for a mistake in it."""
+    """Fit and write what the command line asks for. Exit with one line on a mistake in it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, required=True)
@@ -60,9 +60,9 @@ def main() -> None:
 
 
 def read(records: Sequence[Record]) -> list[Point]:
-    """The points of the finished runs, dense ones first.
+    """Return the points of the finished runs, dense ones first.
 
-    ValueError where none has finished, or where they differ in their data or epochs.
+    Raise ValueError when none has finished, or when they differ in data or epochs.
     """
     finished = [record for record in records if record.finished]
     if not finished:
@@ -73,7 +73,10 @@ def read(records: Sequence[Record]) -> list[Point]:
 
 
 def point_of(record: Record) -> Point:
-    """A finished run; ValueError where its FLOPs are not known or its model has no width."""
+    """Return the point of a finished run.
+
+    Raise ValueError when its FLOPs are unknown or its model has no width.
+    """
     summary, model = record.result, record.config["model"]
     flops = summary["cost"]["train_flops"]
     if flops is None:
@@ -91,9 +94,9 @@ def point_of(record: Record) -> Point:
 
 
 def label_of(record: Record) -> str:
-    """What the run's feed-forward layers were: 'dense', 'low rank, 62.5 %', 'self-guided, 62.5 %'.
+    """Return the label of a run, such as 'dense', 'low rank, 62.5 %' or 'self-guided, 62.5 %'.
 
-    ValueError for other adapters.
+    Raise ValueError for other adapters, or when the run did not end with its factors alone.
     """
     switch = record.config["switch"]
     if switch["criterion"].get("path", "").endswith(".never"):
@@ -112,7 +115,7 @@ def label_of(record: Record) -> str:
 
 
 def curve_of(record: Record) -> Iterator[tuple[float, float]]:
-    """About ten points (FLOPs, mean training loss) along a run."""
+    """Yield about ten points (FLOPs, mean training loss) along a run."""
     events = [event for event in record.events("train") if event["train/loss"] is not None]
     size = max(len(events) // CURVE_POINTS, 1)
     for last in range(size, len(events) + 1, size):
@@ -122,7 +125,7 @@ def curve_of(record: Record) -> Iterator[tuple[float, float]]:
 
 
 def flops_until(num_updates: int, phases: Mapping[str, Mapping[str, Any]]) -> float:
-    """FLOPs of the first updates of a run whose ``phases`` came in this order."""
+    """Return the FLOPs of the first ``num_updates`` updates. ``phases`` are in run order."""
     flops, left = 0.0, num_updates
     for phase in phases.values():
         made = min(left, phase["num_updates"])
@@ -132,7 +135,10 @@ def flops_until(num_updates: int, phases: Mapping[str, Mapping[str, Any]]) -> fl
 
 
 def fit(points: Sequence[Point]) -> dict[str, PowerLaw]:
-    """The power law of each label; ValueError for a label with too few runs or one width only."""
+    """Fit the power law of each label.
+
+    Raise ValueError for a label with fewer than ``LEAST_RUNS`` runs or with only one width.
+    """
     laws = {}
     for label in dict.fromkeys(point.label for point in points):
         members = [point for point in points if point.label == label]
@@ -147,7 +153,7 @@ def fit(points: Sequence[Point]) -> dict[str, PowerLaw]:
 
 
 def sentences(laws: Mapping[str, PowerLaw]) -> list[str]:
-    """For each other label, whether it is steeper than dense."""
+    """Return a sentence for each label other than dense: whether it is steeper than dense."""
     if DENSE not in laws:
         return ["There are no dense runs to compare with."]
     others = [label for label in laws if label != DENSE]
@@ -156,7 +162,7 @@ def sentences(laws: Mapping[str, PowerLaw]) -> list[str]:
 
 
 def write(points: Sequence[Point], laws: Mapping[str, PowerLaw], folder: Path) -> None:
-    """scaling.json, scaling.md and scaling.png into ``folder``."""
+    """Write scaling.json, scaling.md and scaling.png into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {
         "fits": {label: asdict(law) for label, law in laws.items()},
@@ -169,7 +175,7 @@ def write(points: Sequence[Point], laws: Mapping[str, PowerLaw], folder: Path) -
 
 
 def report(points: Sequence[Point], laws: Mapping[str, PowerLaw]) -> list[str]:
-    """Lines of Markdown: the fits, what they say, and all runs."""
+    """Return lines of Markdown with the fits, the sentences about them, and all runs."""
     fits = [
         f"| {label} | {law.exponent:.3f} | {law.low:.3f} to {law.high:.3f} | {law.runs} |"
         for label, law in laws.items()

@@ -18,12 +18,12 @@ class PowerLaw:
     amplitude: float
     exponent: float
     low: float
-    """of the exponent's 95 % interval"""
+    """lower end of the exponent's 95 % interval; ``high`` is its upper end"""
     high: float
     runs: int
 
     def __call__(self, flops: np.ndarray) -> np.ndarray:
-        """The loss at a number of FLOPs."""
+        """Return the loss at ``flops`` FLOPs."""
         return self.amplitude * np.asarray(flops) ** -self.exponent
 
     @property
@@ -32,10 +32,10 @@ class PowerLaw:
         return (self.high - self.low) / 2 / quantile(self.runs - 2)
 
     def steeper_by(self, other: "PowerLaw") -> tuple[float, float, float]:
-        """How much larger its exponent is than the ``other``'s, with the 95 % interval of that.
+        """Return how much larger its exponent is than the ``other``'s, with a 95 % interval.
 
-        Welch's: sqrt(s1^2 + s2^2) times Student's t quantile for Satterthwaite's degrees of
-        freedom.
+        The interval is Welch's. Its half width is sqrt(s1^2 + s2^2) times Student's t quantile for
+        Satterthwaite's degrees of freedom.
         """
         mine, theirs = self.stderr**2, other.stderr**2
         freedom = (mine + theirs) ** 2 / (mine**2 / (self.runs - 2) + theirs**2 / (other.runs - 2))
@@ -45,15 +45,16 @@ class PowerLaw:
 
 
 def quantile(freedom: float) -> float:
-    """Student's t that the two-sided 95 % interval reaches to."""
+    """Return Student's t at the end of the two-sided 95 % interval."""
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
     """Fit L = a C^-b (Kaplan et al., arXiv 2001.08361) by a line through (log C, log L).
 
-    b's interval is the standard error of the slope times Student's t quantile for n - 2 degrees of
-    freedom; it takes runs as independent. Needs three points at two different FLOPs or more.
+    The half width of b's interval is the standard error of the slope times Student's t quantile
+    for n - 2 degrees of freedom. It assumes independent runs. At least three points are needed,
+    at two or more different numbers of FLOPs.
     """
     assert len(flops) >= LEAST_RUNS
     line = linregress(np.log(flops), np.log(losses))
@@ -64,7 +65,7 @@ def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
 
 
 def verdict(name: str, law: PowerLaw, baseline_name: str, baseline: PowerLaw) -> str:
-    """One plain sentence on whether ``law`` is steeper than ``baseline``."""
+    """Return one sentence that says whether ``law`` is steeper than ``baseline``."""
     difference, low, high = law.steeper_by(baseline)
     told = (
         f"exponents {law.exponent:.3f} and {baseline.exponent:.3f}, "

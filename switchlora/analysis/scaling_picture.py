@@ -1,4 +1,4 @@
-"""The picture of loss against training FLOPs: curves on the way, the ends, and the fits."""
+"""Draw loss against training FLOPs: curves during training, final losses, and the fits."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -12,14 +12,16 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 from switchlora.analysis.figures import run_styles, tidy
 from switchlora.analysis.scaling_fit import PowerLaw
 
-SHOWN_FROM = 0.1  # of a run: before, the warm-up's losses would flatten the rest
+SHOWN_FROM = 0.1  # share of a run; earlier losses, of the warm-up, would flatten the rest
 
 
 def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
-    """Left the training losses along the way, a line a width; right the losses at the end.
+    """Draw two panels with logarithmic axes.
 
-    ``points`` are those of ``scaling.Point``. Both axes are logarithmic; a marker is a run, a line
-    the mean of the runs of one width.
+    - Left: training losses during training. A line is the mean of the runs of one width.
+    - Right: validation losses at the end. A marker is a run, a line is the fit.
+
+    ``points`` are ``scaling.Point`` objects.
     """
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
     way, end = figure.subplots(1, 2)
@@ -40,7 +42,7 @@ def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
 
 
 def draw_curve(axis: Axes, runs: Sequence[Any], style: Mapping[str, Any]) -> None:
-    """The mean training loss of alike ``runs`` over their FLOPs, without the first tenth."""
+    """Draw the mean training loss of alike ``runs`` over their FLOPs, without the first tenth."""
     flops, losses = np.mean([run.curve for run in runs], axis=0).T
     shown = flops >= SHOWN_FROM * runs[0].flops
     look = {"color": style["color"], "linestyle": style["linestyle"]}
@@ -50,7 +52,7 @@ def draw_curve(axis: Axes, runs: Sequence[Any], style: Mapping[str, Any]) -> Non
 def draw_ends(
     axis: Axes, members: Sequence[Any], label: str, law: PowerLaw, style: Mapping[str, Any]
 ) -> None:
-    """The runs of one kind and the line through them, with its exponent in the legend."""
+    """Draw the runs of one kind and the line fitted to them, with its exponent in the legend."""
     flops = [point.flops for point in members]
     axis.plot(
         flops,
@@ -71,7 +73,10 @@ def draw_ends(
 
 
 def tidy_logarithms(axis: Axes) -> None:
-    """Logarithmic axes with plain numbers for the loss, which spans less than a decade."""
+    """Make both axes logarithmic, with plain numbers for the loss.
+
+    The loss spans less than a decade, so powers of ten would be too few labels.
+    """
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.xaxis.set_major_locator(LogLocator(numticks=6))

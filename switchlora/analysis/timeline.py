@@ -1,5 +1,7 @@
-"""The course of a run as its events tell it: phases, what changed between them, what was measured
-when. No pictures here."""
+"""Read the course of a run from its events: its phases, its changes and its measurements.
+
+Nothing is drawn here.
+"""
 
 import math
 from bisect import bisect_left
@@ -18,7 +20,7 @@ UPDATE_NORM = "relative_update_norm/"
 
 
 class Span(NamedTuple):
-    """A phase, from one update to another."""
+    """A phase from update ``begin`` to update ``end``."""
 
     phase: str
     begin: int
@@ -26,7 +28,7 @@ class Span(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What happened to the trained tensors after an update."""
+    """A change of the trained tensors after ``num_updates`` updates."""
 
     kind: str
     """switch, stage, settle, restart, grow or take_back"""
@@ -34,7 +36,7 @@ class Change(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A measurement of layers, of the updates after ``begin`` until ``end``."""
+    """A measurement of layers over the updates after ``begin`` up to ``end``."""
 
     begin: int
     end: int
@@ -43,12 +45,12 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What became of a run, in the order of its updates."""
+    """The course of a run, in the order of its updates."""
 
     spans: tuple[Span, ...]
     changes: tuple[Change, ...]
     switched: tuple[tuple[str, int], ...]
-    """targets and the update after which each got its adapter"""
+    """each target that switched, with the update after which it did"""
     windows: tuple[Window, ...]
 
     @property
@@ -58,17 +60,17 @@ class Timeline:
 
     @property
     def last_measured(self) -> int:
-        """The end of the last window; 0 where nothing was measured."""
+        """The end of the last window; 0 when nothing was measured."""
         return self.windows[-1].end if self.windows else 0
 
     @property
     def ends_at_switch(self) -> bool:
-        """Whether nothing was measured after the first change, if there was one."""
+        """Whether nothing was measured after the first change. True without any change."""
         return not self.changes or self.changes[0].num_updates >= self.last_measured
 
 
 def read_timeline(events: Sequence[Event]) -> Timeline:
-    """The course of the run that logged ``events``."""
+    """Return the course of the run that logged ``events``."""
     phases = [
         (place, _phase_after(events, place))
         for place, event in enumerate(events)
@@ -89,12 +91,12 @@ def read_timeline(events: Sequence[Event]) -> Timeline:
 
 
 def targets_of(event: Event, key: str) -> list[str]:
-    """Targets of which an event holds the statistic ``key``."""
+    """Return the targets for which an event holds the statistic ``key``."""
     return [name.removeprefix(f"{key}/") for name in event if name.startswith(f"{key}/")]
 
 
 def measured_targets(course: Timeline, key: str) -> list[str]:
-    """All targets of which ``key`` was measured at any time."""
+    """Return all targets for which ``key`` was measured at any time."""
     return list(
         dict.fromkeys(n for window in course.windows for n in targets_of(window.event, key))
     )
@@ -103,9 +105,10 @@ def measured_targets(course: Timeline, key: str) -> list[str]:
 def series(
     windows: Sequence[Window], names: Sequence[str], unit: float = 1.0
 ) -> tuple[list[int], np.ndarray]:
-    """Updates, and values of ``names`` (windows, names): NaN where one was not measured.
+    """Return the updates, and the values of ``names`` as an array (windows, names).
 
-    A row of NaN stands where no window follows on the one before, so that lines end there.
+    A value that was not measured is NaN. A gap between two windows adds a row of NaN, so that a
+    drawn line ends there.
     """
     updates: list[int] = []
     rows: list[list[float]] = []
@@ -119,12 +122,15 @@ def series(
 
 
 def number(value: float | None) -> float:
-    """NaN for what JSON has no number for."""
+    """Return the value, or NaN for None. JSON has no NaN, so events hold None instead."""
     return math.nan if value is None else value
 
 
 def _phase_after(events: Sequence[Event], place: int) -> str:
-    """The phase that the change at ``place`` begins: as later events call it, or as they imply."""
+    """Return the phase that the change at ``place`` begins.
+
+    The next event with a phase names it. When another change comes first, its kind implies it.
+    """
     after = "full" if events[place]["event"] == "take_back" else "adapter"
     for event in events[place + 1 :]:
         if "train/phase" in event:

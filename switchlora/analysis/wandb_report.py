@@ -1,9 +1,9 @@
-"""A Weights & Biases report of runs, laid out by code: ``switchlora-runs wandb-report RUNS...``.
+"""Build a Weights & Biases report of runs: ``switchlora-runs wandb-report RUNS...``.
 
-Panels of update norms, stable ranks and margins (one for each family of targets, over
-``num_updates``), validation, and the table of ranks, over the W&B runs that the run folders hold.
-It needs ``pip install wandb-workspaces``. Without ``--publish`` nothing is sent: the report is
-written to ``--out`` as the JSON that W&B's own package makes of it.
+The report covers the W&B runs in the run folders. It has panels of update norms, stable ranks and
+margins (one for each family of targets, over ``num_updates``), validation, and the table of ranks.
+It needs ``pip install wandb-workspaces``. Without ``--publish`` nothing is sent. The report is
+then written to ``--out`` as JSON, which W&B's own package makes from it.
 """
 
 import argparse
@@ -40,12 +40,12 @@ TRAINING = {
     "params/trainable": "Trained parameters: they drop at the switch",
 }
 RANKS = "switch/ranks"
-COLUMNS, HEIGHT = 24, 8  # of W&B's grid of panels
+COLUMNS, HEIGHT = 24, 8  # columns of W&B's grid, height of a panel
 Spec = dict[str, Any]
 
 
 def main() -> None:
-    """Write the report's JSON, or publish it; one clear line for a mistake."""
+    """Write the report's JSON, or publish it. Exit with one line on a mistake."""
     options = parse(sys.argv[1:])
     try:
         records = find_records(options.runs)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", help="run folders or sweep folders")
     parser.add_argument("--out", type=Path, default=Path("wandb_report.json"))
@@ -74,9 +74,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def build_report(records: Sequence[Record], entity: str, project: str | None) -> "Report":
-    """The report of ``records``; without an ``entity`` no network is used.
+    """Build the report of ``records``. Without an ``entity`` no network is used.
 
-    ValueError where the package is missing or a run has no W&B run.
+    Raise ValueError when the package is missing or a run folder holds no W&B run.
     """
     wr = _package()
     ids = {wandb_id(record): record for record in records}
@@ -100,7 +100,7 @@ def build_report(records: Sequence[Record], entity: str, project: str | None) ->
 
 
 def publish(report: "Report") -> str:
-    """Save the report to W&B and give its address; ValueError where W&B refuses."""
+    """Save the report to W&B and return its address. Raise ValueError when W&B refuses it."""
     import wandb
 
     try:
@@ -112,13 +112,13 @@ def publish(report: "Report") -> str:
 
 
 def spec_of(report: "Report") -> Spec:
-    """What the report's ``save`` would send as its content."""
+    """Return the content that the report's ``save`` would send."""
     model = report._to_model()
     return json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
 
 
 def wandb_id(record: Record) -> str:
-    """The id of a run in W&B; ValueError where it has none."""
+    """Return the id of a run in W&B. Raise ValueError when it has none."""
     runs = record.folder.glob("wandb/*run-*-*")
     found = sorted(runs, key=lambda path: path.name.removeprefix("offline-"))
     if not found:
@@ -129,7 +129,7 @@ def wandb_id(record: Record) -> str:
 
 
 def metrics_by_family(records: Sequence[Record], statistic: str) -> dict[str, list[str]]:
-    """The logged keys of a statistic by family of targets, over all runs."""
+    """Return the logged keys of a statistic by family of targets, over all runs."""
     start = f"{statistic}/"
     families: dict[str, list[str]] = {}
     for record in records:

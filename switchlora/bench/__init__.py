@@ -1,1 +1,1 @@
-"""What is timed anew: updates, the switch, low-rank layers, whole systems."""
+"""Benchmarks of updates, the switch, low-rank layers and whole systems."""

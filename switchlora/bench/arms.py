@@ -1,4 +1,4 @@
-"""The arms of the benchmark: one model each, changed as the arm says, and the clock on it."""
+"""The arms of the benchmark: a model changed in one way each, with a clock for its updates."""
 
 import random
 import time
@@ -50,14 +50,14 @@ REFACTORED: dict[str, Callable[[Learner], None]] = {
 }
 ON_DEMAND = (*LEANER, *REFACTORED)
 RESIDUAL_DTYPES = {"none": None, "bf16": torch.bfloat16}
-UPDATES_FOR_PEAK = 2  # the second has moments beside its activations
-TOTAL_UPDATES = 10_000  # of the schedule; no benchmark comes to its end
+UPDATES_FOR_PEAK = 2  # in the second update the optimizer's moments exist beside the activations
+TOTAL_UPDATES = 10_000  # length of the schedule; no benchmark reaches its end
 EVERYTHING = (".*",)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What the arms that are compared with each other have in common."""
+    """The settings that all arms compared with each other share."""
 
     model: str
     precision: str
@@ -67,9 +67,9 @@ class Cell:
     accumulation: int = 1
     image_size: int = 224
     residual_dtype: str = "none"
-    """what frozen target weights are kept in; 'none' leaves them as they are"""
+    """dtype of frozen target weights; 'none' leaves them as they are"""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """of the model, for timm"""
+    """options of the model, passed to timm"""
 
     def __post_init__(self) -> None:
         check_choice("--precision", self.precision, ("fp32", "bf16"))
@@ -85,7 +85,7 @@ class Cell:
 
     @property
     def share(self) -> int:
-        """Images of one update on this rank."""
+        """Number of images of one update on this rank."""
         return self.batch // distributed.world_size()
 
     def __str__(self) -> str:
@@ -93,10 +93,13 @@ class Cell:
 
 
 class Clock:
-    """Takes the parts of a learner's update from outside, by hooks that are there meanwhile.
+    """Times the parts of a learner's update with hooks that exist only during the update.
 
-    Forward is the model and the loss, optimizer is the optimizer's step, backward is the rest: the
-    backward pass, the exchange between ranks, the gradients' norm and their clipping, and RefLoRA.
+    The parts are:
+    - forward: the model and the loss.
+    - optimizer: the optimizer's step.
+    - backward: the rest. That is the backward pass, the exchange between ranks, the gradients'
+      norm and their clipping, and RefLoRA.
     """
 
     def __init__(self, learner: Learner, device: torch.device) -> None:
@@ -104,7 +107,7 @@ class Clock:
         self.loss = nn.CrossEntropyLoss()
 
     def time(self, update: Callable[[], None]) -> dict[str, float]:
-        """Seconds of ``update``, 'total' and by part."""
+        """Run ``update`` and return its seconds, 'total' and by part."""
         self._seconds = {"forward": 0.0, "optimizer": 0.0}
         hooks = self._hooks()
         begin = self._now()
@@ -138,7 +141,7 @@ class Clock:
 
 @dataclass
 class Arm:
-    """A learner, the batch that it trains on again and again, and its clock."""
+    """A learner, the one batch that it trains on, and its clock."""
 
     name: str
     learner: Learner
@@ -146,16 +149,16 @@ class Arm:
     labels: Tensor
     clock: Clock
     notes: list[str]
-    """what is not as was asked for"""
+    """one line for each request that could not be met"""
     num_updates: int = 0
 
     @property
     def model(self) -> nn.Module:
-        """The plain model."""
+        """The learner's plain model."""
         return self.learner.model
 
     def lap(self) -> dict[str, float]:
-        """Seconds of one more update; its gradients are dropped afterwards."""
+        """Make one more update and return its seconds. Its gradients are dropped afterwards."""
         seconds = self.clock.time(self._update)
         self.learner.optimizer.zero_grad(set_to_none=True)
         return seconds
@@ -170,21 +173,24 @@ class Arm:
 
 
 def device_of_benchmark() -> torch.device:
-    """The GPU of this process where there is one, else the CPU."""
+    """Return this process's GPU if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def base_model(cell: Cell) -> nn.Module:
-    """The plain model that every arm of ``cell`` starts from, in training mode."""
+    """Build the plain model that every arm of ``cell`` starts from, in training mode."""
     torch.manual_seed(0)
     options = {"img_size": cell.image_size, **cell.options}
     return create_model(cell.model, **options).to(device_of_benchmark()).train()
 
 
 def bench_recipe(cell: Cell, name: str = "full") -> Recipe:
-    """AdamW under a cosine schedule, clipped to norm 1; the rest as the arm's name says."""
+    """Return the recipe of an arm: AdamW, a cosine schedule, gradients clipped to norm 1.
+
+    The arm's ``name`` decides on activation checkpointing and refactoring.
+    """
     scheduler = partial(
         CosineLRScheduler, t_in_epochs=False, warmup_t=100, warmup_lr_init=1e-6, lr_min=1e-5
     )
@@ -200,20 +206,20 @@ def bench_recipe(cell: Cell, name: str = "full") -> Recipe:
 
 
 def images_shape(cell: Cell) -> tuple[int, int, int, int]:
-    """(B, C, H, W) of this rank's batch."""
+    """Return the shape (B, C, H, W) of this rank's batch."""
     channels = cell.options.get("in_chans", 3)
     return cell.share, channels, cell.image_size, cell.image_size
 
 
 def class_count(model: nn.Module) -> int:
-    """Number of classes of a timm model."""
+    """Return the number of classes of a timm model."""
     count = model.num_classes
     assert isinstance(count, int)
     return count
 
 
 def make_arm(name: str, model: nn.Module, cell: Cell) -> Arm:
-    """The arm ``name`` of ``cell`` from a plain ``model``, which it changes."""
+    """Build the arm ``name`` of ``cell`` from a plain ``model``, which is changed in place."""
     notes = become(name, model, cell)
     device = device_of_benchmark()
     generator = torch.Generator().manual_seed(distributed.rank())
@@ -225,7 +231,10 @@ def make_arm(name: str, model: nn.Module, cell: Cell) -> Arm:
 
 
 def become(name: str, model: nn.Module, cell: Cell) -> list[str]:
-    """Give ``model`` the adapters and the trained tensors of an arm; what did not work out."""
+    """Give ``model`` the adapters and the trained tensors of the arm ``name``.
+
+    Return a line for each request that could not be met.
+    """
     check_choice("--arms", name, (*ARMS, *ON_DEMAND))
     targets = find_targets(model, DEFAULT_TARGETS)
     if name == "frozen":
@@ -244,20 +253,26 @@ def become(name: str, model: nn.Module, cell: Cell) -> list[str]:
 
 
 def add_adapters(model: nn.Module, targets: Mapping[str, Target], rank: int) -> None:
-    """Our adapters on ``targets``, from B = 0; they and all that is no target weight train."""
+    """Put this package's adapters on ``targets``, starting at B = 0.
+
+    The factors train, and so do all parameters except the targets' weights.
+    """
     factors = {n: zero_b(t.weight(model), t.weight(model), rank) for n, t in targets.items()}
     inject(model, targets, factors, scaling_one)
     freeze(model, targets)
 
 
 def freeze(model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Freeze the weights of ``targets``; factors and all the rest train."""
+    """Freeze the weights of ``targets``. Factors and all other parameters train."""
     train_only(model, kept_parameters(model, [t.module for t in targets.values()], EVERYTHING))
 
 
 def add_peft(model: nn.Module, targets: Mapping[str, Target], rank: int) -> None:
-    """PEFT's LoRA where ``add_adapters`` has ours; ValueError unless tensors of the same shapes
-    train."""
+    """Put PEFT's LoRA on the same ``targets`` as ``add_adapters``.
+
+    Raise ValueError when PEFT is not installed, or when the trained tensors do not have the same
+    shapes as with ``add_adapters``.
+    """
     if find_spec("peft") is None:
         raise ValueError("PEFT is not installed: pip install peft, or leave peft out of --arms")
     from peft import LoraConfig, inject_adapter_in_model
@@ -275,7 +290,10 @@ def add_peft(model: nn.Module, targets: Mapping[str, Target], rank: int) -> None
 
 
 def check_same_shapes_train(ours: nn.Module, theirs: nn.Module) -> None:
-    """ValueError unless as many tensors of each shape train in both models, names aside."""
+    """Raise ValueError unless both models train the same number of tensors of each shape.
+
+    Names may differ.
+    """
     if trained_shapes(ours) != trained_shapes(theirs):
         raise ValueError(
             f"PEFT would train {count_parameters(theirs, trainable=True):,} parameters, our "
@@ -285,12 +303,15 @@ def check_same_shapes_train(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def trained_shapes(model: nn.Module) -> Counter[tuple[int, ...]]:
-    """How many tensors of each shape train."""
+    """Count the trained tensors of each shape."""
     return Counter(tuple(p.shape) for p in model.parameters() if p.requires_grad)
 
 
 def cast_frozen_weights(model: nn.Module, cell: Cell, dtype: torch.dtype) -> list[str]:
-    """Keep the frozen weights of linears in ``dtype``, or leave them and say so."""
+    """Cast the frozen weights of linears to ``dtype``.
+
+    When the model does not run then, restore the weights and return a line that says so.
+    """
     linears = [
         module
         for module in model.modules()
@@ -310,7 +331,7 @@ def cast_frozen_weights(model: nn.Module, cell: Cell, dtype: torch.dtype) -> lis
 
 
 def probe(model: nn.Module, cell: Cell) -> None:
-    """Forward and backward of one image; no gradient stays."""
+    """Run forward and backward on one image, and drop the gradients."""
     image = torch.zeros(1, *images_shape(cell)[1:], device=device_of_benchmark())
     with autocast(image.device.type, cell.precision):
         model(image).sum().backward()
@@ -319,7 +340,7 @@ def probe(model: nn.Module, cell: Cell) -> None:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What must be the same for times to be compared."""
+    """The conditions that must be equal before times are compared."""
 
     batch: int
     precision: str
@@ -328,14 +349,17 @@ class Conditions:
 
 
 def conditions_of(arm: Arm) -> Conditions:
-    """The conditions of an arm, read off what it is built of."""
+    """Read the conditions of an arm from its learner, batch and model."""
     recipe = arm.learner.recipe
     batch = len(arm.images) * distributed.world_size()
     return Conditions(batch, recipe.precision, recipe.accumulation, dropout_of(arm.model))
 
 
 def dropout_of(model: nn.Module) -> str:
-    """What drops activations or paths in ``model`` as it trains now, with its probabilities."""
+    """Describe the active dropout and drop-path modules of ``model`` and their probabilities.
+
+    Return 'none' when nothing is dropped.
+    """
     found: dict[str, list[float]] = {}
     for module in model.modules():
         kind = type(module).__name__
@@ -347,7 +371,7 @@ def dropout_of(model: nn.Module) -> str:
 
 
 def common_conditions(conditions: Mapping[str, Conditions]) -> Conditions:
-    """What the arms, by name, all have; ValueError names the first difference."""
+    """Return the conditions that all arms share. Raise ValueError with the first difference."""
     (first, mine), *others = conditions.items()
     for name, theirs in others:
         refuse_difference({f"arm '{first}'": asdict(mine), f"arm '{name}'": asdict(theirs)})
@@ -355,7 +379,7 @@ def common_conditions(conditions: Mapping[str, Conditions]) -> Conditions:
 
 
 def refuse_difference(sides: Mapping[str, Mapping[str, Any]]) -> None:
-    """ValueError where two named sets of conditions are not the same."""
+    """Raise ValueError when two named sets of conditions differ."""
     (first, mine), (second, theirs) = sides.items()
     for key, value in mine.items():
         if value != theirs.get(key):
@@ -368,9 +392,10 @@ def refuse_difference(sides: Mapping[str, Mapping[str, Any]]) -> None:
 def timed_rounds(
     arms: Sequence[Arm], rounds: int, warmup: int, label: str
 ) -> Iterator[dict[str, dict[str, float]]]:
-    """Seconds by arm and part of each whole round after the ``warmup`` rounds.
+    """Yield the seconds by arm and part of each complete round after the ``warmup`` rounds.
 
-    In a round every arm makes one update; the dict is in the order in which they did.
+    In a round every arm makes one update. The keys of the dictionary are in the order of the
+    updates.
     """
     common_conditions({arm.name: conditions_of(arm) for arm in arms})
     total = (warmup + rounds) * len(arms)
@@ -386,5 +411,8 @@ def timed_rounds(
 
 
 def shuffled(arms: Sequence[T], number: int) -> list[T]:
-    """The order of the arms in a round: another one each time, the same on all ranks."""
+    """Return the arms in a random order that depends on the round ``number`` alone.
+
+    All ranks get the same order.
+    """
     return random.Random(number).sample(arms, len(arms))

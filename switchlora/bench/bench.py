@@ -1,11 +1,13 @@
 """Time one training update of full training, adapters, PEFT and the frozen limit side by side.
 
-``switchlora-bench update --model vit_small_patch16_224 --rank 16 64 --memory --out FOLDER`` makes,
-for each model, precision and rank, rounds in which every arm makes one update, in an order that is
-shuffled each time: what else the machine does meets all arms alike. Peak memory is measured in a
-fresh process an arm. Under torchrun the arms train with DDP; ``--batch`` is that of all processes.
-The results of each model, precision and rank are added to FOLDER's bench.json, bench.md and
-bench.png as soon as they are there.
+Example: ``switchlora-bench update --model vit_small_patch16_224 --rank 16 64 --memory
+--out FOLDER``.
+
+The benchmark runs rounds for each combination of model, precision and rank (a cell). In a round
+every arm makes one update, in an order that is shuffled each time. Other load on the machine then
+slows all arms alike. Peak memory is measured in a fresh process for each arm. Under torchrun the
+arms train with DDP, and ``--batch`` counts the images of all processes together. The results of
+each cell are added to bench.json, bench.md and bench.png in FOLDER as soon as the cell is done.
 """
 
 import argparse
@@ -64,7 +66,7 @@ from switchlora.storage import environment
 
 
 def main() -> None:
-    """Measure what the command line asks for; one clear line for a mistake in it."""
+    """Measure what the command line asks for. Exit with one line on a mistake in it."""
     options = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is written
     distributed.join()
@@ -82,7 +84,7 @@ def main() -> None:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", nargs="+", action="extend", help="timm names; vit_small_patch16_224")
@@ -108,7 +110,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure one cell after the other; what one has measured is written however it ends."""
+    """Measure one cell after the other.
+
+    What a cell has measured is written even when it ends with an error or an interrupt.
+    """
     check_range("--rounds", options.rounds, 1)
     if options.fit is not None:
         check_range("--fit", options.fit, 0.01)
@@ -130,7 +135,7 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def cells_of(options: argparse.Namespace) -> list[Cell]:
-    """The cells that the options ask for, checked."""
+    """Return the checked cells that the options ask for."""
     return [
         Cell(
             model=model,
@@ -147,7 +152,7 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
 
 
 def model_options(words: Sequence[str]) -> dict[str, Any]:
-    """Options of a model from words such as 'depth=2'."""
+    """Parse options of a model from words such as 'depth=2'."""
     found = {}
     for word in words:
         key, _, value = word.partition("=")
@@ -161,7 +166,10 @@ def model_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def measure(cell: Cell, options: argparse.Namespace, result: Result) -> None:
-    """Fill ``result`` with what the options ask for; what is there stays when it is stopped."""
+    """Fill ``result`` with what the options ask for.
+
+    When this is stopped, ``result`` holds everything measured so far.
+    """
     base = base_model(cell)
     if options.fit is not None:
         cell = replace(cell, batch=largest_batch(cell, base, options.fit))
@@ -187,7 +195,7 @@ def measure(cell: Cell, options: argparse.Namespace, result: Result) -> None:
 def describe(
     cell: Cell, names: Sequence[str], base: nn.Module, result: Result
 ) -> dict[str, Trace]:
-    """Conditions and parameters of each arm into ``result``; the arms' traces, by name."""
+    """Write each arm's conditions and parameter counts into ``result``; return traces by arm."""
     conditions, traces = {}, {}
     for name in names:
         arm = make_arm(name, copy.deepcopy(base), cell)
@@ -212,7 +220,10 @@ def describe(
 
 
 def largest_batch(cell: Cell, base: nn.Module, gib: float) -> int:
-    """The largest batch at which full training is predicted to need no more than ``gib`` GiB."""
+    """Return the largest batch for which full training is predicted to need at most ``gib`` GiB.
+
+    Raise ValueError when not even the smallest batch fits.
+    """
     step = cell.accumulation * distributed.world_size()
     arm = make_arm("full", copy.deepcopy(base), replace(cell, batch=step))
 
@@ -229,20 +240,24 @@ def largest_batch(cell: Cell, base: nn.Module, gib: float) -> int:
 
 @cache
 def machine_of(precision: str) -> Machine:
-    """What this machine does in a precision, measured once."""
+    """Return the measured speeds of this machine in ``precision``, measured once per process."""
     say(f"measuring the machine in {precision}")
     return measure_machine(device_of_benchmark(), precision)
 
 
 def plain(prediction: Prediction, trace: Trace) -> dict[str, float]:
-    """Seconds and bytes that the cost model predicts, as they stand in bench.json."""
+    """Return the predicted seconds and bytes as bench.json stores them."""
     parts = ("forward", "backward", "optimizer", "communication", "total")
     seconds = {part: getattr(prediction, part) for part in parts}
     return {**seconds, "peak_bytes": predicted_peak(trace), **trace.memory}
 
 
 def predicted_peak(trace: Trace) -> int:
-    """Bytes at the predicted peak; DDP's buckets hold gradients from one update to the next."""
+    """Return the predicted peak in bytes.
+
+    With several ranks, DDP's buckets keep the gradients from one update to the next. The peak is
+    then at least the sum of all parts of ``trace.memory``.
+    """
     if distributed.world_size() == 1:
         return trace.peak_bytes
     return max(trace.peak_bytes, sum(trace.memory.values()))
@@ -251,7 +266,11 @@ def predicted_peak(trace: Trace) -> int:
 def layers_of(
     base: nn.Module, cell: Cell, machine: Machine, predictions: dict[str, Prediction]
 ) -> list[dict[str, Any]]:
-    """By family of targets: shapes, predicted seconds in each arm, break-even ranks."""
+    """Return one entry per family of targets of one shape.
+
+    It holds the shape (tokens, in, out), the predicted seconds in each arm, and the break-even
+    ranks with A and B trained and with B alone.
+    """
     groups: dict[tuple[str, tuple[int, int, int]], list[str]] = {}
     tokens, found = tokens_of(base, cell), []
     for name in find_targets(base, DEFAULT_TARGETS):
@@ -278,7 +297,7 @@ def layers_of(
 
 @torch.no_grad()
 def tokens_of(base: nn.Module, cell: Cell) -> dict[str, int]:
-    """Tokens that each linear sees in one micro-batch."""
+    """Return, by name of a linear, the number of tokens that it sees in one micro-batch."""
     images, tokens = cell.share // cell.accumulation, {}
     hooks = [
         module.register_forward_pre_hook(
@@ -297,7 +316,7 @@ def tokens_of(base: nn.Module, cell: Cell) -> dict[str, int]:
 
 
 def measure_memory(cell: Cell, traces: dict[str, Trace], result: Result) -> None:
-    """Peak memory of each arm, in fresh processes, into ``result``."""
+    """Measure the peak memory of each arm in fresh processes, and write it into ``result``."""
 
     def peak(name: str) -> int:
         if device_of_benchmark().type == "cpu":
@@ -312,7 +331,7 @@ def measure_memory(cell: Cell, traces: dict[str, Trace], result: Result) -> None
 def measure_times(
     cell: Cell, options: argparse.Namespace, base: nn.Module, result: Result
 ) -> None:
-    """Times of each arm in each round into ``result``."""
+    """Time each arm in each round, and write the seconds into ``result``."""
     arms = [make_arm(name, copy.deepcopy(base), cell) for name in options.arms]
     for laps in timed_rounds(arms, options.rounds, options.warmup, str(cell)):
         for name, lap in laps.items():
@@ -324,26 +343,29 @@ def measure_times(
 
 
 def release_memory(device: torch.device) -> None:
-    """Return what the last cell held."""
+    """Free the memory that the last cell held."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def known(arm: dict[str, Any], measured: bool) -> bool:
-    """Whether an arm has a time or a peak; a prediction, where nothing is to be ``measured``."""
+    """Return whether an arm has a result to keep.
+
+    With ``measured`` that is a time or a peak, otherwise a prediction.
+    """
     return bool(({"seconds", "peak_bytes"} if measured else {"predicted"}) & set(arm))
 
 
 def keep(result: Result, folder: Path) -> None:
-    """Write the results with those that ``folder`` has already, and show the new ones."""
+    """Add the result to those in ``folder``, redraw the picture, and print the new result."""
     if (picture := draw(append(folder, result))) is not None:
         picture.savefig(folder / PICTURE, dpi=150)
     say("\n\n".join([*tables(result), *result.get("against", []), f"written to {folder}", ""]))
 
 
 def version_of(package: str) -> str | None:
-    """Version of an installed package."""
+    """Return the version of an installed package, or None when it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -351,11 +373,11 @@ def version_of(package: str) -> str | None:
 
 
 def progress(things: Iterable[str], label: str) -> Iterable[str]:
-    """``things`` with a bar that says how far it is, on the primary rank."""
+    """Return ``things`` with a progress bar on the primary rank."""
     return tqdm(list(things), desc=label, leave=False, disable=not distributed.is_primary())
 
 
 def say(line: str) -> None:
-    """A line on the terminal, from the primary rank, above a bar that may be there."""
+    """Print a line from the primary rank, above any progress bar."""
     if distributed.is_primary():
         tqdm.write(line)

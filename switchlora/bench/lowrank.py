@@ -1,9 +1,11 @@
-"""Time of factorised feed-forward layers against their share of the parameters.
+"""Time factorised feed-forward layers against their share of the parameters.
 
-``switchlora-bench lowrank --out experiments/lowrank_speed`` times fc1 (d to 4 d) and fc2
-(4 d to d) at several widths d, dense and as a product of two factors that keep a share of the
-parameters, and writes ``speed.json`` and ``speed.md``. The arms of a layer take turns in one
-process. On a CPU the seconds are those of the processor, so that other processes do not count.
+Example: ``switchlora-bench lowrank --out experiments/lowrank_speed``.
+
+It times fc1 (d to 4 d) and fc2 (4 d to d) at several widths d. Each layer is timed dense, and as
+a product of two factors that keep a share of the parameters. These arms of a layer take turns in
+one process. On a CPU the seconds are processor seconds, so that other processes do not count. The
+results are written to ``speed.json`` and ``speed.md``.
 """
 
 import argparse
@@ -30,7 +32,7 @@ DENSE = 1.0
 
 
 def main() -> None:
-    """Measure, write both files and show the table."""
+    """Measure, write both files and print the table. Exit with one line on a mistake."""
     options = parse()
     try:
         check_range("--rounds", options.rounds, 1)
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--widths", type=int, nargs="+", default=[384, 768, 1536], metavar="D")
@@ -61,7 +63,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """All seconds, and where they come from."""
+    """Time all layers; return the seconds, the settings, the clock and the environment."""
     torch.manual_seed(0)
     shapes = {"fc1": (1, 4), "fc2": (4, 1)}
     layers = [
@@ -78,7 +80,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 def _timed(
     layer: Mapping[str, Any], options: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
-    """The arms of one layer: share of the parameters, rank, and seconds by pass."""
+    """Time the arms of one layer; return each arm's parameter share, rank and seconds by pass."""
     inputs, outputs = layer["in"], layer["out"]
     x = torch.randn(options.tokens, inputs, device=device)
     full = inputs * outputs / (inputs + outputs)
@@ -107,7 +109,7 @@ def _forward(module: nn.Module, x: Tensor, precision: str) -> Callable[[], objec
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The table as Markdown, with command, commit and hardware below it."""
+    """Return the table as Markdown, with command, commit and hardware below it."""
     where = record["environment"]
     lines = [
         "| width | layer | parameters | rank | forward, ms | times faster | forward and backward, "
@@ -135,6 +137,6 @@ def _row(layer: Mapping[str, Any], arm: Mapping[str, Any]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Median and quartiles: '1.52 (1.49-1.55)'."""
+    """Return median and quartiles as text, such as '1.52 (1.49-1.55)'."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"

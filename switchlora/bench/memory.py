@@ -1,4 +1,7 @@
-"""Peak memory of one arm in a process of its own: ``peak_in_fresh_process`` starts this file."""
+"""Measure the peak memory of one arm in a process of its own.
+
+``peak_in_fresh_process`` starts this file as that process.
+"""
 
 import gc
 import json
@@ -15,7 +18,7 @@ from switchlora.bench.arms import UPDATES_FOR_PEAK, Cell, base_model, device_of_
 from switchlora.learner import STATUS, peak_memory, reset_peak_memory
 from switchlora.process import distributed
 
-FOREIGN_LIMIT = 256 * 2**20  # bytes that other processes may hold on a GPU
+FOREIGN_LIMIT = 256 * 2**20  # most bytes that other processes may hold on a GPU
 MIB = 2**20
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
@@ -24,7 +27,10 @@ ASK_GPU = "import torch; print(*torch.cuda.mem_get_info({}))"
 
 
 def main() -> None:
-    """The process of one arm: print its peak."""
+    """Measure the arm of the JSON request in ``sys.argv[1]`` and print its peak as JSON.
+
+    With several ranks it is the largest of their peaks.
+    """
     request = json.loads(sys.argv[1])
     distributed.join()
     torch.set_num_threads(request["threads"])
@@ -35,7 +41,12 @@ def main() -> None:
 
 
 def peak_of_arm(name: str, cell: Cell) -> int:
-    """Bytes at the peak of the updates: allocated on CUDA, resident beyond torch on a CPU."""
+    """Return the peak bytes of this rank over ``UPDATES_FOR_PEAK`` updates.
+
+    - On CUDA: the allocated bytes.
+    - On a CPU: the resident bytes beyond those that torch itself takes. A tiny model makes one
+      update first, so that they are known.
+    """
     device = device_of_benchmark()
     tiny = Cell("vit_tiny_patch16_224", cell.precision, 1, cell.batch, image_size=32, options=TINY)
     make_arm(name, base_model(tiny), tiny).lap()
@@ -52,10 +63,13 @@ def peak_of_arm(name: str, cell: Cell) -> int:
 
 
 def peak_in_fresh_process(name: str, cell: Cell) -> int:
-    """``peak_of_arm`` in fresh processes, as many as there are ranks: the largest of theirs.
+    """Run ``peak_of_arm`` in as many fresh processes as there are ranks; return the largest peak.
 
-    glibc keeps freed memory for later, by an order of events that is not the arm's merit: PEFT's
-    ViT-S was 70 % over its live tensors, full training 18 %. There it is told to return it.
+    glibc normally keeps freed memory for later use. How much it keeps depends on the order of
+    allocations and says nothing about the arm: PEFT's ViT-S was 70 % over its live tensors, full
+    training 18 %. The fresh processes therefore tell glibc to return freed memory (``ALLOCATOR``).
+
+    Raise ValueError when the process fails.
     """
     threads = torch.get_num_threads()
     request = json.dumps({"arm": name, "cell": asdict(cell), "threads": threads})
@@ -79,7 +93,7 @@ def _launcher() -> Sequence[str]:
 
 
 def refuse_full_memory(name: str, predicted: int) -> None:
-    """ValueError where the main memory that is free cannot hold ``predicted`` bytes a rank."""
+    """Raise ValueError when the free main memory cannot hold ``predicted`` bytes for each rank."""
     needed = predicted * distributed.world_size()
     free = proc_bytes("/proc/meminfo", "MemAvailable")
     if free < needed:
@@ -90,7 +104,10 @@ def refuse_full_memory(name: str, predicted: int) -> None:
 
 
 def refuse_used_gpu(device: torch.device) -> None:
-    """ValueError where other processes hold memory of the GPU; call it before any work there."""
+    """Raise ValueError when other processes hold more than ``FOREIGN_LIMIT`` bytes of the GPU.
+
+    Call it before this process puts anything on the GPU.
+    """
     free, total = torch.cuda.mem_get_info(device)
     asked = [sys.executable, "-c", ASK_GPU.format(device.index)]
     answer = subprocess.run(asked, capture_output=True, text=True, check=True)
@@ -104,16 +121,18 @@ def refuse_used_gpu(device: torch.device) -> None:
 
 
 def held_by_others(used: int, used_by_both: int) -> int:
-    """Bytes on a GPU that are neither this process's context nor that of a second one like it.
+    """Return the bytes that other programs hold on the GPU.
 
-    ``used`` is what one of them sees, ``used_by_both`` what is used while both have a context.
+    ``used`` are the bytes in use when only this process has a context there. ``used_by_both`` are
+    the bytes in use while a second process has one too. Both contexts have the same size, so the
+    difference of the two readings is one context. What ``used`` exceeds it by belongs to others.
     """
     context = used_by_both - used
     return used - context
 
 
 def proc_bytes(path: str, key: str) -> int:
-    """A line of a Linux status file, such as 'VmRSS:  1234 kB', in bytes."""
+    """Return the value in bytes of a line of a Linux status file, such as 'VmRSS:  1234 kB'."""
     lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
     return int(lines[key].split()[0]) * 1024
 

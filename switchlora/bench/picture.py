@@ -36,27 +36,28 @@ USUAL = {
 
 @dataclass(frozen=True)
 class Bar:
-    """One arm at one rank."""
+    """The bar of one arm at one rank."""
 
     arm: str
     rank: int
     value: float
     low: float
     high: float
-    """the quartiles; where there are none, the value itself"""
+    """``low`` and ``high`` are the quartiles; without quartiles, both are ``value``"""
     predicted: float | None
 
     @property
     def label(self) -> str:
-        """The arm, with its rank where it has one."""
+        """The name of the arm, with its rank if it has one."""
         name = "frozen limit" if self.arm == "frozen" else self.arm
         return name if self.arm in RANKLESS else f"{name} r{self.rank}"
 
 
 def draw(results: Sequence[Result]) -> Figure | None:
-    """A row of panels for each model, precision and batch: speed, and memory where measured.
+    """Draw a row of panels for each set of conditions other than the rank.
 
-    None where nothing is to be seen.
+    One column shows the speed, another the peak memory. A column without any measurement is left
+    out. Return None when nothing was measured.
     """
     panels: dict[str, list[Result]] = {}
     for result in results:
@@ -92,7 +93,7 @@ def draw(results: Sequence[Result]) -> Figure | None:
 
 
 def _mark_full(column: Sequence[Axes]) -> None:
-    """One scale for all panels of a column, and a line at 1."""
+    """Give all panels of a column one scale, and draw a line at 1."""
     end = max(axis.get_xlim()[1] for axis in column)
     for axis in column:
         axis.set_xlim(0, end)
@@ -100,7 +101,10 @@ def _mark_full(column: Sequence[Axes]) -> None:
 
 
 def bars(cells: Sequence[Result], bar: Callable[[Result, str], Bar | None]) -> list[Bar]:
-    """A bar for each arm and rank, the latest where there are several, in the order of arms."""
+    """Return a bar for each arm and rank, in the order of arms.
+
+    Of several results for one arm and rank, the latest counts.
+    """
     found: dict[str, Bar] = {}
     for made in (bar(cell, name) for cell in cells for name in cell["arms"]):
         if made is not None:
@@ -109,7 +113,7 @@ def bars(cells: Sequence[Result], bar: Callable[[Result, str], Bar | None]) -> l
 
 
 def speed_bar(result: Result, name: str) -> Bar | None:
-    """Speed of an arm relative to full training."""
+    """Return the bar of an arm's speed relative to full training, or None if not measured."""
     ratio = ratio_to(result, "full", name)
     if ratio is None:
         return None
@@ -119,7 +123,7 @@ def speed_bar(result: Result, name: str) -> Bar | None:
 
 
 def peak_bar(result: Result, name: str) -> Bar | None:
-    """Peak memory of an arm in MiB."""
+    """Return the bar of an arm's peak memory in MiB, or None if not measured."""
     arm = result["arms"][name]
     if "peak_bytes" not in arm:
         return None
@@ -129,7 +133,10 @@ def peak_bar(result: Result, name: str) -> Bar | None:
 
 
 def _title(result: Result) -> str:
-    """What is the same in one panel: all conditions but the rank; the main ones in words."""
+    """Return the title of a panel: model, precision, batch, and every unusual condition.
+
+    Results with the same title share a panel. Their ranks may differ.
+    """
     c = result["conditions"]
     title = f"{c['model']}, {c['precision']}, batch {c['batch']}"
     extra = [
@@ -139,7 +146,7 @@ def _title(result: Result) -> str:
 
 
 def _draw_bars(axis: Axes, found: Sequence[Bar], form: str) -> None:
-    """Horizontal bars from top to bottom, the value beside each."""
+    """Draw horizontal bars from top to bottom, with the value beside each."""
     style: dict[str, Any] = {"height": 0.72, "edgecolor": "black", "linewidth": 0.6}
     for place, bar in enumerate(found):
         color, hatch = COLORS[bar.arm.split("-")[0]], HATCHES.get(bar.arm, "")

@@ -1,4 +1,4 @@
-"""What the benchmark says: ratios, tables, bench.json and bench.md."""
+"""Format the results of the benchmark: ratios, tables, bench.json and bench.md."""
 
 import json
 import os
@@ -28,12 +28,12 @@ REFERENCES = {
     "peft": "vs PEFT",
     "adapter": "vs adapter",
 }
-Result = dict[str, Any]  # of one cell, as it stands in bench.json
+Result = dict[str, Any]  # the results of one cell, as bench.json stores them
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much faster than a reference: ratio of medians, quartiles of the rounds' own ratios."""
+    """Speed relative to a reference: the ratio of medians, and quartiles of each round's ratio."""
 
     value: float
     low: float
@@ -44,31 +44,37 @@ class Ratio:
 
 
 def paired_ratio(reference: Sequence[float], seconds: Sequence[float]) -> Ratio:
-    """Speed of updates that took ``seconds`` relative to ``reference``, round by round."""
+    """Return the speed of updates that took ``seconds``, relative to those of ``reference``.
+
+    Both lists hold one entry per round.
+    """
     rounds = [slow / fast for slow, fast in zip(reference, seconds, strict=True)]
     low, _, high = quantiles(rounds, n=4, method="inclusive") if rounds[1:] else rounds * 3
     return Ratio(median(reference) / median(seconds), low, high)
 
 
 def ratio_to(result: Result, reference: str, name: str) -> Ratio | None:
-    """Speed of an arm relative to another one of its cell; None where one was not timed."""
+    """Return the speed of an arm relative to another arm of its cell.
+
+    Return None when either was not timed.
+    """
     slow, fast = times(result, reference), times(result, name)
     return paired_ratio(slow, fast) if slow and fast else None
 
 
 def times(result: Result, name: str, part: str = "total") -> list[float]:
-    """Seconds of one arm by round; none where it was not timed."""
+    """Return the seconds of one arm by round; an empty list when it was not timed."""
     return result["arms"].get(name, {}).get("seconds", {}).get(part, [])
 
 
 def predicted_ratio(result: Result, name: str) -> float | None:
-    """The cost model's speed of an arm relative to full training."""
+    """Return the predicted speed of an arm relative to full training, or None if unknown."""
     full, arm = (result["arms"].get(each, {}).get("predicted") for each in ("full", name))
     return full["total"] / arm["total"] if full and arm else None
 
 
 def append(folder: Path, result: Result) -> list[Result]:
-    """Add a finished cell to the results in ``folder``, write the tables anew; all results."""
+    """Add the result of a cell to those in ``folder``, rewrite the tables, return all results."""
     folder.mkdir(parents=True, exist_ok=True)
     results = [*read(folder / RESULTS), result]
     _replace(folder / RESULTS, json.dumps({"cells": results}, indent=1) + "\n")
@@ -77,7 +83,7 @@ def append(folder: Path, result: Result) -> list[Result]:
 
 
 def read(path: Path) -> list[Result]:
-    """The cells of a results file, none where there is no file."""
+    """Return the cells of a results file; an empty list when there is no file."""
     return json.loads(path.read_text())["cells"] if path.exists() else []
 
 
@@ -88,9 +94,9 @@ def _replace(path: Path, text: str) -> None:
 
 
 def earlier_cell(path: Path, conditions: Mapping[str, Any]) -> Result:
-    """The last cell of an earlier results file with these ``conditions``.
+    """Return the last cell of an earlier results file that has these ``conditions``.
 
-    ValueError names the first difference from the cell that is nearest.
+    When there is none, raise ValueError with the first difference from the nearest cell.
     """
     cells = read(path)
     if not cells:
@@ -102,7 +108,7 @@ def earlier_cell(path: Path, conditions: Mapping[str, Any]) -> Result:
 
 
 def against_lines(result: Result, earlier: Result) -> list[str]:
-    """How fast each arm is now relative to an ``earlier`` cell under the same conditions."""
+    """Return a line per arm: its speed relative to an ``earlier`` cell of the same conditions."""
     git = earlier["environment"]["git"]
     return [
         f"{name}: {median(times(earlier, name)) / median(times(result, name)):.2f}x the speed it "
@@ -113,7 +119,7 @@ def against_lines(result: Result, earlier: Result) -> list[str]:
 
 
 def arm_line(result: Result, name: str) -> str:
-    """One arm of a cell on one line, for the terminal."""
+    """Return one line about an arm of a cell, for the terminal."""
     arm, parts = result["arms"][name], []
     if times(result, name):
         shown = ", ".join(f"{part} {_milliseconds(result, name, part)}" for part in PARTS)
@@ -124,7 +130,7 @@ def arm_line(result: Result, name: str) -> str:
 
 
 def section(result: Result) -> str:
-    """One cell as Markdown: conditions, tables, remarks, where the numbers come from."""
+    """Return one cell as Markdown: conditions, tables, remarks, and the environment."""
     c, environment = result["conditions"], result["environment"]
     notes = [f"{name}: {note}" for name, arm in result["arms"].items() for note in arm["notes"]]
     head = (
@@ -149,14 +155,17 @@ def _provenance(environment: Mapping[str, Any]) -> str:
 
 
 def tables(result: Result) -> list[str]:
-    """The tables of a cell: speed where it was timed, and what it takes."""
+    """Return the tables of a cell: speed if it was timed, cost, and the predictions by layer."""
     timed = any(times(result, name) for name in result["arms"])
     foreseen = [layer_table(result), speedup_line(result)] if "layers" in result else []
     return [*([speed_table(result)] if timed else []), cost_table(result), *foreseen]
 
 
 def layer_table(result: Result) -> str:
-    """What the cost model says of each family of linears, and up to which rank an adapter pays."""
+    """Return a table of the predicted seconds and the break-even ranks of each family of linears.
+
+    Up to its break-even rank an adapter is predicted to save time.
+    """
     arms = list(result["layers"][0]["seconds"])
     head = ("layers", "tokens, in, out", *(f"{arm} ms, predicted" for arm in arms))
     rows = []
@@ -168,7 +177,10 @@ def layer_table(result: Result) -> str:
 
 
 def speedup_line(result: Result) -> str:
-    """The predicted speed-up of the adapter and its factors."""
+    """Return a line with the predicted speed-up of the adapter and its factors.
+
+    With several processes the line adds the bandwidth needed for ``PRELORA_SPEEDUP``.
+    """
     whole = prod(result["speedup"].values())
     parts = " x ".join(f"{name} {ratio:.2f}" for name, ratio in result["speedup"].items())
     line = f"Predicted speed of the adapter's update: {whole:.2f} = {parts}"
@@ -185,11 +197,12 @@ def speedup_line(result: Result) -> str:
 def bandwidth_for(
     speedup: float, full: Mapping[str, Any], adapter: Mapping[str, Any], all_reduce: float
 ) -> float:
-    """Bytes/s of the exchange at which ``adapter`` is predicted ``speedup`` times as fast.
+    """Return the bytes/s of the exchange at which ``adapter`` is ``speedup`` times as fast.
 
-    (c_f + n_f / x) = s (c_a + n_a / x) with seconds c without the exchange and n bytes in it, so
-    x = (n_f - s n_a) / (s c_a - c_f). ``all_reduce`` is the bandwidth of the predictions; inf
-    where the adapter is that fast without any exchange.
+    Each arm takes c seconds without the exchange and exchanges n bytes. The bandwidth x solves
+    (c_f + n_f / x) = s (c_a + n_a / x), so x = (n_f - s n_a) / (s c_a - c_f). ``all_reduce`` is
+    the bandwidth, in bytes/s, that the predictions used. Return inf when the adapter is predicted
+    that fast without any exchange.
     """
     seconds, sizes = [], []
     for arm in (full, adapter):
@@ -201,7 +214,10 @@ def bandwidth_for(
 
 
 def speed_table(result: Result) -> str:
-    """Throughput, ratios with quartiles, and the parts of an update: medians over the rounds."""
+    """Return a table of throughput, speed ratios with quartiles, and the parts of an update.
+
+    Throughput and parts are medians over the rounds.
+    """
     rounds = max(len(times(result, name)) for name in result["arms"])
     head = ["arm", "images/s", *REFERENCES.values(), *(f"{part} ms" for part in PARTS)]
     rows = []
@@ -215,7 +231,10 @@ def speed_table(result: Result) -> str:
 
 
 def cost_table(result: Result) -> str:
-    """Trained parameters and peak memory, and what the cost model said with its deviation."""
+    """Return a table of trained parameters and peak memory, with the cost model's predictions.
+
+    The deviation of a prediction from the measurement stands beside it.
+    """
     head = ("arm", "trained parameters", "peak MiB", "of full", "predicted MiB", "predicted speed")
     full, rows = result["arms"].get("full", {}).get("peak_bytes"), []
     for name, arm in result["arms"].items():
@@ -231,7 +250,7 @@ def cost_table(result: Result) -> str:
 
 
 def _beside(predicted: float | None, measured: float | None, form: Any) -> str:
-    """A prediction with its deviation from the measurement in %."""
+    """Return a prediction with its deviation from the measurement in %."""
     if predicted is None:
         return "-"
     if not measured:

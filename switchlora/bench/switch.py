@@ -1,9 +1,11 @@
-"""What the monitor and the switch cost: seconds and peak memory beside those of training.
+"""Measure what the monitor and the switch cost in seconds and peak memory.
 
-``switchlora-bench switch --model vit_large_patch16_224 --rank 64 --out FILE`` makes some
-updates of full training, measurements of the monitor, and the switch of all targets, in one
-process, and adds a record to FILE. Memory is what the process holds beyond torch, and on CUDA what
-is allocated.
+Example: ``switchlora-bench switch --model vit_large_patch16_224 --rank 64 --out FILE``.
+
+One process makes some updates of full training, some measurements of the monitor, and the switch
+of all targets. A record with their costs is added to FILE. Memory is counted as follows:
+- On CUDA: the allocated bytes.
+- On a CPU: the resident bytes beyond those that torch itself takes.
 """
 
 import argparse
@@ -43,7 +45,7 @@ MIB = 2**20
 
 
 def main() -> None:
-    """Measure, say it in three lines and add the record to the file."""
+    """Measure, add the record to the file, and print three lines about it."""
     options = parse()
     try:
         check_range("--updates", options.updates, 2)
@@ -59,7 +61,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="vit_large_patch16_224", help="a timm name")
@@ -73,7 +75,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(cell: Cell, updates: int, window: int) -> dict[str, Any]:
-    """Seconds and peak bytes of updates, of a measurement and of the switch."""
+    """Return the seconds and peak bytes of updates, of a measurement and of the switch."""
     device = device_of_benchmark()
     tiny = Cell("vit_tiny_patch16_224", cell.precision, 1, image_size=32, options=TINY)
     make_arm("full", base_model(tiny), tiny).lap()
@@ -119,7 +121,7 @@ def measure(cell: Cell, updates: int, window: int) -> dict[str, Any]:
 
 
 def seconds(act: Callable[[], object], device: torch.device) -> float:
-    """Seconds of ``act``, queued work included."""
+    """Return the seconds that ``act`` takes, including the work that it queues on the GPU."""
     begin = time.perf_counter()
     act()
     if device.type == "cuda":
@@ -128,7 +130,7 @@ def seconds(act: Callable[[], object], device: torch.device) -> float:
 
 
 def lines(cell: Cell, record: dict[str, Any]) -> list[str]:
-    """What a reader wants to know."""
+    """Return three lines on the costs of an update, of the monitor and of the switch."""
     update = median(record["update_seconds"])
     switched, peaks = record["switch_seconds"], ("training_peak_bytes", "switch_peak_bytes")
     training, switching = (record[key] / MIB for key in peaks)

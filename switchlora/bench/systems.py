@@ -1,10 +1,11 @@
-"""Time of an update in the last phase of finished runs, side by side in one process.
+"""Time an update in the last phase of finished runs, side by side in one process.
 
-``switchlora-bench systems RUN... --out FOLDER`` takes one run of each method, that of the
-lowest seed, goes back to its last checkpoint, and lets the methods make updates in turn: whatever
-else the machine does meets all alike, as it does not where runs came one after the other. On a CPU
-the seconds are those of the processor. A RUN may be a sweep; one of method=full is what the others
-are compared with. Writes speed.json and speed.md.
+Usage: ``switchlora-bench systems RUN... --out FOLDER``. A RUN may be a sweep.
+
+The run with the lowest seed stands for its method. Each run is loaded from its last checkpoint.
+Then the methods make updates in turn, so that other load on the machine slows all of them alike.
+On a CPU the seconds are processor seconds. One run must have method=full; the others are compared
+with it. The results are written to speed.json and speed.md.
 """
 
 import argparse
@@ -39,7 +40,7 @@ QUIET = {
 
 
 def main() -> None:
-    """Measure, write both files and show the table; one clear line for a mistake."""
+    """Measure, write both files and print the table. Exit with one line on a mistake."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--rounds", type=int, default=20)
@@ -58,9 +59,9 @@ def main() -> None:
 
 
 def one_of_each(records: Sequence[Record]) -> dict[str, Record]:
-    """By method its finished run of the lowest seed, full training first.
+    """Return each method's finished run with the lowest seed, full training first.
 
-    ValueError without full training, or where runs differ in data, model or epochs.
+    Raise ValueError without a run of full training, or when runs differ in data, model or epochs.
     """
     finished = [r for r in records if r.finished and r.config["method"]]
     found: dict[str, Record] = {}
@@ -77,7 +78,7 @@ def one_of_each(records: Sequence[Record]) -> dict[str, Record]:
 
 
 def measure(records: Mapping[str, Record], rounds: int) -> dict[str, Any]:
-    """Seconds of ``rounds`` updates of each method, and where they come from."""
+    """Time ``rounds`` updates of each method; return the seconds, clock and environment."""
     with TemporaryDirectory() as folder:
         steps = {
             method: step_of(record, Path(folder) / method)
@@ -95,7 +96,10 @@ def measure(records: Mapping[str, Record], rounds: int) -> dict[str, Any]:
 
 
 def step_of(record: Record, folder: Path) -> Callable[[], object]:
-    """One update of the run as its last checkpoint left it, on the first batch of its data."""
+    """Return a function that makes one update of the run, loaded from its last checkpoint.
+
+    Every call uses the first batch of the run's training data.
+    """
     config = OmegaConf.merge(record.config, QUIET, {"resume": str(record.folder)})
     assert isinstance(config, DictConfig)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
@@ -107,7 +111,7 @@ def step_of(record: Record, folder: Path) -> Callable[[], object]:
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The table as Markdown, with command, commit and hardware below it."""
+    """Return the table as Markdown, with command, commit and hardware below it."""
     where, seconds = record["environment"], record["seconds"]
     rows = [
         f"| `{method}` | {spread([1000 * s for s in mine], digits=1)} | "

@@ -1,4 +1,4 @@
-"""What training costs, predicted before it is paid."""
+"""The cost of training in seconds and bytes, predicted before training or measured."""
 
 from switchlora.cost.machine import (
     Machine as Machine,

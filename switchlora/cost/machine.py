@@ -1,4 +1,4 @@
-"""What a device does in a second, measured with short products and element-wise operations."""
+"""Measure the speed of a device with short products and element-wise operations."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ MEASURED_SECONDS = 0.8
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device does in a second, in one precision."""
+    """The speed of a device in one precision."""
 
     product_rate: float
     """flop/s of a large product"""
@@ -33,14 +33,15 @@ class Machine:
     all_reduce: float | None = None
     """bytes/s at which a gradient is averaged over the ranks; None for one process"""
     update_bandwidth: float | None = None
-    """bytes/s of the optimizer, which finds a parameter in the caches; None: ``bandwidth``"""
+    """bytes/s of the optimizer, which finds parameters in the caches; None: ``bandwidth``"""
     latency: float = 0.0
-    """seconds that the shortest operation of the passes takes"""
+    """seconds of the shortest operation in forward and backward passes"""
 
     def seconds(self, operation: Operation) -> float:
-        """max(flops / rate, bytes / bandwidth, latency); views are free.
+        """Return max(flops / rate, bytes / bandwidth, latency); views take no time.
 
-        The optimizer's bandwidth was measured with all that its steps cost.
+        An optimizer step takes bytes / update_bandwidth. This bandwidth was measured on whole
+        optimizer steps, so it includes all that they cost.
         """
         if operation.part == "optimizer":
             return operation.bytes / (self.update_bandwidth or self.bandwidth)
@@ -52,10 +53,10 @@ class Machine:
 def measure_machine(device: torch.device, precision: str) -> Machine:
     """Time products, attention, element-wise operations and the averaging of gradients.
 
-    It takes about a second; all ranks must call it together. The trials take turns, so that other
-    work on the machine slows all alike, and their medians count. ``bandwidth`` is that of what a
-    transformer block does element by element, forward and backward: layer norm, GELU, additions
-    and column sums, of which most are slower than a copy on a CPU.
+    It takes about a second. All ranks must call it together. The trials take turns, so other work
+    on the machine slows all of them alike. Their medians count. ``bandwidth`` is measured on the
+    element-wise operations of a transformer block, forward and backward: layer norm, GELU,
+    additions and column sums. On a CPU most of these are slower than a copy.
     """
     dtype = PRECISIONS[precision] or torch.float32
     scale = 1 if device.type == "cpu" else 8  # a large device needs more work to be busy
@@ -108,7 +109,10 @@ def _seconds(act: Trial, device: torch.device) -> float:
 
 
 def _all_reduce_speed(device: torch.device) -> float | None:
-    """Bytes/s of one of DDP's buckets of 25 MiB; all ranks make the same number of trials."""
+    """Return the bytes/s of averaging one DDP bucket of 25 MiB, or None for one process.
+
+    All ranks make the same number of trials.
+    """
     if world_size() == 1:
         return None
     bucket = torch.zeros(25 * 2**18, device=device)

@@ -1,7 +1,7 @@
-"""Cost model: seconds of one training update, predicted before it is made.
+"""Predict the seconds of one training update before it is made.
 
-The operations of a traced update are priced by what the machine was measured to do: the roofline
-model (Williams, Waterman & Patterson, 2009, doi 10.1145/1498765.1498785).
+Each operation of a traced update is priced with the measured speed of the machine. This is the
+roofline model (Williams, Waterman & Patterson, 2009, doi 10.1145/1498765.1498785).
 """
 
 from bisect import bisect_right
@@ -14,20 +14,20 @@ from switchlora.cost.machine import Machine
 from switchlora.cost.trace import PARTS, Operation, Trace
 
 NO_GAIN = 0.98
-ADAMW_BYTES = 96  # read and written for each trained number, with the norm and the clipping
+ADAMW_BYTES = 96  # bytes read and written for each trained number, with the norm and the clipping
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one update."""
+    """Predicted seconds of one update, by part."""
 
     forward: float
     backward: float
     optimizer: float
     communication: float
-    """of the gradients, as if none of it hid behind the backward pass"""
+    """exchange of the gradients, assuming that none of it overlaps with the backward pass"""
     modules: Mapping[str, float]
-    """forward and backward by module; '' outside of all"""
+    """forward and backward together, by module; '' is outside of all"""
 
     @property
     def total(self) -> float:
@@ -36,7 +36,7 @@ class Prediction:
 
 
 def predict(trace: Trace, machine: Machine, world_size: int = 1) -> Prediction:
-    """Price each operation of ``trace``, and the exchange of its gradients by several ranks."""
+    """Predict the seconds of ``trace``; several ranks also exchange its gradients."""
     parts = dict.fromkeys(PARTS, 0.0)
     modules: dict[str, float] = {}
     for operation in trace.operations:
@@ -68,10 +68,11 @@ def break_even_rank(
     train_factors: Sequence[str] = FACTORS,
     world_size: int = 1,
 ) -> int:
-    """The largest rank at which a linear's update with an adapter is no slower than without.
+    """Return the largest rank at which a linear's update with an adapter is not slower.
 
-    ``tokens`` are all that the linear sees in one forward pass, ``itemsize`` the bytes of a number
-    in its products. 0 where no rank pays, min(in, out) where every one does.
+    The comparison is with the update of the whole weight. ``tokens`` is the number of tokens in
+    one forward pass. ``itemsize`` is the bytes of a number in the linear's products. The result
+    is 0 when no rank pays, and min(in, out) when every rank does.
     """
     linear = _Linear(tokens, in_features, out_features, itemsize)
 
@@ -91,7 +92,7 @@ def break_even_rank(
 
 @dataclass(frozen=True)
 class _Linear:
-    """Operations of one update of a linear, (tokens, inner) to (tokens, outer)."""
+    """The operations of one update of a linear from (tokens, inner) to (tokens, outer)."""
 
     tokens: int
     inner: int
@@ -99,18 +100,21 @@ class _Linear:
     itemsize: int
 
     def full(self) -> list[Operation]:
-        """X W^T, G W, G^T X and the column sums of G; casts of the weight and its gradient."""
+        """Return X W^T, G W, G^T X and the column sums of G.
+
+        In reduced precision the casts of the weight and of its gradient come in addition.
+        """
         dense = self._product(self.outer, self.tokens, self.inner)
         return [*self._plain(), dense, *self._casts(), self._moves(self.tokens * self.outer)]
 
     def merged(self, rank: int, trains_A: bool) -> list[Operation]:
-        """W + s B A formed forward and backward, and used like a plain weight."""
+        """Return the operations of the merged form: W + s B A is formed anew in each pass."""
         size = self.inner * self.outer
         formed = [self._product(self.outer, rank, self.inner, itemsize=4), self._moves(size, 12)]
         return [*self._plain(), *self._casts(), *formed * 2, *self._factors(rank, trains_A)]
 
     def split(self, rank: int, trains_A: bool) -> list[Operation]:
-        """s (X A^T) B^T added to X W^T, and s (G B) A to G W."""
+        """Return the operations of the split form: X W^T + s (X A^T) B^T and G W + s (G B) A."""
         added = [
             self._product(self.tokens, rank, self.outer),
             self._product(self.tokens, rank, self.inner),
@@ -125,9 +129,11 @@ class _Linear:
         return [forward, self._product(self.tokens, self.outer, self.inner)]
 
     def _factors(self, rank: int, trains_A: bool) -> list[Operation]:
-        """X A^T, which gets a column of ones, and (X A^T)^T G; where A trains, G B and (G B)^T X.
+        """Return the operations on the factors that both forms need.
 
-        Gradients are scaled and put into order.
+        - X A^T, which gets a column of ones, and (X A^T)^T G.
+        - If A trains: G B and (G B)^T X.
+        - Moves that scale the gradients and put them into order.
         """
         found = [
             self._product(self.tokens, self.inner, rank),
@@ -154,10 +160,11 @@ class _Linear:
 
 
 def speedup_parts(full: Prediction, adapter: Prediction) -> dict[str, float]:
-    """The factors of the predicted speed-up full / adapter; their product is the whole.
+    """Split the predicted speed-up full / adapter into factors; their product is the speed-up.
 
-    'arithmetic' is the ratio of forward and backward passes alone, 'optimizer' what the ratio is
-    multiplied by when the optimizer counts too, 'communication' when the exchange does.
+    - 'arithmetic': the ratio of the seconds of forward and backward pass.
+    - 'optimizer': the factor by which this ratio changes when the optimizer is counted too.
+    - 'communication': the factor by which it changes when the exchange is counted as well.
     """
     passes = [p.forward + p.backward for p in (full, adapter)]
     stepped = [p.total - p.communication for p in (full, adapter)]
@@ -167,7 +174,7 @@ def speedup_parts(full: Prediction, adapter: Prediction) -> dict[str, float]:
 
 
 def warning(full: Prediction, adapter: Prediction) -> str | None:
-    """One line where the adapter phase is predicted to be no faster, else None."""
+    """Return one line if the adapter phase is predicted to be no faster, else None."""
     share = adapter.total / full.total
     if share < NO_GAIN:
         return None

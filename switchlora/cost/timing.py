@@ -1,4 +1,4 @@
-"""What factors would gain in time, measured: which targets should stay dense."""
+"""Measure how much faster factors are than their target, to see which targets stay dense."""
 
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median
@@ -13,7 +13,7 @@ from switchlora.models import eval_mode
 
 ROUNDS = 7
 SHORTEST = 2e-3
-"""seconds that a timed block takes at least: shorter steps are repeated in it"""
+"""least seconds of a timed block; shorter steps are repeated in it"""
 
 
 def measured_gains(
@@ -23,12 +23,13 @@ def measured_gains(
     example_inputs: Tensor,
     precision: str = "fp32",
 ) -> dict[str, float]:
-    """Seconds of each target as it is over those of factors of its rank, forward and backward.
+    """Return, per target in ``ranks``, the seconds of the target over the seconds of its factors.
 
-    Cuttlefish (Wang et al., arXiv 2305.02538) factorises a layer only where this is 1.5 or more.
-    Fresh layers are timed on inputs of the shape and type that the target's module gets when
-    ``model`` computes ``example_inputs``; targets that are alike are timed once. ``ranks`` names
-    the targets to measure. The model and the global RNG stay as they are.
+    Forward and backward pass are timed together. Cuttlefish (Wang et al., arXiv 2305.02538)
+    factorises a layer only when this ratio is 1.5 or more. Fresh layers are timed. Their inputs
+    have the shape and type that the target's module gets when ``model`` computes
+    ``example_inputs``. Targets that are alike are timed once. The model and the global RNG stay
+    as they are.
     """
     names = {targets[name].module for name in ranks}
     inputs = _inputs_of(model, names, example_inputs, precision)
@@ -48,7 +49,7 @@ def measured_gains(
 def linear_and_factors(
     inputs: int, outputs: int, rank: int, bias: bool = True, device: torch.device | None = None
 ) -> tuple[nn.Linear, nn.Linear]:
-    """A fresh dense linear and a fresh factorised one of the same shape, both to train."""
+    """Return a fresh dense linear and a fresh factorised one of the same shape; both train."""
     linear = nn.Linear(inputs, outputs, bias, device=device)
     A = torch.randn(rank, inputs, device=device) / inputs**0.5
     B = torch.randn(outputs, rank, device=device) / rank**0.5
@@ -56,7 +57,7 @@ def linear_and_factors(
 
 
 def forward_and_backward(module: nn.Module, x: Tensor, precision: str) -> Callable[[], object]:
-    """A step to be timed: outputs, then the gradients of ``x`` and of all parameters."""
+    """Return a step to be timed: the outputs, then the gradients of ``x`` and all parameters."""
     x = x.detach().requires_grad_()
     wanted = [x, *module.parameters()]
 
@@ -69,8 +70,8 @@ def forward_and_backward(module: nn.Module, x: Tensor, precision: str) -> Callab
 
 
 def synchronised_clock() -> float:
-    """Seconds, read when the queued work of a GPU is done."""
-    from torch.utils.benchmark import timer  # which brings setuptools along
+    """Return the time in seconds, after the queued work of a GPU is done."""
+    from torch.utils.benchmark import timer  # this import loads setuptools
 
     return timer()
 
@@ -80,10 +81,11 @@ def interleaved_seconds(
     rounds: int = ROUNDS,
     clock: Callable[[], float] = synchronised_clock,
 ) -> dict[str, list[float]]:
-    """Seconds that each step takes, ``rounds`` times: the steps take turns after a warm-up.
+    """Time each of ``steps`` ``rounds`` times; return its seconds in each round.
 
-    Other work on the machine then slows all of them alike. The default ``clock`` waits for the
-    queued work of a GPU; ``time.process_time`` leaves out what other processes take.
+    The steps take turns after a warm-up. Other work on the machine thus slows all of them alike.
+    The default ``clock`` waits for the queued work of a GPU. ``time.process_time`` leaves out the
+    time of other processes.
     """
     timers = {name: Timer(step, timer=clock) for name, step in steps.items()}
     repeats = {n: max(1, round(SHORTEST / min(t.repeat(2, 1)))) for n, t in timers.items()}
@@ -112,7 +114,7 @@ def _gain(
 def _inputs_of(
     model: nn.Module, names: Iterable[str], example_inputs: Tensor, precision: str
 ) -> dict[str, Tensor]:
-    """What each named module gets, as tensors without content."""
+    """Return the input of each named module, as a tensor without content."""
     found: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable:

@@ -1,6 +1,6 @@
-"""One training update on fake tensors: its operations, and the bytes that it holds.
+"""Trace one training update on fake tensors: its operations, and the bytes that it holds.
 
-Fake tensors have shapes, types and a device, but no content: nothing is computed or allocated.
+Fake tensors have shapes, types and a device, but no content. Nothing is computed or allocated.
 """
 
 import copy
@@ -46,37 +46,39 @@ class Operation:
     """One operation of an update."""
 
     name: str
-    """'aten.addmm'"""
+    """name of the operator, such as 'aten.addmm'"""
     module: str
-    """the innermost module that it belongs to, forward or backward; '' outside of all"""
+    """innermost module that it belongs to, in forward and backward pass; '' outside of all"""
     part: str
     """'forward', 'backward' or 'optimizer'"""
     flops: int
-    """of products and attention, two a multiply-add; 0 for the element-wise rest"""
+    """flops of products and attention, two for a multiply-add; 0 for element-wise operations"""
     bytes: int
-    """of the tensors read and written; 0 for views"""
+    """bytes of the tensors read and written; 0 for views"""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one update does and holds on one rank."""
+    """The operations of one update on one rank, and the memory that it holds."""
 
     operations: tuple[Operation, ...]
     memory: Mapping[str, int]
-    """bytes of 'parameters' (with buffers), 'gradients', 'optimizer_state' and 'activations': what
-    autograd keeps from the forward to the backward pass of one micro-batch, parameters apart"""
+    """bytes of 'parameters' (with buffers), 'gradients', 'optimizer_state' and 'activations'.
+    Activations are what autograd keeps from the forward to the backward pass of one micro-batch,
+    without the parameters"""
     peak_bytes: int
-    """of all live tensors at the worst moment; a C allocator that keeps freed memory holds more"""
+    """largest sum of all live tensors; a C allocator that keeps freed memory holds more"""
     trainable_bytes: int
-    """of the gradients that ranks exchange"""
+    """bytes of the gradients that ranks exchange"""
 
 
 class Recorder(TorchDispatchMode):
-    """Lists the operations that run inside, and follows the bytes of live storages.
+    """Record the operations that run inside, and follow the bytes of live storages.
 
-    A backward operation belongs to the module in which its autograd node was made: nodes are
-    numbered in the order of their making, and a mark is the number from which on they belong to
-    another module.
+    A backward operation belongs to the module whose forward pass created its autograd node.
+    autograd numbers its nodes in creation order. We store the current number and the current
+    module as a mark whenever a module is entered or left. A backward node belongs to the module of
+    the last mark whose number is at or below its own.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -96,7 +98,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run ``func``, note what it costs and follow what it made."""
+        """Run ``func``, record its flops and bytes, and follow the tensors that it made."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func.namespace != "prim":
@@ -133,7 +135,7 @@ class Recorder(TorchDispatchMode):
 
     def _module(self) -> str:
         node = torch._C._current_autograd_node()
-        if node is None or len(self._inside) > 1:  # inside a module: checkpoints compute it again
+        if node is None or len(self._inside) > 1:  # a checkpoint recomputes inside a module
             return self._inside[-1]
         if (variable := getattr(node, "variable", None)) is not None:
             return self._owners.get(id(variable), "")
@@ -144,7 +146,7 @@ class Recorder(TorchDispatchMode):
 def trace_update(
     model: nn.Module, recipe: Recipe, images: Sequence[int], num_classes: int
 ) -> Trace:
-    """``trace_batch`` of images of shape ``images``, (B, C, H, W), with soft labels."""
+    """Call ``trace_batch`` on images of shape ``images`` = (B, C, H, W), with soft labels."""
     batch = torch.empty(*images, device="meta"), torch.empty(images[0], num_classes, device="meta")
     return trace_batch(model, recipe, *batch, F.cross_entropy)
 
@@ -152,11 +154,12 @@ def trace_update(
 def trace_batch(
     model: nn.Module, recipe: Recipe, inputs: Tensor, targets: Tensor, loss_fn: LossFunction
 ) -> Trace:
-    """Trace one update of the plain ``model`` on one rank's batch, of which only shapes are read.
+    """Trace one update of the plain ``model`` on one rank's batch.
 
-    It is split into ``recipe.accumulation`` micro-batches. Nothing is computed or allocated: the
-    model, its gradients and all random generators stay as they are. A compiled model is traced as
-    an eager one, with the checkpointing it is set to; the loss scaling of fp16 is left out.
+    Only the shapes and types of ``inputs`` and ``targets`` are read. The batch is split into
+    ``recipe.accumulation`` micro-batches. Nothing is computed or allocated: the model, its
+    gradients and all random generators stay as they are. A compiled model is traced as an eager
+    one, with its setting of activation checkpointing. The loss scaling of fp16 is left out.
     """
     device = next(model.parameters()).device
     with without_content(model, device) as model:
@@ -180,7 +183,7 @@ def trace_batch(
 
 @contextmanager
 def without_content(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """A copy of ``model`` on fake tensors of ``device``; what is made inside has shapes only."""
+    """Yield a copy of ``model`` on fake tensors; tensors made inside the context are fake too."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         hollow: dict[int, Tensor] = {
@@ -196,7 +199,7 @@ def without_content(model: nn.Module, device: torch.device) -> Iterator[nn.Modul
 
 
 def stepped(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """The recipe's optimizer after one step, so that it has its moments; no gradient is left."""
+    """Return the recipe's optimizer after one step: with its moments, and without gradients."""
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     optimizer = recipe.optimizer(parameter_groups(model, recipe))
@@ -212,7 +215,7 @@ def _passes(
     loss_fn: LossFunction,
     recorder: Recorder,
 ) -> int:
-    """Forward and backward passes of all micro-batches; bytes that the first one's graph keeps."""
+    """Run the passes of all micro-batches; return the bytes that the first one's graph keeps."""
     device = next(model.parameters()).device
     inputs, targets = (torch.empty_like(tensor, device="cpu") for tensor in batch)
     parts, labels = inputs.chunk(recipe.accumulation), targets.chunk(recipe.accumulation)
@@ -241,7 +244,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _bytes_moved(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
-    """Bytes of the tensors that ``func`` reads and writes, 0 where it only makes a view."""
+    """Return the bytes of the tensors that ``func`` reads and writes; 0 for a view."""
     name = func.overloadpacket.__name__
     written = sum(map(_extent, outputs))
     if name in MOVES_NOTHING or func.is_view:
@@ -250,6 +253,6 @@ def _bytes_moved(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor])
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes of the different elements of ``tensor``: those of an expanded dimension are one."""
+    """Return the bytes of the distinct elements of ``tensor``: expanded ones count once."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.element_size() * prod(n for n, stride in sizes if stride or n == 0)

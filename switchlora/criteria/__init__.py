@@ -1,4 +1,4 @@
-"""When to switch: criteria are pure functions of the history of measurements."""
+"""Decide when to switch: a criterion is a pure function of the history of measurements."""
 
 from switchlora.criteria.basic import (
     LOSS as LOSS,

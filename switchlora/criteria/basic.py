@@ -1,8 +1,8 @@
-"""Switch criteria: the history of measurements -> has training settled enough to switch?
+"""Decide from the history of measurements whether training has settled enough to switch.
 
-A criterion is a pure function of the logged history, so it can be replayed on a finished run.
-A new one is a function, or a frozen dataclass with ``__call__``, and a yaml in
-``conf/switch/criterion``. Those that read spectra are in ``stability``.
+A criterion is a pure function of the logged history. It can therefore be replayed on a finished
+run. To add one, write a function, or a frozen dataclass with ``__call__``, and a yaml in
+``conf/switch/criterion``. The criteria on spectra are in ``spectra``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,13 @@ LOSS = "train_loss"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a criterion says.
+    """The answer of a criterion.
 
-    ``margins`` holds, per target (and under 'train_loss' for a test of the loss), the distance to
-    its own threshold in the criterion's unit; positive means converged. ``reason`` is one
-    sentence: why it fired, or what held it back.
+    - ``fires``: whether to switch now.
+    - ``margins``: the distance of each target to its threshold, in the criterion's unit. A
+      positive margin means that the target has converged. A test of the loss has its margin under
+      'train_loss'.
+    - ``reason``: one sentence on why the criterion fired, or on what held it back.
     """
 
     fires: bool
@@ -32,23 +34,23 @@ SwitchCriterion = Callable[[Sequence[Measurement]], Verdict]
 
 
 def never(history: Sequence[Measurement]) -> Verdict:
-    """Full training to the end."""
+    """Never fire: all parameters train to the end."""
     return Verdict(False, {}, "criterion=never trains all parameters to the end")
 
 
 def at_start(history: Sequence[Measurement]) -> Verdict:
-    """Fires before the first update: LoRA from the start."""
+    """Fire before the first update: LoRA from the start."""
     return Verdict(True, {}, "criterion=at_start switches before the first update")
 
 
 @dataclass(frozen=True)
 class AtEpoch:
-    """Fires at the first measurement at or after ``epoch``: a switch by date (Pufferfish)."""
+    """Fire at the first measurement at or after ``epoch``, a date set in advance (Pufferfish)."""
 
     epoch: float
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
-        """Compare the epochs done with the date."""
+        """Return whether ``epoch`` is reached; there are no margins."""
         done = history[-1].epoch if history else 0.0
         fires = bool(history) and done >= self.epoch
         return Verdict(fires, {}, f"epoch {done:.2f} of the set {self.epoch:g}")
@@ -56,11 +58,12 @@ class AtEpoch:
 
 @dataclass(frozen=True)
 class UpdateNorm:
-    """Per-layer plateau of the relative update norm u_t = ||W_t - W_{t-1}||_F / ||W_t||_F.
+    """Fire when the relative update norms have come down from their peak and stay down.
 
-    A target has converged when each of its last ``patience`` windows satisfies u_t <= ``fraction``
-    * max_{s <= t} u_s: its updates have come down from their peak and stay down. Fires when at
-    least a share ``quorum`` of the targets has converged.
+    The relative update norm of a target in window t is u_t = ||W_t - W_{t-1}||_F / ||W_t||_F. The
+    target has converged when u_t <= ``fraction`` * max_{s <= t} u_s in each of the last
+    ``patience`` windows. The criterion fires when at least a share ``quorum`` of the targets has
+    converged.
     """
 
     fraction: float = 0.7
@@ -72,7 +75,7 @@ class UpdateNorm:
         check_range("patience", self.patience, 1)
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
-        """Margin: ``fraction`` minus the largest u_t / peak among the last windows."""
+        """Return the verdict; margin: ``fraction`` minus the largest u_t / peak of the windows."""
         if len(history) < self.patience + 1:
             return too_short(history, self.patience + 1)
         margins = {}
@@ -87,8 +90,9 @@ class UpdateNorm:
 
 @dataclass(frozen=True)
 class LossPlateau:
-    """Fires when the window's mean train loss has stopped falling.
+    """Fire when the train loss has stopped falling.
 
+    With l(t) the mean train loss of window t, the loss has stopped falling when
     100 * (l(t-1) - l(t)) / l(t-1) <= ``tolerance`` per cent in each of the last ``patience``
     windows.
     """
@@ -100,7 +104,7 @@ class LossPlateau:
         check_range("patience", self.patience, 1)
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
-        """Margin: tolerance minus the largest improvement, under 'train_loss'."""
+        """Return the verdict; margin 'train_loss': tolerance minus the largest improvement."""
         if len(history) < self.patience + 1:
             return too_short(history, self.patience + 1)
         losses = [m.train_loss for m in history[-self.patience - 1 :]]
@@ -115,12 +119,12 @@ class LossPlateau:
 
 @dataclass(frozen=True)
 class AllOf:
-    """Fires when every one of ``criteria`` fires; margins are the smallest of each target."""
+    """Fire when each of ``criteria`` fires; a target's margin is its smallest one."""
 
     criteria: Sequence[SwitchCriterion]
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
-        """Ask all of them."""
+        """Ask all ``criteria`` and join their verdicts."""
         verdicts = [criterion(history) for criterion in self.criteria]
         holding = [v.reason for v in verdicts if not v.fires]
         reason = " and ".join(holding or [v.reason for v in verdicts])
@@ -129,12 +133,12 @@ class AllOf:
 
 @dataclass(frozen=True)
 class AnyOf:
-    """Fires when one of ``criteria`` fires; margins are the largest of each target."""
+    """Fire when one of ``criteria`` fires; a target's margin is its largest one."""
 
     criteria: Sequence[SwitchCriterion]
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
-        """Ask all of them."""
+        """Ask all ``criteria`` and join their verdicts."""
         verdicts = [criterion(history) for criterion in self.criteria]
         firing = [v.reason for v in verdicts if v.fires]
         reason = " or ".join(firing or [v.reason for v in verdicts])
@@ -142,7 +146,7 @@ class AnyOf:
 
 
 def by_layer(history: Sequence[Measurement]) -> dict[str, list[LayerStats]]:
-    """Statistics of each target, in the order of the windows."""
+    """Return the statistics of each target, in the order of the windows."""
     return {name: [m.layers[name] for m in history] for name in history[-1].layers}
 
 
@@ -155,7 +159,7 @@ def relative_changes(values: Sequence[float]) -> list[float]:
 
 
 def vote(margins: Mapping[str, float], quorum: float, rule: str) -> Verdict:
-    """Fires when at least a share ``quorum`` of the targets has a margin of 0 or more."""
+    """Fire when at least a share ``quorum`` of the targets has a margin of 0 or more."""
     converged = sum(margin >= 0 for margin in margins.values())
     worst = min(margins, key=lambda name: margins[name])
     place = "furthest from it" if margins[worst] < 0 else "closest call"
@@ -172,5 +176,5 @@ def _combined(verdicts: Sequence[Verdict], choose: Callable) -> dict[str, float]
 
 
 def too_short(history: Sequence[Measurement], needed: int) -> Verdict:
-    """What a criterion says before it has the windows that it needs."""
+    """Return the verdict of a criterion that needs more windows than are measured."""
     return Verdict(False, {}, f"{len(history)} of the {needed} windows it needs are measured")

@@ -1,4 +1,4 @@
-"""PreLoRA's criterion (arXiv 2509.21619), as published and as its code has it."""
+"""PreLoRA's criterion (arXiv 2509.21619), in the form of its paper and of its public code."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,22 +11,30 @@ from switchlora.monitor import LayerStats, Measurement
 from switchlora.names import family
 
 OUTPUTS = r"(attn\.proj|mlp\.fc2)$"
-"""both are called output.dense in the model of PreLoRA's public code"""
+"""output projections: the model of PreLoRA's public code calls both of them output.dense"""
 
 
 @dataclass(frozen=True)
 class PreLoRA:
-    """PreLoRA's partial-convergence test (arXiv 2509.21619, in the form of its public code).
+    """Fire when weight norms and train loss stop changing: PreLoRA's partial-convergence test.
 
-    d_i(t) = 100 * | n_i(t) - n_i(t-1) | / n_i(t-1),  n_i = ||W_i||_F;  D_F = mean of d_i over a
-    family. Fires when, for all k - 1 consecutive pairs of the last k windows, D_F < tau for every
-    family and 100 * |l(t) - l(t-1)| / l(t-1) <= zeta for the window's mean train loss. Both in per
-    cent. ``signal='update_norm'`` measures 100 * ||W_i(t) - W_i(t-1)||_F / ||W_i(t-1)||_F instead,
-    which sees a rotation at constant norm.
+    From arXiv 2509.21619, in the form of its public code. Per cent are used throughout:
 
-    Two bugs of that code can be turned on, to compare: ``published_counter`` = [accumulation,
-    micro-batches an epoch] tests only where ``checks_at`` says; ``shared_output`` gives the two
-    output projections of a block one entry, that of mlp.fc2, so attn.proj moves unseen.
+    - d_i(t) = 100 * | n_i(t) - n_i(t-1) | / n_i(t-1), with n_i = ||W_i||_F of target i.
+    - D_F(t) is the mean of d_i(t) over the targets of family F.
+    - The loss changes by 100 * |l(t) - l(t-1)| / l(t-1), with l the mean train loss of a window.
+
+    The criterion looks at the last k = ``windows`` windows. It fires when D_F < ``tau`` for every
+    family and the loss changes by at most ``zeta``, in all k - 1 pairs of consecutive windows.
+    With ``signal='update_norm'``, d_i = 100 * ||W_i(t) - W_i(t-1)||_F / ||W_i(t-1)||_F. This
+    measure also sees a rotation at constant norm.
+
+    Two bugs of the public code can be turned on for comparison:
+
+    - ``published_counter`` = [accumulation, micro-batches an epoch]: test only at the updates
+      that ``checks_at`` accepts.
+    - ``shared_output``: store both output projections of a block under one name. The values of
+      mlp.fc2 overwrite those of attn.proj, whose changes are then not seen.
     """
 
     tau: float = 5.0
@@ -45,7 +53,10 @@ class PreLoRA:
             )
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
-        """Margins are each target's own, tau - max d_i, though the family's mean decides."""
+        """Return the verdict; margins: tau - max d_i per target, zeta - largest loss change.
+
+        Only the family means and the loss decide; the margin of a single target does not.
+        """
         if len(history) < self.windows:
             return too_short(history, self.windows)
         recent = history[-self.windows :]
@@ -62,12 +73,12 @@ class PreLoRA:
         return Verdict(fires, margins, reason)
 
     def checks_at(self, num_updates: int) -> bool:
-        """Whether the test is made after ``num_updates`` updates, a multiple of the window.
+        """Return whether the test is made after ``num_updates``, a multiple of the window.
 
-        The public code measures when its counter c of micro-batches, from 0, is a multiple of
-        window * accumulation, and tests there only if the micro-batch is one that an update
-        follows: (c mod per_epoch + 1) mod accumulation = 0. With 2 an update and an even number
-        an epoch, that is never.
+        The public code counts micro-batches with c, from 0. It measures when c is a multiple of
+        window * accumulation. It tests there only if an update follows this micro-batch:
+        (c mod per_epoch + 1) mod accumulation = 0. With 2 micro-batches an update and an even
+        number an epoch, this never holds.
         """
         if not self.published_counter:
             return True

@@ -1,4 +1,4 @@
-"""Switch criteria that read spectra: have stable ranks, or singular bases, stopped moving?"""
+"""Switch criteria on spectra: they fire when stable ranks, or singular bases, stop moving."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,22 @@ from switchlora.monitor import Measurement
 
 @dataclass(frozen=True)
 class StableRank:
-    """Per-layer plateau of the stable rank (Cuttlefish; Wang et al., arXiv 2305.02538).
+    """Fire when stable ranks stop moving (Cuttlefish; Wang et al., arXiv 2305.02538).
 
-    e = EMA of rho with weight 2 / (P + 1); g = |de/dt| by central differences, one-sided at the
-    end. A target is stable, and stays so, once the mean of its last P values of g is <=
-    ``epsilon``. While at most n targets are left, epsilon is multiplied by f, for the smallest n
-    that holds of the pairs (n, f) in ``relaxed``. rho is the stable rank of the weight or, with
-    ``of='update'``, of the window's update; ``integer`` cuts its decimals off, as the public code
-    does; ``relative`` divides g by e, so that one epsilon suits narrow and wide layers.
+    With rho the stable rank of a target and P = ``patience``:
+
+    - e is the exponential moving average of rho over the windows, with weight 2 / (P + 1).
+    - g = |de/dt| by central differences, one-sided in the last window.
+    - The target is stable once the mean of its last P values of g is <= ``epsilon``. It then
+      stays stable.
+
+    The criterion fires when at least a share ``quorum`` of the targets is stable. Options:
+
+    - ``of``: 'weight' takes rho of the weight, 'update' takes rho of the window's update.
+    - ``relative``: divide g by e. One epsilon then suits narrow and wide layers.
+    - ``relaxed``: pairs (n, f). When n or fewer targets are not yet stable, epsilon is multiplied
+      by f. Of several matching pairs the one with the smallest n counts.
+    - ``integer``: cut off the decimals of rho, as the public code does.
     """
 
     epsilon: float = 0.1
@@ -41,7 +49,10 @@ class StableRank:
             )
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
-        """Margin: the largest so far of epsilon, as relaxed then, minus the derivative."""
+        """Return the verdict; margins: the largest value so far of epsilon minus the mean of g.
+
+        Each value uses the epsilon of its own window, as ``relaxed`` then made it.
+        """
         if len(history) < self.patience + 1:
             return too_short(history, self.patience + 1)
         slopes = {name: self.derivatives(r) for name, r in self._ranks(history).items()}
@@ -53,7 +64,10 @@ class StableRank:
         return vote(margins, self.quorum, rule)
 
     def derivatives(self, ranks: np.ndarray) -> np.ndarray:
-        """Mean of the last P absolute derivatives at each t >= P, as it was seen at t."""
+        """Return, for each window t >= P, the mean of the last P values of g.
+
+        Only ``ranks`` up to window t are used: the value is what was known at t.
+        """
         smooth = _exponential_average(ranks, 2 / (self.patience + 1))
         scale = smooth if self.relative else np.ones_like(smooth)
         central = np.abs(smooth[2:] - smooth[:-2]) / 2 / np.maximum(scale[1:-1], 1e-30)
@@ -77,13 +91,13 @@ class StableRank:
 
 @dataclass(frozen=True)
 class BasisStability:
-    """OIALR's test of directions (Coquelin et al., arXiv 2401.08505).
+    """Fire when singular bases stop turning: OIALR's test (Coquelin et al., arXiv 2401.08505).
 
-    With W = U S V^T of the tall one of weight and transpose, a target is stable when the mean
-    cosine between the columns of U V^T now and at the start of the window is at least
-    ``threshold``: turning counts, growing does not. Fires when at least a share ``quorum`` of the
-    targets is stable, but not before ``delay`` windows (published: 5, of 2000 updates). ValueError
-    where monitor.bases is false.
+    Let W = U S V^T, with W the weight or, if it is wide, its transpose. A target is stable when
+    the mean cosine between the columns of U V^T now and at the start of the window is at least
+    ``threshold``. Turning counts, growing does not. The criterion fires when at least a share
+    ``quorum`` of the targets is stable, but not before ``delay`` windows (published: 5 windows of
+    2000 updates). It raises ValueError when monitor.bases is false.
     """
 
     threshold: float = 0.99
@@ -96,7 +110,7 @@ class BasisStability:
         check_range("delay", self.delay, 0)
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
-        """Margin: the mean cosine of the last window minus the threshold."""
+        """Return the verdict; margin: the mean cosine of the last window minus the threshold."""
         if not history:
             return too_short(history, 1)
         last = history[-1]

@@ -1,4 +1,4 @@
-"""What a switch is made of: when, of what, to what ranks, and what follows."""
+"""The policy of a switch: when it happens, which targets it takes, and what follows it."""
 
 from switchlora.policy.guard import (
     Guard as Guard,

@@ -1,8 +1,8 @@
-"""The guard: is the adapter still where full training would be?
+"""The guard: it checks whether the adapter keeps up with what full training would have reached.
 
-It compares the losses after a switch with the full phase's curve, carried on as a power law, which
-early training follows well (Kaplan et al., arXiv 2001.08361; Hestness et al., arXiv 1712.00409).
-A guard is a pure function of logged losses.
+It extrapolates the losses of the full phase as a power law and compares the losses after the
+switch with this curve. Early training follows a power law well (Kaplan et al., arXiv 2001.08361;
+Hestness et al., arXiv 1712.00409). A guard is a pure function of logged losses.
 """
 
 import math
@@ -29,7 +29,12 @@ class Loss(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """Whether the adapter is too far behind, by how much at the last look, and why."""
+    """How the adapter stands against full training.
+
+    - ``behind``: whether it is too far behind.
+    - ``excess``: the share by which its last loss is above the expected one.
+    - ``reason``: one sentence with the numbers.
+    """
 
     behind: bool
     excess: float
@@ -38,16 +43,25 @@ class Standing(NamedTuple):
 
 @dataclass(frozen=True)
 class Guard:
-    """Watches the losses after a switch and says what to do when the adapter falls behind.
+    """Watch the losses after a switch and act when the adapter falls behind full training.
 
-    Full training is expected at L(n) = L(m) (n / m)^slope, with L(m) its last level and the
-    flattest slope of log L on log n that the full phase's windows allow: the end of Theil and
-    Sen's 95 % interval, robust to noisy windows, wide where there are few. The adapter is behind
-    when train or validation loss exceeds that by more than ``tolerance``, a share, ``patience``
-    times running, at the end of an epoch. Then: 'warn' says so; 'ranks' multiplies the ranks by
-    ``growth``, with new directions from the gradient, and where none can grow acts as 'full'. That
-    returns to full training, with the learning rate ramped over ``rewarmup_updates``, at ``most``
-    so many times; ``criterion`` (None: the one before) must fire on what is measured from there.
+    The expected loss of full training after n updates is L(n) = L(m) (n / m)^slope, with L(m) its
+    last level. The slope of log L on log n is the flattest one that the windows of the full phase
+    allow: the upper end of Theil and Sen's 95 % interval. The interval is robust to noisy windows
+    and wide when there are few of them.
+
+    The adapter is behind when its train or validation loss exceeds L(n) by more than the share
+    ``tolerance``, ``patience`` times in a row. The guard looks at the end of an epoch. ``act``
+    says what it then does:
+
+    - 'warn': log it.
+    - 'ranks': multiply the ranks by ``growth``, with new directions from the gradient. If no rank
+      can grow, do as 'full'.
+    - 'full': merge the adapter and train all parameters again, with a learning-rate ramp of
+      ``rewarmup_updates`` updates. The next switch needs ``criterion`` (None: the policy's) to
+      fire on measurements made after that.
+
+    After ``most`` returns to full training the guard only logs.
     """
 
     tolerance: float = 0.1
@@ -67,7 +81,7 @@ class Guard:
         check_choice("switch.guard.act", self.act, ACTIONS)
 
     def __call__(self, losses: Sequence[Loss], since: int) -> Standing:
-        """The standing after ``since``, the update of the last switch or action."""
+        """Return the standing after update ``since``, that of the last switch or action."""
         trained = {loss.num_updates for loss in losses if loss.phase == "full"}
         full = [loss for loss in losses if loss.num_updates in trained]  # a switch moves no loss
         after = [
@@ -96,21 +110,22 @@ class Guard:
 
 
 def _excess(value: float, expected: float) -> float:
-    """Share by which a loss is above what was expected; one that is no number is endlessly."""
+    """Return the share by which a loss is above the expected one; inf for NaN or inf."""
     return value / expected - 1 if math.isfinite(value) else math.inf
 
 
 def extrapolate(full: Sequence[Loss], split: str) -> Callable[[int], float] | None:
-    """L(n) of full training on a ``split``, from its own losses; None with too few of them.
+    """Return L(n), the expected loss of full training on a ``split``; None with too few losses.
 
-    The slope comes from the train windows, of which there are more. The level is the last loss of
-    the split, on 'train' the median of the last three put on the line.
+    ``full`` holds the losses of the full phase. The slope comes from the train windows, since
+    there are more of them. The level comes from the split itself: on 'val' the last loss, on
+    'train' the median of the last three, each carried along the line.
     """
     train = [(loss.num_updates, loss.value) for loss in full if loss.split == "train"]
     level = [(loss.num_updates, loss.value) for loss in full if loss.split == split]
     if len(train) < LEAST_POINTS or not level:
         return None
-    from scipy.stats import theilslopes  # seconds of imports, of which few runs have a use
+    from scipy.stats import theilslopes  # this import takes seconds, and few runs need it
 
     updates, values = np.log(train).T
     slope = min(theilslopes(values, updates).high_slope, 0.0)

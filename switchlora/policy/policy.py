@@ -1,4 +1,4 @@
-"""What a switch is made of: when, of what, to what ranks, from which start, and what follows."""
+"""The switch policy: when to switch, which targets, to which ranks, from which factors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +30,19 @@ RESIDUAL_DTYPES = {"bf16": torch.bfloat16}
 
 
 def sample_of(make: AdapterFactory) -> AdaptedLinear:
-    """A small module as ``make`` makes them."""
+    """Return a small module made by ``make``, to look at its class."""
     adapter = Adapter(torch.zeros(1, 2), torch.zeros(2, 1), slice(0, 2), 1.0)
     return make(skip_init(nn.Linear, 2, 2), {"": adapter})  # draws no random numbers
 
 
 def check_adapter(policy: "SwitchPolicy") -> None:
-    """ValueError for options that an adapter which stands instead of its weight has no use for."""
+    """Raise ValueError for options that the adapter of ``policy`` cannot use.
+
+    - Adapters beside a residual weight (LoRA) have no use for ``least_gain``.
+    - Adapters that replace their weight have no use for options that need a residual weight, such
+      as ``restart`` or ``split_qkv``.
+    - Guided adapters also need a joint phase.
+    """
     kind = sample_of(policy.adapter).kind
     if kind == AdaptedLinear.kind:
         if policy.least_gain is not None:
@@ -68,12 +74,14 @@ def check_adapter(policy: "SwitchPolicy") -> None:
 
 @dataclass(frozen=True)
 class SwitchPolicy:
-    """When to switch, with what, and what goes on training.
+    """When to switch, with which adapters, and which parameters go on training.
 
-    ``earliest`` and ``latest`` bound, in updates, when the criterion may fire. ``keep`` names the
-    parameters besides the factors that go on training (regular expressions; target weights never
-    do). ``moments`` says what the new optimizer inherits: 'surviving' tensors' state, that plus
-    its projection onto the 'factors', or nothing ('reset').
+    - ``earliest``, ``latest``: the updates between which the criterion may fire.
+    - ``keep``: regular expressions for the parameters that go on training beside the factors.
+      Target weights never do.
+    - ``moments``: what the new optimizer inherits. 'surviving': the state of tensors that still
+      train. 'factors': that, and the projection of the weights' state onto the factors. 'reset':
+      nothing.
     """
 
     criterion: SwitchCriterion
@@ -81,40 +89,40 @@ class SwitchPolicy:
     init: AdapterInit
     scaling: Callable[[int], float] = scaling_one
     adapter: AdapterFactory = adapted_linear
-    """what a target becomes: factors beside its residual weight, or instead of it"""
+    """makes the adapted linear: factors beside the residual weight, or instead of the weight"""
     targets: Sequence[str] = DEFAULT_TARGETS
     split_qkv: bool = False
     keep: Sequence[str] = (".*",)
     earliest: int = 0
     latest: int | None = None
     joint_epochs: float = 0.0
-    """epochs in which weights and factors train together before the weights are frozen"""
+    """epochs in which weights and factors train together; then the weights are frozen"""
     skip_rest_of_epoch: bool = False
-    """after the joint phase: a published bug of PreLoRA's, to compare with"""
+    """skip the rest of an epoch after the joint phase: a published bug of PreLoRA, to compare"""
     stages: Stages | None = None
     restart: Restart | None = None
     guard: Guard | None = None
     moments: str = "surviving"
     remove_weight_decay: bool = False
-    """take decoupled weight decay's share out of the recent update"""
+    """remove the share of decoupled weight decay from the recent update"""
     max_drift: float = 1e-3
-    """largest logit change that is accepted, where a residual weight keeps the function; a larger
-    one undoes the switch"""
+    """largest accepted change of a logit, for adapters with a residual weight; a larger change
+    undoes the switch"""
     least_gain: float | None = None
-    """how many times faster than a target its factors must be, measured at the switch with the
-    batch's shapes, if it is not to stay as it is"""
+    """least speed-up of the factors over the target; a target with less stays as it is. It is
+    measured at the switch with the shapes of the batch"""
     train_factors: Sequence[str] = FACTORS
-    """which factors train; with [B], A stays where the switch put it, and no layer keeps its
-    inputs for the backward pass"""
+    """factors that train. With [B], A stays as the switch set it. No layer then keeps its inputs
+    for the backward pass"""
     dropout: float = 0.0
-    """of an adapter's inputs while it trains"""
+    """dropout rate of an adapter's inputs in training"""
     residual_dtype: str | None = None
-    """'bf16' halves the bytes of the frozen residual weights; their rounding moves the logits. Not
-    for starts at B = 0: a bf16 sum of the two would lose the adapter's first small steps"""
+    """'bf16' halves the bytes of the frozen residual weights. Rounding them moves the logits. It
+    does not go with a start at B = 0: a bf16 sum would lose the adapter's first small steps"""
     freeze: Sequence[str] = ()
-    """what stops training without an adapter: regular expressions, searched in the names of
-    parameters and targets, of whose modules the biases stop too; a frozen front of a model costs
-    no backward pass"""
+    """regular expressions, searched in the names of parameters and targets: these are frozen
+    without an adapter. A module's bias stops when all its targets do. A frozen front of a model
+    needs no backward pass"""
 
     def __post_init__(self) -> None:
         check_choice("switch.moments", self.moments, ("surviving", "factors", "reset"))
@@ -147,17 +155,17 @@ class SwitchPolicy:
 
     @property
     def keeps_residual(self) -> bool:
-        """Whether factors stand beside a residual weight, which keeps the function."""
+        """Whether the adapter keeps a residual weight; the switch then keeps the function."""
         return sample_of(self.adapter).kind == AdaptedLinear.kind
 
     def find_targets(self, model: nn.Module) -> dict[str, Target]:
-        """Targets of this policy in ``model``."""
+        """Return the targets of this policy in ``model``, by name."""
         return find_targets(model, self.targets, self.split_qkv)
 
     def decide(self, history: Sequence[Measurement], again: bool = False) -> Verdict:
-        """The criterion's verdict, held back outside the earliest and latest update.
+        """Return the criterion's verdict; it never fires before ``earliest`` or after ``latest``.
 
-        ``again`` asks the guard's criterion, if it has one: after a switch was taken back.
+        Set ``again`` after a switch was taken back: the guard's criterion, if any, then decides.
         """
         own = self.guard.criterion if again and self.guard else None
         verdict = (own or self.criterion)(history)
@@ -177,7 +185,14 @@ class SwitchPolicy:
         num_updates: int,
         last_stage: int | None,
     ) -> list[str]:
-        """The targets that switch after this verdict: all, none, or those of a stage."""
+        """Return the targets that switch after ``verdict``, of those in ``waiting``.
+
+        - All of them when the verdict fires.
+        - Those of the next stage, if the policy has stages and ``num_updates`` is in its bounds.
+        - None otherwise.
+
+        ``last_stage`` is the update of the stage before (None: there was none).
+        """
         if verdict.fires:
             return list(waiting)
         if self.stages is None or not self._may_switch(num_updates):

@@ -1,4 +1,4 @@
-"""What follows a switch: further stages, layer by layer, and restarts of the adapter."""
+"""Switching in stages, layer by layer, and restarts of the adapter after the switch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,22 @@ from switchlora.names import family
 
 @dataclass(frozen=True)
 class Stages:
-    """Switch in stages: what has converged by its own margin goes first, the rest trains on.
+    """Switch in stages: converged targets switch first, the others train on in full.
 
-    A stage takes each ``by`` 'target' (a row slice of a fused one is a target), 'family' or
-    'block' group whose members have all converged, at least ``least`` targets at once and
-    ``interval`` updates after the stage before, since each stage rebuilds the learner; when the
-    criterion fires, the last stage takes all that are left. A target whose margin, in the
-    criterion's unit, reaches ``still`` needs no adapter, if nothing that trains is called before
-    it: this front of the model is frozen outright, and the backward pass ends behind it.
+    A target has converged when its own margin is 0 or more. A stage takes each group of targets
+    whose members have all converged. ``by`` says what a group is:
+
+    - 'target': one target. A row slice of a fused linear is a target.
+    - 'family': the targets of the same name in all blocks.
+    - 'block': the targets of one block.
+
+    A stage takes at least ``least`` targets, or all that are left. It comes at least ``interval``
+    updates after the stage before, since each stage rebuilds the learner. When the criterion
+    fires, the last stage takes all targets that are left.
+
+    A target whose margin reaches ``still``, in the criterion's unit, needs no adapter if nothing
+    that trains is called before it. This front of the model is frozen outright, so the backward
+    pass ends behind it. With None nothing is frozen outright.
     """
 
     by: str = "target"
@@ -37,9 +45,9 @@ class Stages:
     def ready(
         self, margins: Mapping[str, float], waiting: Mapping[str, Target], updates_since: int
     ) -> list[str]:
-        """Of the targets that wait, those to switch ``updates_since`` the last stage.
+        """Return which of the ``waiting`` targets switch now, ``updates_since`` the last stage.
 
-        None as long as a test of the loss holds the criterion back.
+        The list is empty as long as a test of the loss holds the criterion back.
         """
         if updates_since < self.interval or margins.get(LOSS, 0.0) < 0:
             return []
@@ -48,7 +56,10 @@ class Stages:
         return found if len(found) >= min(self.least, len(waiting)) else []
 
     def front(self, margins: Mapping[str, float], moving: Sequence[str]) -> list[str]:
-        """Those first of the ``moving`` targets, in the order of their calls, that stand still."""
+        """Return the first of the ``moving`` targets, up to the first one below ``still``.
+
+        ``moving`` names the targets that train, in the order of their calls.
+        """
         limit = self.still
         if limit is None:
             return []
@@ -65,9 +76,14 @@ class Stages:
 class Restart:
     """Merge the adapter and start a new one, each ``every_epochs`` (ReLoRA, arXiv 2307.05695).
 
-    ``init`` is the new start, None the policy's; with update_svd the recent update is that since
-    the last merge. Of the factors' moments a share ``pruned`` is set to zero, 'random' entries or
-    those of smallest 'magnitude', or all of them ('zero'); all other moments survive.
+    ``init`` chooses the new factors (None: the policy's initializer). For update_svd, the recent
+    update is the one since the last merge. ``prune`` says which moments of the factors are set to
+    zero; all other moments survive:
+
+    - 'random': a share ``pruned`` of the entries, at random.
+    - 'magnitude': the share ``pruned`` of smallest magnitude.
+    - 'zero': all of them.
+
     ``adapter.rewarmup_updates`` ramps the learning rate after each restart: the jagged cosine.
     """
 

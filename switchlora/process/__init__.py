@@ -21,3 +21,4 @@ from switchlora.process.exits import (
     one_line as one_line,
 )
 from switchlora.process.signals import Interruption as Interruption
+from switchlora.process.words import checked as checked, prepare_words as prepare_words

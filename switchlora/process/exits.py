@@ -15,6 +15,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from switchlora.errors import JobFailed, LoaderDied, OtherRankFailed, RankLost, TrainingStopped
 from switchlora.names import near
 from switchlora.process import distributed
+from switchlora.process.words import explained
 
 SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
 FAILURE = "SWITCHLORA_FAILURE"
@@ -64,6 +65,8 @@ def one_line(error: BaseException) -> str:
     """Return the message that matters, of an error or one of its causes, on one line."""
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
         return one_line(error.__cause__)
+    if (line := explained(str(error))) is not None:
+        return line
     message = str(error)
     if unknown := re.search(r"Error locating target '(switchlora\.[\w.]+)'", message):
         message = (

@@ -1,4 +1,4 @@
-"""What happens in one run, in order."""
+"""The steps of one run: prepare, train in windows, switch, save, finish."""
 
 from switchlora.run.finish import finish as finish
 from switchlora.run.memory import (

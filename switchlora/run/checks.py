@@ -1,4 +1,4 @@
-"""What is refused before the first update: settings that cannot work together."""
+"""Refuse settings that cannot work together, before the first update."""
 
 import math
 import re
@@ -22,7 +22,7 @@ from switchlora.switching import WHOLE, check_start, choose_ranks
 
 
 def check_config(config: DictConfig) -> None:
-    """Raise ValueError for a number out of its range, or settings that fight each other."""
+    """Raise ValueError for a number out of its range, or for settings that exclude each other."""
     for key, least in {"epochs": 1, "seed": 0, "max_skipped": 0, "log.every": 1}.items():
         check_whole(config, key, least)
     if config.max_updates is not None:
@@ -38,10 +38,11 @@ def check_config(config: DictConfig) -> None:
 def rehearse_switch(
     model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor, parallel: str
 ) -> None:
-    """Ask criterion, ranks and start once, before the first update, for what they would refuse.
+    """Call the criterion, the rank choice and the initializer once, to see whether they work.
 
-    ValueError where they cannot work together. A policy that fires at the start must have ranks
-    and factors without a measurement; any other may say that it has measured nothing yet.
+    This happens before the first update, on an invented measurement. Raise ValueError when they
+    cannot work together. A policy that fires at the start must choose ranks and factors without a
+    measurement. Any other policy may raise NothingMeasured here.
     """
     if policy.criterion is never:
         return
@@ -75,7 +76,7 @@ def check_recipes(
     updates_per_epoch: int,
     sharded: bool,
 ) -> None:
-    """Raise ValueError for recipes that do not go with the policy, the model or with shards."""
+    """Raise ValueError for recipes that do not work with the policy, the model or sharding."""
     if sharded:
         for each in recipes.values():
             check_goes_with_fsdp(each)
@@ -110,7 +111,7 @@ def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:
 
 
 def check_criterion(policy: SwitchPolicy) -> None:
-    """ValueError for a criterion that stages or a guard cannot work with."""
+    """Raise ValueError for a criterion that stages or a guard cannot work with."""
     plain = (never, at_start)
     if policy.stages and (policy.criterion in plain or isinstance(policy.criterion, WHOLE)):
         raise ValueError(
@@ -132,7 +133,11 @@ def check_criterion(policy: SwitchPolicy) -> None:
 
 @torch.no_grad()
 def check_factors_alone(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
-    """ValueError where factors are to stand instead of a weight but begin elsewhere."""
+    """Raise ValueError when factors replace a weight but do not start as that weight.
+
+    Adapters that keep a residual weight are not checked. For the others, ||s B A - W|| must be at
+    most 1 % of ||W||, tried at full rank on one target.
+    """
     if policy.keeps_residual:
         return
     weight = next(iter(monitor.targets.values())).weight(model)

@@ -1,4 +1,4 @@
-"""The end of a run: test metrics, files for others, figures, summary, and where it all is."""
+"""End a run: test metrics, exported weights, summary, figures, and the closing lines."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from switchlora.storage import environment, save_adapter, save_merged
 
 
 def finish(run: Run, status: str) -> dict[str, Any]:
-    """Write everything that a finished, or stopped, run leaves behind; return its summary."""
+    """Write everything that a finished or stopped run leaves behind, and return its summary.
+
+    Test metrics are computed only with ``status`` "finished".
+    """
     folder = run.log.folder
     run.state.end_segment(run.phase_summary())
     test = evaluate_on_test(run) if status == "finished" else None
@@ -38,7 +41,10 @@ def finish(run: Run, status: str) -> dict[str, Any]:
 
 
 def save_models(run: Run, model: nn.Module, folder: Path) -> None:
-    """Merged weights of ``model`` and of its average, and the adapter alone."""
+    """Save the merged weights of ``model``, those of its average, and the adapter alone.
+
+    The average is saved when the run has one, the adapter when ``model`` has adapters.
+    """
     save_merged(model, folder / "model.safetensors")
     if run.ema is not None:
         save_merged(run.ema.model, folder / "model_ema.safetensors")
@@ -47,7 +53,10 @@ def save_models(run: Run, model: nn.Module, folder: Path) -> None:
 
 
 def evaluate_on_test(run: Run) -> dict[str, float]:
-    """Metrics on the official test split, which nothing was chosen on: a 'test' event."""
+    """Evaluate on the official test split, write a 'test' event, and return the metrics.
+
+    No decision of the run is based on this split.
+    """
     metrics = run.evaluate(run.data.test)
     named = {f"test/{name}": value for name, value in metrics.items()}
     run.log.event("test", run.state.num_updates, float(run.state.epoch), **named)
@@ -55,7 +64,7 @@ def evaluate_on_test(run: Run) -> dict[str, float]:
 
 
 def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str, Any]:
-    """The content of ``summary.json``."""
+    """Return the content of ``summary.json``."""
     state, report = run.state, run.state.switch_report
     switch: dict[str, Any] = {
         "fired": report is not None,
@@ -93,9 +102,10 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
 
 
 def cost(run: Run) -> dict[str, Any]:
-    """What training cost in all: 'train_flops', None where they are not known, 'train_seconds'.
+    """Return what training cost in all: 'train_flops' and 'train_seconds'.
 
-    What was taken from a trunk counts as if this run had computed it.
+    'train_flops' is None when it is not known. Updates taken from a trunk count as if this run had
+    computed them.
     """
     phases = run.state.phases.values()
     return {
@@ -105,7 +115,11 @@ def cost(run: Run) -> dict[str, Any]:
 
 
 def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: Path) -> list[str]:
-    """The final table, what the switch did or why it never came, and where everything is."""
+    """Return the last lines of a run.
+
+    They hold the table of phases, the memory table if it was not shown before, why the run never
+    switched, the test metrics, and where the files are.
+    """
     state = run.state
     lines = ["", *final_table({str(p): figures for p, figures in state.phases.items()}), ""]
     if state.phase is Phase.ADAPTER and Phase.ADAPTER not in state.memory:

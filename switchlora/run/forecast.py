@@ -1,4 +1,4 @@
-"""What the cost model expects of a run's phases."""
+"""Predict the time of an update of a run with the cost model."""
 
 from functools import cache
 
@@ -11,10 +11,14 @@ from switchlora.run.run import Run
 
 
 def predicted_update(run: Run) -> Prediction | None:
-    """Seconds of an update in the present phase; None where ``log.cost_model`` is off.
+    """Predict the seconds of an update in the present phase.
 
-    All ranks call it: they measure their machine together. A sharded model is not predicted, and
-    code that is not ours may need numbers, or memory run out: no reason to end a run.
+    All ranks must call it, because they measure their machine together. Return None in these
+    cases:
+    - ``log.cost_model`` is off.
+    - The model is sharded.
+    - The prediction fails: a model from outside reads tensor values, or memory runs out. Then a
+      line is logged and the run goes on.
     """
     if not run.config["log"]["cost_model"] or is_sharded(run.model):
         return None
@@ -35,5 +39,5 @@ def predicted_update(run: Run) -> Prediction | None:
 
 @cache
 def machine_of(device: torch.device, precision: str) -> Machine:
-    """What this machine does in a precision, measured once a process."""
+    """Return the measured speeds of this machine in ``precision``, measured once per process."""
     return measure_machine(device, precision)

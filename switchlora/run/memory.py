@@ -1,7 +1,7 @@
-"""The memory proof: bytes of everything that training holds, measured beside predicted.
+"""Compare the measured and the predicted bytes of everything that training holds.
 
-The measurement reads this rank's live tensors, the prediction only the shapes of a model. Both are
-made once a phase, after its first update.
+The measurement reads this rank's live tensors. The prediction uses only the shapes of the model.
+Both are made after the first update of a phase.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,13 +27,13 @@ from switchlora.run.messages import memory_metrics, memory_table
 from switchlora.run.run import Run
 from switchlora.run.state import Phase
 
-Bytes = dict[str, int | None]  # by part, None for what cannot be told
+Bytes = dict[str, int | None]  # bytes by part; None for a part that is not known
 
 
 def record_memory(run: Run) -> None:
-    """The bytes of a phase, after its first update, into the state, the log and the terminal.
+    """Record the bytes of the present phase in the state, the log and the terminal.
 
-    All ranks measure. The primary one also predicts, unless ``log.cost_model`` is off.
+    All ranks measure. The primary rank also predicts, unless ``log.cost_model`` is off.
     """
     state, predicts = run.state, is_primary() and run.config["log"]["cost_model"]
     with run.stopwatch.paused():
@@ -48,16 +48,17 @@ def record_memory(run: Run) -> None:
 
 
 def memory_lines(run: Run) -> list[str]:
-    """The table of both phases."""
+    """Return the memory table of the full and the latest phase, one line per row."""
     memory = {str(phase): found for phase, found in run.state.memory.items()}
     return memory_table(memory, model=run.device.type, reference=_reference_device(run))
 
 
 def measure_memory(run: Run) -> Bytes:
-    """Bytes that this rank holds after an update, while its gradients are still in place.
+    """Return the bytes of each part that this rank holds after an update.
 
-    'ddp_buckets' are what the gradients lie in beyond their own bytes, 'activations' what
-    autograd kept for the backward pass of one micro-batch.
+    Gradients must still be in place. 'ddp_buckets' are the bytes of the gradients' storages beyond
+    the gradients themselves. 'activations' are the bytes that autograd kept for the backward pass
+    of one micro-batch.
     """
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     gradient_bytes = sum(local(gradient).nbytes for gradient in gradients)
@@ -75,9 +76,14 @@ def measure_memory(run: Run) -> Bytes:
 
 
 def predict_memory(run: Run) -> Bytes:
-    """The same from shapes alone, if nothing that training is done with stays alive.
+    """Predict the same parts from shapes alone.
 
-    Gradients lie in DDP's buckets and nowhere else; shards have the mean size over all ranks.
+    The prediction makes three assumptions:
+    - Training keeps no tensor that it no longer needs.
+    - Gradients live in DDP's buckets and nowhere else, so 'ddp_buckets' is 0.
+    - Every shard has the mean size over all ranks.
+
+    A part that cannot be predicted is None.
     """
     model = run.learner.bones or run.model
     shards = world_size() if is_sharded(run.model) else 1
@@ -97,13 +103,19 @@ def predict_memory(run: Run) -> Bytes:
 
 
 def predict_moments(run: Run, model: nn.Module) -> int:
-    """Bytes of the optimizer's state for ``model``: a step on tensors without content."""
+    """Return the bytes of the optimizer's state for ``model``.
+
+    The optimizer makes one step on tensors without content (shapes only).
+    """
     with without_content(model, run.device) as hollow:
         return held_bytes(_moments(stepped(hollow, run.recipe)))
 
 
 def predict_activations(run: Run, model: nn.Module) -> int:
-    """Bytes that autograd keeps of one micro-batch: a forward pass that computes shapes only."""
+    """Return the bytes that autograd keeps for one micro-batch.
+
+    They come from a forward pass on tensors without content (shapes only).
+    """
     recipe, device, saved = run.recipe, run.device, SavedTensors()
     example = run.data.example(-(-run.share // recipe.accumulation))
     with without_content(model, device) as model:
@@ -115,12 +127,16 @@ def predict_activations(run: Run, model: nn.Module) -> int:
         ):
             loss = run.data.loss(model(inputs), targets)
         kept = saved.bytes_beside(model)
-        del loss  # whose graph has kept it until here
+        del loss  # its graph kept the saved tensors alive until here
         return kept
 
 
 def _attempted(run: Run, what: str, predict: Callable[[], int]) -> int | None:
-    """None, and a line, where code that is not ours needs numbers: no reason to end a run."""
+    """Return ``predict()``; when it raises, log a line and return None.
+
+    A model, loss or optimizer from outside may read tensor values, which do not exist here. That
+    should not end the run.
+    """
     try:
         return predict()
     except Exception as error:
@@ -138,7 +154,12 @@ def _moments(optimizer: Optimizer) -> Iterable[Tensor]:
 
 
 def _plain_bytes(model: nn.Module) -> int:
-    """Bytes of ``model`` without factors, with residual weights as they were before rounding."""
+    """Return the bytes of ``model`` without its factors, with every weight kept whole.
+
+    Floating-point tensors count at least 4 bytes an element, so that residual weights count as
+    before their rounding to bf16. A weight that the factors replaced counts with 4 bytes an
+    element.
+    """
     named = [*model.named_parameters(), *model.named_buffers()]
     dropped = [m for m in adapted_modules(model).values() if m.weight is None]
     return sum(4 * m.in_features * m.out_features for m in dropped) + sum(
@@ -149,7 +170,10 @@ def _plain_bytes(model: nn.Module) -> int:
 
 
 def _total(run: Run, found: Bytes) -> int | None:
-    """On the model's device, where the monitor's reference may not be."""
+    """Return the total on the model's device; None when any part is unknown.
+
+    The monitor's reference counts only when it is on the same device.
+    """
     elsewhere = _reference_device(run) != run.device.type
     sizes = [n for part, n in found.items() if not (elsewhere and part == "monitor_reference")]
     return None if None in sizes else sum(size for size in sizes if size is not None)

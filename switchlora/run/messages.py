@@ -1,4 +1,4 @@
-"""What a run says: lines on the terminal, keys of its events, the final table."""
+"""Format what a run reports: lines on the terminal, keys of its events, the final table."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ MEMORY_PARTS = {
 
 
 def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:
-    """Keys of the 'switch' event."""
+    """Return the keys and values of the 'switch' event."""
     return {
         "switch/fired": True,
         "switch/reason": verdict.reason,
@@ -48,7 +48,7 @@ def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:
 
 
 def measurement_line(measurement: Measurement, verdict: Verdict) -> str:
-    """One line: loss, how far weights move, and what the criterion makes of it."""
+    """Return one line: the loss, the median relative update norm, and the criterion's answer."""
     moved = median(s.relative_update_norm for s in measurement.layers.values())
     return (
         f"update {measurement.num_updates:>6} | epoch {measurement.epoch:6.2f} | "
@@ -58,7 +58,7 @@ def measurement_line(measurement: Measurement, verdict: Verdict) -> str:
 
 
 def eval_line(epoch: int, phase: str, metrics: Mapping[str, float]) -> str:
-    """One line of validation metrics."""
+    """Return one line of validation metrics."""
     average = f" | EMA top1 {metrics['ema_top1']:.2f} %" if "ema_top1" in metrics else ""
     return (
         f"epoch {epoch:>3} done | {phase} phase | val loss {metrics['loss']:.4f} | "
@@ -69,7 +69,7 @@ def eval_line(epoch: int, phase: str, metrics: Mapping[str, float]) -> str:
 def switch_lines(
     report: SwitchReport, verdict: Verdict, num_updates: int, epoch: float
 ) -> list[str]:
-    """Why the switch fired, the ranks per family, and what it changed."""
+    """Return lines that say why the switch fired, the ranks per family, and what it changed."""
     lines = [f"{_title(report)} at update {num_updates} (epoch {epoch:.2f}): {verdict.reason}"]
     adapted = {name: rank for name, rank in report.ranks.items() if rank}
     if frozen := [name for name, rank in report.ranks.items() if not rank]:
@@ -96,7 +96,7 @@ def switch_lines(
 
 
 def change_line(kind: str, where: str, what: str, outcome: Outcome) -> str:
-    """One line of a change that is no switch."""
+    """Return one line about a change other than a switch."""
     return (
         f"{kind.upper().replace('_', ' ')} at {where}: {what} | trained parameters "
         f"{outcome.trainable_before:,} -> {outcome.trainable_after:,} | max logit drift "
@@ -105,7 +105,10 @@ def change_line(kind: str, where: str, what: str, outcome: Outcome) -> str:
 
 
 def speedup_lines(parts: Mapping[str, float], warning: str | None) -> list[str]:
-    """How much faster the cost model expects updates to be, and from where; its warning."""
+    """Return lines with the predicted speed-up of an update and its factors.
+
+    The cost model's ``warning``, if any, is the last line.
+    """
     shown = " x ".join(f"{name} {part:.2f}" for name, part in parts.items())
     lines = [f"  predicted speed of an update: {math.prod(parts.values()):.2f} = {shown}"]
     return lines + ([f"  warning: {warning}"] if warning else [])
@@ -125,7 +128,7 @@ def _captured(report: SwitchReport) -> str:
 
 
 def rank_rows(ranks: Mapping[str, int]) -> list[str]:
-    """One row per family: its ranks from the first block to the last."""
+    """Return one row per family of targets: its ranks from the first block to the last."""
     families: dict[str, list[int]] = {}
     for name, rank in ranks.items():
         families.setdefault(family(name), []).append(rank)
@@ -136,7 +139,11 @@ def rank_rows(ranks: Mapping[str, int]) -> list[str]:
 def never_switched_lines(
     verdict: Verdict, measured: int, failures: Sequence[str] = ()
 ) -> list[str]:
-    """Why the run ends in the full phase: a switch undone, or a criterion held back, by what."""
+    """Return lines that say why the run ends in the full phase.
+
+    - With ``failures``: the switch was undone, for the last of these reasons.
+    - Otherwise: the criterion never fired, and which margins held it back most.
+    """
     if failures:
         times = f"{len(failures)} time(s)"
         return [f"The criterion fired, but the switch was undone {times}: {failures[-1]}"]
@@ -147,7 +154,10 @@ def never_switched_lines(
 
 
 def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The phases side by side, and the ratio of the adapter phase to the full phase."""
+    """Return a table of the phases side by side.
+
+    With exactly two phases, a last column has the ratio of the second to the first.
+    """
     rows: list[tuple[str, str, Callable[[Any], str]]] = [
         ("updates", "num_updates", "{:,}".format),
         ("images/s", "images_per_second", "{:,.0f}".format),
@@ -170,7 +180,10 @@ def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def memory_metrics(
     measured: Mapping[str, int | None], predicted: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """Keys of a 'memory' event: ``memory/<part>`` and ``memory/<part>_predicted``, in bytes."""
+    """Return the keys of a 'memory' event, in bytes.
+
+    They are ``memory/<part>`` and ``memory/<part>_predicted``.
+    """
     return {
         **{f"memory/{part}": size for part, size in measured.items()},
         **{f"memory/{part}_predicted": predicted[part] for part in measured},
@@ -180,10 +193,10 @@ def memory_metrics(
 def memory_table(
     memory: Mapping[str, Mapping[str, Mapping[str, int | None]]], **devices: str
 ) -> list[str]:
-    """MiB of each part in the full and in the latest phase, '-' for what was not measured.
+    """Return a table of the MiB of each part in the full phase and in the latest phase.
 
-    ``devices`` are those of the ``model``, whose total is shown, and of the monitor's
-    ``reference``, which may be elsewhere.
+    A '-' stands for an unknown value. ``devices`` has two names: ``model``, the device whose total
+    is shown, and ``reference``, the device of the monitor's reference weights.
     """
     later = next((phase for phase in LATER_PHASES if phase in memory), "adapter")
     phases = ("full", later)

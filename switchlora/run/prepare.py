@@ -1,4 +1,4 @@
-"""A run built from its configuration, checked before it starts, resumed where it left off."""
+"""Build a run from its configuration, check it before it starts, and resume it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,10 @@ from switchlora.sweep import Trunk, give_back, trunk_key
 
 
 def prepare(config: DictConfig, folder: Path, interruption: Interruption | None = None) -> Run:
-    """Build data, model, policy, recipes and learner; check what can be checked; resume."""
+    """Build a run from ``config``, check its settings, and resume from a checkpoint if any.
+
+    Raise ValueError for settings that cannot work.
+    """
     plain, interruption = as_plain(config), interruption or Interruption()
     check_config(config)
     random_seed(config.seed)
@@ -102,7 +105,11 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
 
 
 def build_recipes(config: DictConfig) -> dict[Phase, Recipe]:
-    """One for each phase: all but the full phase follow the adapter's."""
+    """Build one recipe for each phase.
+
+    The full phase has ``config.full``. All other phases use ``config.adapter``. The joint phase
+    has no ramp of the learning rate, and averages all gradients.
+    """
     full, adapter = build(config.full), build(config.adapter)
     return {
         Phase.FULL: full,
@@ -161,7 +168,13 @@ def _trunk(
     device: torch.device,
     found: Found | None,
 ) -> Trunk | None:
-    """The trunk of a run that has one: none after the switch, nor where a run branched off."""
+    """Return the run's trunk, or None.
+
+    There is none in these cases:
+    - ``trunk.dir`` is unset, or 'auto' outside a multirun,
+    - the run has already changed its trained tensors,
+    - the run branched off from another run.
+    """
     options = {**plain["trunk"]}
     place = options.pop("dir")
     if place in (None, AUTO):
@@ -195,7 +208,11 @@ def _open_log(
     last_update: int,
     found: Found | None,
 ) -> RunLog:
-    """The log of a run whose folder has its config, and no summary of a start that stopped."""
+    """Return the log of the run in ``folder``.
+
+    The primary rank also writes the run's config there. It removes the summary of an earlier start
+    that stopped.
+    """
     log = RunLog(
         folder,
         plain,

@@ -1,4 +1,4 @@
-"""Everything one run works with."""
+"""Run: the objects that one run works with, and the values derived from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,11 @@ PROBE_IMAGES = 16
 
 @dataclass
 class Run:
-    """Everything one run works with. Only ``learner``, ``monitor`` and the state change."""
+    """Everything one run works with.
+
+    A switch replaces ``learner``. Training changes ``state``, ``monitor``, ``stopwatch`` and
+    ``ema`` in place. The configuration, data, policy and recipes stay as they are.
+    """
 
     config: dict[str, Any]
     data: Data
@@ -52,57 +56,63 @@ class Run:
     log: RunLog
     ema: WeightEMA | None
     total_updates: int
-    """updates of all epochs, which the schedule is drawn over"""
+    """updates in all epochs; the learning rate schedule spans them"""
     last_update: int
-    """where max_updates ends the run"""
+    """updates after which the run ends: ``total_updates`` or a smaller ``max_updates``"""
     window: int
-    """updates of a window of the monitor"""
+    """updates in one window of the monitor"""
     interruption: Interruption = field(default_factory=Interruption)
     trunk: Trunk | None = None
-    """the full phase that it shares with runs that switch at another time"""
+    """the full phase shared with runs that differ only in their switch; None without one"""
     starts_elsewhere: bool = False
-    """whether this run goes on from a checkpoint that is not its own"""
+    """whether this run started from another run's checkpoint"""
 
     @property
     def model(self) -> nn.Module:
-        """The model as it trains: plain, or sharded over the ranks."""
+        """The model that trains: the plain module, or the module sharded over the ranks."""
         return self.learner.model
 
     @property
     def batch_size(self) -> int:
-        """Images of one update over all ranks."""
+        """Number of images in one update, summed over all ranks."""
         return self.config["data"]["batch_size"]
 
     @property
     def share(self) -> int:
-        """How many of a batch's inputs one rank gets."""
+        """Number of inputs of one update on one rank, rounded up."""
         return -(-self.batch_size // distributed.world_size())
 
     @property
     def epoch(self) -> float:
-        """Epochs done, a fraction in the middle of one."""
+        """Epochs done so far; fractional in the middle of an epoch."""
         return self.state.epoch + self.state.position / len(self.data.train)
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to train and to evaluate."""
+        """Whether all training and evaluation is done."""
         state = self.state
         cut = state.num_updates >= self.last_update and state.position == 0
         return cut or state.epoch >= self.config["epochs"]
 
     @property
     def probe(self) -> Tensor:
-        """A few validation images, the same on all ranks, to measure the switch's drift on."""
+        """A few validation images, the same on all ranks.
+
+        A switch compares the model's logits on them before and after.
+        """
         images = distributed.from_primary(lambda: probe_images(self.data, torch.device("cpu")))
         return images.to(self.device)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device
 
     def evaluate(self, loader: DataLoader) -> dict[str, float]:
-        """Metrics of the model over ``loader``, and under ``ema_`` names those of its average."""
+        """Return the metrics of the model over ``loader``.
+
+        With a weight average (EMA), its metrics are added under names that begin with ``ema_``.
+        """
         metrics = evaluate(self.model, loader, self.recipe.precision)
         if self.ema is not None:
             averaged = evaluate(self.ema.model, loader, self.recipe.precision)
@@ -111,12 +121,12 @@ class Run:
 
     @property
     def flops_per_update(self) -> int | None:
-        """Of the learner's first update, over all ranks; None with torch.compile."""
+        """FLOPs of the learner's first update, summed over all ranks; None with torch.compile."""
         counted = distributed.gather(self.learner.flops)
         return None if None in counted else sum(flops for flops in counted if flops is not None)
 
     def phase_summary(self) -> dict[str, Any]:
-        """Throughput, memory and trained parameters of the present phase."""
+        """Return the present phase's throughput, memory, trained parameters and last val top1."""
         last = self.state.last_eval
         return self.stopwatch.summary(self.batch_size, len(self.data.train)) | {
             "trainable_parameters": count_parameters(self.model, trainable=True),
@@ -125,23 +135,30 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the present phase."""
+        """The recipe (optimizer and schedule) of the present phase."""
         return recipe_of(self.state.phase, self.recipes, self.policy, self.state)
 
     @property
     def adapted_targets(self) -> dict[str, Target]:
-        """The targets whose modules have adapters now."""
+        """The targets whose modules have an adapter now, by name."""
         adapted = adapted_modules(self.model)
         return {n: t for n, t in self.monitor.known.items() if t.module in adapted}
 
     @property
     def sample(self) -> Tensor:
-        """Inputs from the validation split, as many as a micro-batch has where it has so many."""
+        """Validation inputs, as many as one micro-batch of training has.
+
+        There are fewer when the first validation batch is smaller than that.
+        """
         inputs, _ = next(iter(self.data.val))
         return inputs[: -(-self.share // self.recipe.accumulation)].to(self.device)
 
     def count_flops(self) -> None:
-        """Add those of the update that was just made, with what guided layers left out."""
+        """Add the FLOPs of the update that was just made to ``state.train_flops``.
+
+        What guided layers skipped in the joint phase is subtracted. The total becomes None when
+        the FLOPs of an update are unknown.
+        """
         known, total = self.state.flops[self.state.phase], self.state.train_flops
         if known is None or total is None:
             self.state.train_flops = None
@@ -153,7 +170,10 @@ class Run:
             self.state.train_flops = total + known - skipped
 
     def build_learner(self, model: nn.Module, phase: Phase) -> Learner:
-        """A fresh learner of ``phase`` for the plain ``model``; the loss scale goes on."""
+        """Build a fresh learner of ``phase`` for the plain ``model``.
+
+        Its fp16 loss scale continues from the present learner's.
+        """
         return build_learner(
             model,
             recipe_of(phase, self.recipes, self.policy, self.state),
@@ -167,7 +187,11 @@ class Run:
 def recipe_of(
     phase: Phase, recipes: Mapping[Phase, Recipe], policy: SwitchPolicy, state: TrainState
 ) -> Recipe:
-    """The recipe of a phase; with a ramp for a full phase that comes after an adapter's."""
+    """Return the recipe of ``phase``.
+
+    When the guard has returned the run to full training, that full phase ramps its learning rate
+    over the guard's ``rewarmup_updates``.
+    """
     recipe = recipes[phase]
     if phase is Phase.FULL and state.taken_back and policy.guard is not None:
         return replace(recipe, rewarmup_updates=policy.guard.rewarmup_updates)
@@ -175,6 +199,6 @@ def recipe_of(
 
 
 def probe_images(data: Data, device: torch.device) -> Tensor:
-    """The first images of the validation split on ``device``."""
+    """Return the first ``PROBE_IMAGES`` images of the validation split on ``device``."""
     images, _ = next(iter(data.val))
     return images[:PROBE_IMAGES].to(device)

@@ -1,4 +1,4 @@
-"""When a run saves, how it leaves when it is asked to, and how to go on from there."""
+"""Save a run, leave when a signal asks for it, and tell the user how to go on."""
 
 import os
 import shlex
@@ -18,7 +18,10 @@ from switchlora.sweep import is_job
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the run as it is; remove those that are too many."""
+    """Write a checkpoint of the run as it is, and remove old checkpoints beyond the limit.
+
+    With ``checkpoint.keep=0`` nothing is written.
+    """
     if not run.saves.keep:
         return
     state, folder = run.state, run.log.folder
@@ -31,13 +34,19 @@ def save(run: Run) -> None:
 
 
 def save_elsewhere(run: Run, folder: Path, place: int) -> None:
-    """Write a checkpoint into ``folder``, whose log has ``place`` bytes up to this update."""
+    """Write a checkpoint into another ``folder``, such as a trunk's.
+
+    ``place`` is the length in bytes of that folder's log up to this update.
+    """
     state = {**state_of(run), "log": {"bytes": place, "wandb_id": None}}
     checkpoint.write(folder, run.state.num_updates, state, run.learner)
 
 
 def save_or_leave(run: Run) -> None:
-    """Between two updates: save when it is time, and leave when a signal came to any rank."""
+    """Save if a checkpoint is due, and leave if any rank has received a signal.
+
+    It is called between two updates.
+    """
     interruption = run.interruption
     due, asked = distributed.any_rank(
         run.saves.due(run.state.num_updates) or interruption.warned,
@@ -51,13 +60,13 @@ def save_or_leave(run: Run) -> None:
 
 
 def leave_if_asked(run: Run) -> None:
-    """Leave when a signal came to any rank; everything is saved."""
+    """Leave if any rank has received a signal. The caller has saved the run."""
     if any(distributed.any_rank(run.interruption.received is not None)):
         leave(run)
 
 
 def leave(run: Run) -> NoReturn:
-    """Raise Interrupted with a line that says how to go on."""
+    """Raise Interrupted with a message that says how to go on."""
     number = next(n for n in distributed.gather(run.interruption.received) if n is not None)
     run.interruption.received = number
     where = f"interrupted by {number.name} after update {run.state.num_updates}"
@@ -65,7 +74,7 @@ def leave(run: Run) -> NoReturn:
 
 
 def how_to_go_on(run: Run) -> str:
-    """The last checkpoint, and the command that goes on from it."""
+    """Return a line with the last checkpoint and the command that goes on from it."""
     found = retention.find_all(run.log.folder)
     if not found:
         return "there is no checkpoint"
@@ -83,7 +92,13 @@ def how_to_go_on(run: Run) -> str:
 
 @contextmanager
 def faults_explained(run: Run) -> Iterator[None]:
-    """Say what died, and how to go on, where torch has only an error of its own."""
+    """Replace torch's error by one that says which process died and how to go on.
+
+    - LoaderDied when a process that loads images has ended.
+    - RankLost when another rank has ended.
+
+    Every other error passes unchanged.
+    """
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""A run as plain values and tensors: what a checkpoint holds, and how a run goes on from it.
+"""Turn a run into the content of a checkpoint, and back.
 
-``state_of`` and ``restore`` mirror each other. ``restore_parts`` comes before the learner is
-built: the model needs its adapters, the monitor its window.
+``state_of`` and ``restore`` mirror each other. ``restore_parts`` must be called before the learner
+is built, because the model needs its adapters and the monitor needs its window first.
 """
 
 from typing import Any
@@ -26,7 +26,10 @@ from switchlora.switching import trained_tensors
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """Return what makes the run go on exactly, with the learner's tensors. All ranks call it."""
+    """Return everything that the run needs to go on exactly, including the learner's tensors.
+
+    All ranks must call it.
+    """
     return {
         "config": run.config,
         "train": run.state.state_dict(),
@@ -42,7 +45,12 @@ def state_of(run: Run) -> dict[str, Any]:
 
 
 def restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor) -> TrainState:
-    """Return the saved counters; give ``model`` its adapters and flags, ``monitor`` its window."""
+    """Restore what must be in place before the learner is built, and return the train state.
+
+    ``model`` gets the saved adapters (without their weights) and the flags of what trains.
+    ``monitor`` gets its window and references. Without a checkpoint (``found`` is None) nothing
+    changes and the state is a new one.
+    """
     state = TrainState()
     if found is None:
         return state
@@ -56,7 +64,7 @@ def restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor)
 
 
 def restore(run: Run, found: Found) -> None:
-    """Give the run the tensors, times and generators of ``found``; tell where it goes on."""
+    """Load tensors, times and random states of ``found`` into the run, and log its position."""
     saved = found.state
     run.starts_elsewhere = found.foreign
     lines = [*found.lines, *load_tensors(found.path, saved, run.learner, found.branches)]
@@ -76,7 +84,10 @@ def restore(run: Run, found: Found) -> None:
 
 
 def _set_random_states(states: list[dict[str, Any]], seed: int) -> None:
-    """Set this rank's generators as they were; start those anew of a rank that was not there."""
+    """Restore this rank's random generators.
+
+    A rank that the saved run did not have is seeded anew from ``seed``.
+    """
     if distributed.rank() < len(states):
         set_random_states(states[distributed.rank()])
     else:

@@ -1,4 +1,7 @@
-"""What a run is in the middle of: counters, phase, history, what has been decided."""
+"""The state of a run that is neither weights nor configuration.
+
+It holds the counters, the phase, the measurements and the decisions so far.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,84 +15,94 @@ from switchlora.switching import SwitchReport
 
 
 class Phase(StrEnum):
-    """Which parameters train."""
+    """The phase of a run: which parameters train."""
 
     FULL = "full"
     JOINT = "joint"
-    """the weights of the targets and their factors together"""
+    """the targets' weights and their factors train together"""
     STAGED = "staged"
-    """factors on some targets, the weights of the others"""
+    """some targets train their factors, the others still their weights"""
     ADAPTER = "adapter"
 
 
 @dataclass
 class TrainState:
-    """The run's position and record; everything else is weights, moments or configuration."""
+    """The run's position and its record of what happened.
+
+    A checkpoint adds the weights, the optimizer's moments and the configuration.
+    """
 
     num_updates: int = 0
-    """optimizer updates made; the learning rate is a function of it"""
+    """optimizer updates made so far; the learning rate is a function of this number"""
     epoch: int = 0
     position: int = 0
-    """batches of the epoch that were taken, skipped ones included"""
+    """batches of the current epoch used so far, including those of skipped updates"""
     phase: Phase = Phase.FULL
     undecided: bool = True
-    """whether the criterion has yet to be asked about the last measurement, or the start"""
+    """whether the criterion has not yet been asked about the last measurement (or the start)"""
     history: list[Measurement] = field(default_factory=list)
     verdict: Verdict | None = None
-    """what the criterion said last"""
+    """the criterion's last answer"""
     switch_report: SwitchReport | None = None
     switch_update: int | None = None
     switch_epoch: float | None = None
     joint_until: int | None = None
-    """updates made when the joint phase ends"""
+    """number of updates at which the joint phase ends; None outside a joint phase"""
     failed_switches: list[str] = field(default_factory=list)
-    """reasons of the switches that were undone"""
+    """reasons of the changes that failed and were undone, one string each"""
     transitions: list[dict[str, Any]] = field(default_factory=list)
     """every change of the trained tensors: 'kind', 'num_updates', 'epoch', 'reason', counts"""
     segments: list[dict[str, Any]] = field(default_factory=list)
-    """figures of what lay between the transitions"""
+    """speed, memory and parameter counts of each stretch between two transitions"""
     last_stage: int | None = None
-    """updates made at the last switch of any target"""
+    """number of updates at the last switch of any target"""
     taken_back: int = 0
-    """switches that the guard took back"""
+    """number of times the guard returned the run to full training"""
     forgotten: int = 0
-    """measurements before the last switch that was taken back: the criterion does not see them"""
+    """number of leading ``history`` entries that the criterion no longer sees; a return to full
+    training sets it"""
     full_parameters: list[str] = field(default_factory=list)
-    """names of what trains in the full phase"""
+    """names of the parameters that train in the full phase"""
     losses: list[Loss] = field(default_factory=list)
-    """of windows and on the validation split, which the guard compares"""
+    """losses of windows ('train') and on the validation split ('val'); the guard compares them"""
     guarded_since: int = 0
-    """updates made at the last switch, or act of the guard"""
+    """number of updates at the last switch, or when the guard last found the adapter behind"""
     skipped_updates: int = 0
-    """updates left out because loss or gradient was not finite"""
+    """updates skipped because the loss or the gradient was not finite"""
     skipped_in_a_row: int = 0
     last_eval: dict[str, float] | None = None
     best_top1: float = 0.0
-    """on the validation split, in %"""
+    """best top1 on the validation split, in %"""
     best_update: int | None = None
-    """updates made when ``best_top1`` was reached"""
+    """number of updates when ``best_top1`` was reached"""
     phases: dict[Phase, dict[str, Any]] = field(default_factory=dict)
-    """figures of each phase that has ended"""
+    """speed, memory and parameter counts of each phase that has ended"""
     recorded: bool = False
-    """whether memory and FLOPs of the present trained tensors are known"""
+    """whether memory and FLOPs have been recorded since the trained tensors last changed"""
     memory: dict[Phase, dict[str, dict[str, int | None]]] = field(default_factory=dict)
-    """bytes after the first update of each phase by category, 'measured' and 'predicted'"""
+    """by phase, the bytes of each memory part after its first update: 'measured', 'predicted'"""
     flops: dict[Phase, int | None] = field(default_factory=dict)
-    """of one update of each phase over all ranks; None with torch.compile"""
+    """by phase, the FLOPs of one update over all ranks; None with torch.compile"""
     train_flops: int | None = 0
-    """of all updates; None when those of any are unknown"""
+    """FLOPs of all updates so far; None when the FLOPs of any update are unknown"""
     reused: dict[str, Any] | None = None
-    """'folder', 'reused_updates' and 'reused_seconds' of the full phase that came from a trunk"""
+    """'folder', 'reused_updates' and 'reused_seconds' of a full phase taken from a trunk"""
     branched_from: str | None = None
-    """checkpoint of another run that this one branched off from"""
+    """the checkpoint of another run from which this run branched off"""
 
     @property
     def fresh_history(self) -> list[Measurement]:
-        """What the criterion may look at: all since the last switch that was taken back."""
+        """The measurements that the criterion sees: those since the last return to full training.
+
+        Without such a return it sees all of ``history``.
+        """
         return self.history[self.forgotten :]
 
     def end_segment(self, figures: Mapping[str, Any]) -> None:
-        """Note the ``figures`` of what ends here, once, and add them to those of its phase."""
+        """Store the ``figures`` of the segment that ends now, and add them to those of its phase.
+
+        A second call for the same segment does nothing.
+        """
         ended = self.segments[-1] if self.segments else {}
         if (ended.get("until"), ended.get("phase")) == (self.num_updates, str(self.phase)):
             return
@@ -105,7 +118,7 @@ class TrainState:
         self.phases[self.phase] = _together(self.phases.get(self.phase), figures)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types only."""
+        """Return the state as plain types, for a checkpoint."""
         plain = asdict(self)
         plain["phase"] = str(self.phase)
         plain["phases"] = {str(phase): figures for phase, figures in self.phases.items()}
@@ -115,7 +128,7 @@ class TrainState:
         return plain
 
     def load_state_dict(self, plain: Mapping[str, Any]) -> None:
-        """Become the state that ``state_dict`` came from."""
+        """Set every field from ``plain``, which came from ``state_dict``."""
         for item in fields(self):
             setattr(self, item.name, plain[item.name])
         self.phase = Phase(plain["phase"])
@@ -130,7 +143,10 @@ class TrainState:
 
 
 def _together(earlier: Mapping[str, Any] | None, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures of a phase that has come again: counts are summed, all else is the last."""
+    """Return the combined figures of a phase that occurred before.
+
+    'num_updates' and 'train_seconds' are summed; every other figure is the latest.
+    """
     if earlier is None:
         return dict(figures)
     sums = {key: earlier[key] + figures[key] for key in ("num_updates", "train_seconds")}

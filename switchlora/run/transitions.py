@@ -1,4 +1,9 @@
-"""The gradient of the loss by effective weights, whatever module computes with them."""
+"""The changes of a run's trained tensors, each with its log lines, events and record.
+
+``try_switch`` puts adapters on targets. ``end_joint_phase`` freezes their weights.
+``restart_adapter`` and ``try_growing`` replace the adapters. ``try_taking_back`` returns to full
+training. When a change fails, the run goes on as it was (``attempt``).
+"""
 
 import gc
 from collections.abc import Callable, Collection, Mapping
@@ -34,9 +39,11 @@ from switchlora.switching import (
 
 
 def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tensor]:
-    """Gradient (out, in) by each target's effective weight, on the next micro-batch to train on.
+    """Return the loss gradient (out, in) with respect to each target's effective weight.
 
-    On this rank's share of it. Neither ``.grad`` nor the order of the epoch's batches is touched.
+    It is computed on this rank's share of the first micro-batch of epoch ``state.epoch``. After an
+    evaluation that is the next one to train on. ``.grad`` and the order of the epoch's batches
+    stay as they are.
     """
     run.data.set_epoch(run.state.epoch)
     inputs, labels = next(iter(run.data.train))
@@ -52,17 +59,17 @@ def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tenso
 
 T = TypeVar("T", bound=Outcome)
 TRIES = 3
-"""changes that fail for the same reason until no other is tried"""
+"""after this many failures in a row for the same reason, no further change is tried"""
 
 
 def given_up(state: TrainState) -> bool:
-    """Whether the last changes that were tried failed for one and the same reason."""
+    """Return whether the last ``TRIES`` failed changes all failed for the same reason."""
     last = state.failed_switches[-TRIES:]
     return len(last) == TRIES and len(set(last)) == 1
 
 
 def try_switch(run: Run, verdict: Verdict, chosen: list[str]) -> bool:
-    """Put adapters on the ``chosen`` targets; whether it worked."""
+    """Put adapters on the ``chosen`` targets, and return whether that succeeded."""
     state, whole = run.state, len(chosen) == len(run.monitor.targets)
     figures = run.phase_summary()
     expected = None if run.policy.joint_epochs else predicted_update(run)
@@ -106,7 +113,7 @@ def try_switch(run: Run, verdict: Verdict, chosen: list[str]) -> bool:
 def tell_switch(
     run: Run, report: SwitchReport, verdict: Verdict, expected: Prediction | None
 ) -> None:
-    """Lines and a 'switch' event: why, what changed, how much faster updates should be."""
+    """Log lines and a 'switch' event: its reason, what changed, and the predicted speed-up."""
     state = run.state
     for line in switch_lines(report, verdict, state.num_updates, run.epoch):
         run.log.line(line)
@@ -124,7 +131,11 @@ def tell_switch(
 
 
 def tell_speed(run: Run, expected: Prediction | None) -> dict[str, float]:
-    """Lines on how much faster updates should be than those ``expected`` before, by its parts."""
+    """Log and return the predicted speed-up of an update, split into its factors.
+
+    ``expected`` is the cost model's prediction for the phase before the change. Return an empty
+    dictionary when either prediction is missing.
+    """
     if expected is None or (now := predicted_update(run)) is None:
         return {}
     speedup = speedup_parts(expected, now)
@@ -135,9 +146,11 @@ def tell_speed(run: Run, expected: Prediction | None) -> dict[str, float]:
 
 
 def watch_the_rest(run: Run, waiting: Collection[str]) -> None:
-    """The monitor goes on with what is still to be measured, and lets go of the rest.
+    """Let the monitor watch only what is still to be measured, and drop the other references.
 
-    Targets of later stages; or, where adapters are restarted, these, from one merge to the next.
+    - In the adapter phase of a policy with restarts: the adapted targets, from one merge to the
+      next.
+    - Otherwise: the ``waiting`` targets, which may switch later.
     """
     monitor, how = run.monitor, run.policy.restart
     adapted = run.adapted_targets if how is not None and run.state.phase is Phase.ADAPTER else ()
@@ -147,7 +160,11 @@ def watch_the_rest(run: Run, waiting: Collection[str]) -> None:
 
 
 def watch_as_configured(run: Run) -> None:
-    """A run that branches off may measure other windows, or restart where the other did not."""
+    """Set the monitor's window and targets as this run's configuration says.
+
+    A run that goes on from another run's checkpoint may have another window, or restarts where
+    the other run had none.
+    """
     if run.state.phase is not Phase.ADAPTER or run.policy.restart is None:
         run.monitor.window = run.window
     if run.state.phase is Phase.ADAPTER and bool(run.policy.restart) != bool(run.monitor.targets):
@@ -155,7 +172,7 @@ def watch_as_configured(run: Run) -> None:
 
 
 def end_joint_phase(run: Run) -> None:
-    """Freeze the targets' weights: from here on their factors train alone."""
+    """End the joint phase: freeze the targets' weights, so that only their factors train."""
     state = run.state
     assert state.switch_report is not None
     set_mix(run.model, 0.0, state.num_updates)
@@ -185,7 +202,7 @@ def end_joint_phase(run: Run) -> None:
 
 
 def restart_adapter(run: Run) -> None:
-    """Merge the adapters and go on with new ones (ReLoRA)."""
+    """Merge the adapters and go on with new ones (ReLoRA, arXiv 2307.05695)."""
     state = run.state
     change = partial(
         restart,
@@ -206,7 +223,7 @@ def restart_adapter(run: Run) -> None:
 
 
 def try_growing(run: Run, standing: Standing) -> bool:
-    """Give the adapters more directions; whether there was room for any."""
+    """Multiply the ranks by the guard's ``growth``, and return whether that succeeded."""
     state, guard = run.state, run.policy.guard
     assert guard is not None and state.switch_report is not None
     figures = run.phase_summary()
@@ -232,7 +249,10 @@ def try_growing(run: Run, standing: Standing) -> bool:
 
 
 def try_taking_back(run: Run, standing: Standing) -> bool:
-    """Merge the adapters and train all parameters again; the criterion starts afresh."""
+    """Merge the adapters and train all parameters again; return whether that succeeded.
+
+    The criterion then sees only measurements made from now on.
+    """
     state = run.state
     figures = run.phase_summary()
     change = partial(
@@ -265,7 +285,10 @@ def enter(
     reason: str,
     figures: Mapping[str, Any],
 ) -> None:
-    """The trained tensors have changed: ``figures`` are those of the segment that ends."""
+    """Record a change of the trained tensors, and enter ``phase``.
+
+    ``figures`` describe the segment of training that ends here.
+    """
     run.state.end_segment(figures)
     note_transition(run, kind, outcome, reason)
     run.state.phase = phase
@@ -291,14 +314,14 @@ def note_transition(run: Run, kind: str, outcome: Outcome, reason: str) -> None:
 
 
 def begin_segment(run: Run) -> None:
-    """Give back the memory of what was replaced, time anew, save."""
+    """Start a new segment: free the replaced tensors, restart the stopwatch, save a checkpoint."""
     release_memory(run.device)
     run.stopwatch.start_phase()
     save(run)
 
 
 def tell(run: Run, kind: str, outcome: Outcome, what: str) -> None:
-    """A line and an event of a change that is no switch."""
+    """Log a line and an event for a change other than a switch."""
     where = f"update {run.state.num_updates} (epoch {run.epoch:.2f})"
     run.log.line(change_line(kind, where, what, outcome))
     tell_agreement(run, outcome)
@@ -309,13 +332,16 @@ def tell(run: Run, kind: str, outcome: Outcome, what: str) -> None:
 
 
 def tell_agreement(run: Run, outcome: Outcome) -> None:
-    """With several processes, a line that they train the same tensors."""
+    """Log, with several processes, that all of them train the same tensors."""
     if distributed.world_size() > 1:
         run.log.line(f"  {distributed.agreement_line(outcome.checksum)}")
 
 
 def attempt(run: Run, what: str, change: Callable[[], tuple[Learner, T]]) -> T | None:
-    """Make a ``change``: its outcome, or None where it failed and the run goes on as it was."""
+    """Make a ``change`` and return its outcome.
+
+    When it fails, log the failure and return None. The run then goes on as it was.
+    """
     try:
         run.learner, outcome = change()
     except SwitchFailed as failure:
@@ -325,7 +351,7 @@ def attempt(run: Run, what: str, change: Callable[[], tuple[Learner, T]]) -> T |
 
 
 def not_changed(run: Run, what: str, failure: SwitchFailed) -> None:
-    """A line, an event and a note."""
+    """Log that a change failed and was undone, and add it to ``state.failed_switches``."""
     state = run.state
     run.log.line(f"the {what} failed and was undone, {state.phase} training goes on: {failure}")
     run.log.event("switch_failed", state.num_updates, run.epoch, what=what, reason=str(failure))
@@ -335,7 +361,7 @@ def not_changed(run: Run, what: str, failure: SwitchFailed) -> None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Return what was replaced: optimizer state, gradients, weights."""
+    """Free the memory of replaced optimizer state, gradients and weights."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,5 +1,12 @@
-"""When a run changes: at the end of a window of updates or of the joint phase, or when the guard
-finds it behind. What each change does is in ``transitions``."""
+"""When a run changes its trained tensors.
+
+It may change at three moments:
+- at the end of a window of updates, when the criterion fires or a restart is due,
+- at the end of the joint phase,
+- after an epoch, when the guard finds the adapter behind.
+
+What each change does is in ``transitions``.
+"""
 
 from functools import partial
 
@@ -24,18 +31,22 @@ from switchlora.storage import measurement_metrics, window_metrics
 
 
 def joint_phase_over(run: Run) -> bool:
-    """Whether weights and factors have trained together for as long as they should."""
+    """Return whether the joint phase has reached its last update."""
     until = run.state.joint_until
     return until is not None and run.state.num_updates >= until
 
 
 def window_complete(run: Run) -> bool:
-    """Whether the monitor has seen as many updates as a window has."""
+    """Return whether the monitor's window of updates is complete."""
     return run.monitor.due(run.state.num_updates)
 
 
 def end_window(run: Run) -> None:
-    """Measure; then ask the criterion while weights train in full, or restart the adapter."""
+    """Measure the targets at the end of a window, and act on the measurement.
+
+    - While any target still trains its whole weight (full or staged phase), ask the criterion.
+    - In the adapter phase of a policy with restarts, restart the adapter.
+    """
     state = run.state
     with run.stopwatch.paused(monitor=True):
         here = run.monitor.measure(state.num_updates, run.epoch)
@@ -55,17 +66,20 @@ def end_window(run: Run) -> None:
 
 
 def goes_on(run: Run) -> bool:
-    """Whether updates are left to make: a change after the last one would serve nothing."""
+    """Return whether updates are left to make. A change after the last update would be useless."""
     return run.state.num_updates < run.last_update
 
 
 def note_loss(run: Run, split: str, value: float) -> None:
-    """For the guard: the loss of a window, or on the validation split."""
+    """Store a loss for the guard: of a window ('train'), or on the validation split ('val')."""
     run.state.losses.append(Loss(run.state.num_updates, split, str(run.state.phase), value))
 
 
 def guide(run: Run) -> None:
-    """Set how much guided layers still lean on their dense weights (2406.16450)."""
+    """Set the share of the dense weight in guided layers for the next update (arXiv 2406.16450).
+
+    It falls from 1 to 0 along a cosine over the joint phase. Outside of that, nothing is set.
+    """
     state = run.state
     if state.joint_until is not None and state.switch_update is not None:
         length = state.joint_until - state.switch_update
@@ -74,7 +88,10 @@ def guide(run: Run) -> None:
 
 
 def consider_switch(run: Run) -> None:
-    """Ask the criterion; switch what has converged; when that fails, go on as before."""
+    """Ask the criterion, and switch the targets that it or the stages choose.
+
+    When the switch fails, training goes on as before.
+    """
     state = run.state
     share_measurement(run)
     verdict = distributed.from_primary(
@@ -100,7 +117,7 @@ def consider_switch(run: Run) -> None:
 
 
 def share_measurement(run: Run) -> None:
-    """With the runs that have the same full phase."""
+    """Add the last measurement to the trunk, for other runs with the same full phase."""
     if run.trunk is not None and run.state.history:
         with run.stopwatch.paused():
             measurement, folder = run.state.history[-1], run.log.folder
@@ -108,14 +125,14 @@ def share_measurement(run: Run) -> None:
 
 
 def leave_trunk(run: Run) -> None:
-    """From here on this run is its own."""
+    """Stop extending the shared trunk. Another run may extend it from here."""
     if run.trunk is not None:
         with run.stopwatch.paused():
             run.trunk.leave(run.state.num_updates, partial(save_elsewhere, run), run.log.line)
 
 
 def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> None:
-    """A 'measure' event and a line on the terminal."""
+    """Write a 'measure' event and a line on the terminal."""
     run.log.event(
         "measure",
         measurement.num_updates,
@@ -126,7 +143,15 @@ def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> 
 
 
 def look_after(run: Run) -> None:
-    """Let the guard compare the losses since the switch with full training's, and act."""
+    """Let the guard compare the losses since the switch with the full phase's curve, and act.
+
+    When the adapter is behind, the guard's ``act`` decides:
+    - 'warn': log it.
+    - 'ranks': raise the ranks; if no rank can grow, do as 'full'.
+    - 'full': merge the adapters and train all parameters again.
+
+    After ``most`` returns to full training, the guard only logs.
+    """
     guard, state = run.policy.guard, run.state
     if guard is None or state.phase in (Phase.FULL, Phase.JOINT) or run.over:
         return

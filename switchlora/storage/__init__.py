@@ -1,4 +1,4 @@
-"""What stays: checkpoints, events, files for others, and where numbers come from."""
+"""The files of a run: checkpoints, events, exports for other libraries, and provenance."""
 
 from switchlora.storage.checkpoint import (
     FORMAT as FORMAT,

@@ -1,9 +1,12 @@
 """Checkpoints: write them whole or not at all, check them, rebuild a run or a model from one.
 
-A checkpoint is a folder ``checkpoints/update-00001092`` (``.1``, ``.2`` behind it for later ones
-at the same update) with ``state.pt``, plain types and tensors for ``torch.load`` with
-``weights_only=True``, and ``SHA256SUMS``, which ``sha256sum -c`` reads. Weights and moments of a
-sharded model lie beside it in ``tensors/``, in the format of torch.distributed.checkpoint.
+A checkpoint is a folder ``checkpoints/update-00001092``. Later checkpoints at the same update end
+in ``.1``, ``.2`` and so on. It holds:
+
+- ``state.pt``: plain types and tensors, for ``torch.load`` with ``weights_only=True``.
+- ``SHA256SUMS``: checksums that ``sha256sum -c`` reads.
+- ``tensors/``: weights and moments of a sharded model, in the format of
+  torch.distributed.checkpoint.
 """
 
 import hashlib
@@ -30,10 +33,11 @@ STATE, SUMS = "state.pt", "SHA256SUMS"
 
 
 def write(folder: Path, num_updates: int, state: Mapping[str, Any], learner: Learner) -> Path:
-    """Write a checkpoint with ``state`` and the learner's tensors into a run folder; return it.
+    """Write a checkpoint of ``state`` and the learner's tensors into a run folder; return it.
 
-    It appears under its name when all of it is on the disk. All ranks call this; the primary one
-    writes, and of a sharded model each rank its part. OSError when the disk does not take it.
+    The checkpoint appears under its name only when all of it is on the disk. All ranks must call
+    this. The primary rank writes; of a sharded model each rank writes its part. OSError when it
+    cannot be written.
     """
     part = folder / FOLDER / f".writing-{num_updates:08d}"
     with distributed.together():
@@ -78,7 +82,10 @@ def _finish_writing(part: Path, state: Mapping[str, Any], num_updates: int) -> P
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint; CheckpointUnusable, with the reason, when it is not whole."""
+    """Check a checkpoint against its checksums and return its state.
+
+    CheckpointUnusable, with the reason, when it is not whole, damaged or of another format.
+    """
     try:
         lines = (path / SUMS).read_text().splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -99,15 +106,15 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """The state of a checkpoint that was read, and so checked, before.
+    """Return the state of a checkpoint without checking it: ``read`` must have done that before.
 
-    With ``mmap`` tensors are read from the file when they are looked at.
+    With ``mmap`` tensors are read from the file on first use.
     """
     return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
-    """CheckpointUnusable unless the checkpoint's weights are those of the plain ``model``."""
+    """Raise CheckpointUnusable unless names and shapes are those of the plain ``model``."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in shapes.keys() ^ state["shapes"].keys():
         where = "this model" if name in shapes else "the checkpoint"
@@ -120,7 +127,7 @@ def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def load_model(path: Path) -> nn.Module:
-    """The model of a checkpoint, with its adapters, from the checkpoint alone."""
+    """Rebuild the model with its adapters from the checkpoint alone; it is in eval mode."""
     state = read(path)
     model: nn.Module = instantiate(state["config"]["model"], _convert_="all")
     inject_empty(model, state["adapters"])

@@ -1,4 +1,4 @@
-"""Events of ``metrics.jsonl``: their keys, how they are written and read back."""
+"""The events of ``metrics.jsonl``: their keys, and how to write and read them."""
 
 import json
 import math
@@ -18,12 +18,12 @@ METRICS = "metrics.jsonl"
 def as_record(
     event: str, num_updates: int, epoch: float, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One event as it stands on a line of ``metrics.jsonl``."""
+    """Return one event as it stands on a line of ``metrics.jsonl``."""
     return plain_values({"event": event, "num_updates": num_updates, "epoch": epoch, **metrics})
 
 
 def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
-    """Events of a run folder in order, those named ``event`` or all."""
+    """Yield the events of a run folder in order: those named ``event``, or all."""
     with open(folder / METRICS) as file:
         for line in file:
             record = json.loads(line)
@@ -46,15 +46,22 @@ FAMILY_STATISTICS = ("relative_update_norm", "update_stable_rank", "weight_stabl
 
 
 def measurement_metrics(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
-    """Keys of a 'measure' event: ``<statistic>/<target>``, medians ``family/<statistic>/<family>``
-    and ``switch/margin/<target>``."""
+    """Return the keys and values of a 'measure' event.
+
+    - ``<statistic>/<target>`` and the medians ``family/<statistic>/<family>``.
+    - ``train/window_loss``.
+    - ``switch/margin/<target>``, ``switch/fires`` and ``switch/reason`` of the ``verdict``.
+    """
     metrics = window_metrics(measurement)
     metrics |= {f"switch/margin/{name}": margin for name, margin in verdict.margins.items()}
     return metrics | {"switch/fires": verdict.fires, "switch/reason": verdict.reason}
 
 
 def window_metrics(measurement: Measurement) -> dict[str, Any]:
-    """Keys of a 'window' event, which no criterion reads: a measurement's without a verdict."""
+    """Return the keys and values of a 'window' event: a measurement without a verdict.
+
+    No criterion reads a 'window' event.
+    """
     metrics: dict[str, Any] = {"train/window_loss": measurement.train_loss}
     for name, stats in measurement.layers.items():
         metrics |= {f"{key}/{name}": v for key, v in vars(stats).items() if v not in (None, ())}
@@ -63,7 +70,7 @@ def window_metrics(measurement: Measurement) -> dict[str, Any]:
 
 
 def family_medians(measurement: Measurement) -> dict[str, float]:
-    """Median of each statistic in ``FAMILY_STATISTICS`` over the targets of a family."""
+    """Return the median of each of ``FAMILY_STATISTICS`` over the targets of each family."""
     families: dict[str, list[LayerStats]] = {}
     for name, stats in measurement.layers.items():
         families.setdefault(family(name), []).append(stats)
@@ -75,7 +82,7 @@ def family_medians(measurement: Measurement) -> dict[str, float]:
 
 
 def measurement_of(event: Mapping[str, Any]) -> Measurement:
-    """The measurement that a 'measure' event tells of."""
+    """Return the measurement that a 'measure' event holds."""
     names = [key.removeprefix("weight_norm/") for key in event if key.startswith("weight_norm/")]
     return Measurement(
         num_updates=event["num_updates"],
@@ -90,6 +97,6 @@ def _layer(event: Mapping[str, Any], name: str) -> LayerStats:
     for item in fields(LayerStats):
         value = event.get(f"{item.name}/{name}", item.default)
         if value is None and item.default is MISSING:
-            value = math.nan  # which JSON has no number for
+            value = math.nan  # JSON has no NaN: it is written as null
         stats[item.name] = tuple(value) if isinstance(value, list) else value
     return LayerStats(**stats)

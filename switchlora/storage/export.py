@@ -1,4 +1,4 @@
-"""Files that other libraries load: the merged model for timm, the adapter alone for PEFT."""
+"""Write files for other libraries: the merged model for timm, the adapter alone for PEFT."""
 
 import json
 from collections.abc import Mapping
@@ -21,18 +21,20 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save_merged(model: nn.Module, path: Path) -> Path:
-    """Weights of the plain model, adapters merged, for timm's ``checkpoint_path=``."""
+    """Write the plain model, adapters merged, for timm's ``checkpoint_path=``; return ``path``."""
     _save(merged_state_dict(model), path)
     return path
 
 
 def save_adapter(model: nn.Module, folder: Path) -> Path:
-    """The adapter in PEFT's format, beside ``residual.safetensors``, the model it belongs on.
+    """Write the adapter in PEFT's format, and its base model as ``residual.safetensors``.
 
-    Load the residual with timm, then ``peft.PeftModel.from_pretrained(model, folder)``. Row slices
-    of a fused linear become one adapter of their summed rank with a block-diagonal B; linears with
-    frozen or dense slices alone get none, nor do guided ones. The residual of a factorised linear
-    is zero.
+    Load the residual with timm, then ``peft.PeftModel.from_pretrained(model, folder)``.
+
+    - Row slices of a fused linear become one adapter. It has their summed rank and a
+      block-diagonal B.
+    - A linear whose slices are all frozen or dense gets no adapter. Neither does a guided one.
+    - The residual of a factorised linear is zero.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors, ranks, alphas = {}, {}, {}

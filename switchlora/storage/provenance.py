@@ -1,4 +1,4 @@
-"""Where numbers come from: hardware, versions, git state."""
+"""Record where the numbers of a run come from: hardware, versions, git state."""
 
 import hashlib
 import inspect
@@ -23,11 +23,11 @@ KERNEL_LIMITS = (
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
 )
-"""variables that choose among the kernels of torch, oneDNN and MKL"""
+"""environment variables that choose among the kernels of torch, oneDNN and MKL"""
 
 
 def environment(device: torch.device, seed: int) -> dict[str, object]:
-    """Hardware, versions, git state and seed of this process, as plain values."""
+    """Return hardware, versions, git state, command and seed of this process, as plain values."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
@@ -42,7 +42,10 @@ def environment(device: torch.device, seed: int) -> dict[str, object]:
 
 
 def machine_line(device: torch.device) -> str:
-    """One line to read a failure elsewhere by: processor, kernels, threads and versions."""
+    """Return one line on processor, kernels, threads and versions.
+
+    It helps to understand a failure on a machine that one cannot see.
+    """
     where = environment(device, seed=0)
     versions: Any = where["versions"]
     shown = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
@@ -55,7 +58,7 @@ def machine_line(device: torch.device) -> str:
 
 
 def command() -> str:
-    """The command line of this process."""
+    """Return the command line of this process."""
     program, *words = sys.argv
     if Path(program).name == "__main__.py":
         program = f"python -m {Path(program).parent.name}"
@@ -63,7 +66,7 @@ def command() -> str:
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """What may change the last bits of a run: hardware, kernels, threads, versions."""
+    """Return what can change the last bits of a run: hardware, kernels, threads, versions."""
     where = environment(device, seed=0)
     versions = {f"versions.{name}": found for name, found in where["versions"].items()}  # type: ignore[attr-defined]
     return {
@@ -74,10 +77,13 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def code_digest(keys: Mapping[str, Any]) -> str:
-    """A digest of this package's code, of the files that the ``_target_``s in ``keys`` are in, and
-    of files that are values themselves, such as ``model.checkpoint_path``.
+    """Return a digest of the files that a configuration runs or reads.
 
-    ``keys`` are dotted keys of a configuration with their values.
+    ``keys`` are dotted keys of the configuration with their values. The files are:
+
+    - the code of this package,
+    - the source files of the ``_target_`` values,
+    - files that are values themselves, such as ``model.checkpoint_path``.
     """
     named = {Path(value) for value in keys.values() if isinstance(value, str)}
     targets = {str(value) for key, value in keys.items() if key.split(".")[-1] == "_target_"}
@@ -97,7 +103,7 @@ def _source_of(target: str) -> Path | None:
 
 
 def git_state() -> str | None:
-    """Commit of the source tree, with '-dirty' behind it when files differ; None outside git."""
+    """Return the commit of the source tree, or None outside git; '-dirty' marks changed files."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         cwd=Path(__file__).parent,
@@ -116,7 +122,7 @@ def _version(name: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """Number and model of the processors."""
+    """Return number and model of the processors, as '2 x <model name>'."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Runs as their folders tell of them, finished or not: configuration, events, summary."""
+"""Read runs, finished or not, from their folders: configuration, events, summary."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from switchlora.storage.events import METRICS, measurement_of
 from switchlora.storage.runlog import CONFIG, SUMMARY
 
 TRUNK_KEY = "trunk.json"
-"""in a folder that runs share, and that is no run of its own"""
+"""file that marks a trunk: a folder that runs share, and that is no run itself"""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Record:
     folder: Path
     config: Mapping[str, Any] = field(repr=False)
     summary: Mapping[str, Any] | None = field(repr=False)
-    """None of a run that goes on, or that was killed"""
+    """None for a run that still trains, or that was killed"""
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
+        """Whether the run came to its end."""
         return self.summary is not None and self.summary["status"] == "finished"
 
     @property
@@ -39,9 +39,9 @@ class Record:
         return self.summary
 
     def events(self, event: str | None = None) -> Iterator[dict[str, Any]]:
-        """Events in order, those named ``event`` or all; without a last line that is torn.
+        """Yield the events in order: those named ``event``, or all.
 
-        ValueError where another line is none.
+        A torn last line is left out. ValueError when another line is damaged.
         """
         *lines, _ = (self.folder / METRICS).read_text().split("\n")
         for number, line in enumerate(lines, start=1):
@@ -55,12 +55,12 @@ class Record:
                 yield found
 
     def history(self) -> list[Measurement]:
-        """What its monitor measured, bit for bit what its criterion read."""
+        """Return what the monitor measured, bit for bit what the criterion read."""
         return [measurement_of(event) for event in self.events("measure")]
 
 
 def read_record(folder: Path) -> Record:
-    """The run in ``folder``; ValueError where there is none."""
+    """Return the run in ``folder``; ValueError when there is none."""
     if not is_run(folder):
         raise ValueError(f"{folder} holds no run: {CONFIG} or {METRICS} is missing")
     try:
@@ -72,7 +72,10 @@ def read_record(folder: Path) -> Record:
 
 
 def check_alike(records: Sequence[Record], keys: Iterable[str], give: str) -> None:
-    """ValueError that names two runs that differ in one of the ``keys``, and what to ``give``."""
+    """Raise ValueError when two runs differ in one of the ``keys`` of their configurations.
+
+    The message names the two runs and says what to ``give`` instead.
+    """
     for record, key in product(records[1:], keys):
         if record.config[key] != records[0].config[key]:
             raise ValueError(
@@ -81,9 +84,10 @@ def check_alike(records: Sequence[Record], keys: Iterable[str], give: str) -> No
 
 
 def find_records(paths: Iterable[Path]) -> list[Record]:
-    """The runs in ``paths``: run folders, or folders of run folders, such as a sweep's.
+    """Return the runs in ``paths``: run folders, or folders of run folders, such as a sweep's.
 
-    ValueError names a path without any.
+    Each run is returned once. Trunks inside a sweep are left out. ValueError names a path that
+    holds no run.
     """
     found: dict[Path, Record] = {}
     for path in paths:
@@ -97,5 +101,5 @@ def find_records(paths: Iterable[Path]) -> list[Record]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has begun in ``folder``."""
+    """Return whether a run has begun in ``folder``."""
     return (folder / CONFIG).is_file() and (folder / METRICS).is_file()

@@ -1,4 +1,4 @@
-"""Find where a run left off, and refuse to go on with something else than what it was."""
+"""Find the checkpoint to resume from; refuse to resume under another configuration."""
 
 import json
 from dataclasses import dataclass, field
@@ -21,27 +21,32 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint to go on from."""
+    """The checkpoint that a run goes on from."""
 
     path: Path
     source: Path
-    """the run folder it belongs to, whose metrics.jsonl goes on"""
+    """the run folder of the checkpoint; its metrics.jsonl is continued"""
     lines: list[str]
-    """what the user should know: which checkpoints could not be used, and which one is"""
+    """lines for the user: which checkpoints could not be used, and what a branch changes"""
     branches: bool
-    """whether another run goes on from here, in another folder"""
+    """whether a new run branches off here, in another folder"""
     state: dict[str, Any] = field(repr=False)
     foreign: bool = False
-    """whether it is no checkpoint of this run: another run's, or a trunk's"""
+    """whether the checkpoint is from another run, or from a trunk"""
 
 
 def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> Found | None:
-    """The newest usable checkpoint; None to start from the beginning.
+    """Return the newest usable checkpoint, or None to start from the beginning.
 
-    ``resume`` is None, 'auto' for the run in ``folder`` if there is one, or the path of a
-    checkpoint or of a run folder elsewhere, which this run then branches off from. ``model`` is
-    the plain model that the configuration builds. ValueError when ``folder`` holds another run,
-    when nothing usable is there, or when 'auto' meets a configuration that makes another run.
+    ``resume`` is one of:
+
+    - None: start a new run in ``folder``.
+    - 'auto': go on with the run in ``folder``, if there is one.
+    - a path of a checkpoint or of a run folder elsewhere: branch off from it.
+
+    ``model`` is the plain model that the configuration builds. ValueError when ``folder`` holds
+    another run, when no checkpoint is usable, or when 'auto' meets a run of another
+    configuration.
     """
     place = from_primary(lambda: _choose(resume, folder, config, model))
     if place is None:
@@ -52,9 +57,9 @@ def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> 
 
 
 def finished_summary(resume: str | None, folder: Path, config: Config) -> dict[str, Any] | None:
-    """The summary of the run in ``folder``, if 'auto' finds that it is finished.
+    """Return the summary of the run in ``folder`` if it is finished, else None.
 
-    ValueError when that run had another configuration.
+    Only ``resume='auto'`` looks for one. ValueError when that run had another configuration.
     """
     return from_primary(lambda: _finished_summary(folder, config)) if resume == AUTO else None
 

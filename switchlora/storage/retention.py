@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: when it saves, what it finds, what it removes."""
+"""The checkpoints of a run folder: when to save one, how to find them, which to remove."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ NAME = re.compile(r"update-(\d+)(?:\.(\d+))?")
 
 
 def find_all(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, the newest first."""
+    """Return the checkpoints of a run folder, the newest first."""
     found = [path for path in (folder / FOLDER).glob("update-*") if NAME.fullmatch(path.name)]
     return sorted(found, key=_order, reverse=True)
 
@@ -28,14 +28,15 @@ def prune(folder: Path, keep: int, best_update: int | None) -> None:
 
 
 def updates_of(path: Path) -> int:
-    """Updates that were made when a checkpoint was written."""
+    """Return the number of updates that were done when a checkpoint was written."""
     return _order(path)[0]
 
 
 def thin(folder: Path, budget: float) -> None:
     """Remove checkpoints until they fit into ``budget`` bytes; the newest stays.
 
-    Each time the one goes that leaves the smallest gap, so that those that stay lie evenly.
+    Each step removes the checkpoint that leaves the smallest gap in updates. The others thus stay
+    evenly spaced.
     """
     kept = find_all(folder)[::-1]
     sizes = {path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in kept}
@@ -54,23 +55,24 @@ def set_aside(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what an interrupted write or removal left."""
+    """Remove what an interrupted write or an interrupted removal left behind."""
     for path in (folder / FOLDER).glob(".*-*"):
         shutil.rmtree(path)
 
 
 @dataclass
 class SaveSchedule:
-    """When a checkpoint is due besides those at the ends of epochs and around the switch.
+    """Decide when a checkpoint is due inside an epoch, by updates or by minutes.
 
-    ``keep`` is how many of the newest stay, besides the best; 0 writes none at all.
+    The checkpoints at the ends of epochs and around the switch come in addition. ``keep`` is how
+    many of the newest stay, beside the best one. With 0 no checkpoint is written at all.
     """
 
     every_updates: int | None
     every_minutes: float | None
     keep: int
     saved_at: int = 0
-    """updates made at the last save"""
+    """updates done at the last save"""
 
     def __post_init__(self) -> None:
         for name, least in {"every_updates": 1, "every_minutes": 0, "keep": 0}.items():
@@ -80,14 +82,14 @@ class SaveSchedule:
         self._clock = time.monotonic()
 
     def due(self, num_updates: int) -> bool:
-        """Whether it is time for one."""
+        """Return whether a checkpoint is due."""
         minutes = (time.monotonic() - self._clock) / 60
         by_updates = self.every_updates and num_updates - self.saved_at >= self.every_updates
         by_time = self.every_minutes is not None and minutes >= self.every_minutes
         return bool(self.keep and (by_updates or by_time))
 
     def done(self, num_updates: int) -> None:
-        """One was written."""
+        """Note that a checkpoint was written."""
         self.saved_at, self._clock = num_updates, time.monotonic()
 
 
@@ -98,7 +100,7 @@ def _remove(path: Path) -> None:
 
 
 def free_name(place: Path, num_updates: int) -> Path:
-    """Return the name of the next checkpoint of an update: ``.1`` and so on if there is one."""
+    """Return the path of the next checkpoint of an update: with ``.1`` and so on if one exists."""
     name = f"update-{num_updates:08d}"
     taken = [_order(path)[1] for path in place.glob(f"{name}*")]
     return place / (f"{name}.{max(taken) + 1}" if taken else name)

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: metrics.jsonl always, W&B when asked, the terminal."""
+"""The log of a run: metrics.jsonl always, W&B when asked, and lines on the terminal."""
 
 import fcntl
 import json
@@ -21,9 +21,10 @@ POLL_SECONDS = 0.2
 
 
 class FolderLock:
-    """Holds a run folder for one run at a time; ValueError where another one has it.
+    """Lock a run folder for one run at a time; a context manager.
 
-    The primary rank holds it, after it has tried for ``patience`` seconds. A context manager.
+    The primary rank holds the lock. It tries for ``patience`` seconds. ValueError when another
+    process then still has it.
     """
 
     def __init__(self, folder: Path, patience: float = 0.0) -> None:
@@ -48,13 +49,14 @@ class FolderLock:
 
 
 class RunLog:
-    """One run's log; a context manager that ends the W&B run with the right exit code.
+    """The log of one run; a context manager that ends the W&B run with the right exit code.
 
-    Every event is one JSON object a line in ``metrics.jsonl``, the source of truth, and one W&B
-    step with the same keys. Only the primary rank writes and talks. A resumed run passes
-    ``position``, what ``RunLog.position`` said in the checkpoint: later lines, whose updates come
-    again, are cut off. ``source`` is the folder to take the lines before from, where it is not
-    this one.
+    Every event is one line with a JSON object in ``metrics.jsonl``, the source of truth. It is
+    also one W&B step with the same keys. Only the primary rank writes and talks.
+
+    A resumed run passes ``position``: the value of ``RunLog.position`` in the checkpoint. Later
+    lines are cut off, since their updates come again. ``source`` is the folder that the earlier
+    lines are copied from (None: ``folder`` itself).
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class RunLog:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def position(self) -> dict[str, Any]:
-        """Where ``metrics.jsonl`` stands, safely on disk, and the id of the W&B run."""
+        """Write the log to the disk; return its length in bytes and the id of the W&B run."""
         self._file.flush()
         if self._talks:
             os.fsync(self._file.fileno())
@@ -109,9 +111,10 @@ class RunLog:
         }
 
     def event(self, event: str, num_updates: int, epoch: float, **metrics: Any) -> None:
-        """Record one event; keys as in the README.
+        """Record one event with the keys 'event', 'num_updates', 'epoch' and those of ``metrics``.
 
-        Values are numbers, strings, lists or mappings; one with 'columns' and 'data' is a table.
+        Values are numbers, strings, lists or mappings. A mapping of 'columns' and 'data' is a
+        table.
         """
         if not self._talks:
             return
@@ -121,7 +124,7 @@ class RunLog:
         self._step += 1
 
     def line(self, text: str) -> None:
-        """One line on the terminal, above the progress bar."""
+        """Print one line on the terminal, above the progress bar."""
         if self._talks:
             self._bar.write(text)
 
@@ -131,18 +134,21 @@ class RunLog:
         self._bar.update(num_updates - self._bar.n)
 
     def end_progress(self) -> None:
-        """Close the progress bar, so that what follows stands below it."""
+        """Close the progress bar; later lines are printed below it."""
         self._bar.close()
 
     def images(self, paths: list[Path]) -> None:
-        """Pictures in W&B, under ``figures/<name>``."""
+        """Send pictures to W&B, under ``figures/<name>``."""
         if self._wandb is not None:
             import wandb
 
             self._wandb.log({f"figures/{p.stem}": wandb.Image(str(p)) for p in paths})
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Values of the whole run: ``summary.json``, whole or not at all, and W&B's summary."""
+        """Write the values of the whole run to ``summary.json`` and to W&B's summary.
+
+        The file is written whole or not at all.
+        """
         if not self._talks:
             return
         text = json.dumps(plain_values(values), indent=2, allow_nan=False)
@@ -170,9 +176,10 @@ class RunLog:
 
 
 def locked(folder: Path) -> TextIO | None:
-    """The lock of ``folder``, which is made, until the file is closed; None where another has it.
+    """Make ``folder`` and lock it; return the lock's file, or None if another process has it.
 
-    The system gives it back when the process ends, however it ends.
+    Closing the file releases the lock. The system also releases it when the process ends, however
+    it ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("w")
@@ -208,10 +215,10 @@ def _cut(path: Path, source: Path, size: int) -> None:
 def _start_wandb(
     folder: Path, config: Mapping[str, Any], options: Mapping[str, Any], known: str | None
 ) -> Any:
-    """A W&B run, or the ``known`` one again.
+    """Start a W&B run, or reopen the ``known`` one.
 
-    An offline run cannot be reopened: it is written anew, whole, from metrics.jsonl, and what the
-    interrupted process left is put aside, so that one offline folder holds everything.
+    An offline run cannot be reopened. It is written anew, whole, from metrics.jsonl. What the
+    interrupted process left is put aside. One offline folder thus holds everything.
     """
     import wandb
 

@@ -1,4 +1,4 @@
-"""The tensors of a learner and the generators of random numbers, saved and restored."""
+"""Save and restore the tensors of a learner and the states of the random generators."""
 
 import random
 import warnings
@@ -23,10 +23,12 @@ TENSORS = "tensors"
 def load_tensors(
     path: Path, state: Mapping[str, Any], learner: Learner, branches: bool
 ) -> list[str]:
-    """Give model, optimizer and scaler of ``learner`` the values of a checkpoint, in place.
+    """Load a checkpoint into model, optimizer and scaler of ``learner``, in place.
 
-    The adapters must be there already. The checkpoint may come from another number of processes,
-    sharded or not. Returns lines on what could not be taken over by a run that ``branches`` off.
+    The model must have its adapters already. The checkpoint may come from another number of
+    processes, sharded or not. A run that ``branches`` off keeps its own values of the optimizer's
+    groups, such as the learning rate. Return one line if the moments cannot be taken over, since
+    the optimizer is another one; else an empty list.
     """
     weights, moments = state["weights"], state["moments"]
     if weights is None:
@@ -47,7 +49,14 @@ def load_tensors(
 
 
 def learner_state(learner: Learner) -> dict[str, Any]:
-    """What of a learner is no large tensor: loss scale, values in groups, names, shapes."""
+    """Return the small state of a learner as plain values.
+
+    - ``optimizer``: name of the optimizer's class, with its options that have moments.
+    - ``scaler``: state of the loss scaler, or None.
+    - ``groups``: values of the optimizer's parameter groups.
+    - ``shapes``: shapes of the plain model's tensors.
+    - ``trained``: names of the parameters that train.
+    """
     return {
         "optimizer": _kind(learner.optimizer),
         "scaler": learner.scaler.state_dict() if learner.scaler else None,
@@ -66,7 +75,7 @@ def _kind(optimizer: Optimizer) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of random, numpy and torch, as plain types and tensors."""
+    """Return the states of random, numpy and torch, as plain types and tensors."""
     numpy_state: Any = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -77,7 +86,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put the generators back to ``random_states``."""
+    """Set the random generators to ``states``, as ``random_states`` returned them."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = states["numpy"]
@@ -88,7 +97,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def write_sharded(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Write all tensors with torch.distributed.checkpoint; return the values that are none."""
+    """Write all tensors with torch.distributed.checkpoint; return the other values."""
     flat = {f"weights/{name}": tensor for name, tensor in tensors["weights"].items()}
     plain: dict[str, dict[str, Any]] = {}
     for name, state in tensors["moments"].items():
@@ -104,7 +113,11 @@ def write_sharded(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
 def load_sharded(
     folder: Path, plain: Mapping[str, Mapping[str, Any]], model: nn.Module, only: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Weights and moments (``only`` one of them), each rank its part of a sharded ``model``."""
+    """Return weights and moments; of a sharded ``model`` each rank reads its part.
+
+    ``plain`` holds the values of the moments that are no tensors. ``only`` is 'weights' or
+    'moments' to read just these.
+    """
     reader = dcp.FileSystemReader(folder)
     parameters = model.state_dict()
     tensors: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Many runs: jobs of a multirun, and the full phase that they share."""
+"""Sweeps of many runs: the jobs of a multirun, and the full phase that they share."""
 
 from switchlora.sweep.jobs import (
     JOB as JOB,

@@ -1,7 +1,10 @@
-"""Jobs of a multirun: each in a process of its own, in a folder named after its configuration.
+"""The jobs of a multirun: each has its own process, and a folder named after its configuration.
 
-A job's identity is what shapes its results, so the same multirun started again skips the jobs that
-are finished, resumes those that were interrupted and retries those that failed.
+The identity of a job is what shapes its results. When the same multirun is started again, it:
+
+- skips the jobs that are finished,
+- resumes the jobs that were interrupted,
+- retries the jobs that failed.
 """
 
 import json
@@ -34,36 +37,40 @@ PARENT = "SWITCHLORA_PARENT"
 POLL_SECONDS = 1.0
 NAME_LENGTH = 80
 JOB_PATIENCE = 30.0
-"""seconds that a job waits for the one before it in its folder, which may still be saving"""
+"""seconds that a job waits for an earlier process in its folder, which may still be saving"""
 FRESH_PROCESSES = "submitit"
-"""launchers whose jobs are processes of their own already"""
+"""part of the names of launchers that already run each job in its own process"""
 COUNTED = {"skipped": "finished before", "new": "new"}
 NAMED = ("resumed", "retried", "interrupted", "failed")
 METHOD = "+method"
-"""the group of yamls that each make a published system"""
+"""config group of published systems, one yaml each"""
 PLACED = ("resume", "system.threads", "system.device", "system.parallel")
-"""keys that shape no identity of a run, and yet make another job of it"""
+"""keys that are not in the identity of a run, but make it another job"""
 
 
 class Sweep(Callback):
-    """Hydra's callback that remembers the multirun of this process, to tell how its jobs went."""
+    """Remember the multirun of this process and report how its jobs ended: a Hydra callback."""
 
     running: "Sweep | None" = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Note where the jobs are and when they start; make their folder."""
+        """Make the folder of the jobs; note it and the time of the start."""
         self.folder, self.start = Path(config.hydra.sweep.dir), time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
         Sweep.running = self
 
     def jobs(self) -> dict[str, dict[str, Any]]:
-        """How each job of this multirun ended, by the name of its folder."""
+        """Return outcome and reason of each job of this multirun, by the name of its folder."""
         files = sorted(self.folder.glob(f"*/{JOB}"))
         recent = [path for path in files if path.stat().st_mtime >= self.start]
         return {path.parent.name: _noted(path.parent) for path in recent}
 
     def lines(self) -> list[str]:
-        """How many jobs were skipped and new, and which were resumed, retried and failed."""
+        """Return the closing lines of the multirun.
+
+        They count the skipped and the new jobs. They name the jobs that were resumed, retried or
+        interrupted, or that failed.
+        """
         jobs = self.jobs()
         lines = [f"{len(jobs)} jobs in {self.folder}:"] if jobs else []
         for outcome, words in COUNTED.items():
@@ -79,20 +86,21 @@ class Sweep(Callback):
 
 
 def told(sweep: Sweep | None) -> Sequence[str]:
-    """The closing lines of a multirun, on the primary rank; none of a single run."""
+    """Return the closing lines of a multirun on the primary rank; none for a single run."""
     return sweep.lines() if sweep is not None and distributed.is_primary() else ()
 
 
 def failed(sweep: Sweep | None) -> bool:
-    """Whether a job of a multirun did not come to its end."""
+    """Return whether a job of the multirun failed or was interrupted."""
     jobs = sweep.jobs().values() if sweep is not None else ()
     return any(job["outcome"] in ("failed", "interrupted") for job in jobs)
 
 
 def job_folder(*, _root_: DictConfig) -> str:
-    """The name of a job's folder: what is set on the command line, and its identity.
+    """Return the name of a job's folder: the overrides of the command line, and its identity.
 
-    A folder that is there for the same identity, under other words, keeps its name.
+    If a folder of the same identity exists under other overrides, its name is returned.
+    ``NAME_LENGTH`` bounds the bytes of the name: the first overrides are left out.
     """
     config = {key: value for key, value in _root_.items() if key != "hydra"}
     keys = shaping(OmegaConf.to_container(OmegaConf.create(config), resolve=True))  # type: ignore[arg-type]
@@ -108,7 +116,11 @@ def job_folder(*, _root_: DictConfig) -> str:
 
 
 def readable(word: str) -> str:
-    """An override as part of a file name: 'switch.criterion.tau=0.5' is 'tau-0.5'."""
+    """Return an override as part of a file name: 'tau-0.5' for 'switch.criterion.tau=0.5'.
+
+    '+method=lora' is 'lora'. Return '' for an override that does not change results, for other
+    additions, and for Hydra's own overrides.
+    """
     key, _, value = word.partition("=")
     if key == METHOD:
         return value
@@ -120,11 +132,12 @@ def readable(word: str) -> str:
 
 
 def run_job(config: DictConfig, folder: Path, train: Any) -> Mapping[str, Any]:
-    """Make, or finish, the job in ``folder``; return its summary.
+    """Run the job in ``folder``, or finish it; return its summary.
 
-    It runs in a fresh process, so that its peak of memory and its W&B run are its own, unless the
-    launcher has made one or several processes share it; then ``train(config, folder)`` is called.
-    JobFailed, with the reason, when it fails; the other jobs go on.
+    The job runs in a fresh process. Its peak of memory and its W&B run are thus its own. If the
+    launcher has already made a process for the job, or several processes share it,
+    ``train(config, folder)`` is called instead. JobFailed, with the reason, when the job fails;
+    the other jobs go on.
     """
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir)
@@ -148,7 +161,7 @@ def run_job(config: DictConfig, folder: Path, train: Any) -> Mapping[str, Any]:
 
 
 def job_values(config: DictConfig, sweep: Path, folder: Path) -> dict[str, Any]:
-    """What a job of the multirun in ``sweep`` has other than a single run, by dotted key."""
+    """Return the values, by dotted key, in which a job of ``sweep`` differs from a single run."""
     values: dict[str, Any] = {}
     if config.resume is None or find_all(folder):
         values["resume"] = AUTO
@@ -162,9 +175,9 @@ def job_values(config: DictConfig, sweep: Path, folder: Path) -> dict[str, Any]:
 
 
 def objectives(config: DictConfig, summary: Mapping[str, Any]) -> float | tuple[float, ...]:
-    """The values of a summary that a sweeper optimises, one or several.
+    """Return the one or several values of a summary that a sweeper optimises.
 
-    ValueError for a name in ``objectives`` that the summary does not have.
+    ValueError for a name in ``config.objectives`` that is no number in the summary.
     """
     known = {key: v for key, v in leaves(summary) if isinstance(v, int | float)}
     if missing := [name for name in config.objectives if name not in known]:
@@ -176,12 +189,15 @@ def objectives(config: DictConfig, summary: Mapping[str, Any]) -> float | tuple[
 
 
 def is_job() -> bool:
-    """Whether this process is a job of a multirun in another process."""
+    """Return whether this process is a job of a multirun that runs in another process."""
     return FAILURE in os.environ
 
 
 def follow_parent() -> None:
-    """In a job's process: save and leave, as on SIGTERM, when the process that started it dies."""
+    """Send this process SIGTERM when the process that started it dies: it saves and leaves.
+
+    Only the process of a job has such a parent.
+    """
     if (parent := os.environ.pop(PARENT, None)) is not None:
         threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
 
@@ -193,9 +209,10 @@ def _follow(parent: int) -> None:
 
 
 def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
-    """Run the job in a process of its own; JobFailed with the reason that it leaves in a file.
+    """Run the job in its own process and wait for it.
 
-    Where jobs run at the same time its output goes to another file.
+    JobFailed with the reason that the job leaves in ``failure.txt``. JobInterrupted when a signal
+    ended it. If the launcher runs jobs at the same time, the output goes to ``output.log``.
     """
     failure = folder / "failure.txt"
     failure.unlink(missing_ok=True)
@@ -220,7 +237,10 @@ def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
 
 
 def _wait_for(process: subprocess.Popen) -> int:
-    """Exit status; Ctrl-C, which the process has received too, is left to it to obey."""
+    """Return the exit status.
+
+    Ctrl-C is ignored here: the process has received it too, and it ends by itself.
+    """
     while True:
         try:
             return process.wait()
@@ -229,7 +249,7 @@ def _wait_for(process: subprocess.Popen) -> int:
 
 
 def command(values: Mapping[str, Any], folder: Path) -> list[str]:
-    """The command line that makes this job of a multirun alone."""
+    """Return the command line that runs this one job of a multirun alone."""
     hydra = HydraConfig.get()
     sources = hydra.runtime.config_sources
     given = [source.path for source in sources if source.provider == "command-line"]
@@ -248,15 +268,15 @@ def _quoted(value: str) -> str:
 
 
 def _places(word: str) -> bool:
-    """Whether an override says where a job starts, what data it reads or what it runs on."""
+    """Return whether an override says where a job starts, which data it reads or where it runs."""
     key, _, value = word.partition("=")
     return (key in PLACED or key.endswith("root")) and value not in (AUTO, "null")
 
 
 def _begun(folder: Path, config: Config) -> str:
-    """'skipped', 'new', 'resumed' or 'retried': what starting the job in ``folder`` is.
+    """Begin the job in ``folder``; return 'skipped', 'new', 'resumed' or 'retried'.
 
-    What is noted of an earlier start is removed.
+    The note of an earlier start is removed, unless the job is skipped.
     """
     if finished_summary(AUTO, folder, config) is not None:
         return "skipped"
@@ -269,7 +289,7 @@ def _begun(folder: Path, config: Config) -> str:
 
 
 def _noted(folder: Path) -> dict[str, Any]:
-    """What is noted of the job in a folder; 'interrupted' where nothing can be read."""
+    """Return the noted outcome of the job in a folder; 'interrupted' if none can be read."""
     try:
         return json.loads((folder / JOB).read_text())
     except (OSError, ValueError):

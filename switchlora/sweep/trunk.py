@@ -1,10 +1,12 @@
-"""Full phases that runs share: those of one configuration but for when it switches, and to what.
+"""Share one full phase among runs that differ only in when they switch, and to what.
 
-A trunk is a folder named after everything that shapes a full phase. It looks like a run's:
-``config.yaml``, ``metrics.jsonl`` with every measurement, and checkpoints, each made just after a
-measurement and thinned to a budget. One run at a time extends it and holds its lock. Any other
-replays its own criterion over the history; where that fires, it goes on as itself from the
-nearest checkpoint before, bit for bit as if it had trained from the start alone.
+A trunk is a folder named after everything that shapes a full phase. It looks like a run folder:
+``config.yaml``, ``metrics.jsonl`` with every measurement, and checkpoints. Each checkpoint is made
+just after a measurement. Checkpoints are thinned to a budget.
+
+One run at a time holds the trunk's lock and extends it. Any other run replays its own criterion
+over the history of the trunk. If the criterion fires there, the run goes on from the nearest
+checkpoint before. Its result is bit for bit that of a run that trained alone from the start.
 """
 
 import json
@@ -49,17 +51,18 @@ BORROWED = ".from-trunk"
 GIGABYTE = 10**9
 POLL_SECONDS = 0.5
 NO_RELATION = -1
-"""updates up to which a run may borrow from a trunk that it does not continue"""
+"""stands for the firing update when a run does not continue the trunk: it borrows nothing"""
 MEASURED_BY = ("switch.targets", "switch.split_qkv")
 Say = Callable[[str], None]
 Save = Callable[[Path, int], None]
-"""writes a checkpoint of the run into a folder whose log has so many bytes"""
+"""write a checkpoint of the run into a folder; the number is the byte of its log to go on from"""
 
 
 def trunk_key(config: Config, device: torch.device, data: str) -> dict[str, Any]:
-    """Everything that shapes the bits of a full phase, as plain values by dotted key.
+    """Return everything that shapes the bits of a full phase, as plain values by dotted key.
 
-    ``data`` is a digest of the data set. Code and versions are in it, the switch policy is not.
+    ``data`` is a digest of the data set. The key has the code and the versions. Of the switch
+    policy it has only ``targets`` and ``split_qkv``.
     """
     shared = {key: value for key, value in shaping(config).items() if not _comes_later(key)}
     return {
@@ -78,9 +81,10 @@ def first_firing(
     history: Sequence[Measurement],
     targets: Mapping[str, Target] | None = None,
 ) -> int | None:
-    """Updates made when ``policy`` switches any of ``targets`` first, 0 before the first update.
+    """Return the number of updates at which ``policy`` first switches any of ``targets``.
 
-    None where the history holds no such moment; without targets only a whole switch counts.
+    0 is a switch before the first update. None when the policy switches nowhere in ``history``.
+    Without targets only a whole switch counts, not a stage.
     """
     for length in range(len(history) + 1):
         verdict = policy.decide(history[:length])
@@ -93,11 +97,14 @@ def first_firing(
 class Trunk:
     """One shared full phase on the disk, and this run's part in it.
 
-    ``gigabytes`` of checkpoints are kept, the newest always; writing them takes no more than
-    ``time_share`` of the time, so that not every measurement has one. With ``wait``, a run whose
-    criterion has not fired yet on what is there waits while another one extends the trunk;
-    otherwise, and with several processes, it computes the rest on its own. All ranks call the
-    public methods.
+    - ``gigabytes``: budget of the checkpoints. The newest one always stays.
+    - ``time_share``: writing checkpoints takes at most this share of the time. Not every
+      measurement therefore has one.
+    - ``wait``: what a run does whose criterion has not yet fired on the trunk while another run
+      extends it. With True it waits. With False, or with several processes, it computes the rest
+      on its own.
+
+    All ranks must call the public methods.
     """
 
     def __init__(
@@ -113,7 +120,7 @@ class Trunk:
         self.folder = place / identity(key)
         self.log = TrunkLog(self.folder)
         self.extends = False
-        """whether this run is the one that makes it longer"""
+        """whether this run is the one that extends the trunk"""
         self._key, self._bytes, self._wait = key, gigabytes * GIGABYTE, wait
         self._share = time_share
         self._lock: TextIO | None = None
@@ -128,10 +135,11 @@ class Trunk:
         interruption: Interruption,
         say: Say = print,
     ) -> Found | None:
-        """Where the run in folder ``run`` goes on: at a checkpoint of the trunk or its own.
+        """Return the checkpoint from which the run in folder ``run`` goes on.
 
-        Afterwards ``extends`` says whether this run makes the trunk longer. Interrupted when a
-        signal comes while it waits.
+        This is a checkpoint of the trunk, or else ``own``, that of the run itself (None: the run
+        starts at the beginning). Afterwards ``extends`` says whether this run extends the trunk.
+        Interrupted when a signal comes while the run waits.
         """
         place, position, self.extends = distributed.from_primary(
             lambda: self._choose(policy, model, own, run, interruption, say)
@@ -151,9 +159,10 @@ class Trunk:
         return Found(place, run, [line], branches=False, state=state, foreign=True)
 
     def publish(self, measurement: Measurement, run: Path, save: Save, say: Say) -> None:
-        """Add what the run in folder ``run`` has just measured, and now and then a checkpoint.
+        """Add the run's newest measurement to the trunk, and a checkpoint if one is due.
 
-        ``save(folder, place)`` writes the run as it is; ``say`` tells the user a line.
+        ``run`` is the folder of the run. ``save(folder, place)`` writes the run as it is. ``say``
+        shows the user a line. A run that does not extend the trunk adds nothing.
         """
         if not self.extends:
             return
@@ -163,7 +172,7 @@ class Trunk:
                 self._save(measurement.num_updates, save)
 
     def leave(self, num_updates: int, save: Save, say: Say) -> None:
-        """Let another run extend the trunk from where this run, which switches, leaves it."""
+        """Leave the trunk at a switch, with a checkpoint from which another run can extend it."""
         if self.extends:
             with self._left_when_it_cannot_be_written(say):
                 if not distributed.from_primary(lambda: self._is_saved(num_updates)):
@@ -171,7 +180,7 @@ class Trunk:
         self.release()
 
     def release(self) -> None:
-        """Give back the lock, if this run holds it."""
+        """Release the lock, if this run holds it."""
         self.extends = False
         if self._lock is not None:
             self._lock.close()
@@ -186,7 +195,10 @@ class Trunk:
         interruption: Interruption,
         say: Say,
     ) -> tuple[Path | None, int, bool]:
-        """A borrowed checkpoint, bytes of the run's log there, and whether the run extends."""
+        """Return a borrowed checkpoint or None, a log position, and whether this run extends.
+
+        The position is the length in bytes of the run's log, which then has the trunk's events.
+        """
         fires = self._wait_for_a_decision(policy, model, own, interruption, say)
         least = own.state["train"]["num_updates"] if own else 0
         for path in retention.find_all(self.folder):
@@ -212,8 +224,11 @@ class Trunk:
         interruption: Interruption,
         say: Say,
     ) -> int | None:
-        """Updates at which ``policy`` fires on the trunk; None when this run has to train on, and
-        NO_RELATION when what it has done so far is not what the trunk tells of."""
+        """Return the number of updates at which ``policy`` fires on the trunk.
+
+        None when this run has to train on. NO_RELATION when the past of this run is not that of
+        the trunk.
+        """
         targets = policy.find_targets(model)
         waits = self._wait and distributed.world_size() == 1
         known, told = -1, False
@@ -246,7 +261,7 @@ class Trunk:
         return self._lock is not None
 
     def _append(self, measurement: Measurement, run: Path) -> bool:
-        """Add a measurement; whether a checkpoint is due."""
+        """Add a measurement; return whether a checkpoint is due."""
         if not (self.folder / CONFIG).exists():
             shutil.copyfile(run / CONFIG, self.folder / CONFIG)
         self.log.append(measurement, run / METRICS)
@@ -274,7 +289,7 @@ class Trunk:
             self.release()
 
     def _taken(self, state: Mapping[str, Any], own: Found | None) -> dict[str, Any]:
-        """What a borrowed checkpoint saves a run that has its ``own`` one already, and before."""
+        """Return the updates and seconds that the borrowed ``state`` saves, now and before."""
         before = own.state if own else None
         updates, seconds = state["train"]["num_updates"], state["stopwatch"]["train_seconds"]
         if before is not None:
@@ -289,7 +304,7 @@ class Trunk:
 
 
 def give_back(found: Found) -> None:
-    """Remove the copy of a trunk's checkpoint that a run has loaded, if it is one."""
+    """Remove ``found`` after loading, if it is a run's copy of a trunk's checkpoint."""
     if found.path.parent.name == BORROWED and distributed.is_primary():
         shutil.rmtree(found.path.parent, ignore_errors=True)
 
@@ -300,10 +315,11 @@ def _comes_later(key: str) -> bool:
 
 
 def _continues(own: Found | None, history: Sequence[Measurement]) -> bool:
-    """Whether a run that goes on from ``own`` makes a trunk with this ``history`` longer.
+    """Return whether a run that goes on from ``own`` continues a trunk with this ``history``.
 
-    It does not where it knows measurements that the trunk lacks, or others: it began under another
-    version of the code, or alone.
+    It does not if its own measurements are missing in the trunk or differ from the trunk's. Such
+    a run began alone, or under another version of the code. It does not either if a switch of it
+    failed.
     """
     if own is None:
         return True
@@ -313,7 +329,10 @@ def _continues(own: Found | None, history: Sequence[Measurement]) -> bool:
 
 
 def _borrow(path: Path, run: Path) -> Path:
-    """A copy of a checkpoint in a run's folder, by links if possible: the trunk may thin it."""
+    """Copy a checkpoint into a run's folder, by links if possible; return the copy.
+
+    The trunk may remove its own at any time.
+    """
     place = run / BORROWED
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)

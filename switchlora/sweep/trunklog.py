@@ -1,4 +1,4 @@
-"""What a trunk has logged: ``metrics.jsonl`` of a shared full phase, without any verdict in it."""
+"""The log of a trunk: ``metrics.jsonl`` of a shared full phase, without verdicts."""
 
 import json
 import os
@@ -13,28 +13,30 @@ from switchlora.storage import METRICS, as_record, measurement_metrics, measurem
 
 UNDECIDED = Verdict(False, {}, "")
 Placed = tuple[int, dict[str, Any]]
-"""where a line begins, in bytes, and its event"""
+"""the byte at which a line begins, and the event on the line"""
 
 
 class TrunkLog:
-    """The log in ``folder``. Only the run that holds the trunk's lock may ``mend`` and ``append``.
+    """The log of the trunk in ``folder``.
 
-    A checkpoint at a measurement belongs in front of that measurement's line.
+    Only the run that holds the trunk's lock may ``mend`` and ``append``. A checkpoint made at a
+    measurement belongs before the line of this measurement: a run that resumes from it writes the
+    line itself.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS
 
     def size(self) -> int:
-        """Bytes so far."""
+        """Return the length of the log in bytes; 0 if there is none yet."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def history(self) -> list[Measurement]:
-        """What has been measured so far."""
+        """Return the measurements so far."""
         return [measurement_of(event) for _, event in _measured(self.path)]
 
     def mend(self) -> None:
-        """Cut off what a killed run has left behind the last whole measurement."""
+        """Cut off everything after the last whole measurement, left by a killed run."""
         self.path.touch()
         end = place = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
@@ -44,7 +46,10 @@ class TrunkLog:
         os.truncate(self.path, end)
 
     def append(self, measured: Measurement, metrics: Path) -> None:
-        """Add a new measurement, and what a run's ``metrics`` hold since the one before."""
+        """Add a new measurement, and the run's other events since the measurement before.
+
+        ``metrics`` is the log file of the run. A measurement that is there already is not added.
+        """
         known = [event["num_updates"] for _, event in _measured(self.path)]
         if measured.num_updates in known:
             return
@@ -56,13 +61,15 @@ class TrunkLog:
             os.fsync(file.fileno())
 
     def place_of(self, num_updates: int) -> int:
-        """Where the line of a measurement begins."""
+        """Return the byte at which the line of the measurement at ``num_updates`` begins."""
         return next(p for p, event in _measured(self.path) if event["num_updates"] == num_updates)
 
     def copy_to(self, run: Path, size: int, policy: SwitchPolicy, kept: int) -> int:
-        """Give a run the first ``size`` bytes of events, with its own verdicts; bytes there then.
+        """Copy the trunk's events, its first ``size`` bytes, into the log in folder ``run``.
 
-        Its own first ``kept`` bytes, which tell of the same updates, stay as they are.
+        The copy has the verdicts of ``policy``; the trunk has none. The first ``kept`` bytes of
+        the run's log tell of the same updates and are left as they are. Return the new length of
+        the run's log in bytes.
         """
         history: list[Measurement] = []
         lines = []
@@ -82,7 +89,7 @@ class TrunkLog:
 
 
 def _events(path: Path) -> Iterator[Placed]:
-    """The whole lines of a log that another run may be writing."""
+    """Yield the whole lines of a log. Another run may be writing it."""
     place = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         if line.endswith(b"\n"):
@@ -95,7 +102,7 @@ def _measured(path: Path) -> Iterator[Placed]:
 
 
 def _events_after(path: Path, num_updates: int) -> list[dict[str, Any]]:
-    """Events of a run behind its measurement at ``num_updates``, or all of them."""
+    """Return the events after the run's measurement at ``num_updates``; all if there is none."""
     events = [event for _, event in _events(path)]
     known = [
         number

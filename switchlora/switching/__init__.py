@@ -1,4 +1,4 @@
-"""What changes the model: the switch and what comes after it, all or nothing."""
+"""Changes of the model: the switch and what comes after it. Each succeeds or is undone."""
 
 from switchlora.switching.changes import (
     SwitchReport as SwitchReport,

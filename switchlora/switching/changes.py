@@ -1,9 +1,12 @@
-"""What changes the trained tensors of a run, all or nothing, in the same process.
+"""The changes of the trained tensors of a run, each made in the same process or undone.
 
-``switch`` puts adapters on targets, ``settle`` ends the joint phase, ``restart`` and ``grow``
-replace adapters by new ones, ``take_back`` merges them and returns to full training. Each is a
-change of the plain model inside ``operate``, which undoes it on all ranks when anything fails on
-any.
+- ``switch`` puts adapters on targets.
+- ``settle`` ends the joint phase.
+- ``restart`` and ``grow`` replace adapters by new ones.
+- ``take_back`` merges the adapters and returns to full training.
+
+Each is a change of the plain model inside ``operate``. When anything fails on any rank,
+``operate`` undoes the change on all ranks.
 """
 
 import math
@@ -38,19 +41,19 @@ from switchlora.switching.transaction import Adapters, Outcome, Rebuild, Replace
 
 @dataclass(frozen=True)
 class SwitchReport(Outcome):
-    """What the switch did."""
+    """The facts that a switch reports."""
 
     ranks: Mapping[str, int]
-    """applied rank per target; 0 is frozen without an adapter"""
+    """applied rank per target; a target of rank 0 is frozen without an adapter"""
     left_full: Sequence[str]
-    """targets that stay as they are, since their rank would save nothing"""
+    """targets that stay as they are: factors would save no parameters, or too little time"""
     captured_energy: Mapping[str, float]
     """share of the recent update's energy in the adapter's row space; NaN where nothing moved"""
     waiting: Sequence[str] = ()
-    """targets that train on as they are, for a later stage"""
+    """targets that train on as they are until a later stage"""
 
     def after(self, earlier: "SwitchReport") -> "SwitchReport":
-        """This stage and the ``earlier`` ones as one switch."""
+        """Return one report of this stage and the ``earlier`` ones."""
         return replace(
             self,
             ranks={**earlier.ranks, **self.ranks},
@@ -65,7 +68,7 @@ class SwitchReport(Outcome):
 
 @dataclass(frozen=True)
 class Growth(Outcome):
-    """What raised the ranks of adapters."""
+    """The facts that a growth of the ranks reports."""
 
     ranks: Mapping[str, int]
     """new rank per adapted target"""
@@ -81,14 +84,17 @@ def switch(
     chosen: Sequence[str] | None = None,
     inputs: Tensor | None = None,
 ) -> tuple[Learner, SwitchReport]:
-    """Put adapters on the ``chosen`` targets (None: all); the learner is ``rebuild(model)`` then.
+    """Put adapters on the ``chosen`` targets (None: all) and return the new learner and a report.
 
-    All or nothing, on all ranks: when anything raises on any of them, modules and flags are put
-    back, the optimizer has not been touched, and SwitchFailed says why. The primary rank chooses
-    ranks and factors. The global RNG is left where it was. ``probe`` (N, ...) are the inputs on
-    which the drift of the logits is measured, the same on all ranks. A sharded model is gathered
-    and stays as it is. With a joint phase the weights train on beside their factors. ``inputs``, a
-    share of a batch, are what a least gain is measured on.
+    The new learner is ``rebuild(model)``. The switch succeeds on all ranks or on none. When
+    anything raises on any rank, modules and flags are put back, the optimizer has not been
+    touched, and SwitchFailed says why. The primary rank chooses ranks and factors. The global RNG
+    is left where it was. A sharded model is gathered and stays as it is. With a joint phase the
+    weights train on beside their factors.
+
+    - ``probe`` (N, ...): inputs on which the drift of the logits is measured. They must be the
+      same on all ranks.
+    - ``inputs``: a share of a batch, on which ``policy.least_gain`` is measured.
     """
     flags = training_flags(learner.model)
 
@@ -124,7 +130,10 @@ def settle(
     probe: Tensor,
     rebuild: Rebuild,
 ) -> tuple[Learner, Outcome]:
-    """End the joint phase: freeze the weights of the targets, or drop those that only guided."""
+    """End the joint phase: freeze the weights of the targets, or drop them from guided adapters.
+
+    A guided adapter needs its dense weight in the joint phase only.
+    """
 
     def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
         with together():
@@ -150,15 +159,15 @@ def restart(
 ) -> tuple[Learner, Outcome]:
     """Merge the adapters and start new ones of the same ranks (ReLoRA, arXiv 2307.05695).
 
-    The monitor's references are the weights at the last merge. Moments of the factors are pruned
-    as ``policy.restart`` says, all others survive.
+    The references of the monitor are the weights at the last merge. Moments of the factors are
+    pruned as ``policy.restart`` says. All other moments survive.
     """
     how = policy.restart
     assert how is not None
     flags = training_flags(learner.model)
 
     def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
-        torch.manual_seed(num_updates)  # inside of operate's fork: other directions each time
+        torch.manual_seed(num_updates)  # forked by operate; each restart draws other directions
         ranks = applied_ranks(model, monitor.targets, monitor.targets)
         fresh = replace(policy, init=how.init or policy.init, rank=lambda _: ranks, freeze=())
         plan = from_primary(lambda: make_plan(model, fresh, monitor, history))
@@ -184,12 +193,13 @@ def grow(
     probe: Tensor,
     rebuild: Rebuild,
 ) -> tuple[Learner, Growth]:
-    """Multiply the adapters' ranks by ``growth``, as long as that saves parameters.
+    """Multiply the ranks of the adapters by ``growth``, as far as factors save parameters.
 
-    The new rows of A are the leading right singular vectors of the loss's gradient by the
-    effective weight, ``gradients()`` (out, in) on the primary rank, of what lies outside A's row
-    space, with the norm sqrt(1/3) of LoRA's start; the new columns of B are zero. The function
-    does not move. Factors begin with fresh moments. SwitchFailed where no rank can grow.
+    ``gradients()`` returns the gradient of the loss by the effective weight (out, in) of each
+    adapted target. It is called on the primary rank. The part of the gradient outside the row
+    space of A gives the new rows of A: its leading right singular vectors, with the norm sqrt(1/3)
+    of LoRA's start. The new columns of B are zero, so the function of the network does not change.
+    Factors begin with fresh moments. SwitchFailed when no rank can grow.
     """
     flags = training_flags(learner.model)
 
@@ -213,8 +223,8 @@ def take_back(
 ) -> tuple[Learner, Outcome]:
     """Merge all adapters and train the ``trained`` parameters of the full phase again.
 
-    What trained on keeps its moments; merged weights begin with fresh ones, since those of the
-    factors do not determine them.
+    Parameters that trained on keep their moments. Merged weights begin with fresh moments, since
+    the moments of the factors do not determine them.
     """
     names = set(trained)
 
@@ -248,13 +258,13 @@ def _train_adapters(
     ranks: Mapping[str, int],
     waits: bool,
 ) -> None:
-    """Train the factors, what the policy keeps, and the targets that stay as they are."""
+    """Train the factors, the parameters that the policy keeps, and the targets that stay full."""
     full = [n for n, t in targets.items() if n not in ranks and t.trains_in_full(model)]
     train_only(model, going_on(model, policy, targets, full, waits), policy.train_factors)
 
 
 def _train_as(model: nn.Module, flags: Mapping[str, bool], policy: SwitchPolicy) -> None:
-    """Train what trained before, whatever has its name now, and the factors beside it."""
+    """Train the parameters whose names trained before (``flags``), and the factors."""
     kept = [name for name, trains in flags.items() if trains and not is_factor(name)]
     train_only(model, kept, policy.train_factors)
 

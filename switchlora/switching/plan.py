@@ -1,4 +1,4 @@
-"""What a switch is going to do: which targets, at what ranks, with which factors."""
+"""Plan a switch before it happens: which targets, at what ranks, with which factors."""
 
 import re
 from collections.abc import Collection, Container, Mapping, Sequence
@@ -31,9 +31,10 @@ WHOLE = (AtEpoch, LossPlateau)
 
 @dataclass(frozen=True)
 class Plan:
-    """What the primary rank has chosen, on the CPU.
+    """The choices of the primary rank for one switch; tensors are on the CPU.
 
-    Factors lie in memory as a checkpoint gives them back: products would round differently.
+    Factors have the strides of tensors loaded from a checkpoint. With other strides, products of
+    a resumed run would round differently.
     """
 
     ranks: dict[str, int]
@@ -53,10 +54,11 @@ def make_plan(
     inputs: Tensor | None = None,
     precision: str = "fp32",
 ) -> Plan:
-    """Ranks and factors of the ``chosen`` targets, of all of the monitor's when None.
+    """Choose ranks and factors for the ``chosen`` targets (None: all that the monitor measures).
 
-    ``model`` is a plain one. On ``inputs``, a share of a batch, the gain of factors is measured
-    where the policy asks for a least one.
+    ``model`` is the plain model. ``inputs`` is a share of a batch. If the policy has a
+    ``least_gain``, the speed of the factors is measured on ``inputs``. Targets that gain less stay
+    full. ValueError when no target is left to adapt.
     """
     ranks, left_full = choose_ranks(model, policy, monitor, history, chosen)
     if policy.least_gain is not None and inputs is not None:
@@ -83,15 +85,18 @@ def make_plan(
 
 
 def as_loaded(factor: Tensor) -> Tensor:
-    """``factor`` (m, n) on the CPU with strides (n, 1): one column counts as contiguous in any."""
+    """Return ``factor`` (m, n) on the CPU with strides (n, 1).
+
+    ``contiguous`` alone does not suffice: a single column counts as contiguous with any strides.
+    """
     return factor.detach().cpu().contiguous().flatten().view(factor.shape)
 
 
 def check_start(policy: SwitchPolicy, name: str, factors: Factors) -> None:
-    """ValueError for an adapter at B = 0 beside a residual weight that is rounded.
+    """Raise ValueError for an adapter at B = 0 beside a residual weight in bf16.
 
-    W_res lies on the grid of bf16 numbers, so W_res + s B A is rounded back to it as long as the
-    adapter is smaller than half a step of the grid, and its first updates would do nothing.
+    W_res lies on the grid of bf16 numbers. W_res + s B A is rounded back to W_res as long as the
+    adapter is smaller than half a step of the grid. Its first updates would do nothing.
     """
     if policy.residual_dtype is not None and len(factors.A) and not factors.B.any():
         raise ValueError(
@@ -107,10 +112,12 @@ def choose_ranks(
     history: Sequence[Measurement],
     chosen: Collection[str] | None = None,
 ) -> tuple[dict[str, int], list[str]]:
-    """Rank per target to switch, and the targets left full because their rank saves nothing.
+    """Return the rank of each target that switches, and the targets that stay full.
 
-    A fused module switches whole: one row slice that saves nothing leaves all of it full. In
-    stages each slice is on its own.
+    A target stays full when its rank saves no parameters. A fused module switches as a whole: if
+    one of its row slices saves nothing, all of them stay full. In stages each slice switches or
+    stays on its own. Rank 0 freezes a target without an adapter. ValueError when nothing would
+    adapt, or when the rank policy returns other targets than it was given.
     """
     now = {n: t for n, t in monitor.targets.items() if chosen is None or n in chosen}
     _, frozen = frozen_outright(model, now, policy.freeze, monitor.known)
@@ -151,10 +158,11 @@ def going_on(
     full: Collection[str] = (),
     waits: bool = False,
 ) -> dict[str, nn.Parameter]:
-    """What trains besides the factors, where of all ``targets`` those in ``full`` stay linears.
+    """Return the parameters other than the factors that train after the switch, by name.
 
-    While targets wait for a later stage (``waits``), everything else trains with them. Dense rows
-    beside adapters train where their target is in ``full``.
+    ``full`` names the targets that keep training their whole weight. A target in ``full`` can be a
+    row slice beside slices with adapters; its dense rows then train. While some targets still wait
+    for a later stage (``waits``), everything that is not frozen trains.
     """
     full_modules = {targets[name].module for name in full}
     patterns = [".*"] if waits else list(policy.keep)
@@ -174,10 +182,13 @@ def with_frozen_front(
     chosen: Sequence[str],
     probe: Tensor,
 ) -> SwitchPolicy:
-    """``policy`` that also freezes the front of the model that stands still, outright.
+    """Return ``policy`` with the still front of the model added to ``freeze``.
 
-    That is every parameter of what is called before the first target that trains or is going to
-    have an adapter: no gradient has to reach it.
+    The targets that train are taken in the order of their calls. The leading ones stand still as
+    long as they are in ``chosen`` with a margin of ``stages.still`` or more. The front is all that
+    is called before the first target that does not stand still. Its parameters are frozen
+    outright: no gradient has to reach them. Parameters outside of submodules, such as
+    ``pos_embed``, freeze with it. If no target stands still, the policy is returned as it is.
     """
     if policy.stages is None or policy.stages.still is None:
         return policy
@@ -200,13 +211,13 @@ def with_frozen_front(
 
 
 def _module_of(parameter_name: str, modules: Container[str]) -> str:
-    """Which of ``modules`` has this parameter; those of an adapter are two levels below."""
+    """Return which of ``modules`` has this parameter; an adapter's lie two levels below it."""
     name = parameter_name.rpartition(".")[0]
     return name if not name or name in modules else name.rpartition(".")[0]
 
 
 def _unit(policy: SwitchPolicy, target: Target) -> str:
-    """What becomes an adapted linear, or stays full, as one."""
+    """Return the unit that switches together: the target in stages, its whole module otherwise."""
     return target.name if policy.stages else target.module
 
 
@@ -243,7 +254,7 @@ def _slow(
     inputs: Tensor,
     precision: str,
 ) -> list[str]:
-    """Targets whose factors, measured, are not ``least_gain`` times faster than the target."""
+    """Return the targets whose measured gain from factors is below ``least_gain``."""
     assert policy.least_gain is not None
     adapted = {name: rank for name, rank in ranks.items() if rank}
     with eval_mode(model), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""One change of the trained tensors, all or nothing, in the same process."""
+"""Apply one change to the trained tensors, or undo all of it, in the same process."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -41,17 +41,17 @@ T = TypeVar("T", bound="Outcome")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What every change of the trained tensors tells."""
+    """The facts that every change of the trained tensors reports."""
 
     drift: float
     """largest absolute change of a logit on the probe, in float32"""
     rounding_drift: float | None
-    """the same from keeping the residual weights in fewer bytes"""
+    """the same, from rounding the residual weights to fewer bytes; None without rounding"""
     checksum: str
-    """of all trained tensors, the same on all ranks"""
+    """checksum of all trained tensors, the same on all ranks"""
     moments_carried: int
     parameters: int
-    """of the model before, which adapters do not add to"""
+    """number of parameters of the model before the change, without adapters"""
     trainable_before: int
     trainable_after: int
     seconds: float
@@ -69,9 +69,14 @@ def operate(
 ) -> tuple[Learner, T]:
     """Apply ``change`` to the plain model and rebuild the learner, or leave all as it was.
 
-    ``change`` notes the modules that it replaces as it goes, and returns what ``report`` tells
-    besides. ``inherit`` makes the moments that the new optimizer starts with, None for fresh ones;
-    ``limit`` is the largest drift of a logit that is accepted.
+    - ``change(model, replaced)`` stores each module that it replaces in ``replaced``, under its
+      name. It returns the fields of ``report`` that an Outcome does not have.
+    - ``rebuild`` makes the new learner from the changed model.
+    - ``inherit`` makes the moments that the new optimizer starts with (None: fresh ones).
+    - ``limit`` is the largest accepted drift of a logit on ``probe``.
+
+    When anything fails on any rank, modules and flags are put back on all ranks and SwitchFailed
+    is raised. A lost rank and an interrupt are raised as they are.
     """
     begin = time.perf_counter()
     learner.optimizer.zero_grad(set_to_none=True)
@@ -124,12 +129,15 @@ def operate(
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that train, by name."""
+    """Return the tensors that train, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _whole(learner: Learner) -> dict[str, dict[str, object]]:
-    """Moments by name; sharded ones whole and on the CPU, one at a time on the device."""
+    """Return the moments by name.
+
+    Sharded ones are gathered one at a time on the device, and moved to the CPU.
+    """
     return {
         name: {k: full(v).cpu() if isinstance(v, DTensor) else v for k, v in state.items()}
         for name, state in moments_of(learner.model, learner.optimizer).items()
@@ -137,7 +145,10 @@ def _whole(learner: Learner) -> dict[str, dict[str, object]]:
 
 
 def _snapshot(model: nn.Module) -> Adapters:
-    """The adapters where they are now: sharding moves the parameters themselves."""
+    """Return the adapters by module, detached from the parameters.
+
+    Rebuilding the learner may shard the model, which moves the parameters themselves.
+    """
     return {
         name: {
             part: a._replace(A=a.A.detach(), B=a.B.detach())
@@ -148,7 +159,7 @@ def _snapshot(model: nn.Module) -> Adapters:
 
 
 def _fresh_dense_rows(model: nn.Module, replaced: Replaced) -> dict[str, dict[str, slice]]:
-    """Rows of the slices that were rows of a plain weight until now."""
+    """Return, by module, the rows of dense slices that belonged to a plain weight until now."""
     return {
         name: {part: module.adapters()[part].rows for part in module.dense_rows()}
         for name, module in adapted_modules(model).items()
@@ -163,7 +174,10 @@ def _round_residuals(
     probe: Tensor,
     exact: dict[str, nn.Parameter],
 ) -> float | None:
-    """Round what is frozen; ``exact`` keeps the weights as they were."""
+    """Round the frozen residual weights and return the drift of the logits that this causes.
+
+    ``exact`` keeps the weights as they were. None when the policy rounds nothing.
+    """
     if policy.residual_dtype is None:
         return None
     for name, module in adapted_modules(model).items():

@@ -1,1 +1,1 @@
-"""The page of a sweep: one HTML file with everything in it."""
+"""The report page of a sweep: one self-contained HTML file."""

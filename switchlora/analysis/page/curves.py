@@ -1,4 +1,4 @@
-"""Curves of many runs for a page: small panels as inline SVG that follow the page's colours."""
+"""Draw curves of many runs for a page: small panels as inline SVG in the page's colours."""
 
 import math
 import re
@@ -20,17 +20,17 @@ from switchlora.names import family
 from switchlora.storage import Record
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")
-"""Okabe and Ito's, which colour-blind readers tell apart; black turns into the text colour"""
+"""the colour-blind-safe palette of Okabe and Ito; black becomes the page's text colour"""
 DASHES = ("", "6 2", "1.5 1.5", "7 2 1.5 2")
 STYLES = tuple((color, dash) for dash, color in product(DASHES, COLORS))
-"""colour and SVG dashes of a group of runs"""
+"""colour and SVG dashes of each group of runs"""
 STATISTICS = {
     "relative_update_norm": ("Update norm relative to the weight's, %", 100.0),
     "update_stable_rank": ("Stable rank of the update", 1.0),
     "weight_stable_rank": ("Stable rank of the weight", 1.0),
 }
 VALIDATION = {"val/top1": "Validation top1, %", "val/loss": "Validation loss"}
-MOST_POINTS = 240  # on a curve: the page stays small
+MOST_POINTS = 240  # on a curve, so that the page stays small
 PAGE_COLORS = {
     **dict.fromkeys(("#000000", "#111111", "#555555"), "currentColor"),
     "#ffffff": "var(--card)",
@@ -45,7 +45,7 @@ MARKER: dict[str, Any] = {
     "markeredgewidth": 0.8,
 }
 MARKERS = {"switch": "o", "stage": "o", "settle": "D", "grow": "^", "take_back": "X"}
-"""by kind of change; restarts have none"""
+"""the marker of each kind of change; restarts have none"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Curve:
     changes: Sequence[Change] = ()
 
     def thinned(self) -> "Curve":
-        """At most ``MOST_POINTS`` finite points, the first and the last among them."""
+        """Return the curve with at most ``MOST_POINTS`` finite points, including both ends."""
         finite = np.flatnonzero(np.isfinite(self.values))
         count = min(len(finite), MOST_POINTS)
         kept = finite[np.linspace(0, len(finite) - 1, count).round().astype(int)]
@@ -68,7 +68,7 @@ class Curve:
 
 
 def family_medians(record: Record, group: int) -> dict[str, dict[str, Curve]]:
-    """For each statistic and family, the median over the family's layers at each measurement."""
+    """Return, by statistic and family, the median over the family's layers per measurement."""
     course = read_timeline(list(record.events()))
     found: dict[str, dict[str, Curve]] = {key: {} for key in STATISTICS}
     for key, (_, unit) in STATISTICS.items():
@@ -82,7 +82,7 @@ def family_medians(record: Record, group: int) -> dict[str, dict[str, Curve]]:
 
 
 def medians(values: np.ndarray) -> np.ndarray:
-    """Medians (windows) over the layers that were measured; NaN where none was."""
+    """Return medians (windows) over the measured layers; NaN when no layer was measured."""
     found = np.full(len(values), math.nan)
     seen = np.isfinite(values).any(axis=1)
     found[seen] = np.nanmedian(values[seen], axis=1)
@@ -90,7 +90,7 @@ def medians(values: np.ndarray) -> np.ndarray:
 
 
 def validation_curves(record: Record, group: int) -> dict[str, Curve]:
-    """Loss and top1 at each evaluation, over all phases."""
+    """Return the curves of validation loss and top1, over all phases."""
     events = list(record.events())
     evals = [e for e in events if e["event"] == "eval" and set(e) >= set(VALIDATION)]
     updates, changes = [e["num_updates"] for e in evals], read_timeline(events).changes
@@ -100,11 +100,13 @@ def validation_curves(record: Record, group: int) -> dict[str, Curve]:
 
 
 def panel(curves: Sequence[Curve], name: str, description: str, limits: tuple | None) -> Markup:
-    """A chart as inline SVG; ids begin with ``name``, which is unique on the page.
+    """Draw a chart as inline SVG. Its ids begin with ``name``, which must be unique on the page.
 
-    Each curve is a ``<g>`` whose id ends in ``-g<group>-<number>``; its changes, of which a dot
-    is the switch, have theirs with the kind behind it, and a number where there are several.
-    ``limits`` are those of the y axis, None for its own.
+    - A curve is a ``<g>`` whose id ends in ``-g<group>-<number>``.
+    - A change on a curve is a marker. Its id is the curve's id followed by ``-<kind>``. From the
+      second change of one kind on, a number follows.
+
+    ``limits`` are the limits of the y axis; with None the axis chooses its own.
     """
     with matplotlib.rc_context(SVG_STYLE):
         figure = Figure(figsize=(3.6, 2.3))
@@ -120,7 +122,10 @@ def panel(curves: Sequence[Curve], name: str, description: str, limits: tuple | 
 
 
 def shared_limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """Limits of a y axis that shows all of ``curves``; None where there is nothing to show."""
+    """Return limits of a y axis that shows all of ``curves``.
+
+    Return None when there are no finite values or all of them are equal.
+    """
     values = [v for curve in curves for v in curve.values if math.isfinite(v)]
     if not values or min(values) == max(values):
         return None
@@ -129,7 +134,7 @@ def shared_limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
-    """A figure as SVG that belongs into a page: its own ids, the page's colours, no metadata."""
+    """Return a figure as SVG for a page, with its own ids, the page's colours and no metadata."""
     text = StringIO()
     with matplotlib.rc_context(SVG_STYLE):
         figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
@@ -137,7 +142,11 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
 
 
 def adopted(svg: str, name: str, description: str) -> Markup:
-    """The ``<svg>`` of a file by matplotlib, fit to stand in a page beside others."""
+    """Turn matplotlib's SVG file into an ``<svg>`` element for a page.
+
+    Ids get the prefix ``name``, so that they do not clash with other pictures. Fixed colours
+    become the page's colours.
+    """
     svg = svg[svg.index("<svg ") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
@@ -162,7 +171,7 @@ def _draw(axis: Axes, curve: Curve, gid: str) -> None:
 
 
 def group_swatches(labels: Mapping[int, str]) -> list[tuple[int, str, str, str]]:
-    """Number, label, colour and dashes of each group, for the legend."""
+    """Return number, label, colour and dashes of each group, for the legend."""
     styles = {group: STYLES[group % len(STYLES)] for group in labels}
     return [
         (group, label, PAGE_COLORS.get(styles[group][0], styles[group][0]), styles[group][1])

@@ -1,8 +1,8 @@
-"""One page of a whole sweep: ``switchlora-runs report SWEEP [--out FILE]``.
+"""Write one page for a whole sweep: ``switchlora-runs report SWEEP [--out FILE]``.
 
-A single HTML file that needs nothing else, no network and no JavaScript: the table of
-``switchlora-runs tables``, curves, ranks, what differs between the configurations, what did not
-finish, and where the numbers come from. It prints the path of the file.
+The page is a single HTML file that needs no other file, no network and no JavaScript. It has the
+table of ``switchlora-runs tables``, curves, ranks, the settings that differ between the runs, the
+runs that did not finish, and the environment of the runs. The path of the file is printed.
 """
 
 import argparse
@@ -53,7 +53,7 @@ TEMPLATE = "report_page.html"
 
 
 def main() -> None:
-    """Write the page of a sweep and print its path; one line for a mistake."""
+    """Write the page of a sweep and print its path. Exit with one line on a mistake."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sweep", type=Path, help="a folder of run folders")
     parser.add_argument("--out", type=Path, help=f"the file; default: {PAGE} in the sweep")
@@ -65,7 +65,10 @@ def main() -> None:
 
 
 def write_page(sweep: Path, out: Path) -> Path:
-    """Write the page of the runs in ``sweep`` to ``out``; ValueError where there are none."""
+    """Write the page of the runs in ``sweep`` to ``out``, and return ``out``.
+
+    Raise ValueError when there are no runs.
+    """
     context = content(sweep)
     page = _templates().get_template(TEMPLATE).render(context)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,7 @@ def write_page(sweep: Path, out: Path) -> Path:
 
 
 def content(sweep: Path) -> dict[str, Any]:
-    """The values that the template shows."""
+    """Return the values that the template shows."""
     records = find_records([sweep])
     table = make_table(records)
     groups = groups_of(records, [record for row in table.rows for record in row.records])
@@ -102,12 +105,12 @@ def content(sweep: Path) -> dict[str, Any]:
 
 
 def title(sweep: Path) -> str:
-    """The name of a sweep: of its folder, or of the one around it where that is just 'sweep'."""
+    """Return the name of the sweep's folder, or of its parent when the folder is named 'sweep'."""
     return sweep.parent.name if sweep.name == "sweep" else sweep.name
 
 
 def _cells(table: Table) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Label of each row with text and sort value of its cells."""
+    """Return the label of each row with the text and the sort value of its cells."""
     columns = [column for _, part in grouped(table.columns) for column in part]
     rows = []
     for row in table.rows:
@@ -123,7 +126,7 @@ def _sort_value(cell: Cell | None) -> str:
 
 
 def _labels(records: Sequence[Record], table: Table, groups: Mapping[Path, int]) -> dict[int, str]:
-    """Each group's label: the table's, or the folder of its first run where it has no row."""
+    """Return each group's label: its row in the table, or else the folder of its first run."""
     labels = {groups[r.folder]: r.folder.name for r in reversed(records)}
     return labels | {
         groups[record.folder]: row.label for row in table.rows for record in row.records
@@ -133,7 +136,7 @@ def _labels(records: Sequence[Record], table: Table, groups: Mapping[Path, int])
 def _charts(
     records: Sequence[Record], groups: Mapping[Path, int]
 ) -> list[tuple[str, list[tuple[str, Markup]]]]:
-    """Heading of each group of charts, with the title and the picture of each."""
+    """Return the heading of each group of charts, with the title and picture of each chart."""
     medians, evals = [], []
     for record in sorted(records, key=lambda each: groups[each.folder]):
         try:
@@ -153,7 +156,10 @@ def _charts(
 def _panels(
     key: str, heading: str, runs: Sequence[Mapping[str, Curve]], shared: bool = True
 ) -> list[tuple[str, Markup]]:
-    """A chart for each name, of all runs that have it; with ``shared`` y axes."""
+    """Return a chart for each name, with the curves of all runs that have it.
+
+    With ``shared`` all charts have the same y axis.
+    """
     limits = shared_limits([c for run in runs for c in run.values()]) if shared else None
     panels = []
     for number, name in enumerate(dict.fromkeys(name for run in runs for name in run)):
@@ -164,7 +170,7 @@ def _panels(
 
 
 def _pareto(table: Table) -> Markup | str:
-    """The picture of accuracy against cost, or why there is none."""
+    """Return the picture of accuracy against cost, or a text that says why there is none."""
     with TemporaryDirectory() as folder, matplotlib.rc_context(SVG_STYLE):
         try:
             path = draw_pareto(table, Path(folder) / "pareto.svg")
@@ -174,7 +180,7 @@ def _pareto(table: Table) -> Markup | str:
 
 
 def _run(record: Record, differing: Sequence[str]) -> dict[str, Any]:
-    """One line of the list of runs."""
+    """Return the values of one line in the list of runs."""
     found = environment(record)
     switch = (record.summary or {}).get("switch", {}).get("num_updates")
     return {

@@ -1,4 +1,4 @@
-"""What a page says of a sweep beside its curves: ranks, differences, problems, provenance."""
+"""The parts of a page other than its curves: ranks, differences, problems, provenance."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from switchlora.storage import CONFIG, Record, is_run
 
 NONE = "–"
 SEED = "seed"
-PER_RUN = ("command", "seed")  # of the environment, said for each run
-DARK = 0.45  # of the scale: where white letters give way to black ones
+PER_RUN = ("command", "seed")  # keys of the environment that are shown for each run
+DARK = 0.45  # share of the colour scale below which letters are white
 
 
 @dataclass(frozen=True)
 class RankCell:
-    """One target in one run."""
+    """The cell of one target in one run."""
 
     text: str
     background: str | None
-    """None where there is no adapter"""
+    """None when there is no adapter"""
     color: str | None
 
 
 @dataclass(frozen=True)
 class RankMap:
-    """The ranks of one family: a row of cells for each run that switched, blocks side by side."""
+    """The ranks of one family: a row for each run that switched, a column for each block."""
 
     family: str
     blocks: tuple[str, ...]
@@ -38,9 +38,9 @@ class RankMap:
 
 
 def groups_of(records: Sequence[Record], first: Iterable[Record] = ()) -> dict[Path, int]:
-    """The number of each run's group, by folder: runs of a group differ in their seed only.
+    """Return the number of each run's group, by folder. Runs of a group differ only in their seed.
 
-    Groups are numbered in the order of ``first``, those without a run there come after.
+    Groups are numbered in the order of ``first``. Groups without a run there come last.
     """
     keys = {
         record.folder: identity({k: v for k, v in shaping(record.config).items() if k != SEED})
@@ -52,7 +52,10 @@ def groups_of(records: Sequence[Record], first: Iterable[Record] = ()) -> dict[P
 
 
 def rank_maps(records: Sequence[Record]) -> list[RankMap]:
-    """A map for each family of targets, over the runs that switched; one colour scale for all."""
+    """Return a map for each family of targets over the runs that switched.
+
+    All maps share one colour scale.
+    """
     switched = {record.folder.name: _switch(record) for record in records if _ranks(record)}
     names = list(dict.fromkeys(n for s in switched.values() for n in [*s["ranks"], *_full(s)]))
     largest = max((rank for s in switched.values() for rank in s["ranks"].values()), default=0)
@@ -75,7 +78,7 @@ def rank_maps(records: Sequence[Record]) -> list[RankMap]:
 def differing_settings(
     records: Sequence[Record],
 ) -> tuple[list[str], list[tuple[Record, list[str]]]]:
-    """The keys that shape results and differ between runs, and each run's values of them."""
+    """Return the keys that affect results and differ between runs, and each run's values."""
     settings = {record.folder: shaping(record.config) for record in records}
     keys = sorted({key for values in settings.values() for key in values})
     differ = [k for k in keys if len({repr(v.get(k, NONE)) for v in settings.values()}) > 1]
@@ -86,7 +89,10 @@ def differing_settings(
 
 
 def problems(sweep: Path, records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Runs that are not finished, or that never began, each with the reason in a sentence."""
+    """Return runs with a problem, each with one sentence about it.
+
+    The problems are: the run is not finished, a switch was undone, or the run never began.
+    """
     found = [(r.folder.name, _unfinished(r)) for r in records if not r.finished]
     found += [
         (record.folder.name, f"the switch was undone: {failure}")
@@ -98,7 +104,10 @@ def problems(sweep: Path, records: Sequence[Record]) -> list[tuple[str, str]]:
 
 
 def provenance(records: Sequence[Record]) -> tuple[list[tuple[str, str]], list[str]]:
-    """What all finished runs' environments have in common, and the keys in which they differ."""
+    """Return what the environments of all runs have in common, and the keys that differ.
+
+    A run without a recorded environment is left out.
+    """
     found = [environment(record) for record in records if environment(record)]
     keys = [key for key in dict.fromkeys(k for e in found for k in e) if key not in PER_RUN]
     common = [key for key in keys if len({repr(e.get(key)) for e in found}) == 1]
@@ -107,12 +116,12 @@ def provenance(records: Sequence[Record]) -> tuple[list[tuple[str, str]], list[s
 
 
 def environment(record: Record) -> dict[str, Any]:
-    """Dotted keys of where a run was made, empty where it did not say."""
+    """Return the dotted keys of a run's environment; empty when it has none."""
     return dict(leaves((record.summary or {}).get("environment") or {}))
 
 
 def reused(record: Record) -> str | None:
-    """Which updates were taken from a shared trunk; None where none were."""
+    """Return a text on the updates that were taken from a shared trunk, or None for none."""
     trunk = (record.summary or {}).get("trunk")
     if not trunk:
         return None
@@ -123,12 +132,12 @@ def reused(record: Record) -> str | None:
 
 
 def reason(record: Record) -> str:
-    """Why the run switched or, for one that ended without, what held the criterion back."""
+    """Return why the run switched, or what held the criterion back if it never did."""
     return _switch(record).get("reason") or NONE
 
 
 def changes(record: Record) -> str:
-    """Kind and updates of all that changed the trained tensors: 'switch 20; restart 35, 50'."""
+    """Return the changes of the trained tensors as text, such as 'switch 20; restart 35, 50'."""
     kinds: dict[str, list[str]] = {}
     for change in (record.summary or {}).get("transitions") or ():
         kinds.setdefault(change["kind"].replace("_", " "), []).append(f"{change['num_updates']:,}")
@@ -136,7 +145,7 @@ def changes(record: Record) -> str:
 
 
 def status(record: Record) -> str:
-    """What a run's summary says of its end."""
+    """Return the status in a run's summary, or 'unfinished' without a summary."""
     return record.summary["status"] if record.summary is not None else "unfinished"
 
 

@@ -1,1 +1,1 @@
-"""What would have switched when: criteria asked again over a finished run."""
+"""Replay: ask other criteria on the history of a run when they would have switched."""

@@ -1,4 +1,4 @@
-"""The replay's picture: a row per setting, its deciding margin over updates, where it fires."""
+"""Draw the replay: a row per setting, with its deciding margin over updates."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,17 +10,20 @@ from matplotlib.figure import Figure
 from switchlora.analysis.figures import run_styles, tidy
 from switchlora.analysis.marks import GREY
 
-TOLD_APART = 3  # outcomes named one by one above a row; more are summed up
-FEW_SETTINGS = 8  # that are drawn in high rows
+TOLD_APART = 3  # most outcomes named one by one above a row; more are summed up
+FEW_SETTINGS = 8  # up to so many settings have high rows
 LEGEND_COLUMNS = 4
-EARLY_PEAK = 50  # times the median, from where a linear axis would flatten the rest
+EARLY_PEAK = 50  # a margin above this many medians would flatten the rest on a linear axis
 
 
 def draw(answers: Sequence[Any]) -> Figure:
-    """One row of axes per setting on a common axis of updates; a line and a marker per run.
+    """Draw one row per setting, with a line and a marker per run, over a common axis of updates.
 
-    ``answers`` are those of ``replay.Answer``. Filled markers fire; open ones are the end of a
-    history in which the setting does not. A marker on the axis of updates has no margin.
+    ``answers`` are ``replay.Answer`` objects. A marker has one of these meanings:
+    - filled: the setting fires here.
+    - open: the history ends here, and the setting has not fired.
+
+    A marker that lies on the axis of updates has no margin.
     """
     rows: dict[str, list[Any]] = {}
     for answer in answers:
@@ -80,7 +83,7 @@ def _draw_row(
 
 
 def _scale(axis: Axes, margins: Sequence[float]) -> None:
-    """A linear axis, or a symmetric logarithmic one where early margins dwarf the later ones."""
+    """Make the axis linear, or symmetric logarithmic when some margins dwarf the others."""
     sizes = np.abs(margins)
     if not sizes.size:
         axis.set_yticks([])

@@ -1,9 +1,9 @@
-"""When other settings would have switched: ``switchlora-runs replay RUN... KEY=VALUE ...``.
+"""Show when other settings would have switched: ``switchlora-runs replay RUN... KEY=VALUE ...``.
 
-A criterion reads nothing but the logged history, so it can be asked again without training:
+A criterion reads only the logged history, so it can be asked again without training. Example:
 ``switchlora-runs replay runs/x switch/criterion=prelora switch.criterion.tau=0.25,0.5,1``. The
-words are those of ``switchlora -m``, and change the policy that the run was made with; a RUN may
-be a sweep. Prints a table and writes replay.json, replay.md and replay.png.
+overrides have the form of ``switchlora -m``, and change the run's own policy. A RUN may be a
+sweep. The results are printed as a table, and written to replay.json, replay.md and replay.png.
 """
 
 import argparse
@@ -33,34 +33,34 @@ CONF = folder_of("conf")
 
 @dataclass(frozen=True)
 class Answer:
-    """What one setting says of one run's history."""
+    """The outcome of one setting on one run's history."""
 
     setting: str
     run: str
     fires_at: int | None
-    """update of the first measurement at which it fires"""
+    """update at which the setting first fires; None when it does not"""
     epoch: float | None
     measured_until: int
     """last update of the history"""
     history_ends: str | None
-    """why it ends there, where the full phase could have gone on; None where it could not"""
+    """why the history ends before the training's end; None when it covers the whole training"""
     target: str | None
     margin: float | None
-    """of the target that decides, when it fires, or else at the end of the history"""
+    """margin of the deciding ``target``, when the setting fires, or else at the history's end"""
     reason: str
     curve: Sequence[tuple[int, float]]
-    """update and deciding margin of each measurement, until it fires"""
+    """update and deciding margin of each measurement, until the setting fires"""
 
     @property
     def outcome(self) -> str:
-        """The update at which it fires, or what can be said where it does not."""
+        """The update at which the setting fires, 'never', or 'not by N' when the history ends."""
         if self.fires_at is not None:
             return str(self.fires_at)
         return f"not by {self.measured_until}" if self.history_ends else "never"
 
 
 def main() -> None:
-    """Answer what the command line asks; one clear line for a mistake in it."""
+    """Answer what the command line asks. Exit with one line on a mistake in it."""
     options = parse(sys.argv[1:])
     try:
         records = find_records(options.runs)
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options of the command line, with ``runs`` and ``overrides`` told apart."""
+    """Parse the options of the command line, and split its words into runs and overrides."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("words", nargs="+", metavar="RUN or KEY=VALUE")
     parser.add_argument("--out", type=Path, help="replay/ in the run or sweep by default")
@@ -89,14 +89,17 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def default_folder(runs: Sequence[Path]) -> Path:
-    """Where results go: into the one run or sweep, or here where there are several."""
+    """Return the folder for results: in the only run or sweep, or here if there are several."""
     return (runs[0] if len(runs) == 1 else Path()) / "replay"
 
 
 def replay(
     records: Sequence[Record], words: Sequence[str], config_dir: Path | None = None
 ) -> list[Answer]:
-    """The answers of every setting that the overrides ``words`` span, on every run."""
+    """Return the answer of every setting on every run.
+
+    The overrides ``words`` may hold sweeps; every combination is a setting.
+    """
     if config_dir is not None and not config_dir.is_dir():
         raise ValueError(f"--config-dir {config_dir} is no folder")
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -113,7 +116,10 @@ def replay(
 def ask(
     policy: SwitchPolicy, record: Record, history: Sequence[Measurement], names: tuple[str, str]
 ) -> Answer:
-    """The policy's verdicts before the first update and after each window, until it fires."""
+    """Ask the policy before the first update and after each window, until it fires.
+
+    ``names`` are the label of the setting and the name of the run.
+    """
     setting, run = names
     curve: list[tuple[int, float]] = []
     quorum = getattr(policy.criterion, "quorum", 1.0)
@@ -141,7 +147,10 @@ def ask(
 def verdicts(
     policy: SwitchPolicy, record: Record, history: Sequence[Measurement]
 ) -> Iterator[tuple[int, Verdict]]:
-    """Update and verdict, as the run would have asked; ValueError without the statistics."""
+    """Yield the number of updates and the policy's verdict, as the run would have asked for it.
+
+    Raise ValueError when the history lacks statistics that the criterion reads.
+    """
     for known in range(len(history) + 1):
         try:
             verdict = policy.decide(history[:known])
@@ -156,20 +165,24 @@ def verdicts(
 
 
 def deciding(verdict: Verdict, quorum: float) -> tuple[str | None, float | None]:
-    """Target with the smallest margin, or with the one that would complete the quorum."""
+    """Return the deciding target and its margin.
+
+    The share ``quorum`` of all targets must have margins at least as large. With quorum 1 the
+    deciding margin is the smallest.
+    """
     ranked = sorted(verdict.margins.items(), key=lambda item: item[1], reverse=True)
     return ranked[math.ceil(quorum * len(ranked)) - 1] if ranked else (None, None)
 
 
 def history_ends(record: Record) -> str | None:
-    """Why a run was not measured to the end of its training; None where it was."""
+    """Return why a run was not measured to the end of its training, or None if it was."""
     if any(True for _ in record.events("switch")):
         return "where it switched"
     return None if record.finished else "the run is not finished"
 
 
 def report(records: Sequence[Record], words: Sequence[str], answers: Sequence[Answer]) -> str:
-    """Heading, a line a run, the table and what its columns mean: Markdown that reads as text."""
+    """Return Markdown with a heading, a line per run, the table, and notes on its columns."""
     head = ["setting", "run", "fires at update", "epoch", "margin", "of, or why not"]
     rows = [
         [
@@ -196,7 +209,7 @@ NOTES = """\
 
 
 def run_line(record: Record, answer: Answer) -> str:
-    """What the history of a run covers, and what its criteria count in."""
+    """Return a line on a run: the length of its windows, and where its history ends."""
     window = record.config["monitor"]["window"]
     span = "1 epoch" if window == "epoch" else f"{window} updates"
     end = f"until update {answer.measured_until}"

@@ -1,4 +1,4 @@
-"""Settings to replay: Hydra's overrides of a run's own policy, and the refusal of all others."""
+"""Apply Hydra overrides to a run's own policy, and refuse those that cannot be replayed."""
 
 import json
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ from switchlora.process import USER_ERRORS, one_line
 from switchlora.storage import Record
 
 REPLAYED = ("switch", "adapter")
-"""parts of a configuration that the full phase does not depend on"""
+"""parts of a configuration that do not affect the full phase"""
 BASE = "replayed_run"
-Setting = tuple[str, ...]  # overrides, none of them a sweep
+Setting = tuple[str, ...]  # overrides with one value each, not a sweep of values
 
 
 def split(words: Sequence[str]) -> list[Setting]:
-    """Every combination of the values that sweeps give, as ``switchlora -m`` would make runs."""
+    """Return every combination of the swept values, as ``switchlora -m`` would make runs."""
     overrides = parsed(words)
     return [tuple(each) for each in BasicSweeper.split_arguments(overrides, None)[0]]
 
 
 def parsed(words: Sequence[str]) -> list[Override]:
-    """Hydra's reading of overrides."""
+    """Parse overrides with Hydra."""
     loader = GlobalHydra.instance().config_loader()
     return OverridesParser.create(config_loader=loader).parse_overrides(list(words))
 
 
 def labels(settings: Sequence[Setting]) -> list[str]:
-    """Short names of settings: what differs between them, by the last part of its key."""
+    """Return short names of settings: the overrides that differ between them, shortened."""
     shared = set.intersection(*map(set, settings)) if len(settings) > 1 else set()
     names = [", ".join(short(w) for w in each if w not in shared) for each in settings]
     if len(set(names)) < len(names):
@@ -45,13 +45,16 @@ def labels(settings: Sequence[Setting]) -> list[str]:
 
 
 def short(word: str) -> str:
-    """An override without what leads to its key: 'tau=1', or 'prelora' for a choice."""
+    """Return an override without the path of its key: 'tau=1', or 'prelora' for a choice."""
     key, _, value = word.partition("=")
     return value if "/" in key else f"{key.split('.')[-1]}={value}"
 
 
 def policy_of(record: Record, setting: Setting, config_dir: Path | None) -> SwitchPolicy:
-    """The run's own policy with a setting's changes; ValueError where they need a new run."""
+    """Return the run's own policy with a setting's changes.
+
+    Raise ValueError when a change needs a new run.
+    """
     overrides = parsed(setting)
     refuse_other_full_phase(record, overrides)
     try:
@@ -69,7 +72,7 @@ def policy_of(record: Record, setting: Setting, config_dir: Path | None) -> Swit
 
 
 def hint(overrides: Sequence[Override]) -> str:
-    """What may help where values of a criterion do not suit the run's own."""
+    """Return a hint for an override of a criterion's value that names no criterion, or ''."""
     keys = [path_of(override) for override in overrides]
     if {"switch", "switch.criterion"} & set(keys) or not any(".criterion." in k for k in keys):
         return ""
@@ -77,7 +80,7 @@ def hint(overrides: Sequence[Override]) -> str:
 
 
 def refuse_other_full_phase(record: Record, overrides: Sequence[Override]) -> None:
-    """ValueError for the first override that would have changed the history itself."""
+    """Raise ValueError for the first override that would have changed the history itself."""
     trained = dict(leaves(record.config))
     for override in overrides:
         key, word = path_of(override), override.input_line
@@ -96,14 +99,15 @@ def refuse_other_full_phase(record: Record, overrides: Sequence[Override]) -> No
 
 
 def path_of(override: Override) -> str:
-    """The dotted place in the configuration that an override changes."""
+    """Return the dotted place in the configuration that an override changes."""
     return override.package or override.key_or_group.replace("/", ".")
 
 
 def base_of(record: Record, overrides: Sequence[Override]) -> str:
-    """The run's configuration as JSON, with a defaults list in place of what is chosen anew.
+    """Return the run's configuration as JSON, for Hydra to compose.
 
-    Runs that differ in seed or name only have the same.
+    The parts that an override chooses anew are replaced by entries in a defaults list. Runs that
+    differ only in seed or name give the same JSON.
     """
     config = json.loads(json.dumps({**record.config, "seed": None, "name": None}))
     choices = [override for override in overrides if is_choice(override)]
@@ -117,18 +121,18 @@ def base_of(record: Record, overrides: Sequence[Override]) -> str:
 
 @cache
 def composed(base: str, setting: Setting, config_dir: Path | None) -> SwitchPolicy:
-    """The policy of a base from ``base_of`` once Hydra has applied ``setting`` to it."""
+    """Let Hydra apply ``setting`` to a base from ``base_of``, and return the policy."""
     ConfigStore.instance().store(BASE, json.loads(base))
     search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
     return build(compose(BASE, overrides=[*setting, *search]).switch)
 
 
 def is_choice(override: Override) -> bool:
-    """Whether an override chooses a yaml of a group instead of giving a value."""
+    """Return whether an override chooses a yaml of a group instead of giving a value."""
     key = override.key_or_group
     return "/" in key or override.package is not None or key == "switch"
 
 
 def below(choice: Override, other: Override) -> bool:
-    """Whether the place of ``choice`` lies within that of ``other``."""
+    """Return whether the place that ``choice`` changes lies within that of ``other``."""
     return path_of(choice).startswith(f"{path_of(other)}.")

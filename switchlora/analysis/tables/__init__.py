@@ -1,1 +1,1 @@
-"""Tables of runs: one row a setting, with refusals of unfair comparisons."""
+"""Tables of runs, one row per configuration; unfair comparisons are refused."""

@@ -1,4 +1,4 @@
-"""Ratios to a baseline, and the refusal of those that would compare what is not alike."""
+"""Compute ratios to a baseline, and refuse ratios between runs under different conditions."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,26 +30,30 @@ from switchlora.storage import Record
 MACHINE = ("device", "threads", "world_size")
 LENGTH = ("epochs", "max_updates", "ema")
 RECIPES = {"joint": "adapter", "staged": "adapter"}
-"""by phase, where it is called otherwise"""
+"""the recipe's name in the configuration, for phases whose recipe has another name"""
 References = Mapping[Path, Sequence[Record]]
-"""by folder of a run: the baseline's runs that it is compared with"""
+"""by folder of a run, the baseline's runs that it is compared with"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Which runs are compared with which, and what there is to say about it."""
+    """Which runs are compared with which, and notes on the comparison."""
 
     references: References
     notes: tuple[str, ...]
 
 
 def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
-    """Find each row's baseline: the row named ``baseline``, or the one that trains in full.
+    """Find the baseline of each row: the row named ``baseline``, or a row that trains in full.
 
-    Without one whose criterion is 'never', rows that never switched are baselines. Of several,
-    the one under the row's own conditions, and nearest in its settings. A row is compared
-    seed by seed where the baseline has all of its seeds, else with the baseline's mean.
-    ValueError for a ``baseline`` that no row has, or that a row cannot be compared with.
+    - Rows that train in full have the criterion 'never'. Without any, rows that never switched
+      are taken.
+    - Of several candidates, the one under the row's own conditions counts; of several of those,
+      the one with the nearest settings.
+    - A row is compared seed by seed when the baseline has all of its seeds. Otherwise it is
+      compared with the baseline's mean.
+
+    Raise ValueError when no row is named ``baseline``, or when a row cannot be compared with it.
     """
     candidates = full_training(rows) if baseline is None else [named_row(rows, baseline)]
     references: dict[Path, Sequence[Record]] = {}
@@ -68,12 +72,12 @@ def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
 
 
 def full_training(rows: Sequence[Row]) -> list[Row]:
-    """Rows that train in full: by their criterion or, where none has it, as they turned out."""
+    """Return the rows whose criterion is 'never', or else the rows that never switched."""
     return [r for r in rows if r.trains_in_full] or [r for r in rows if r.never_switched]
 
 
 def named_row(rows: Sequence[Row], label: str) -> Row:
-    """The row with a label; ValueError lists the labels that there are."""
+    """Return the row with a label. Raise ValueError with all labels when there is none."""
     for row in rows:
         if row.label == label:
             return row
@@ -82,7 +86,7 @@ def named_row(rows: Sequence[Row], label: str) -> Row:
 
 
 def choose(row: Row, candidates: Sequence[Row]) -> Row | str:
-    """The only baseline that ``row`` can be compared with, or one line why there is none."""
+    """Return the baseline for ``row``, or a line that says why there is none."""
     why = [next(row_differences(row, candidate), None) for candidate in candidates]
     alike = nearest(row, [c for c, d in zip(candidates, why, strict=True) if d is None])
     if alike and all(map(only_switches_apart, alike)):
@@ -96,30 +100,34 @@ def choose(row: Row, candidates: Sequence[Row]) -> Row | str:
 
 
 def only_switches_apart(row: Row) -> bool:
-    """Whether all that sets a row apart says what happens at and after a switch."""
+    """Return whether a row's distinguishing settings all concern the switch or what follows it."""
     return all(key.startswith(("switch.", "adapter.", METHOD)) for key in row.settings)
 
 
 def nearest(row: Row, others: Sequence[Row]) -> list[Row]:
-    """Those of ``others`` with the fewest settings that differ from those of ``row``."""
+    """Return those of ``others`` whose settings differ least from those of ``row``."""
     mine, *theirs = ({repr(item) for item in each.settings.items()} for each in (row, *others))
     apart = [len(mine ^ settings) for settings in theirs]
     return [other for other, count in zip(others, apart, strict=True) if count == min(apart)]
 
 
 def row_differences(row: Row, baseline: Row) -> Iterator[str]:
-    """Conditions in which some run of ``row`` differs from some run of ``baseline``."""
+    """Yield each condition in which some run of ``row`` differs from some run of ``baseline``."""
     for record in row.records:
         for reference in baseline.records:
             yield from unlike(*conditions(record, reference))
 
 
 def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What must be the same for a ratio, of a run and of its reference.
+    """Return the conditions of a run and of its reference that must be equal for a ratio.
 
-    Data with transforms and batch size, the model with its dropout, the length of training, the
-    device, and precision, accumulation and compiler of each of the run's phases, beside those of
-    the reference's last phase.
+    They are:
+    - the data, with transforms and batch size,
+    - the model, with its dropout,
+    - the length of training,
+    - the machine (see ``machine_and_task``),
+    - precision, accumulation and compiler. Those of each of the run's phases are set against those
+      of the reference's last phase.
     """
     here, there = machine_and_task(record), machine_and_task(reference)
     for key in ("precision", "accumulation", "compile"):
@@ -131,7 +139,11 @@ def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[
 
 
 def machine_and_task(record: Record) -> dict[str, Any]:
-    """Device, threads, processes, version of torch, and what is trained for how long."""
+    """Return a run's machine and task.
+
+    The machine is the device, threads, processes, kind of parallelism and version of torch. The
+    task is the data, the model and the length of training.
+    """
     keys = shaping(record.config)
     task = {k: v for k, v in keys.items() if k.startswith(("data.", "model.")) or k in LENGTH}
     parallel = record.config["system"]["parallel"]
@@ -140,13 +152,13 @@ def machine_and_task(record: Record) -> dict[str, Any]:
 
 
 def machine(record: Record) -> dict[str, Any]:
-    """Device, threads of a process and number of processes."""
+    """Return the device, the threads of a process and the number of processes."""
     where = record.result["environment"]
     return {"world_size": 1, **{key: where[key] for key in MACHINE if key in where}}
 
 
 def mixed_machines(rows: Sequence[Row]) -> list[str]:
-    """Notes on rows whose runs were not made on the same machine."""
+    """Return a note for each row whose runs were made on different machines."""
     notes = []
     for row in rows:
         first, *others = map(machine, row.records)
@@ -157,14 +169,17 @@ def mixed_machines(rows: Sequence[Row]) -> list[str]:
 
 
 def unlike(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
-    """Keys with other values ``here`` than ``there``."""
+    """Yield a line for each key whose value differs between ``here`` and ``there``."""
     for key in sorted(here.keys() | there.keys()):
         if here.get(key) != there.get(key):
             yield f"{key} is {there.get(key)}, not {here.get(key)}"
 
 
 def pairs(row: Row, baseline: Row) -> tuple[dict[Path, Sequence[Record]], list[str]]:
-    """The runs of ``baseline`` for each run of ``row``; a note where seeds are not shared."""
+    """Return the runs of ``baseline`` for each run of ``row``, by the folder of that run.
+
+    When the baseline lacks some of the row's seeds, a note says so.
+    """
     by_seed = {record.config["seed"]: record for record in baseline.records}
     missing = [str(r.config["seed"]) for r in row.records if r.config["seed"] not in by_seed]
     if not missing:
@@ -177,7 +192,7 @@ def pairs(row: Row, baseline: Row) -> tuple[dict[Path, Sequence[Record]], list[s
 
 
 def ratio_columns(references: References) -> list[Column]:
-    """The columns that compare a run with its baseline."""
+    """Return the columns that compare a run with its baseline."""
     top1 = against(references, val_top1, val_top1, sub)
     speed = against(references, of_phase("adapter", IMAGES), of_last_phase(IMAGES), truediv)
     memory = against(references, of_phase("adapter", PEAK), of_last_phase(PEAK), truediv)
@@ -191,7 +206,7 @@ def ratio_columns(references: References) -> list[Column]:
 
 
 def prelora_columns(references: References) -> list[Column]:
-    """The columns of PreLoRA's table (arXiv 2509.21619)."""
+    """Return the columns of PreLoRA's table (arXiv 2509.21619)."""
     by_key = {column.key: column for column in ratio_columns(references)}
     epoch = against(references, mean_epoch_seconds, mean_epoch_seconds, truediv)
     columns = [
@@ -207,7 +222,10 @@ def prelora_columns(references: References) -> list[Column]:
 def against(
     references: References, mine: Read, theirs: Read, combine: Callable[[float, float], float]
 ) -> Read:
-    """Reads ``combine(mine(run), mean of theirs(baseline's runs))``; None where one is missing."""
+    """Return a function that computes ``combine(mine(run), mean of theirs(baseline's runs))``.
+
+    It returns None when one of the numbers is missing, or when that mean is 0.
+    """
 
     def read(record: Record) -> float | None:
         found = [theirs(reference) for reference in references.get(record.folder, ())]
@@ -221,7 +239,7 @@ def against(
 
 
 def signed(value: float) -> str:
-    """A difference with its sign."""
+    """Return a difference with its sign and two decimals."""
     return f"{value:+.2f}"
 
 

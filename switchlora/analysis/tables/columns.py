@@ -1,4 +1,4 @@
-"""The columns of a table over runs: how each is read from a finished run, its unit, its digits."""
+"""The columns of a table of runs: how each is read from a finished run, its unit and digits."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,20 +16,20 @@ Read = Callable[[Record], float | None]
 
 @dataclass(frozen=True)
 class Column:
-    """One column: ``read`` takes its number from a finished run, None where there is none."""
+    """One column. ``read`` returns its number for a finished run, or None if there is none."""
 
     key: str
     title: str
     unit: str
     read: Read
     digits: int | Callable[[float], str]
-    """digits behind the point, or a function that writes a number"""
+    """digits after the decimal point, or a function that formats the number"""
     group: str = ""
-    """the part of the table that it stands in, where a table is too wide for a page"""
+    """the part of the table that it belongs to; a table too wide for a page is split into parts"""
     timed: bool = False
-    """whether a clock or a memory counter fills it"""
+    """whether its numbers come from a clock or a memory counter"""
     quartiles: Callable[[Record], tuple[float, float] | None] | None = None
-    """over the updates of one run"""
+    """returns the quartiles over the updates of one run"""
 
     @property
     def header(self) -> str:
@@ -39,15 +39,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """The numbers of one row in one column: one a seed, at least one."""
+    """The numbers of one row in one column: one per seed, and at least one."""
 
     values: tuple[float, ...]
     quartiles: tuple[float, float] | None = None
-    """of a single run's updates"""
+    """quartiles over the updates, when the row has a single run"""
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds; inf where one of them never got there."""
+        """Mean over the seeds; inf when the value of one of them is inf (not recovered)."""
         return fmean(self.values)
 
     @property
@@ -62,7 +62,7 @@ class Cell:
 
 
 def make_cell(column: Column, records: Sequence[Record]) -> Cell | None:
-    """What ``column`` reads from ``records``; None where it reads nothing."""
+    """Return the cell that ``column`` reads from ``records``, or None when it reads nothing."""
     values = tuple(v for record in records if (v := column.read(record)) is not None)
     if not values:
         return None
@@ -71,7 +71,7 @@ def make_cell(column: Column, records: Sequence[Record]) -> Cell | None:
 
 
 def run_columns() -> list[Column]:
-    """The columns that a run fills by itself."""
+    """Return the columns that need no baseline."""
     return [
         Column("switch_update", "switch", "update", switch_update, 0, ACCURACY),
         Column("top1_at_switch", "top1 at the switch", "%", top1_at_switch, 2, ACCURACY),
@@ -109,43 +109,45 @@ PHASE_COLUMNS = (
 
 
 def switch_update(record: Record) -> float | None:
-    """The update after which the run switched."""
+    """Return the update after which the run switched."""
     return record.result["switch"]["num_updates"]
 
 
 def val_top1(record: Record) -> float | None:
-    """Top1 of the last validation, in %."""
+    """Return the top1 of the last validation, in %."""
     return record.result["val"].get("top1")
 
 
 def test_top1(record: Record) -> float | None:
-    """Top1 on the test split, in %."""
+    """Return the top1 on the test split, in %."""
     return (record.result["test"] or {}).get("top1")
 
 
 def validations(record: Record) -> list[tuple[int, float]]:
-    """Update and top1 of every validation, in order."""
+    """Return the update and top1 of every validation, in order."""
     return [(e["num_updates"], e["val/top1"]) for e in record.events("eval")]
 
 
 def top1_at_switch(record: Record) -> float | None:
-    """Top1 of the last validation at or before the switch, in %."""
+    """Return the top1 of the last validation at or before the switch, in %."""
     switch = switch_update(record)
     found = [] if switch is None else [top1 for n, top1 in validations(record) if n <= switch]
     return found[-1] if found else None
 
 
 def top1_after_switch(record: Record) -> float | None:
-    """Top1 of the first validation after the switch, in %."""
+    """Return the top1 of the first validation after the switch, in %."""
     switch = switch_update(record)
     found = [] if switch is None else [top1 for n, top1 in validations(record) if n > switch]
     return found[0] if found else None
 
 
 def recovery(record: Record) -> float | None:
-    """Updates from the switch until a validation reaches the top1 at the switch again.
+    """Return the updates from the switch until a validation reaches the top1 at the switch again.
 
-    0 if the first one does; NOT_RECOVERED if none does; None without validations on both sides.
+    - 0 when the first validation after the switch reaches it.
+    - NOT_RECOVERED when none does.
+    - None without a validation on both sides of the switch.
     """
     before, switch = top1_at_switch(record), switch_update(record)
     if before is None or switch is None or top1_after_switch(record) is None:
@@ -157,7 +159,7 @@ def recovery(record: Record) -> float | None:
 
 
 def of_phase(phase: str, key: str, scale: float = 1) -> Read:
-    """Reads a number of one phase from the summary, times ``scale``."""
+    """Return a function that reads a number of one phase from the summary, times ``scale``."""
 
     def read(record: Record) -> float | None:
         found = record.result["phases"].get(phase, {})
@@ -169,28 +171,28 @@ def of_phase(phase: str, key: str, scale: float = 1) -> Read:
 
 
 def of_last_phase(key: str) -> Read:
-    """Reads a number of the phase that the last update was made in."""
+    """Return a function that reads a number of the segment with the run's last update."""
     return lambda record: last_segment(record).get(key)
 
 
 def segments(record: Record) -> list[Mapping[str, Any]]:
-    """What lay between the run's transitions; its phases where it does not tell."""
+    """Return the segments between the run's transitions, or its phases when it has no segments."""
     phases = record.result["phases"].items()
     return record.result.get("segments") or [{"phase": name, **found} for name, found in phases]
 
 
 def last_segment(record: Record) -> Mapping[str, Any]:
-    """What the run's last update was made in; empty where none was made."""
+    """Return the segment with the run's last update; empty when no update was made."""
     return next((found for found in reversed(segments(record)) if found["num_updates"]), {})
 
 
 def last_phase(record: Record) -> str:
-    """The phase that the last update was made in."""
+    """Return the phase of the run's last update."""
     return last_segment(record).get("phase", "full")
 
 
 def quartiles_of(phase: str) -> Callable[[Record], tuple[float, float] | None]:
-    """Reads the quartiles of images/s over the updates of one phase."""
+    """Return a function that reads the quartiles of images/s over the updates of one phase."""
 
     def read(record: Record) -> tuple[float, float] | None:
         found = record.result["phases"].get(phase, {}).get("images_per_second_quartiles")
@@ -200,12 +202,12 @@ def quartiles_of(phase: str) -> Callable[[Record], tuple[float, float] | None]:
 
 
 def trainable(record: Record) -> float | None:
-    """Parameters that train at the end of the run."""
+    """Return the number of parameters that train at the end of the run."""
     return segments(record)[-1].get("trainable_parameters")
 
 
 def trainable_share(record: Record) -> float | None:
-    """``trainable`` in % of the parameters of the model without adapters."""
+    """Return ``trainable`` in % of the parameters of the model without adapters."""
     whole = record.result["switch"].get("parameters")
     if whole is None:
         whole = of_phase("full", "trainable_parameters")(record)
@@ -214,12 +216,12 @@ def trainable_share(record: Record) -> float | None:
 
 
 def phases_made(record: Record) -> dict[str, Mapping[str, Any]]:
-    """What the summary says of each phase in which updates were made."""
+    """Return the summary's figures for each phase in which updates were made."""
     return {k: phase for k, phase in record.result["phases"].items() if phase["num_updates"]}
 
 
 def cost_flops(record: Record) -> float | None:
-    """FLOPs of all updates; None where a phase does not tell."""
+    """Return the FLOPs of all updates, or None when those of a phase are unknown."""
     told = record.result.get("cost", {}).get("train_flops")
     return told or _sum(
         phase.get("flops_per_update") and phase["flops_per_update"] * phase["num_updates"]
@@ -228,12 +230,12 @@ def cost_flops(record: Record) -> float | None:
 
 
 def cost_seconds(record: Record) -> float | None:
-    """Seconds of all updates, evaluation left out; None where a phase does not tell."""
+    """Return the seconds of all updates without evaluation, or None if a phase has none."""
     return _sum(phase.get("train_seconds") for phase in phases_made(record).values())
 
 
 def mean_epoch_seconds(record: Record) -> float | None:
-    """Seconds of an epoch, averaged over the whole run: phases weigh by their updates."""
+    """Return the seconds of an epoch, averaged over the phases with their updates as weights."""
     phases = phases_made(record).values()
     total = _sum(p[EPOCH] and p[EPOCH] * p["num_updates"] for p in phases)
     return total and total / sum(p["num_updates"] for p in phases)

@@ -1,4 +1,4 @@
-"""A table as Markdown, LaTeX and CSV."""
+"""Format a table as Markdown, LaTeX and CSV."""
 
 import csv
 import io
@@ -20,9 +20,10 @@ LATEX = {
 
 
 def shown(cell: Cell | None, column: Column) -> str:
-    """A cell to read: '87.5 ± 0.2 (3)', '1,200 [1,150–1,260] (1)' with quartiles, or '–'.
+    """Return a cell as text: '87.5 ± 0.2 (3)', '1,200 [1,150–1,260] (1)' with quartiles, or '–'.
 
-    Where some seeds did not get there (inf), the others' mean and how many did not.
+    When some seeds did not recover (inf), the text has the mean of the others, and how many did
+    not recover.
     """
     if cell is None:
         return MISSING
@@ -39,20 +40,20 @@ def shown(cell: Cell | None, column: Column) -> str:
 
 
 def number(value: float, column: Column) -> str:
-    """A number with the digits of its column."""
+    """Return a number as text, with the digits of its column."""
     digits = column.digits
     return digits(value) if callable(digits) else f"{value:,.{digits}f}"
 
 
 def grouped(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
-    """Columns by group, in order."""
+    """Return the columns by group, in the order in which groups first appear."""
     order = {column.group: place for place, column in reversed(list(enumerate(columns)))}
     ordered = sorted(columns, key=lambda column: order[column.group])
     return [(name, list(found)) for name, found in groupby(ordered, key=lambda c: c.group)]
 
 
 def markdown(table: Table) -> str:
-    """A padded table for each group of columns, and the notes."""
+    """Return Markdown: a padded table for each group of columns, and the notes."""
     parts = []
     for name, columns in grouped(table.columns):
         rows = [["", *(column.header for column in columns)], *_lines(table, columns)]
@@ -77,7 +78,7 @@ def _padded(rows: Sequence[Sequence[str]]) -> str:
 
 
 def latex(table: Table) -> str:
-    r"""A float for ``\input``: a booktabs tabular for each group of columns, and the notes."""
+    r"""Return a LaTeX float for ``\input``: a booktabs tabular for each group, and the notes."""
     parts = [
         "% needs \\usepackage{booktabs,graphicx}",
         r"\begin{table*}",
@@ -108,13 +109,13 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text whose characters LaTeX does not take for commands."""
+    """Return the text with LaTeX's special characters escaped."""
     plain = re.sub(".", lambda found: LATEX.get(found[0], found[0]), text)
     return re.sub(r"(?<!\S)-(?=\d)", "$-$", plain)
 
 
 def csv_text(table: Table) -> str:
-    """Plain numbers: mean, standard deviation and n of each column, units in the header."""
+    """Return CSV with mean, standard deviation and n of each column, and units in the header."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     titles = [_csv_title(column) for column in table.columns]

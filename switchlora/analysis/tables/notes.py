@@ -1,4 +1,4 @@
-"""What stands below a table: what its numbers are, and what the rows do not say by themselves."""
+"""The notes below a table: what its numbers mean, and what a reader must know about its rows."""
 
 from collections.abc import Sequence
 
@@ -44,17 +44,17 @@ OF_TIMES = {
 
 
 def general_notes(preset: str, times: bool) -> list[str]:
-    """What the columns of a preset mean."""
+    """Return notes on what the columns of a preset mean."""
     return [SPREAD, GENERAL[preset], *(OF_TIMES[preset] if times else ())]
 
 
 def time_notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of times must know: other machines, and what came from a trunk."""
+    """Return notes on times: rows with different machines, and rows that used a trunk."""
     return [*mixed_machines(rows), *reused_notes(rows)]
 
 
 def reused_notes(rows: Sequence[Row]) -> list[str]:
-    """Which rows' full phases were taken from another run, and how many of their updates."""
+    """Return a note for each row with updates that were taken from a shared trunk."""
     notes = []
     for row in rows:
         trunks = [record.result.get("trunk") for record in row.records]
@@ -69,14 +69,14 @@ def reused_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def unfinished_notes(records: Sequence[Record]) -> list[str]:
-    """The runs that no row counts, with their status."""
+    """Return a note for each unfinished run, with its status. No row counts these runs."""
     named = zip(run_labels([r.folder for r in records]), records, strict=True)
     unfinished = ((name, record) for name, record in named if not record.finished)
     return sorted(f"{name}: {status_of(record)}; not counted." for name, record in unfinished)
 
 
 def status_of(record: Record) -> str:
-    """How far an unfinished run came."""
+    """Return how far an unfinished run came."""
     if record.summary is None:
         return "no summary, since it goes on or was killed"
     status = record.summary["status"].split("; the last checkpoint")[0]

@@ -1,4 +1,4 @@
-"""Accuracy against training cost, with the Pareto front."""
+"""Draw accuracy against training cost, with the Pareto front."""
 
 import math
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ MOST_NAMES = 8
 ON_FRONT: dict[str, Any] = {"marker": "o", "linestyle": "", "color": BLUE, "markersize": MARKER}
 BEATEN: dict[str, Any] = {**ON_FRONT, "marker": "s", "color": GREY, "markerfacecolor": "white"}
 STEPS: dict[str, Any] = {"color": BLUE, "linewidth": 1, "linestyle": (0, (1, 1.5)), "zorder": 1}
-AWAY = 12  # points from which on a line leads to the name
+AWAY = 12  # a name farther than so many points from its point gets a line
 Point = tuple[float, float]
 
 
 def pareto_front(points: Sequence[Point]) -> list[int]:
-    """Indices of the (cost, accuracy) points that none beats: lower cost, higher accuracy.
+    """Return the indices of the (cost, accuracy) points that no other point beats, by cost.
 
-    A point is beaten by one that is no worse in both and better in one; equal points stand
-    together. In order of cost.
+    Lower cost and higher accuracy are better. A point beats another when it is no worse in both
+    and better in one. Equal points do not beat each other.
     """
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     front: list[int] = []
@@ -45,7 +45,7 @@ def pareto_front(points: Sequence[Point]) -> list[int]:
 def draw_pareto(table: Table, path: Path) -> Path:
     """Draw val top1 against FLOPs, mean and standard deviation over seeds; return ``path``.
 
-    ValueError where no row has both numbers.
+    Raise ValueError when no row has both numbers.
     """
     rows = [row for row in table.rows if {COST_KEY, ACCURACY_KEY} <= row.cells.keys()]
     if not rows:
@@ -57,9 +57,10 @@ def draw_pareto(table: Table, path: Path) -> Path:
 
 
 def pareto_figure(rows: Sequence[Row]) -> Figure:
-    """Rows as points with error bars and names; the front is filled and joined by steps.
+    """Draw the rows as points with error bars and names.
 
-    Many rows have numbers for names, in the order of cost, and a key beside the picture.
+    Points on the front are filled and joined by steps. More than ``MOST_NAMES`` rows get numbers
+    instead of names, in the order of cost, and a key beside the picture.
     """
     rows = sorted(rows, key=lambda row: _point(row)[0])
     points = [_point(row) for row in rows]
@@ -102,7 +103,7 @@ def _draw_point(axes: Axes, row: Row, point: Point, on_front: bool) -> None:
 
 
 def _draw_legend(axes: Axes, beaten: bool) -> None:
-    """What the marks mean."""
+    """Draw a legend of what the marks mean."""
     handles = axes.plot([], [], label="Pareto front", **{**ON_FRONT, **STEPS})
     if beaten:
         handles += axes.plot([], [], label="beaten", **BEATEN)
@@ -110,7 +111,7 @@ def _draw_legend(axes: Axes, beaten: bool) -> None:
 
 
 def _draw_key(axes: Axes, lines: Sequence[str]) -> None:
-    """The rows' labels behind their numbers, right of the picture."""
+    """Draw the key right of the picture: each row's number and its label."""
     handles = [axes.plot([], [], " ", label=line)[0] for line in lines]
     axes.figure.legend(
         handles=handles,
@@ -126,9 +127,9 @@ def _draw_key(axes: Axes, lines: Sequence[str]) -> None:
 def place_names(
     axes: Axes, rows: Sequence[Row], names: Sequence[str], steps: Sequence[Point]
 ) -> None:
-    """Name every point where no other name, point, error bar or step of the front lies.
+    """Place each name where no other name, point, error bar or step of the front lies.
 
-    A thin line leads to names that are far from their points.
+    A thin line leads to a name that is far from its point.
     """
     figure = axes.figure
     assert isinstance(figure, Figure)
@@ -151,20 +152,23 @@ def place_names(
 
 
 def _spread(row: Row) -> list[tuple[Point, Point]]:
-    """Both ends of the error bars of a point; the point itself where it has none."""
+    """Return both ends of a row's error bars. Without an error bar both ends are the point."""
     (x, y), dx, dy = _point(row), *(row.cells[key].std or 0 for key in (COST_KEY, ACCURACY_KEY))
     return [((x - dx, y), (x + dx, y)), ((x, y - dy), (x, y + dy))]
 
 
 def _box(axes: Axes, ends: tuple[Point, Point]) -> Bbox:
-    """The pixels of a line along an axis."""
+    """Return the box in pixels of a line along an axis."""
     return Bbox(np.sort(axes.transData.transform(ends), axis=0))
 
 
 def _free_place(
     axes: Axes, pixel: np.ndarray, size: np.ndarray, taken: Sequence[Bbox]
 ) -> tuple[np.ndarray, Bbox]:
-    """Offset of a label's middle in points and its box: the first that is free, or the last."""
+    """Return the offset in points of a label's middle, and the label's box in pixels.
+
+    The first free place is taken, or the last one tried when none is free.
+    """
     scale = axes.figure.dpi / 72
     for distance, angle in product(DISTANCES, ANGLES):
         direction = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
@@ -176,14 +180,14 @@ def _free_place(
 
 
 def _within(box: Bbox, axes: Axes) -> bool:
-    """Whether a box lies in the axes, or right of them but on the page."""
+    """Return whether a box lies inside the axes, or right of them but on the page."""
     page = axes.figure.bbox.padded(-2)
     inside = axes.bbox.x0 < box.x0 and box.x1 < page.x1
     return inside and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
 
 
 def _lead(axes: Axes, point: Point, box: Bbox) -> None:
-    """A line from a point to the nearest edge of a name that is not beside it."""
+    """Draw a line from a point to the nearest edge of a name that is far from it."""
     pixel = axes.transData.transform(point)
     end = np.clip(pixel, box.min, box.max)
     if np.hypot(*(end - pixel)) > AWAY * axes.figure.dpi / 72:

@@ -1,4 +1,7 @@
-"""Rows of a table: runs that differ in nothing but their seed, named by what sets them apart."""
+"""Group runs into the rows of a table, and name each row by what distinguishes it.
+
+The runs of one row differ only in their seed.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +19,7 @@ from switchlora.storage import Record
 CONF = folder_of("conf")
 CRITERION, NEVER = "switch.criterion", "never"
 METHOD = "method"
-OF_METHODS = ("switch.", "adapter.", "monitor.")  # what a method consists of: its name tells it
+OF_METHODS = ("switch.", "adapter.", "monitor.")  # keys that the name of a method stands for
 FULL_TRAINING = "full training"
 UNUSED_BY_FULL_TRAINING = ("switch.", "adapter.")
 Settings = dict[str, Any]
@@ -24,13 +27,16 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """Runs of one configuration; ``settings`` are the keys that set it apart from other rows."""
+    """The runs of one configuration.
+
+    ``settings`` are the keys that distinguish it from the other rows.
+    """
 
     label: str
     settings: Settings
     records: tuple[Record, ...]
     cells: dict[str, Cell]
-    """by column key; without the columns that it has no number for"""
+    """the cells by column key; a column without a number for this row is missing"""
 
     @property
     def trains_in_full(self) -> bool:
@@ -39,13 +45,13 @@ class Row:
 
     @property
     def never_switched(self) -> bool:
-        """Whether all of its runs have trained in full to their end."""
+        """Whether all of its runs trained in full to their end."""
         return not any(record.result["switch"]["fired"] for record in self.records)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows by columns, and what a reader must know about the numbers."""
+    """The columns and rows of a table, and notes on its numbers."""
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
@@ -53,9 +59,10 @@ class Table:
 
 
 def make_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
-    """Rows without cells, full training first, and notes on runs that are there twice.
+    """Return rows without cells, full training first, and notes on duplicate runs.
 
-    Of runs with the same configuration and seed only the first counts: no seed weighs double.
+    Of several runs with the same configuration and seed only the first counts. No seed then has
+    double weight.
     """
     groups: dict[str, dict[int, Record]] = {}
     notes = []
@@ -77,9 +84,9 @@ def make_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
 
 
 def with_methods(members: Sequence[Sequence[Record]]) -> list[Settings]:
-    """The settings of each row, its ``method`` among them where rows have several of them.
+    """Return the settings of each row, with its ``method`` when the rows have different methods.
 
-    A row that none was chosen for is called by its criterion.
+    A row without a method gets the name of its criterion instead.
     """
     found = [settings_of(row[0].config) for row in members]
     methods = [next(filter(None, (r.config.get(METHOD) for r in row)), None) for row in members]
@@ -91,16 +98,16 @@ def with_methods(members: Sequence[Sequence[Record]]) -> list[Settings]:
 
 
 def natural(text: str) -> list[tuple[float, str]]:
-    """A key that sorts the numbers in a text by their value."""
+    """Return a sort key that orders the numbers inside a text by their value."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)", text)
     return [(float(p), "") if i % 2 else (-1.0, p) for i, p in enumerate(parts)]
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
-    """The dotted keys that shape results, but the seed; objects by the names of their groups.
+    """Return the dotted keys that affect a run's results, except the seed.
 
-    ``switch.criterion._target_: switchlora.criteria.UpdateNorm`` becomes ``switch.criterion:
-    update_norm``.
+    An object is given by the name of its yaml: ``switch.criterion._target_:
+    switchlora.criteria.UpdateNorm`` becomes ``switch.criterion: update_norm``.
     """
     keys = {key: value for key, value in shaping(config).items() if key != "seed"}
     settings = {}
@@ -114,9 +121,10 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
 
 
 def group_name(parent: str, keys: Mapping[str, Any]) -> str:
-    """Name of the yaml in conf that an object was built from, or else of its class or function.
+    """Return the name of the yaml in conf that an object was built from.
 
-    Where several yamls build the same class, the one that agrees in most values.
+    When several yamls build the same class, the one that agrees in most values is taken. Without
+    any such yaml, return the name of the object's class or function.
     """
     kind = (keys[f"{parent}._target_"], keys.get(f"{parent}.path"))
     best, agreeing = kind[1] or kind[0], -1
@@ -130,18 +138,19 @@ def group_name(parent: str, keys: Mapping[str, Any]) -> str:
 
 @cache
 def yamls(group: str) -> list[tuple[str, dict[str, Any]]]:
-    """Name and values of every yaml of a config group, such as 'switch.criterion'."""
+    """Return the name and values of every yaml of a config group, such as 'switch.criterion'."""
     files = sorted(CONF.joinpath(*group.split(".")).glob("*.yaml"))
     loaded = ((file.stem, OmegaConf.to_container(OmegaConf.load(file))) for file in files)
     return [(stem, dict(leaves(content))) for stem, content in loaded]
 
 
 def telling_settings(all_settings: Sequence[Settings]) -> list[Settings]:
-    """Of each row's settings those that set it apart from rows with objects of the same kinds.
+    """Keep, for each row, only the settings that distinguish it.
 
-    Full training uses no key of the switch or of the adapter, so these say nothing there. What
-    full and adapter phase share is told once. What a method consists of is told where it sets two
-    rows of that method apart.
+    - A key is compared among the rows that use the same classes.
+    - For full training, switch and adapter keys are dropped, except the criterion.
+    - A value that the full and the adapter phase share is listed once.
+    - A switch, adapter or monitor key is compared only among the rows of one method.
     """
     told = []
     for settings in all_settings:
@@ -174,7 +183,7 @@ def _told_of_full(key: str, value: Any, found: Settings) -> bool:
 
 
 def labels(told: Sequence[Settings]) -> list[str]:
-    """One label a row: its method or criterion, then short keys with their values."""
+    """Return one label per row: its method and criterion, then short keys with their values."""
     keys = {key for settings in told for key in settings}
     return [_label(settings, keys) for settings in told]
 
@@ -189,7 +198,7 @@ def _label(settings: Settings, keys: set[str]) -> str:
 
 
 def short_key(key: str, keys: set[str]) -> str:
-    """The last parts of a dotted key: as few as tell it from the other ``keys``."""
+    """Return the last parts of a dotted key, as few as distinguish it from the other ``keys``."""
     parts = key.split(".")
     for depth in range(1, len(parts)):
         tail = parts[-depth:]
@@ -199,7 +208,7 @@ def short_key(key: str, keys: set[str]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value of a configuration, short."""
+    """Return a short text for a value of a configuration."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The table of systems: one row a method, its accuracy and its cost beside full training's."""
+"""The table of systems: one row per method, with accuracy and cost relative to full training."""
 
 from collections.abc import Mapping, Sequence
 from operator import truediv
@@ -38,7 +38,7 @@ SWITCHES = ("switch", "stage")
 
 
 def systems_columns(references: References) -> list[Column]:
-    """The columns of the table of systems, in one part."""
+    """Return the columns of the table of systems, all in one part."""
     by_key = {column.key: column for column in ratio_columns(references)}
     top1, cost = by_key["top1_difference"], by_key["cost_ratio"]
     images = of_last_phase(IMAGES)
@@ -61,7 +61,10 @@ def systems_columns(references: References) -> list[Column]:
 
 
 def held(part: str) -> Read:
-    """Reads the measured bytes of one part of the memory in the phase of the last update."""
+    """Return a function that reads the measured bytes of one memory part.
+
+    It reads them from the segment of the run's last update.
+    """
 
     def read(record: Record) -> float | None:
         memory = last_segment(record).get("memory") or {}
@@ -71,23 +74,23 @@ def held(part: str) -> Read:
 
 
 def switch_epoch(record: Record) -> float | None:
-    """The epoch of the first switch, also of one that was taken back later."""
+    """Return the epoch of the first switch, even when it was taken back later."""
     found = (change["epoch"] for change in transitions(record) if change["kind"] in SWITCHES)
     return next(found, record.result["switch"].get("epoch"))
 
 
 def changes(record: Record) -> float | None:
-    """How often the trained tensors changed; None where the run does not tell."""
+    """Return how often the trained tensors changed, or None when the run has no record of it."""
     return len(transitions(record)) if "transitions" in record.result else None
 
 
 def transitions(record: Record) -> Sequence[Mapping[str, Any]]:
-    """What changed the trained tensors, in order."""
+    """Return the changes of the trained tensors, in order."""
     return record.result.get("transitions", ())
 
 
 def switch_notes(rows: Sequence[Row]) -> list[str]:
-    """Rows of which not all runs switched for good, or not all of their targets."""
+    """Return notes on rows in which some run did not switch for good, or not all its targets."""
     notes = []
     for row in (row for row in rows if not row.trains_in_full):
         of_all = f"of {len(row.records)} seeds"
@@ -104,7 +107,7 @@ def switch_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def has_switched(record: Record) -> bool:
-    """Whether adapters were ever put in, also where they were taken back later."""
+    """Return whether the run ever switched, even when the switch was taken back later."""
     made = any(change["kind"] in SWITCHES for change in transitions(record))
     return made or bool(_switch(record)["fired"])
 

@@ -1,11 +1,12 @@
 """Compare finished runs in tables: ``switchlora-runs tables RUNS...``.
 
-RUNS are run folders or sweep folders. Runs that differ in nothing but their seed are one row: mean
-± standard deviation over seeds (number of runs). A ratio to a baseline under other conditions is
-refused and the difference named. ``--preset systems`` makes one table of methods, each beside full
-training; ``--preset prelora`` PreLoRA's, its published numbers beside the runs'. ``--no-times``
-leaves out what a clock or a counter of a process's memory fills, so that the same runs made again
-give the same bytes.
+RUNS are run folders or sweep folders. Runs that differ only in their seed form one row. Its cells
+show mean ± standard deviation over seeds (number of runs). A ratio to a baseline under other
+conditions is refused, and a note names the difference. Options:
+- ``--preset systems`` makes one table of methods, each compared with full training.
+- ``--preset prelora`` makes PreLoRA's table, with its published numbers beside the runs' numbers.
+- ``--no-times`` leaves out the numbers of clocks and memory counters. The same runs made again
+  then give the same bytes.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from switchlora.analysis.tables.systems import switch_notes, systems_columns
 from switchlora.storage import Record, find_records, is_run
 
 STEMS = {"default": "table", "systems": "systems", "prelora": "prelora"}
-"""by preset: the name of its files"""
+"""by preset, the name of its files"""
 PUBLISHED = {
     "trainable_share": (10.0,),
     "speed_ratio": (3.0,),
@@ -40,7 +41,7 @@ PUBLISHED = {
 
 
 def main() -> None:
-    """Write and print the tables; one clear line for a mistake."""
+    """Write and print the tables. Exit with one line on a mistake."""
     options = parse(sys.argv[1:])
     try:
         for line in run(options):
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", help="run folders or sweep folders")
     parser.add_argument("--preset", choices=STEMS, default="default")
@@ -61,7 +62,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> list[str]:
-    """Write all files; the Markdown and, last, a line with what was written."""
+    """Write all files; return the Markdown and, as the last line, the names of the files.
+
+    Raise ValueError when no run has finished.
+    """
     records = find_records(options.runs)
     table = make_table(records, options.preset, options.baseline, times=not options.no_times)
     if not table.rows:
@@ -82,7 +86,7 @@ def run(options: argparse.Namespace) -> list[str]:
 
 
 def default_out(runs: Sequence[Path]) -> Path:
-    """``tables/`` in the first sweep; here where all are run folders."""
+    """Return ``tables/`` in the first sweep, or here when all ``runs`` are run folders."""
     sweeps = [path for path in runs if not is_run(path)]
     return (sweeps[0] if sweeps else Path()) / "tables"
 
@@ -93,10 +97,10 @@ def make_table(
     baseline: str | None = None,
     times: bool = True,
 ) -> Table:
-    """The table of the finished ones of ``records``; the others are named in its notes.
+    """Return the table of the finished runs among ``records``. Its notes name the others.
 
-    Without ``times``, columns and notes on what a clock or a memory counter tells are left out.
-    ValueError for a ``baseline`` that no row is called, or that a row cannot be compared with.
+    Without ``times``, the columns and notes of clocks and memory counters are left out. Raise
+    ValueError when no row is named ``baseline``, or when a row cannot be compared with it.
     """
     rows, duplicates = make_rows([record for record in records if record.finished])
     comparison = compare_rows(rows, baseline)
@@ -110,7 +114,7 @@ def make_table(
 
 
 def columns_of(preset: str, comparison: Comparison) -> list[Column]:
-    """The columns of a preset; ValueError for one that there is not."""
+    """Return the columns of a preset. Raise ValueError for an unknown preset."""
     if preset not in STEMS:
         raise ValueError(f"preset '{preset}' is none of {', '.join(STEMS)}")
     if preset == "prelora":
@@ -126,6 +130,6 @@ def _cells(columns: Sequence[Column], records: Sequence[Record]) -> dict[str, Ce
 
 
 def published_row(columns: Sequence[Column]) -> Row:
-    """PreLoRA's own numbers, which no runs stand behind."""
+    """Return a row of PreLoRA's published numbers. It has no runs."""
     cells = {column.key: Cell(PUBLISHED[column.key]) for column in columns}
     return Row("PreLoRA, published", {}, (), cells)
