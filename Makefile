@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-hard thresholds systems guard pretrained scaling killtest check format clean
+.PHONY: help install demo test test-hard thresholds systems guard pretrained scaling killtest check docs format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -59,10 +59,13 @@ check: .venv/.installed  ## lint, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: .venv/.installed  ## build the documentation in docs/_build
+	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
 format: .venv/.installed  ## rewrite the code in its one format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:  ## remove caches and build output; .venv, data/ and runs/ stay
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 	find switchlora tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

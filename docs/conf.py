@@ -1,0 +1,79 @@
+"""How Sphinx makes HTML of this folder; ``make docs`` calls it."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.util.logging import getLogger
+
+from switchlora import __version__
+
+project = "switchlora"
+author = "the switchlora authors"
+project_copyright = f"{author}, MIT licence"
+release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"switchlora {release}"
+myst_heading_anchors = 3
+autodoc_default_options = {"members": True}
+python_use_unqualified_type_names = True
+toc_object_entries = False
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS))
+EXPERIMENTS = DOCS.parent / "experiments/README.md"
+LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)\s]+)\)")
+LITERAL = re.compile(r"(``.*?``)", re.DOTALL)
+
+
+def setup(app: Sphinx) -> None:
+    """Make the page on the configuration; let links lead out; let docstrings be plain text."""
+    from reference import page
+
+    (DOCS / "configuration.md").write_text(page())
+    app.connect("source-read", lead_outside)
+    app.connect("autodoc-process-docstring", as_plain_text, priority=400)  # before napoleon
+
+
+def lead_outside(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Turn links to files outside this folder into what HTML can hold.
+
+    They are written as paths, so that they lead somewhere in a checkout too. The page
+    'experiments' gets the text of experiments/README.md.
+    """
+    base = DOCS
+    if docname == "experiments":
+        base, source[0] = EXPERIMENTS.parent, EXPERIMENTS.read_text()
+    source[0] = LINK.sub(lambda found: relinked(found, base), source[0])
+
+
+def relinked(found: re.Match, base: Path) -> str:
+    """A link as it stands, or to the page of experiments/README.md, or to a copy of its file."""
+    mark, text, target = found.groups()
+    path, _, anchor = target.partition("#")
+    file = (base / path).resolve()
+    if "://" in target or not path or DOCS in file.parents:
+        return found[0]
+    if not file.exists():
+        getLogger(__name__).warning("%s leads nowhere", found[0])
+    here = os.path.relpath(file, DOCS)
+    if mark:
+        return f"![{text}]({here})"
+    if file == EXPERIMENTS:
+        return f"[{text}](experiments.md{anchor and f'#{anchor}'})"
+    words = text.replace("`", "")
+    return f"{{download}}`{words} <{here}>`" if file.is_file() else text
+
+
+def as_plain_text(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Escape what reStructuredText would read as markup, outside of ``literals``."""
+    parts = LITERAL.split("\n".join(lines))
+    plain = [p if p.startswith("``") else re.sub(r"([\\*|`_])", r"\\\1", p) for p in parts]
+    lines[:] = "".join(plain).split("\n")
