@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -25,17 +24,13 @@ python_use_unqualified_type_names = True
 toc_object_entries = False
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS))
 EXPERIMENTS = DOCS.parent / "experiments/README.md"
 LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)\s]+)\)")
 LITERAL = re.compile(r"(``.*?``)", re.DOTALL)
 
 
 def setup(app: Sphinx) -> None:
-    """Make the page on the configuration; let links lead out; let docstrings be plain text."""
-    from reference import page
-
-    (DOCS / "configuration.md").write_text(page())
+    """Let links lead out of this folder, and docstrings be plain text."""
     app.connect("source-read", lead_outside)
     app.connect("autodoc-process-docstring", as_plain_text, priority=400)  # before napoleon
 

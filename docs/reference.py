@@ -1,4 +1,7 @@
-"""The configuration reference, made from the yamls in ``conf/`` and their comments."""
+"""The configuration reference, made from the yamls in ``conf/`` and their comments.
+
+``python docs/reference.py`` writes ``docs/configuration.md`` anew.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
