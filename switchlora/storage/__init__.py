@@ -10,11 +10,13 @@ from switchlora.storage.checkpoint import (
 )
 from switchlora.storage.events import (
     METRICS as METRICS,
+    Placed as Placed,
     as_record as as_record,
     family_medians as family_medians,
     measurement_metrics as measurement_metrics,
     measurement_of as measurement_of,
     read_events as read_events,
+    read_placed as read_placed,
     window_metrics as window_metrics,
 )
 from switchlora.storage.export import (

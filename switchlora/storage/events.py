@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from switchlora.criteria import Verdict
 from switchlora.monitor import LayerStats, Measurement
@@ -22,13 +22,44 @@ def as_record(
     return plain_values({"event": event, "num_updates": num_updates, "epoch": epoch, **metrics})
 
 
+class Placed(NamedTuple):
+    """An event, and the bytes of its file at which its line begins and ends."""
+
+    place: int
+    end: int
+    event: dict[str, Any]
+
+
+def read_placed(path: Path) -> Iterator[Placed]:
+    """Yield the events of a log in order.
+
+    A last line without its end is left out: a run is writing it, or was killed while it did.
+    ValueError, with folder and line, for a line that holds no event.
+    """
+    place = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        end = place + len(line)
+        if line.endswith(b"\n"):
+            event = _event_on(line, f"{path.parent}: line {number} of {path.name}")
+            yield Placed(place, end, event)
+        place = end
+
+
 def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield the events of a run folder in order: those named ``event``, or all."""
-    with open(folder / METRICS) as file:
-        for line in file:
-            record = json.loads(line)
-            if event in (None, record["event"]):
-                yield record
+    for placed in read_placed(folder / METRICS):
+        if event in (None, placed.event["event"]):
+            yield placed.event
+
+
+def _event_on(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged") from error
+    if not isinstance(found, dict) or "event" not in found:
+        raise ValueError(f"{where} is damaged: it holds no event")
+    return found
 
 
 def plain_values(value: Any) -> Any:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from switchlora.monitor import Measurement
-from switchlora.storage.events import METRICS, measurement_of
+from switchlora.storage.events import METRICS, measurement_of, read_events
 from switchlora.storage.runlog import CONFIG, SUMMARY
 
 TRUNK_KEY = "trunk.json"
@@ -43,16 +43,7 @@ class Record:
 
         A torn last line is left out. ValueError when another line is damaged.
         """
-        *lines, _ = (self.folder / METRICS).read_text().split("\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                found = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.folder}: line {number} of {METRICS} is damaged"
-                ) from error
-            if event in (None, found["event"]):
-                yield found
+        return read_events(self.folder, event)
 
     def history(self) -> list[Measurement]:
         """Return what the monitor measured, bit for bit what the criterion read."""

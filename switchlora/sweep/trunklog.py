@@ -9,11 +9,16 @@ from typing import Any
 from switchlora.criteria import Verdict
 from switchlora.monitor import Measurement
 from switchlora.policy import SwitchPolicy
-from switchlora.storage import METRICS, as_record, measurement_metrics, measurement_of
+from switchlora.storage import (
+    METRICS,
+    Placed,
+    as_record,
+    measurement_metrics,
+    measurement_of,
+    read_placed,
+)
 
 UNDECIDED = Verdict(False, {}, "")
-Placed = tuple[int, dict[str, Any]]
-"""the byte at which a line begins, and the event on the line"""
 
 
 class TrunkLog:
@@ -33,24 +38,20 @@ class TrunkLog:
 
     def history(self) -> list[Measurement]:
         """Return the measurements so far."""
-        return [measurement_of(event) for _, event in _measured(self.path)]
+        return [measurement_of(placed.event) for placed in _measured(self.path)]
 
     def mend(self) -> None:
         """Cut off everything after the last whole measurement, left by a killed run."""
         self.path.touch()
-        end = place = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            place += len(line)
-            if line.endswith(b"\n") and json.loads(line)["event"] == "measure":
-                end = place
-        os.truncate(self.path, end)
+        ends = [placed.end for placed in _measured(self.path)]
+        os.truncate(self.path, max(ends, default=0))
 
     def append(self, measured: Measurement, metrics: Path) -> None:
         """Add a new measurement, and the run's other events since the measurement before.
 
         ``metrics`` is the log file of the run. A measurement that is there already is not added.
         """
-        known = [event["num_updates"] for _, event in _measured(self.path)]
+        known = [placed.event["num_updates"] for placed in _measured(self.path)]
         if measured.num_updates in known:
             return
         events = _events_after(metrics, max(known, default=0))
@@ -62,7 +63,8 @@ class TrunkLog:
 
     def place_of(self, num_updates: int) -> int:
         """Return the byte at which the line of the measurement at ``num_updates`` begins."""
-        return next(p for p, event in _measured(self.path) if event["num_updates"] == num_updates)
+        found = (p for p in _measured(self.path) if p.event["num_updates"] == num_updates)
+        return next(found).place
 
     def copy_to(self, run: Path, size: int, policy: SwitchPolicy, kept: int) -> int:
         """Copy the trunk's events, its first ``size`` bytes, into the log in folder ``run``.
@@ -73,7 +75,7 @@ class TrunkLog:
         """
         history: list[Measurement] = []
         lines = []
-        for place, event in _events(self.path):
+        for place, _, event in _events(self.path):
             if place >= size:
                 break
             if event["event"] == "measure":
@@ -89,21 +91,17 @@ class TrunkLog:
 
 
 def _events(path: Path) -> Iterator[Placed]:
-    """Yield the whole lines of a log. Another run may be writing it."""
-    place = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        if line.endswith(b"\n"):
-            yield place, json.loads(line)
-        place += len(line)
+    """Yield the whole lines of a log, none of a log that is not there."""
+    return read_placed(path) if path.exists() else iter(())
 
 
 def _measured(path: Path) -> Iterator[Placed]:
-    return (placed for placed in _events(path) if placed[1]["event"] == "measure")
+    return (placed for placed in _events(path) if placed.event["event"] == "measure")
 
 
 def _events_after(path: Path, num_updates: int) -> list[dict[str, Any]]:
     """Return the events after the run's measurement at ``num_updates``; all if there is none."""
-    events = [event for _, event in _events(path)]
+    events = [placed.event for placed in _events(path)]
     known = [
         number
         for number, event in enumerate(events)
