@@ -60,6 +60,21 @@ def test_a_replay_of_full_training_predicts_when_a_run_switches(sweep, criterion
     )
 
 
+STAGED = (
+    *("switch/stages=by_margin", "switch.stages.interval=4", "switch/criterion=update_norm"),
+    *("switch.criterion.patience=1", "switch.criterion.fraction=0.9"),
+)
+
+
+@pytest.mark.parametrize("by", ["target", "block"])
+def test_a_replay_predicts_the_first_stage_of_a_staged_run(sweep, tmp_path, by):
+    words = (*STAGED, f"switch.stages.by={by}")
+    first = make_run(tmp_path, *TINY, *words)["transitions"][0]
+    (predicted,) = ask(sweep / "never", *words)
+    assert 0 < first["num_updates"] < 20
+    assert (predicted.fires_at, predicted.reason) == (first["num_updates"], first["reason"])
+
+
 def test_a_start_at_once_fires_before_the_first_update(sweep):
     (answer,) = ask(sweep / "never", "switch/criterion=at_start")
     assert (answer.fires_at, answer.epoch, answer.outcome) == (0, 0.0, "0")
@@ -130,7 +145,7 @@ def test_the_quorum_decides_which_target_holds_the_switch_back(sweep):
         (["epochs=3"], "epochs=3 cannot be replayed: it would change the full phase"),
         (["data=cifar10"], "data=cifar10 cannot be replayed"),
         (["switch.targets=[attn.qkv]"], "switch.targets says what is measured"),
-        (["switch.criterion.fraction=1"], "never: Could not override 'switch.criterion.fraction'"),
+        (["switch.criterion.fraction=1"], "never: switch.criterion.fraction belongs to"),
         (["switch/criterion=nevr"], "Could not find 'switch/criterion/nevr'"),
         (
             ["switch/criterion=prelora", "switch.criterion.windows=1"],

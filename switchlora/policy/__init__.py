@@ -8,7 +8,9 @@ from switchlora.policy.guard import (
 )
 from switchlora.policy.policy import (
     RESIDUAL_DTYPES as RESIDUAL_DTYPES,
+    Decision as Decision,
     SwitchPolicy as SwitchPolicy,
+    decisions as decisions,
 )
 from switchlora.policy.stages import (
     Restart as Restart,

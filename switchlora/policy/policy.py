@@ -1,7 +1,8 @@
 """The switch policy: when to switch, which targets, to which ranks, from which factors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -203,3 +204,35 @@ class SwitchPolicy:
     def _may_switch(self, num_updates: int) -> bool:
         late = self.latest is not None and num_updates > self.latest
         return num_updates >= self.earliest and not late
+
+
+class Decision(NamedTuple):
+    """What a policy says after ``num_updates`` updates: a verdict, and the targets to switch."""
+
+    num_updates: int
+    verdict: Verdict
+    chosen: list[str]
+
+    @property
+    def reason(self) -> str:
+        """Why targets switch, or what holds them back."""
+        if self.chosen and not self.verdict.fires:
+            return f"{len(self.chosen)} targets have converged alone"
+        return self.verdict.reason
+
+
+def decisions(
+    policy: SwitchPolicy, history: Sequence[Measurement], targets: Mapping[str, Target]
+) -> Iterator[Decision]:
+    """Yield what a run with ``policy`` decides on a history, until something switches.
+
+    The first decision comes before the first update, the others after each measurement. A stage
+    of some ``targets`` is a switch too: what a run measures after it, the history does not tell.
+    """
+    for known in range(len(history) + 1):
+        done = history[known - 1].num_updates if known else 0
+        verdict = policy.decide(history[:known])
+        chosen = policy.chosen(verdict, targets, done, None)
+        yield Decision(done, verdict, chosen)
+        if verdict.fires or chosen:
+            return

@@ -32,7 +32,7 @@ from switchlora.errors import (
     check_share,
 )
 from switchlora.monitor import Measurement
-from switchlora.policy import SwitchPolicy
+from switchlora.policy import SwitchPolicy, decisions
 from switchlora.process import Interruption, distributed, one_line
 from switchlora.storage import (
     CONFIG,
@@ -86,11 +86,9 @@ def first_firing(
     0 is a switch before the first update. None when the policy switches nowhere in ``history``.
     Without targets only a whole switch counts, not a stage.
     """
-    for length in range(len(history) + 1):
-        verdict = policy.decide(history[:length])
-        done = history[length - 1].num_updates if length else 0
-        if verdict.fires or policy.chosen(verdict, targets or {}, done, None):
-            return done
+    for decision in decisions(policy, history, targets or {}):
+        if decision.verdict.fires or decision.chosen:
+            return decision.num_updates
     return None
 
 

@@ -9,6 +9,7 @@ sweep. The results are printed as a table, and written to replay.json, replay.md
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 from hydra import initialize_config_dir
 
+from switchlora.adapters import Target
 from switchlora.analysis.figures import run_labels
 from switchlora.analysis.formats import markdown
 from switchlora.analysis.replay.picture import draw
@@ -24,11 +26,13 @@ from switchlora.analysis.replay.settings import labels, policy_of, split
 from switchlora.config import folder_of
 from switchlora.criteria import Verdict
 from switchlora.monitor import Measurement
-from switchlora.policy import SwitchPolicy
+from switchlora.policy import Decision, SwitchPolicy, decisions
 from switchlora.process import USER_ERRORS, one_line
 from switchlora.storage import Record, find_records
 
 CONF = folder_of("conf")
+SLICE = re.compile(r"\.[qkv]$")
+"""what the name of a row slice has after that of its module"""
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,11 @@ def ask(
     setting, run = names
     curve: list[tuple[int, float]] = []
     quorum = getattr(policy.criterion, "quorum", 1.0)
-    for done, verdict in verdicts(policy, record, history):
-        target, margin = deciding(verdict, quorum)
+    for decision in asked(policy, record, history):
+        target, margin = deciding(decision.verdict, quorum)
         if margin is not None:
-            curve.append((done, margin))
-        if verdict.fires:
-            break
-    fired = verdict.fires
+            curve.append((decision.num_updates, margin))
+    done, fired = decision.num_updates, decision.verdict.fires or bool(decision.chosen)
     return Answer(
         setting=setting,
         run=run,
@@ -139,29 +141,29 @@ def ask(
         history_ends=history_ends(record),
         target=target,
         margin=margin,
-        reason=verdict.reason,
+        reason=decision.reason,
         curve=curve,
     )
 
 
-def verdicts(
+def asked(
     policy: SwitchPolicy, record: Record, history: Sequence[Measurement]
-) -> Iterator[tuple[int, Verdict]]:
-    """Yield the number of updates and the policy's verdict, as the run would have asked for it.
+) -> Iterator[Decision]:
+    """Yield the policy's decisions, as the run would have made them.
 
     Raise ValueError when the history lacks statistics that the criterion reads.
     """
-    for known in range(len(history) + 1):
-        try:
-            verdict = policy.decide(history[:known])
-        except (TypeError, IndexError) as error:
-            exact = record.config["monitor"]["exact"]
-            missing = "" if exact else ", or it reads what only monitor.exact=true measures"
-            raise ValueError(
-                f"{record.folder.name}: the criterion fails on its history ({error}): a value has "
-                f"the wrong type{missing}"
-            ) from error
-        yield history[known - 1].num_updates if known else 0, verdict
+    names = history[-1].layers if history else ()
+    targets = {name: Target(name, SLICE.sub("", name), slice(None)) for name in names}
+    try:
+        yield from decisions(policy, history, targets)
+    except (TypeError, IndexError) as error:
+        exact = record.config["monitor"]["exact"]
+        missing = "" if exact else ", or it reads what only monitor.exact=true measures"
+        raise ValueError(
+            f"{record.folder.name}: the criterion fails on its history ({error}): a value has "
+            f"the wrong type{missing}"
+        ) from error
 
 
 def deciding(verdict: Verdict, quorum: float) -> tuple[str | None, float | None]:
