@@ -25,7 +25,7 @@ from torchvision.datasets import FakeData
 from switchlora.data import build_data, crop_and_flip, decode, images as datasets
 
 CONF = Path(__file__).parents[1] / "conf"
-YAMLS = sorted({path.stem for path in (CONF / "data").glob("*.yaml")} - {"bytes"})
+YAMLS = sorted({path.stem for path in (CONF / "data").glob("*.yaml")} - {"base", "bytes"})
 RANDOM = {
     "scale": (0.3, 1.0),
     "color_jitter": None,
