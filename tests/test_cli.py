@@ -2,13 +2,14 @@
 
 import re
 import shlex
-import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from omegaconf import OmegaConf
 
 from conf_yamls import CONF, composed
+from switchlora.cli import main
 from switchlora.process import checked
 from switchlora.process.words import explained
 
@@ -36,22 +37,23 @@ def test_every_key_of_the_help_is_a_key():
         assert OmegaConf.select(composed(), name, default=nothing) is not nothing, name
 
 
-def said(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", "switchlora", *words], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def said(monkeypatch, capsys, word):
+    """What the program prints when it is asked for ``word`` alone."""
+    monkeypatch.setattr(sys, "argv", ["switchlora", word])
+    with suppress(SystemExit):
+        main()
+    return capsys.readouterr().out
 
 
-def test_help_begins_with_what_the_program_does_and_names_groups_and_choices():
-    shown = said("--help")
+def test_help_begins_with_what_the_program_does_and_names_groups_and_choices(monkeypatch, capsys):
+    shown = said(monkeypatch, capsys, "--help")
     assert shown.startswith("switchlora trains a Vision Transformer in full and switches")
     assert "switch/criterion: all_of, any_of," in shown and "powered by Hydra" not in shown
 
 
-def test_the_version_is_that_of_the_program():
-    assert re.fullmatch(r"switchlora \d+\.\d+\.\d+\n", said("--version"))
+def test_the_version_is_that_of_the_program(monkeypatch, capsys):
+    shown = said(monkeypatch, capsys, "--version")
+    assert re.fullmatch(r"switchlora \d+\.\d+\.\d+\n", shown)
 
 
 MISTAKES = {
