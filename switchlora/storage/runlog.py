@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from switchlora.process import is_primary, together
 from switchlora.storage.events import METRICS, as_record, plain_values, read_events
+from switchlora.storage.progress import Progress
 
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
@@ -84,18 +83,13 @@ class RunLog:
             for step, record in enumerate(read_events(folder)):
                 self._to_wandb(step, record)
         self._step = len(path.read_text().splitlines()) if self._talks else 0
-        self._bar = tqdm(
-            total=total_updates,
-            unit="update",
-            dynamic_ncols=True,
-            disable=not (progress and self._talks),
-        )
+        self._progress = Progress(total_updates, enabled=progress and self._talks)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._bar.close()
+        self._progress.close()
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
@@ -126,16 +120,15 @@ class RunLog:
     def line(self, text: str) -> None:
         """Print one line on the terminal, above the progress bar."""
         if self._talks:
-            self._bar.write(text)
+            self._progress.write(text)
 
     def progress(self, num_updates: int, **postfix: str) -> None:
-        """Set the progress bar to ``num_updates``."""
-        self._bar.set_postfix(postfix, refresh=False)
-        self._bar.update(num_updates - self._bar.n)
+        """Show on the terminal that ``num_updates`` are done."""
+        self._progress.show(num_updates, **postfix)
 
     def end_progress(self) -> None:
         """Close the progress bar; later lines are printed below it."""
-        self._bar.close()
+        self._progress.close()
 
     def images(self, paths: list[Path]) -> None:
         """Send pictures to W&B, under ``figures/<name>``."""
