@@ -68,7 +68,11 @@ def relinked(found: re.Match, base: Path) -> str:
 def as_plain_text(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Escape what reStructuredText would read as markup, outside of ``literals``."""
+    """Escape what reStructuredText would read as markup, outside of ``literals`` and examples."""
     parts = LITERAL.split("\n".join(lines))
     plain = [p if p.startswith("``") else re.sub(r"([\\*|`_])", r"\\\1", p) for p in parts]
-    lines[:] = "".join(plain).split("\n")
+    escaped = "".join(plain).split("\n")
+    in_example = False
+    for number, line in enumerate(lines):
+        in_example = line.lstrip().startswith(">>>") or (in_example and bool(line.strip()))
+        lines[number] = line if in_example else escaped[number]

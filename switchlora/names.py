@@ -8,7 +8,10 @@ from difflib import get_close_matches
 def family(name: str) -> str:
     """Return the part of a target's name that its siblings share.
 
-    Siblings of other blocks differ in a number: 'blocks.3.attn.qkv' -> 'attn.qkv'.
+    Siblings of other blocks differ in a number.
+
+    >>> family("blocks.3.attn.qkv"), family("layers.0.blocks.1.mlp.fc1"), family("head")
+    ('attn.qkv', 'mlp.fc1', 'head')
     """
     return re.split(r"(?:^|\.)\d+\.", name)[-1]
 
@@ -40,6 +43,11 @@ def near(name: str, candidates: Iterable[str]) -> str:
     """Return a hint with up to five of ``candidates`` that resemble ``name``.
 
     Five or fewer candidates are all listed.
+
+    >>> near("qvk", ["attn.qkv", "attn.proj"])
+    'near names: attn.proj, attn.qkv'
+    >>> near("epoch", ["epochs", "seed", "ema", "name", "resume", "objectives"])
+    'near names: epochs'
     """
     names = sorted(set(candidates))
     close = names if len(names) <= 5 else get_close_matches(name, names, n=5, cutoff=0.4)

@@ -28,6 +28,11 @@ def cheaper_form(
       product that the gradient of a trained A needs in both forms.
 
     r cancels out, so only shapes decide. Bytes read and written compare in the same way.
+
+    >>> cheaper_form(tokens=64, in_features=384, out_features=384)
+    'split'
+    >>> cheaper_form(tokens=4 * 197, in_features=384, out_features=384)
+    'merged'
     """
     apart = slices * in_features + out_features * (1 if trains_A else 2)
     return "merged" if tokens * apart >= in_features * out_features else "split"

@@ -58,7 +58,12 @@ def spectral_norm(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tenso
 
 
 def stable_rank(frobenius_norm: Tensor, spectral_norm: Tensor) -> Tensor:
-    """Return ||M||_F^2 / ||M||_2^2, between 1 and the rank; 0 for the zero matrix."""
+    """Return ||M||_F^2 / ||M||_2^2, between 1 and the rank; 0 for the zero matrix.
+
+    >>> singular = torch.tensor([4.0, 3.0])
+    >>> stable_rank(singular.norm(), singular.max()).item()
+    1.5625
+    """
     ratio = (frobenius_norm / spectral_norm).square()
     return torch.where(spectral_norm > 0, ratio, torch.zeros_like(ratio))
 
@@ -67,6 +72,9 @@ def effective_rank(singular_values: Tensor) -> float:
     """Return exp(entropy of the normalised singular values); 0 for zeros.
 
     Defined by Roy & Vetterli (2007).
+
+    >>> round(effective_rank(torch.tensor([3.0, 3.0, 3.0, 0.0])), 4)
+    3.0
     """
     total = singular_values.sum()
     if total == 0:
