@@ -56,6 +56,22 @@ def test_the_version_is_that_of_the_program(monkeypatch, capsys):
     assert re.fullmatch(r"switchlora \d+\.\d+\.\d+\n", shown)
 
 
+@pytest.mark.parametrize(
+    "begun,ends",
+    [
+        ("switch/criterion=update", "switch/criterion=update_norm"),
+        ("switch/cri", "switch/criterion="),
+        ("full.optimizer.l", "full.optimizer.lr="),
+    ],
+)
+def test_tab_completes_groups_choices_and_keys(monkeypatch, capsys, begun, ends):
+    monkeypatch.setenv("COMP_LINE", f"switchlora {begun}")
+    monkeypatch.setattr(sys, "argv", ["switchlora", "-sc", "query=bash"])
+    with suppress(SystemExit):
+        main()
+    assert capsys.readouterr().out.split() == [ends]
+
+
 MISTAKES = {
     "switch/guard=ful": "switch/guard=ful: choose one of full, ranks, warn",
     "switch/rank=8": "switch/rank=8: choose one of budget, .*fixed",
@@ -103,6 +119,7 @@ def test_words_that_are_right_stay_as_they_are():
     words += ["+method=lora", "full.optimizer.lr=1e-3", "switch.guard={act: warn}", "~trunk"]
     words += ["hydra.run.dir=x", "+model.drop_path_rate=0.1", "switch.keep=[norm]", "--cfg", "job"]
     words += ["--config-dir", "conf", "+launch=joblib", "method=mine", "switch.stages=null"]
+    words += ["-sc", "install=bash", "--info", "--hydra-help", "--cfg=job"]
     assert checked(words) == words
 
 

@@ -12,7 +12,10 @@ import yaml
 from switchlora.config import folder_of
 from switchlora.names import near
 
-FLAGS = re.compile(r"-[mhr]$|--?(multirun|info|help|hydra-help|version|run|resolve)\b.*")
+FLAGS = re.compile(
+    r"-(m|h|r|i|sc)$|--(multirun|help|hydra-help|version|run|info|resolve|shell-completion|"
+    r"experimental-rerun)\b.*"
+)
 FLAGS_WITH_VALUE = (
     *("--config-dir", "--config-name", "--config-path", "-cd", "-cn", "-cp"),
     *("--cfg", "-c", "--package", "-p"),
