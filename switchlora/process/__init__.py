@@ -21,4 +21,8 @@ from switchlora.process.exits import (
     one_line as one_line,
 )
 from switchlora.process.signals import Interruption as Interruption
-from switchlora.process.words import checked as checked, prepare_words as prepare_words
+from switchlora.process.words import (
+    check_kinds as check_kinds,
+    checked as checked,
+    prepare_words as prepare_words,
+)

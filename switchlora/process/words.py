@@ -2,14 +2,14 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from switchlora.config import folder_of
+from switchlora.config import folder_of, leaves
 from switchlora.names import near
 
 FLAGS = re.compile(
@@ -25,6 +25,8 @@ MISSING_KEY = re.compile(r"Could not override '([\w.]+)'")
 FOLLOWS = re.compile(r"adapter\.(optimizer|scheduler)\.(\w+)$")
 MEANT = {"optimizer": "recipe@full=sgd", "full.optimizer": "recipe@full=sgd"}
 """what sets a thing that is no key of its own"""
+NUMBERS_OR_WORDS = ("monitor.window",)
+"""keys that take a number or a word"""
 
 
 def checked(words: Sequence[str]) -> list[str]:
@@ -131,18 +133,46 @@ def folders() -> Iterator[Path]:
     yield from sorted({path.parent for path in conf.rglob("*.yaml")} - {conf})
 
 
+class Known(NamedTuple):
+    """The first yaml that has a key: its choice, '' for those of every run, and its value."""
+
+    owner: str
+    value: Any
+
+
 @cache
-def known_keys() -> dict[str, str]:
-    """Map each key of any yaml to the choice that it belongs to, '' for those of every run."""
+def known_keys() -> dict[str, Known]:
+    """Map each key of any yaml to where it is known from."""
     conf = folder_of("conf")
-    found = dict.fromkeys(flat(load(conf / "config.yaml")), "")
+    found = {key: Known("", value) for key, value in leaves(load(conf / "config.yaml"))}
     for folder in folders():
         group = folder.relative_to(conf).as_posix()
         for path in sorted(folder.glob("*.yaml")):
             if not path.read_text().startswith("# @package _global_"):
-                for key in flat(load(path), prefix_of(group, path.stem)):
-                    found.setdefault(key, f"{group}={path.stem}")
+                choice = f"{group}={path.stem}"
+                for key, value in leaves(load(path)):
+                    found.setdefault(prefix_of(group, path.stem) + key, Known(choice, value))
     return found
+
+
+def check_kinds(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a word in the place of a number, a switch or a section of keys."""
+    for key, value in leaves(config):
+        if not isinstance(value, str | bool | int | float):
+            continue
+        inside = sorted(name for name in known_keys() if name.startswith(f"{key}."))
+        if inside:
+            parts = dict.fromkeys(name.removeprefix(f"{key}.").split(".")[0] for name in inside)
+            raise ValueError(
+                f"{key} is '{value}': it holds {', '.join(parts)}; set one of these, such as "
+                f"{inside[0]}=VALUE"
+            )
+        if isinstance(value, str) and key in known_keys() and key not in NUMBERS_OR_WORDS:
+            default = known_keys()[key].value
+            if isinstance(default, bool):
+                raise ValueError(f"{key} is '{value}': give true or false")
+            if isinstance(default, int | float):
+                raise ValueError(f"{key} is '{value}': give a number, such as {default}")
 
 
 def prefix_of(group: str, choice: str) -> str:
@@ -156,15 +186,6 @@ def load(path: Path) -> dict[str, Any]:
     """Return the content of a yaml, its defaults list left out."""
     content = yaml.safe_load(path.read_text()) or {}
     return {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
-
-
-def flat(content: dict[str, Any], above: str = "") -> Iterator[str]:
-    """Yield the dotted names of all leaves."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}"
 
 
 def sections() -> set[str]:
@@ -193,8 +214,8 @@ def explained(message: str) -> str | None:
         phase = f"full.{follows[1]}.{follows[2]}"
         scale = "; adapter.lr_scale scales all rates of the adapter phase" * (follows[2] == "lr")
         return f"adapter.{follows[1]} follows full.{follows[1]}: set {phase}{scale}"
-    if owner := known_keys().get(key):
-        return f"{key} belongs to {owner}: choose that too"
+    if key in known_keys() and known_keys()[key].owner:
+        return f"{key} belongs to {known_keys()[key].owner}: choose that too"
     return f"there is no key '{key}'; {near_keys(key)}"
 
 

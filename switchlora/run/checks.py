@@ -10,19 +10,23 @@ from omegaconf import DictConfig
 from torch import nn
 
 from switchlora.adapters import FACTORS, adapted_linear
-from switchlora.config import check_whole
+from switchlora.config import as_plain, check_whole
 from switchlora.criteria import AtEpoch, at_start, never
 from switchlora.errors import NothingMeasured, check_choice
 from switchlora.learner import PARALLEL, Recipe, check_goes_with_fsdp
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.names import matching
 from switchlora.policy import SwitchPolicy
+from switchlora.process import check_kinds
 from switchlora.run.state import Phase
 from switchlora.switching import WHOLE, check_start, choose_ranks
 
 
 def check_config(config: DictConfig) -> None:
     """Raise ValueError for a number out of its range, or for settings that exclude each other."""
+    check_kinds(as_plain(config))
+    modes = ("offline", "online", "disabled")
+    check_choice("log.wandb.mode", str(config.log.wandb.mode), modes)
     for key, least in {"epochs": 1, "seed": 0, "max_skipped": 0, "log.every": 1}.items():
         check_whole(config, key, least)
     if config.max_updates is not None:
