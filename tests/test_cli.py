@@ -114,6 +114,19 @@ def test_hydras_error_on_a_missing_key_becomes_the_line_that_helps(key, line):
     assert re.search(line, explained(f"Could not override '{key}'.\nTo append use +{key}=1"))
 
 
+@pytest.mark.parametrize(
+    "choice,package",
+    [
+        ("launcher/ray", "hydra-ray-launcher"),
+        ("launcher/submitit_slurm", "hydra-submitit-launcher"),
+        ("sweeper/optuna", "hydra-optuna-sweeper"),
+    ],
+)
+def test_a_plugin_that_is_not_installed_is_named_by_its_package(choice, package):
+    said = explained(f"In 'config': Could not find 'hydra/{choice}'\nAvailable options in")
+    assert said.endswith(f"pip install {package}")
+
+
 def test_words_that_are_right_stay_as_they_are():
     words = ["-m", "data=cifar10", "recipe@full=lion", "switch/rank=energy,fixed", "seed=0,1"]
     words += ["+method=lora", "full.optimizer.lr=1e-3", "switch.guard={act: warn}", "~trunk"]

@@ -22,6 +22,7 @@ FLAGS_WITH_VALUE = (
 )
 WORD = re.compile(r"(?P<sign>[+~]*)(?P<key>[\w./]+)(?P<package>@[\w.:]+)?=(?P<value>.*)", re.S)
 MISSING_KEY = re.compile(r"Could not override '([\w.]+)'")
+MISSING_PLUGIN = re.compile(r"Could not find 'hydra/(launcher|sweeper)/([a-z]+)")
 FOLLOWS = re.compile(r"adapter\.(optimizer|scheduler)\.(\w+)$")
 MEANT = {"optimizer": "recipe@full=sgd", "full.optimizer": "recipe@full=sgd"}
 """what sets a thing that is no key of its own"""
@@ -203,7 +204,10 @@ def near_keys(key: str) -> str:
 
 
 def explained(message: str) -> str | None:
-    """Return a line for Hydra's error on a key that is not there; None for any other message."""
+    """Return a line for Hydra's error on a key or a plugin that is not there; None for others."""
+    if plugin := MISSING_PLUGIN.search(message):
+        kind, name = plugin.groups()
+        return f"this needs a plugin that is not installed: pip install hydra-{name}-{kind}"
     missing = MISSING_KEY.search(message)
     if missing is None:
         return None
