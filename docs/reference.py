@@ -8,7 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-CONF = Path(__file__).parents[1] / "conf"
+from switchlora.config import folder_of
+from switchlora.process.words import folders, prefix_of
+
+CONF = folder_of("conf")
 INTRODUCTION = """# Configuration
 
 Every key, with its default and what it does. This page is made from the yamls in `conf/`.
@@ -42,8 +45,7 @@ def page(conf: Path = CONF) -> str:
 
 def groups(conf: Path) -> list[str]:
     """Return the groups of choices: each folder with a yaml."""
-    folders = {path.parent for path in conf.rglob("*.yaml")} - {conf}
-    return sorted(str(folder.relative_to(conf)) for folder in folders)
+    return [folder.relative_to(conf).as_posix() for folder in folders()]
 
 
 def known_notes(conf: Path) -> dict[str, str]:
@@ -88,11 +90,8 @@ def section(conf: Path, group: str, notes: Mapping[str, str]) -> Iterator[str]:
 
 def package(group: str, path: Path) -> str:
     """Return what stands before the keys of a yaml on the command line, with its dot."""
-    if path.read_text().startswith("# @package _global_"):
-        return ""
-    if group == "recipe":
-        return "adapter." if path.stem == "adapter" else "full."
-    return group.replace("/", ".") + "."
+    names_whole_keys = path.read_text().startswith("# @package _global_")
+    return "" if names_whole_keys else prefix_of(group, path.stem)
 
 
 def head(path: Path) -> str:
