@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchlora.config import folder_of
-from switchlora.process.words import folders, prefix_of
+from switchlora.process.words import groups, prefix_of
 
 CONF = folder_of("conf")
 INTRODUCTION = """# Configuration
@@ -38,14 +38,9 @@ def page(conf: Path = CONF) -> str:
     """Return the whole page as Markdown."""
     notes = known_notes(conf)
     parts = [INTRODUCTION, "## Top level\n", table(rows(conf / "config.yaml"))]
-    for group in groups(conf):
+    for group in groups():
         parts += section(conf, group, notes)
     return "\n".join(parts) + "\n"
-
-
-def groups(conf: Path) -> list[str]:
-    """Return the groups of choices: each folder with a yaml."""
-    return [folder.relative_to(conf).as_posix() for folder in folders()]
 
 
 def known_notes(conf: Path) -> dict[str, str]:
@@ -53,7 +48,7 @@ def known_notes(conf: Path) -> dict[str, str]:
     notes: dict[str, str] = {}
     for row in rows(conf / "config.yaml"):
         notes[row.key] = row.note
-    for group in groups(conf):
+    for group in groups():
         for path in sorted((conf / group).glob("*.yaml")):
             for row in named(group, path):
                 notes[row.key] = notes.get(row.key) or row.note

@@ -27,11 +27,7 @@ def start_time() -> datetime:
 
 
 OmegaConf.register_new_resolver("switchlora_root", lambda: str(folder_of("experiments").parent))
-
-
 OmegaConf.register_new_resolver("switchlora_job", job_folder)
-
-
 OmegaConf.register_new_resolver("switchlora_start", lambda form: start_time().strftime(form))
 
 

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ MISSING_PLUGIN = re.compile(r"Could not find 'hydra/(launcher|sweeper)/([a-z]+)"
 FOLLOWS = re.compile(r"adapter\.(optimizer|scheduler)\.(\w+)$")
 MEANT = {"optimizer": "recipe@full=sgd", "full.optimizer": "recipe@full=sgd"}
 """what sets a thing that is no key of its own"""
+WITHOUT_DEFAULT = ("method", "experiments")
+"""groups of which a run has no choice by itself; Hydra wants a plus before them"""
 NUMBERS_OR_WORDS = ("monitor.window",)
 """keys that take a number or a word"""
 
@@ -71,12 +73,12 @@ def checked_word(word: str, places: tuple[Path, ...]) -> str:
             return word
         raise ValueError(no_setting(word, places))
     sign, key, value = match["sign"], match["key"], match["value"]
-    if key.startswith("hydra.") or key.startswith("hydra/"):
+    if key.startswith(("hydra.", "hydra/")):
         return word
     choices = choices_of(key, places)
-    if choices and value in choices and not sign and key in ("method", "experiments"):
+    if value in choices and not sign and key in WITHOUT_DEFAULT:
         return f"+{word}"
-    if "/" in key or (choices and key not in ("method", "experiments")):
+    if "/" in key or (choices and key not in WITHOUT_DEFAULT):
         check_choice_of(word, key, value, choices)
     group = key.replace(".", "/")
     if "." in key and not match["package"] and choices_of(group, places) and is_plain(value):
@@ -95,7 +97,7 @@ def no_setting(word: str, places: tuple[Path, ...]) -> str:
     name = word.lstrip("-")
     if word.startswith("-") and name:
         return f"'{word}' is no option: write {name}=VALUE without dashes; see switchlora --help"
-    for group in ("experiments", "method"):
+    for group in WITHOUT_DEFAULT:
         if word in choices_of(group, places):
             return f"'{word}' sets nothing: write +{group}={word}"
     return f"'{word}' sets nothing: write KEY=VALUE, such as epochs=3; see switchlora --help"
@@ -104,8 +106,7 @@ def no_setting(word: str, places: tuple[Path, ...]) -> str:
 def check_choice_of(word: str, group: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` names choices of a group, or nothing."""
     if not choices:
-        groups = [str(path.relative_to(folder_of("conf"))) for path in folders()]
-        raise ValueError(f"there is no group '{group}'; {near(group, groups)}")
+        raise ValueError(f"there is no group '{group}'; {near(group, groups())}")
     for choice in value.split(","):
         if choice not in (*choices, "null", "") and not re.search(r"[\[\](){}$]", value):
             raise ValueError(f"{word}: choose one of {', '.join(choices)}")
@@ -128,10 +129,11 @@ def choices_of(group: str, places: tuple[Path, ...]) -> tuple[str, ...]:
     return tuple(sorted(found | nested)) if found else ()
 
 
-def folders() -> Iterator[Path]:
-    """Yield the folder of each group."""
+def groups() -> list[str]:
+    """Return the names of this program's groups: each folder of ``conf`` with a yaml."""
     conf = folder_of("conf")
-    yield from sorted({path.parent for path in conf.rglob("*.yaml")} - {conf})
+    folders = {path.parent for path in conf.rglob("*.yaml")} - {conf}
+    return sorted(folder.relative_to(conf).as_posix() for folder in folders)
 
 
 class Known(NamedTuple):
@@ -146,9 +148,8 @@ def known_keys() -> dict[str, Known]:
     """Map each key of any yaml to where it is known from."""
     conf = folder_of("conf")
     found = {key: Known("", value) for key, value in leaves(load(conf / "config.yaml"))}
-    for folder in folders():
-        group = folder.relative_to(conf).as_posix()
-        for path in sorted(folder.glob("*.yaml")):
+    for group in groups():
+        for path in sorted((conf / group).glob("*.yaml")):
             if not path.read_text().startswith("# @package _global_"):
                 choice = f"{group}={path.stem}"
                 for key, value in leaves(load(path)):
