@@ -5,7 +5,7 @@ The names below serve a loop of one's own; everything else has a room, such as
 
 - ``SwitchPolicy``: what a switch is made of: targets, criterion, ranks, start
 - ``UpdateMonitor``: measures how the weights of the targets move
-- ``switch``: switches a model, all or nothing
+- ``Scene``, ``switch``: switches the model of a training, all or nothing
 - ``Recipe``, ``build_learner``: optimizer and schedule of a phase, and what trains with them
 - ``load_model``: a model with its adapters, from a checkpoint
 """
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from switchlora.monitor import UpdateMonitor as UpdateMonitor
     from switchlora.policy import SwitchPolicy as SwitchPolicy
     from switchlora.storage import load_model as load_model
-    from switchlora.switching import switch as switch
+    from switchlora.switching import Scene as Scene, switch as switch
 
 __version__ = "0.1.0"
 ROOMS = {
     "SwitchPolicy": "policy",
     "UpdateMonitor": "monitor",
+    "Scene": "switching",
     "switch": "switching",
     "Recipe": "learner",
     "build_learner": "learner",

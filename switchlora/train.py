@@ -139,10 +139,10 @@ def step_done(run: Run, step: StepOutcome) -> None:
     if run.ema is not None:
         run.ema.update(run.model)
     log_step(run, step)
-    if not state.recorded:
+    if not run.ledger.recorded:
         record_memory(run)
-        state.flops[state.phase] = run.flops_per_update
-        state.recorded = True
+        run.ledger.flops[state.phase] = run.sum_flops()
+        run.ledger.recorded = True
     run.count_flops()
     run.monitor.observe(step.loss, run.learner.decay(step.lr))
 
@@ -154,7 +154,7 @@ def step_skipped(run: Run, step: StepOutcome) -> None:
     does not count towards that limit.
     """
     state = run.state
-    state.skipped_updates += 1
+    run.ledger.skipped_updates += 1
     state.skipped_in_a_row += not step.overflow
     why = "fp16 overflow, the loss scale was lowered: " if step.overflow else ""
     run.log.line(
@@ -200,7 +200,7 @@ def finish_epoch(run: Run, metrics: dict[str, float]) -> None:
     state = run.state
     if metrics["top1"] > state.best_top1:
         state.best_top1, state.best_update = metrics["top1"], state.num_updates
-    state.last_eval = metrics
+    run.ledger.last_eval = metrics
     state.epoch, state.position = state.epoch + 1, 0
 
 

@@ -14,6 +14,7 @@ from switchlora.criteria import (
     AtEpoch,
     LossPlateau,
     PreLoRA,
+    PublishedPreLoRA,
     StableRank,
     UpdateNorm,
     at_start,
@@ -141,17 +142,17 @@ def test_prelora_fires_on_a_recorded_history_where_the_hand_calculation_says():
 )
 def test_preloras_published_counter_tests_as_often_as_its_code(accumulation, per_epoch, tests):
     """In 20 epochs with a window of 1000 updates, counted from micro-batch 0."""
-    criterion = PreLoRA(published_counter=[accumulation, per_epoch])
+    criterion = PublishedPreLoRA(counter=[accumulation, per_epoch])
     updates = range(0, 20 * per_epoch // accumulation + 1, 1000)
     assert sum(criterion.checks_at(num_updates) for num_updates in updates) == tests
 
 
 def test_preloras_published_counter_measures_where_it_does_not_test():
     measured = recorded()
-    blind = PreLoRA(tau=2.26, zeta=6.67, published_counter=[2, 2502])
-    late = PreLoRA(tau=2.26, zeta=6.67, published_counter=[2, 2503])
+    blind = PublishedPreLoRA(tau=2.26, zeta=6.67, counter=[2, 2502])
+    late = PublishedPreLoRA(tau=2.26, zeta=6.67, counter=[2, 2503])
     assert [blind(measured[:n]).fires for n in (3, 4)] == [False, False]
-    assert "published_counter is blind at update 3000" in blind(measured[:3]).reason
+    assert "the counter is blind at update 3000" in blind(measured[:3]).reason
     assert [late(measured[:n]).fires for n in (3, 4)] == [False, True]  # 6000 and 8000 of 2503
     assert blind(measured).margins == PreLoRA(tau=2.26, zeta=6.67)(measured).margins
 
@@ -160,10 +161,10 @@ def test_preloras_shared_output_hides_attn_proj_behind_fc2():
     norms = {"attn.proj": (1.0, 2.0, 4.0), "mlp.fc2": (1.0, 1.0, 1.0), "mlp.fc1": (1.0, 1.0, 1.0)}
     series = {f"blocks.0.{n}": [stats(weight_norm=w) for w in ws] for n, ws in norms.items()}
     assert not PreLoRA()(history(series)).fires
-    hidden = PreLoRA(shared_output=True)(history(series))
+    hidden = PublishedPreLoRA(shared_output=True)(history(series))
     assert hidden.fires and hidden.margins["blocks.0.attn.proj"] == 5 - 100
     del series["blocks.0.mlp.fc2"]
-    alone = PreLoRA(shared_output=True)(history(series))
+    alone = PublishedPreLoRA(shared_output=True)(history(series))
     assert not alone.fires and "family output changed most, 100 %" in alone.reason
 
 
@@ -211,7 +212,7 @@ def test_all_of_needs_all_and_any_of_needs_one():
         lambda: StableRank(of="grad"),
         lambda: PreLoRA(windows=1),
         lambda: PreLoRA(signal="loss"),
-        lambda: PreLoRA(published_counter=[2]),
+        lambda: PublishedPreLoRA(counter=[2]),
         lambda: StableRank(relaxed=[9, 2.5]),
     ],
 )

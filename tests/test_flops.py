@@ -30,5 +30,5 @@ def test_a_run_counts_the_work_of_an_update_in_each_phase(accumulation, tmp_path
     adapter = trace_batch(run.model, run.recipe, *batch)
     for phase, trace in ((Phase.FULL, full), (Phase.ADAPTER, adapter)):
         expected = sum(operation.flops for operation in trace.operations)
-        assert run.state.flops[phase] == expected > 0
-    assert run.state.flops[Phase.ADAPTER] < run.state.flops[Phase.FULL]
+        assert run.ledger.flops[phase] == expected > 0
+    assert run.ledger.flops[Phase.ADAPTER] < run.ledger.flops[Phase.FULL]

@@ -133,7 +133,7 @@ def test_nothing_stays_alive_that_the_table_does_not_show(tmp_path):
     with run.log:
         fit(run)
     found = alive()
-    shown = run.state.memory[Phase.ADAPTER]["measured"]
+    shown = run.ledger.memory[Phase.ADAPTER]["measured"]
     held = sum(found[key].nbytes() for key in found.keys() - before.keys()) - images
     assert held == pytest.approx(shown["total"] - shown["activations"], rel=0.01)
 
@@ -153,7 +153,7 @@ def test_code_that_needs_numbers_leaves_a_dash_and_a_line_and_ends_no_run(tmp_pa
     run.model.register_forward_pre_hook(lambda _, inputs: print(float(inputs[0].sum())))
     with run.log:
         fit(run)
-    found = run.state.memory[Phase.FULL]
+    found = run.ledger.memory[Phase.FULL]
     assert found["predicted"]["activations"] is found["predicted"]["total"] is None
     assert found["predicted"]["optimizer_state"] > 0 and found["measured"]["total"] > 0
     assert "the bytes of activations cannot be predicted" in capsys.readouterr().out

@@ -17,7 +17,13 @@ from switchlora.adapters import (
     trained_adapters,
 )
 from switchlora.initializers import zero_b
-from switchlora.learner import build_learner, moments_of, parameter_groups, prune_moments
+from switchlora.learner import (
+    Unreduced,
+    build_learner,
+    moments_of,
+    parameter_groups,
+    prune_moments,
+)
 from test_distributed import run_ranks
 
 
@@ -136,10 +142,11 @@ def test_another_way_of_pruning_is_refused():
 def test_unreduced_parameters_drift_apart_and_only_they(tmp_path):
     start = ("switch/criterion=at_start", "switch/init=zero_b", "switch/rank=fixed")
     options = (*start, "switch.rank.rank=2", "adapter.clip_grad=null", "max_updates=4")
-    found = run_ranks(2, tmp_path, *options, r"adapter.unreduced=['blocks\.0\.norm1']")
+    patterns = r"adapter.before_ddp.patterns=['blocks\.0\.norm1']"
+    found = run_ranks(2, tmp_path, *options, "+method/prelora_bug=unreduced", patterns)
     assert found["differ"] == ["blocks.0.norm1.weight", "blocks.0.norm1.bias"]
 
 
 def test_a_pattern_of_unreduced_parameters_that_finds_nothing_is_refused(adapted):
-    with pytest.raises(ValueError, match="unreduced pattern 'normm' matches no parameter"):
-        build_learner(adapted, recipe(unreduced=["normm"]), 10)
+    with pytest.raises(ValueError, match="Unreduced pattern 'normm' matches no parameter"):
+        Unreduced(["normm"])(adapted)

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import scipy.linalg
@@ -18,7 +19,7 @@ from switchlora.errors import SwitchFailed
 from switchlora.learner import WeightEMA, build_learner
 from switchlora.models import create_model
 from switchlora.monitor import UpdateMonitor
-from switchlora.switching import switch
+from switchlora.switching import Scene, switch
 from trials import LOSS, SWITCH_AT, TOTAL, Trial, batch
 
 
@@ -358,14 +359,9 @@ def test_other_transformers_train_and_switch(name, options):
     images, labels = torch.randn(4, 3, options["img_size"], options["img_size"]), torch.arange(4)
     for n in range(2):
         learner.update(images, labels, LOSS, n + 5)
-    learner, report = switch(
-        learner,
-        policy,
-        monitor,
-        [monitor.measure(2, 1.0)],
-        images,
-        lambda model: build_learner(model, adapter, TOTAL, start=2),
-    )
+    rebuild = partial(build_learner, recipe=adapter, total_updates=TOTAL, start=2)
+    scene = Scene(learner, policy, monitor, images, rebuild)
+    learner, report = switch(scene, [monitor.measure(2, 1.0)])
     assert report.drift <= 1e-5 and len(report.ranks) == len(monitor.targets)
     losses = [learner.update(images, labels, LOSS, n + 5).loss for n in range(2, 8)]
     assert losses[-1] < losses[0]

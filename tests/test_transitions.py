@@ -41,39 +41,20 @@ class Trial(trials.Trial):
         return report
 
     def settle(self):
-        known = self.monitor.known
-        self.learner, outcome = settle(
-            self.learner, self.policy, known, self.ranks, self.probe, self.rebuild
-        )
+        self.learner, outcome = settle(self.scene(), self.ranks)
         return outcome
 
     def restart(self):
-        self.learner, outcome = restart(
-            self.learner,
-            self.policy,
-            self.monitor,
-            self.history,
-            self.probe,
-            self.rebuild,
-            self.done,
-        )
+        self.learner, outcome = restart(self.scene(), self.done)
         return outcome
 
     def grow(self, gradients, growth=2):
-        known = self.monitor.known
-        self.learner, outcome = grow(
-            self.learner, self.policy, known, lambda: gradients, growth, self.probe, self.rebuild
-        )
+        self.learner, outcome = grow(self.scene(), lambda: gradients, growth)
         return outcome
 
     def take_back(self):
-        self.learner, outcome = take_back(
-            self.learner,
-            self.policy,
-            self.trained,
-            self.probe,
-            lambda model: self.rebuild(model, full=True),
-        )
+        scene = self.scene(rebuild=lambda model: self.rebuild(model, full=True))
+        self.learner, outcome = take_back(scene, self.trained)
         return outcome
 
     def logits(self):
@@ -415,7 +396,6 @@ FACTORIZED = ("switch/adapter=factorized", "switch/init=weight_svd")
         ((*FACTORIZED, "switch.residual_dtype=bf16"), "does not go with switch.residual_dtype"),
         ((*FACTORIZED, "switch/guard=ranks"), "does not go with switch.guard"),
         (("switch.least_gain=1.5",), "use switch/adapter=factorized"),
-        (("switch.skip_rest_of_epoch=true",), "needs switch.joint_epochs"),
         (("switch/stages=by_margin", "switch/restart=relora"), "leave one out"),
         (("switch/restart=relora", "switch.restart.every_epochs=0"), "every_epochs is 0"),
         (("switch.dropout=1",), "switch.dropout is 1"),
@@ -438,7 +418,6 @@ def test_options_that_fight_each_other_are_refused(options, says):
             "give switch.guard.criterion",
         ),
         (("switch/criterion=oialr",), "monitor.bases=true"),
-        (("adapter.unreduced=[nothing]",), "adapter.unreduced 'nothing' matches no parameter"),
         (
             ("adapter/refactoring=reflora", "switch.train_factors=[B]"),
             "adapter.refactoring needs both factors",

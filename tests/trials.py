@@ -7,7 +7,7 @@ from conf_yamls import build, composed
 from conftest import tiny_vit
 from switchlora.learner import build_learner
 from switchlora.monitor import UpdateMonitor
-from switchlora.switching import switch
+from switchlora.switching import Scene, switch
 
 TOTAL, SWITCH_AT = 40, 12
 LOSS = nn.CrossEntropyLoss()
@@ -46,14 +46,10 @@ class Trial:
         recipe = self.full if full else self.adapter
         return build_learner(model, recipe, TOTAL, start=self.done)
 
+    def scene(self, rebuild=None):
+        probe = batch(99)[0]
+        return Scene(self.learner, self.policy, self.monitor, probe, rebuild or self.rebuild)
+
     def switch(self, chosen=None, rebuild=None):
-        self.learner, report = switch(
-            self.learner,
-            self.policy,
-            self.monitor,
-            self.history,
-            batch(99)[0],
-            rebuild or self.rebuild,
-            chosen,
-        )
+        self.learner, report = switch(self.scene(rebuild), self.history, chosen)
         return report

@@ -39,7 +39,7 @@ from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.ranks import Fixed
 from switchlora.storage import environment
-from switchlora.switching import switch
+from switchlora.switching import Scene, switch
 
 MIB = 2**20
 
@@ -99,8 +99,9 @@ def measure(cell: Cell, updates: int, window: int) -> dict[str, Any]:
     def rebuild(model):
         return build_learner(model, bench_recipe(cell), TOTAL_UPDATES)
 
+    scene = Scene(arm.learner, policy, monitor, arm.images[:8], rebuild)
     begin = time.perf_counter()
-    _, report = switch(arm.learner, policy, monitor, history, arm.images[:8], rebuild)
+    _, report = switch(scene, history)
     switch_seconds, switch_peak = time.perf_counter() - begin, peak_memory(device)
     assert training_peak is not None and switch_peak is not None
     return {

@@ -12,7 +12,10 @@ from switchlora.criteria.basic import (
     at_start as at_start,
     never as never,
 )
-from switchlora.criteria.prelora import PreLoRA as PreLoRA
+from switchlora.criteria.prelora import (
+    PreLoRA as PreLoRA,
+    PublishedPreLoRA as PublishedPreLoRA,
+)
 from switchlora.criteria.spectra import (
     BasisStability as BasisStability,
     StableRank as StableRank,

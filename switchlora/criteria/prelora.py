@@ -28,29 +28,16 @@ class PreLoRA:
     family and the loss changes by at most ``zeta``, in all k - 1 pairs of consecutive windows.
     With ``signal='update_norm'``, d_i = 100 * ||W_i(t) - W_i(t-1)||_F / ||W_i(t-1)||_F. This
     measure also sees a rotation at constant norm.
-
-    Two bugs of the public code can be turned on for comparison:
-
-    - ``published_counter`` = [accumulation, micro-batches an epoch]: test only at the updates
-      that ``checks_at`` accepts.
-    - ``shared_output``: store both output projections of a block under one name. The values of
-      mlp.fc2 overwrite those of attn.proj, whose changes are then not seen.
     """
 
     tau: float = 5.0
     zeta: float = 10.0
     windows: int = 3
     signal: str = "weight_norm"
-    published_counter: Sequence[int] | None = None
-    shared_output: bool = False
 
     def __post_init__(self) -> None:
         check_choice("signal", self.signal, ("weight_norm", "update_norm"))
         check_range("windows", self.windows, 2)
-        if (counter := self.published_counter) and (len(counter) != 2 or min(counter) < 1):
-            raise ValueError(
-                f"published_counter is {counter}: give [accumulation, micro-batches an epoch]"
-            )
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Return the verdict; margins: tau - max d_i per target, zeta - largest loss change.
@@ -61,40 +48,31 @@ class PreLoRA:
             return too_short(history, self.windows)
         recent = history[-self.windows :]
         changes = {name: self._changes(stats) for name, stats in by_layer(recent).items()}
-        families = _family_means(self._entries(changes))
+        families = self._family_means(changes)
         loss = max(relative_changes([m.train_loss for m in recent]))
         margins = {name: self.tau - max(d) for name, d in changes.items()}
         margins[LOSS] = self.zeta - loss
-        worst, change = max(families.items(), key=lambda item: item[1])
+        worst = max(families, key=lambda name: families[name])
+        change = families[worst]
         fires = change < self.tau and loss <= self.zeta
-        reason = self._reason(worst, change, loss, margins)
-        if fires and not self.checks_at(done := history[-1].num_updates):
-            fires, reason = False, f"published_counter is blind at update {done}: {reason}"
-        return Verdict(fires, margins, reason)
-
-    def checks_at(self, num_updates: int) -> bool:
-        """Return whether the test is made after ``num_updates``, a multiple of the window.
-
-        The public code counts micro-batches with c, from 0. It measures when c is a multiple of
-        window * accumulation. It tests there only if an update follows this micro-batch:
-        (c mod per_epoch + 1) mod accumulation = 0. With 2 micro-batches an update and an even
-        number an epoch, this never holds.
-        """
-        if not self.published_counter:
-            return True
-        accumulation, per_epoch = self.published_counter
-        return (num_updates * accumulation % per_epoch + 1) % accumulation == 0
-
-    def _entries(self, changes: Mapping[str, list[float]]) -> Mapping[str, list[float]]:
-        if not self.shared_output:
-            return changes
-        return {re.sub(OUTPUTS, "output", name): values for name, values in changes.items()}
+        return Verdict(fires, margins, self._reason(worst, change, loss, margins))
 
     def _changes(self, stats: Sequence[LayerStats]) -> list[float]:
         if self.signal == "weight_norm":
             return relative_changes([s.weight_norm for s in stats])
         pairs = zip(stats, stats[1:], strict=False)
         return [100 * new.update_norm / max(old.weight_norm, 1e-12) for old, new in pairs]
+
+    def _family_means(self, changes: Mapping[str, list[float]]) -> dict[str, float]:
+        """Return, by family, the largest D_F(t) of the last windows."""
+        members: dict[str, list[list[float]]] = {}
+        for name, values in changes.items():
+            members.setdefault(family(name), []).append(values)
+        found = {}
+        for name, rows in members.items():
+            means = [mean(at_once) for at_once in zip(*rows, strict=True)]
+            found[name] = max(means)
+        return found
 
     def _reason(self, worst: str, change: float, loss: float, margins: Mapping[str, float]) -> str:
         hidden = sum(m <= 0 for name, m in margins.items() if name != LOSS)
@@ -105,11 +83,48 @@ class PreLoRA:
         )
 
 
-def _family_means(changes: Mapping[str, list[float]]) -> dict[str, float]:
-    members: dict[str, list[list[float]]] = {}
-    for name, values in changes.items():
-        members.setdefault(family(name), []).append(values)
-    return {
-        name: max(mean(at_once) for at_once in zip(*rows, strict=True))
-        for name, rows in members.items()
-    }
+@dataclass(frozen=True)
+class PublishedPreLoRA(PreLoRA):
+    """PreLoRA's test with two bugs of its public code, to compare with.
+
+    - ``counter`` = [accumulation, micro-batches an epoch]: test only at the updates that
+      ``checks_at`` accepts. None tests at each.
+    - ``shared_output``: store both output projections of a block under one name. The values of
+      mlp.fc2 overwrite those of attn.proj, whose changes are then not seen.
+    """
+
+    counter: Sequence[int] | None = None
+    shared_output: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counter = self.counter
+        if counter is not None and (len(counter) != 2 or min(counter) < 1):
+            raise ValueError(f"counter is {counter}: give [accumulation, micro-batches an epoch]")
+
+    def __call__(self, history: Sequence[Measurement]) -> Verdict:
+        """Return the verdict of PreLoRA, which fires only where the counter lets it."""
+        verdict = super().__call__(history)
+        if not verdict.fires or self.checks_at(history[-1].num_updates):
+            return verdict
+        reason = f"the counter is blind at update {history[-1].num_updates}: {verdict.reason}"
+        return Verdict(False, verdict.margins, reason)
+
+    def checks_at(self, num_updates: int) -> bool:
+        """Return whether the test is made after ``num_updates``, a multiple of the window.
+
+        The public code counts micro-batches with c, from 0. It measures when c is a multiple of
+        window * accumulation. It tests there only if an update follows this micro-batch:
+        (c mod per_epoch + 1) mod accumulation = 0. With 2 micro-batches an update and an even
+        number an epoch, this never holds.
+        """
+        if self.counter is None:
+            return True
+        accumulation, per_epoch = self.counter
+        return (num_updates * accumulation % per_epoch + 1) % accumulation == 0
+
+    def _family_means(self, changes: Mapping[str, list[float]]) -> dict[str, float]:
+        if not self.shared_output:
+            return super()._family_means(changes)
+        entries = {re.sub(OUTPUTS, "output", name): values for name, values in changes.items()}
+        return super()._family_means(entries)

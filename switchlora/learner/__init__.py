@@ -28,6 +28,7 @@ from switchlora.learner.passes import (
     evaluate as evaluate,
     module_gradients as module_gradients,
 )
+from switchlora.learner.published import Unreduced as Unreduced
 from switchlora.learner.recipe import (
     PRECISIONS as PRECISIONS,
     Recipe as Recipe,

@@ -1,7 +1,6 @@
 """The learner: a model with its optimizer, schedule and wrappers, rebuilt at each switch."""
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +19,6 @@ from switchlora.adapters import AdaptedLinear, add_frobenius_decay, operands_kep
 from switchlora.learner.counters import FlopCounter, SavedTensors
 from switchlora.learner.recipe import Recipe, autocast, check_goes_with_fsdp, parameter_groups
 from switchlora.learner.sharding import gathered, is_sharded, shard, skeleton
-from switchlora.names import matching
 from switchlora.process import full, total, world_size
 
 PARALLEL = ("ddp", "fsdp")
@@ -217,11 +215,10 @@ def build_learner(
 
 def _wrapped(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
     forward = model
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    alone = matching(recipe.unreduced, trained, "unreduced pattern", "parameter", re.search)
     if world_size() > 1 and not is_sharded(model):
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alone)
+        if recipe.before_ddp is not None:
+            recipe.before_ddp(model)
         forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if recipe.compile is None:
         return forward

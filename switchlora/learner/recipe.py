@@ -1,6 +1,6 @@
 """A recipe: the optimizer, schedule and precision of one phase."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from switchlora.adapters import FACTORS, is_factor
-from switchlora.errors import check_choice, check_patterns, check_range
+from switchlora.errors import check_choice, check_range
 
 if TYPE_CHECKING:
     from switchlora.learner.learner import Learner
@@ -62,9 +62,8 @@ class Recipe:
     - 'blocks': whole blocks
     - 'gelu': the inputs of adapted linears that come straight from a gelu; not with ``compile``
     - None: nothing"""
-    unreduced: Sequence[str] = ()
-    """regular expressions of parameters whose gradients DDP does not average, so that ranks drift
-    apart: a published bug (PreLoRA's code, arXiv 2509.21619), to compare with"""
+    before_ddp: Callable[[nn.Module], None] | None = None
+    """is called with the model before DDP wraps it"""
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, tuple(PRECISIONS))
@@ -74,7 +73,6 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
         check_range("rewarmup_updates", self.rewarmup_updates, 0)
         check_range("frobenius_decay", self.frobenius_decay, 0)
-        check_patterns("unreduced", self.unreduced)
         if self.frobenius_decay and self.factor_weight_decay:
             raise ValueError(
                 "frobenius_decay replaces weight decay on the factors: set factor_weight_decay=0"
@@ -96,7 +94,7 @@ def autocast(device_type: str, precision: str) -> AbstractContextManager:
 
 def check_goes_with_fsdp(recipe: Recipe) -> None:
     """Raise ValueError for a recipe that needs whole factors, or DDP."""
-    for name in ("refactoring", "frobenius_decay", "unreduced"):
+    for name in ("refactoring", "frobenius_decay", "before_ddp"):
         if getattr(recipe, name):
             raise ValueError(f"{name} does not go with system.parallel=fsdp: use ddp")
 

@@ -12,6 +12,7 @@ from switchlora.policy.policy import (
     SwitchPolicy as SwitchPolicy,
     decisions as decisions,
 )
+from switchlora.policy.published import SkippingPolicy as SkippingPolicy
 from switchlora.policy.stages import (
     Restart as Restart,
     Stages as Stages,

@@ -98,8 +98,6 @@ class SwitchPolicy:
     latest: int | None = None
     joint_epochs: float = 0.0
     """epochs in which weights and factors train together; then the weights are frozen"""
-    skip_rest_of_epoch: bool = False
-    """skip the rest of an epoch after the joint phase: a published bug of PreLoRA, to compare"""
     stages: Stages | None = None
     restart: Restart | None = None
     guard: Guard | None = None
@@ -146,10 +144,6 @@ class SwitchPolicy:
         for one, other in (("stages", "joint_epochs"), ("stages", "restart")):
             if getattr(self, one) and getattr(self, other):
                 raise ValueError(f"switch.{one} does not go with switch.{other}: leave one out")
-        if self.skip_rest_of_epoch and not self.joint_epochs:
-            raise ValueError(
-                "switch.skip_rest_of_epoch needs switch.joint_epochs, after which it is"
-            )
         if self.least_gain is not None:
             check_range("switch.least_gain", self.least_gain, 0)
         check_adapter(self)
@@ -200,6 +194,13 @@ class SwitchPolicy:
             return []
         since = num_updates if last_stage is None else num_updates - last_stage
         return self.stages.ready(verdict.margins, waiting, since)
+
+    def after_joint_phase(self, position: int, batches: int) -> int:
+        """Return where the epoch goes on after the joint phase, which ended at ``position``.
+
+        Both count batches; an epoch has ``batches`` of them.
+        """
+        return position
 
     def _may_switch(self, num_updates: int) -> bool:
         late = self.latest is not None and num_updates > self.latest

@@ -20,12 +20,10 @@ from switchlora.run.saving import (
 )
 from switchlora.run.snapshot import restore as restore, state_of as state_of
 from switchlora.run.state import Phase as Phase
-from switchlora.run.transitions import (
-    end_joint_phase as end_joint_phase,
-    watch_as_configured as watch_as_configured,
-)
+from switchlora.run.transitions import watch_as_configured as watch_as_configured
 from switchlora.run.windows import (
     consider_switch as consider_switch,
+    end_joint_phase as end_joint_phase,
     end_window as end_window,
     guide as guide,
     joint_phase_over as joint_phase_over,

@@ -1,7 +1,6 @@
 """Refuse settings that cannot work together, before the first update."""
 
 import math
-import re
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +14,6 @@ from switchlora.criteria import AtEpoch, at_start, never
 from switchlora.errors import NothingMeasured, check_choice
 from switchlora.learner import PARALLEL, Recipe, check_goes_with_fsdp
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
-from switchlora.names import matching
 from switchlora.policy import SwitchPolicy
 from switchlora.process import check_kinds
 from switchlora.run.state import Phase
@@ -75,18 +73,15 @@ def _invented_measurement(monitor: UpdateMonitor) -> Measurement:
 
 def check_recipes(
     recipes: Mapping[Phase, Recipe],
-    model: nn.Module,
     policy: SwitchPolicy,
     updates_per_epoch: int,
     sharded: bool,
 ) -> None:
-    """Raise ValueError for recipes that do not work with the policy, the model or sharding."""
+    """Raise ValueError for recipes that do not work with the policy or with sharding."""
     if sharded:
         for each in recipes.values():
             check_goes_with_fsdp(each)
     recipe = recipes[Phase.ADAPTER]
-    names = [*(name for name, _ in model.named_parameters()), "lora_A", "lora_B"]
-    matching(recipe.unreduced, names, "adapter.unreduced", "parameter", re.search)
     if recipe.refactoring is None:
         return
     if set(policy.train_factors) != set(FACTORS):

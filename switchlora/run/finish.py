@@ -20,7 +20,7 @@ def finish(run: Run, status: str) -> dict[str, Any]:
     Test metrics are computed only with ``status`` "finished".
     """
     folder = run.log.folder
-    run.state.end_segment(run.phase_summary())
+    run.ledger.end_segment(run.state.phase, run.state.num_updates, run.phase_summary())
     test = evaluate_on_test(run) if status == "finished" else None
     summary = summarise(run, status, test)
     model = run.learner.plain()
@@ -69,7 +69,7 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
     switch: dict[str, Any] = {
         "fired": report is not None,
         "num_updates": state.switch_update,
-        "epoch": state.switch_epoch,
+        "epoch": run.ledger.switch_epoch,
         "reason": state.verdict.reason if state.verdict else None,
         "failures": state.failed_switches,
         "taken_back": state.taken_back,
@@ -79,23 +79,23 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
     return {
         "status": status,
         "num_updates": state.num_updates,
-        "skipped_updates": state.skipped_updates,
-        "val": {**(state.last_eval or {}), "best_top1": state.best_top1},
+        "skipped_updates": run.ledger.skipped_updates,
+        "val": {**(run.ledger.last_eval or {}), "best_top1": state.best_top1},
         "test": test,
         "switch": switch,
         "phases": {
             phase: {
                 **figures,
-                "memory": state.memory.get(phase),
-                "flops_per_update": state.flops.get(phase),
+                "memory": run.ledger.memory.get(phase),
+                "flops_per_update": run.ledger.flops.get(phase),
             }
-            for phase, figures in state.phases.items()
+            for phase, figures in run.ledger.phases.items()
         },
-        "transitions": state.transitions,
-        "segments": state.segments,
+        "transitions": run.ledger.transitions,
+        "segments": run.ledger.segments,
         "cost": cost(run),
-        "trunk": state.reused,
-        "branched_from": state.branched_from,
+        "trunk": run.ledger.reused,
+        "branched_from": run.ledger.branched_from,
         "monitor": {"time_share": run.stopwatch.monitor_share},
         "environment": environment(run.device, run.config["seed"]),
     }
@@ -107,9 +107,9 @@ def cost(run: Run) -> dict[str, Any]:
     'train_flops' is None when it is not known. Updates taken from a trunk count as if this run had
     computed them.
     """
-    phases = run.state.phases.values()
+    phases = run.ledger.phases.values()
     return {
-        "train_flops": run.state.train_flops,
+        "train_flops": run.ledger.train_flops,
         "train_seconds": sum(figures["train_seconds"] for figures in phases),
     }
 
@@ -121,8 +121,8 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
     switched, the test metrics, and where the files are.
     """
     state = run.state
-    lines = ["", *final_table({str(p): figures for p, figures in state.phases.items()}), ""]
-    if state.phase is Phase.ADAPTER and Phase.ADAPTER not in state.memory:
+    lines = ["", *final_table({str(p): figures for p, figures in run.ledger.phases.items()}), ""]
+    if state.phase is Phase.ADAPTER and Phase.ADAPTER not in run.ledger.memory:
         lines += [*memory_lines(run), ""]
     if state.phase is Phase.FULL and state.verdict is not None:
         failures = state.failed_switches

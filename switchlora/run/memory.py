@@ -39,7 +39,7 @@ def record_memory(run: Run) -> None:
     with run.stopwatch.paused():
         measured = measure_memory(run)
         predicted = predict_memory(run) if predicts else dict.fromkeys(measured)
-        state.memory[state.phase] = {"measured": measured, "predicted": predicted}
+        run.ledger.memory[state.phase] = {"measured": measured, "predicted": predicted}
         metrics = memory_metrics(measured, predicted)
         run.log.event("memory", state.num_updates, run.epoch, **metrics)
         if state.phase is not Phase.FULL:
@@ -49,7 +49,7 @@ def record_memory(run: Run) -> None:
 
 def memory_lines(run: Run) -> list[str]:
     """Return the memory table of the full and the latest phase, one line per row."""
-    memory = {str(phase): found for phase, found in run.state.memory.items()}
+    memory = {str(phase): found for phase, found in run.ledger.memory.items()}
     return memory_table(memory, model=run.device.type, reference=_reference_device(run))
 
 

@@ -1,13 +1,13 @@
 """Build a run from its configuration, check it before it starts, and resume it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.utils import random_seed
-from torch import nn
+from torch import Tensor, nn
 
 from switchlora.adapters import check_targets_are_called, freeze_unused
 from switchlora.config import as_plain, build
@@ -15,6 +15,7 @@ from switchlora.data import Data
 from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_learner
 from switchlora.models import load_weights
 from switchlora.monitor import UpdateMonitor
+from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed
 from switchlora.run.checks import check_config, check_recipes, rehearse_switch
 from switchlora.run.run import Run, probe_images, recipe_of
@@ -33,74 +34,143 @@ from switchlora.storage import (
 from switchlora.sweep import Trunk, give_back, trunk_key
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration describes, before it is known where the run starts."""
+
+    config: DictConfig
+    plain: dict[str, Any]
+    device: torch.device
+    data: Data
+    model: nn.Module
+    policy: SwitchPolicy
+    recipes: dict[Phase, Recipe]
+    total_updates: int
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the ranks share one model."""
+        return self.config.system.parallel == "fsdp"
+
+    @property
+    def window(self) -> int:
+        """Updates in one window of the monitor."""
+        window = self.config.monitor.window
+        return _window(window, len(self.data.train), self.total_updates)
+
+
 def prepare(config: DictConfig, folder: Path, interruption: Interruption | None = None) -> Run:
     """Build a run from ``config``, check its settings, and resume from a checkpoint if any.
 
     Raise ValueError for settings that cannot work.
     """
-    plain, interruption = as_plain(config), interruption or Interruption()
+    interruption = interruption or Interruption()
+    parts = build_parts(config)
+    found = find(config.resume, folder, parts.plain, parts.model)
+    loaded = None
+    if found is None and config.init_checkpoint is not None:
+        loaded = load_weights(parts.model, config.init_checkpoint)
+    monitor = build_monitor(parts)
+    check(parts, monitor)
+    ema = WeightEMA(parts.model, config.ema) if config.ema else None
+    trunk = _trunk(parts, found)
+    if trunk is not None:
+        found = trunk.enter(parts.policy, parts.model, found, folder, interruption)
+    run = begin(parts, monitor, ema, trunk, found, folder, interruption)
+    if loaded:
+        run.log.line(f"starts from {loaded}")
+    return resume(run, found)
+
+
+def build_parts(config: DictConfig) -> Parts:
+    """Build the data, the model, the policy and the recipes that ``config`` describes."""
     check_config(config)
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     device = _device(config.system.device)
     data = _build_data(config)
-    total_updates = config.epochs * len(data.train)
-    last_update = min(total_updates, config.max_updates or total_updates)
-    window = _window(config.monitor.window, len(data.train), total_updates)
     sharded = config.system.parallel == "fsdp"
-    model = build(config.model).to("cpu" if sharded else device)
-    found = find(config.resume, folder, plain, model)
-    begins = found is None and config.init_checkpoint is not None
-    loaded = load_weights(model, config.init_checkpoint) if begins else None
-    policy, recipes = build(config.switch), build_recipes(config)
-    targets = policy.find_targets(model)
-    check_targets_are_called(model, targets.values(), probe_images(data, _device_of(model)))
-    _device(config.monitor.device)
-    monitor = UpdateMonitor(model, targets, **{**config.monitor, "window": window})
-    rehearse_switch(model, policy, monitor, config.system.parallel)
-    check_recipes(recipes, model, policy, len(data.train), sharded)
-    saves = SaveSchedule(**config.checkpoint)
-    ema = WeightEMA(model, config.ema) if config.ema else None
-    trunk = _trunk(config, plain, data, device, found)
-    if trunk is not None:
-        found = trunk.enter(policy, model, found, folder, interruption)
-    state = restore_parts(found, model, monitor)
-    replicated = distributed.world_size() > 1 and not sharded
-    unused = freeze_unused(model, probe_images(data, device)) if replicated else []
+    return Parts(
+        config=config,
+        plain=as_plain(config),
+        device=device,
+        data=data,
+        model=build(config.model).to("cpu" if sharded else device),
+        policy=build(config.switch),
+        recipes=build_recipes(config),
+        total_updates=config.epochs * len(data.train),
+    )
+
+
+def build_monitor(parts: Parts) -> UpdateMonitor:
+    """Build the monitor of the policy's targets; their weights are its first references."""
+    options = parts.config.monitor
+    _device(options.device)
+    targets = parts.policy.find_targets(parts.model)
+    return UpdateMonitor(parts.model, targets, **{**options, "window": parts.window})
+
+
+def check(parts: Parts, monitor: UpdateMonitor) -> None:
+    """Try what the run will do, without an update. Raise ValueError where that does not work."""
+    model, policy = parts.model, parts.policy
+    images = probe_images(parts.data).to(_device_of(model))
+    check_targets_are_called(model, monitor.targets.values(), images)
+    rehearse_switch(model, policy, monitor, parts.config.system.parallel)
+    check_recipes(parts.recipes, policy, len(parts.data.train), parts.sharded)
+
+
+def begin(
+    parts: Parts,
+    monitor: UpdateMonitor,
+    ema: WeightEMA | None,
+    trunk: Trunk | None,
+    found: Found | None,
+    folder: Path,
+    interruption: Interruption,
+) -> Run:
+    """Return the run where ``found`` left it, with all but the tensors of the checkpoint."""
+    config, model, policy = parts.config, parts.model, parts.policy
+    state, ledger = restore_parts(found, model, monitor)
+    unused = _freeze_unused(parts)
     if not state.full_parameters:
         state.full_parameters = [n for n, p in model.named_parameters() if p.requires_grad]
     state.full_parameters = [name for name in state.full_parameters if name not in unused]
-    recipe = recipe_of(state.phase, recipes, policy, state)
-    learner = _first_learner(model, recipe, total_updates, found, config.system.parallel)
+    recipe = recipe_of(state.phase, parts.recipes, policy, state.taken_back)
+    last_update = min(parts.total_updates, config.max_updates or parts.total_updates)
     run = Run(
-        config=plain,
-        data=data,
+        config=parts.plain,
+        data=parts.data,
         policy=policy,
-        recipes=recipes,
-        learner=learner,
+        recipes=parts.recipes,
+        learner=_first_learner(parts, recipe, found),
         monitor=monitor,
         state=state,
-        stopwatch=Stopwatch(device),
-        saves=saves,
-        log=_open_log(config, plain, folder, last_update, found),
+        ledger=ledger,
+        stopwatch=Stopwatch(parts.device),
+        saves=SaveSchedule(**config.checkpoint),
+        log=_open_log(config, parts.plain, folder, last_update, found),
         ema=ema,
-        total_updates=total_updates,
+        total_updates=parts.total_updates,
         last_update=last_update,
-        window=window,
+        window=parts.window,
+        probe=_probe(parts),
         interruption=interruption,
         trunk=trunk,
     )
-    run.log.line(machine_line(device))
-    if loaded:
-        run.log.line(f"starts from {loaded}")
+    run.log.line(machine_line(parts.device))
     if unused:
         run.log.line(f"frozen, since no gradient reaches them: {', '.join(unused)}")
-    if found:
+    return run
+
+
+def resume(run: Run, found: Found | None) -> Run:
+    """Load tensors and random states of ``found`` into the run; without it, seed the run."""
+    if found is None:
+        random_seed(run.config["seed"], distributed.rank())  # whatever was drawn on the way
+    else:
         restore(run, found)
         give_back(found)
-    else:
-        random_seed(config.seed, distributed.rank())  # whatever was drawn on the way
     return run
 
 
@@ -113,7 +183,7 @@ def build_recipes(config: DictConfig) -> dict[Phase, Recipe]:
     full, adapter = build(config.full), build(config.adapter)
     return {
         Phase.FULL: full,
-        Phase.JOINT: replace(adapter, rewarmup_updates=0, unreduced=()),
+        Phase.JOINT: replace(adapter, rewarmup_updates=0, before_ddp=None),
         Phase.STAGED: adapter,
         Phase.ADAPTER: adapter,
     }
@@ -161,13 +231,20 @@ def _window(window: int | str, updates_per_epoch: int, total_updates: int) -> in
     return updates
 
 
-def _trunk(
-    config: DictConfig,
-    plain: dict[str, Any],
-    data: Data,
-    device: torch.device,
-    found: Found | None,
-) -> Trunk | None:
+def _freeze_unused(parts: Parts) -> list[str]:
+    """Freeze parameters that DDP would wait for in vain, and return their names."""
+    if distributed.world_size() == 1 or parts.sharded:
+        return []
+    return freeze_unused(parts.model, probe_images(parts.data).to(parts.device))
+
+
+def _probe(parts: Parts) -> Tensor:
+    """Return the probe images, the same on all ranks, on the device that trains."""
+    images = distributed.from_primary(lambda: probe_images(parts.data))
+    return images.to(parts.device)
+
+
+def _trunk(parts: Parts, found: Found | None) -> Trunk | None:
     """Return the run's trunk, or None.
 
     There is none in these cases:
@@ -175,7 +252,7 @@ def _trunk(
     - the run has already changed its trained tensors,
     - the run branched off from another run.
     """
-    options = {**plain["trunk"]}
+    options = {**parts.plain["trunk"]}
     place = options.pop("dir")
     if place in (None, AUTO):
         return None
@@ -183,20 +260,17 @@ def _trunk(
         past = found.state["train"]
         if found.branches or past["branched_from"] or past["transitions"]:
             return None
-    key = distributed.from_primary(lambda: trunk_key(plain, device, data.digest()))
+    key = distributed.from_primary(
+        lambda: trunk_key(parts.plain, parts.device, parts.data.digest())
+    )
     return Trunk(Path(place), key, **options)
 
 
-def _first_learner(
-    model: nn.Module,
-    recipe: Recipe,
-    total_updates: int,
-    found: Found | None,
-    parallel: str,
-) -> Learner:
+def _first_learner(parts: Parts, recipe: Recipe, found: Found | None) -> Learner:
     start = found.state["start"] if found else 0
+    parallel = parts.config.system.parallel
     try:
-        return build_learner(model, recipe, total_updates, start, parallel)
+        return build_learner(parts.model, recipe, parts.total_updates, start, parallel)
     except TypeError as error:
         raise ValueError(f"full.optimizer or full.scheduler: {error}") from error
 

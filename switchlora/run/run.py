@@ -1,7 +1,9 @@
 """Run: the objects that one run works with, and the values derived from them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +28,13 @@ from switchlora.learner import (
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed
-from switchlora.run.state import Phase, TrainState
+from switchlora.run.state import Ledger, Phase, TrainState
 from switchlora.storage import (
     RunLog,
     SaveSchedule,
 )
 from switchlora.sweep import Trunk
+from switchlora.switching import Scene
 
 PROBE_IMAGES = 16
 
@@ -51,6 +54,7 @@ class Run:
     learner: Learner
     monitor: UpdateMonitor
     state: TrainState
+    ledger: Ledger
     stopwatch: Stopwatch
     saves: SaveSchedule
     log: RunLog
@@ -61,6 +65,9 @@ class Run:
     """updates after which the run ends: ``total_updates`` or a smaller ``max_updates``"""
     window: int
     """updates in one window of the monitor"""
+    probe: Tensor
+    """a few validation images, the same on all ranks; a change of the model must not change the
+    logits on them"""
     interruption: Interruption = field(default_factory=Interruption)
     trunk: Trunk | None = None
     """the full phase shared with runs that differ only in their switch; None without one"""
@@ -80,7 +87,7 @@ class Run:
     @property
     def share(self) -> int:
         """Number of inputs of one update on one rank, rounded up."""
-        return -(-self.batch_size // distributed.world_size())
+        return math.ceil(self.batch_size / distributed.world_size())
 
     @property
     def epoch(self) -> float:
@@ -93,15 +100,6 @@ class Run:
         state = self.state
         cut = state.num_updates >= self.last_update and state.position == 0
         return cut or state.epoch >= self.config["epochs"]
-
-    @property
-    def probe(self) -> Tensor:
-        """A few validation images, the same on all ranks.
-
-        A switch compares the model's logits on them before and after.
-        """
-        images = distributed.from_primary(lambda: probe_images(self.data, torch.device("cpu")))
-        return images.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -119,15 +117,19 @@ class Run:
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
         return metrics
 
-    @property
-    def flops_per_update(self) -> int | None:
-        """FLOPs of the learner's first update, summed over all ranks; None with torch.compile."""
+    def sum_flops(self) -> int | None:
+        """Return the FLOPs of the learner's first update, summed over all ranks.
+
+        None when they are unknown, as with torch.compile. All ranks must call it.
+        """
         counted = distributed.gather(self.learner.flops)
-        return None if None in counted else sum(flops for flops in counted if flops is not None)
+        if None in counted:
+            return None
+        return sum(flops for flops in counted if flops is not None)
 
     def phase_summary(self) -> dict[str, Any]:
         """Return the present phase's throughput, memory, trained parameters and last val top1."""
-        last = self.state.last_eval
+        last = self.ledger.last_eval
         return self.stopwatch.summary(self.batch_size, len(self.data.train)) | {
             "trainable_parameters": count_parameters(self.model, trainable=True),
             "val_top1": None if last is None else last["top1"],
@@ -136,7 +138,16 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe (optimizer and schedule) of the present phase."""
-        return recipe_of(self.state.phase, self.recipes, self.policy, self.state)
+        return self.recipe_of(self.state.phase)
+
+    def recipe_of(self, phase: Phase, taken_back: int | None = None) -> Recipe:
+        """Return the recipe of ``phase``.
+
+        A full phase to which the guard has returned ramps its learning rate over the guard's
+        ``rewarmup_updates``. ``taken_back`` is the number of such returns (None: those so far).
+        """
+        returns = self.state.taken_back if taken_back is None else taken_back
+        return recipe_of(phase, self.recipes, self.policy, returns)
 
     @property
     def adapted_targets(self) -> dict[str, Target]:
@@ -144,39 +155,49 @@ class Run:
         adapted = adapted_modules(self.model)
         return {n: t for n, t in self.monitor.known.items() if t.module in adapted}
 
-    @property
-    def sample(self) -> Tensor:
-        """Validation inputs, as many as one micro-batch of training has.
+    def read_inputs(self) -> Tensor:
+        """Read validation inputs, as many as one micro-batch of training has.
 
         There are fewer when the first validation batch is smaller than that.
         """
         inputs, _ = next(iter(self.data.val))
-        return inputs[: -(-self.share // self.recipe.accumulation)].to(self.device)
+        micro_batch = math.ceil(self.share / self.recipe.accumulation)
+        return inputs[:micro_batch].to(self.device)
 
     def count_flops(self) -> None:
-        """Add the FLOPs of the update that was just made to ``state.train_flops``.
+        """Add the FLOPs of the update that was just made to ``run.ledger.train_flops``.
 
         What guided layers skipped in the joint phase is subtracted. The total becomes None when
         the FLOPs of an update are unknown.
         """
-        known, total = self.state.flops[self.state.phase], self.state.train_flops
+        ledger = self.ledger
+        known, total = ledger.flops[self.state.phase], ledger.train_flops
         if known is None or total is None:
-            self.state.train_flops = None
+            ledger.train_flops = None
         else:
-            micro_batches = self.recipe.accumulation * distributed.world_size()
-            again = 4 / 3 if self.recipe.activation_checkpointing == "blocks" else 1
-            guided = self.state.phase is Phase.JOINT
-            skipped = round(skipped_flops(self.model) * micro_batches * again) if guided else 0
-            self.state.train_flops = total + known - skipped
+            ledger.train_flops = total + known - self._skipped_flops()
 
-    def build_learner(self, model: nn.Module, phase: Phase) -> Learner:
-        """Build a fresh learner of ``phase`` for the plain ``model``.
+    def _skipped_flops(self) -> int:
+        """Return the FLOPs of an update that guided layers leave out in the joint phase."""
+        if self.state.phase is not Phase.JOINT:
+            return 0
+        micro_batches = self.recipe.accumulation * distributed.world_size()
+        again = 4 / 3 if self.recipe.activation_checkpointing == "blocks" else 1
+        return round(skipped_flops(self.model) * micro_batches * again)
+
+    def scene(self, recipe: Recipe) -> Scene:
+        """Return what a change of the trained tensors works on; ``recipe`` trains after it."""
+        rebuild = partial(self.build_learner, recipe=recipe)
+        return Scene(self.learner, self.policy, self.monitor, self.probe, rebuild)
+
+    def build_learner(self, model: nn.Module, recipe: Recipe) -> Learner:
+        """Build a fresh learner for the plain ``model``.
 
         Its fp16 loss scale continues from the present learner's.
         """
         return build_learner(
             model,
-            recipe_of(phase, self.recipes, self.policy, self.state),
+            recipe,
             self.total_updates,
             start=self.state.num_updates,
             parallel=self.config["system"]["parallel"],
@@ -185,20 +206,16 @@ class Run:
 
 
 def recipe_of(
-    phase: Phase, recipes: Mapping[Phase, Recipe], policy: SwitchPolicy, state: TrainState
+    phase: Phase, recipes: Mapping[Phase, Recipe], policy: SwitchPolicy, taken_back: int
 ) -> Recipe:
-    """Return the recipe of ``phase``.
-
-    When the guard has returned the run to full training, that full phase ramps its learning rate
-    over the guard's ``rewarmup_updates``.
-    """
+    """Return the recipe of ``phase`` after ``taken_back`` returns to full training."""
     recipe = recipes[phase]
-    if phase is Phase.FULL and state.taken_back and policy.guard is not None:
+    if phase is Phase.FULL and taken_back and policy.guard is not None:
         return replace(recipe, rewarmup_updates=policy.guard.rewarmup_updates)
     return recipe
 
 
-def probe_images(data: Data, device: torch.device) -> Tensor:
-    """Return the first ``PROBE_IMAGES`` images of the validation split on ``device``."""
+def probe_images(data: Data) -> Tensor:
+    """Return the first ``PROBE_IMAGES`` images of the validation split, on the CPU."""
     images, _ = next(iter(data.val))
-    return images[:PROBE_IMAGES].to(device)
+    return images[:PROBE_IMAGES]

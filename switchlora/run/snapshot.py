@@ -14,7 +14,7 @@ from switchlora.learner import is_sharded
 from switchlora.monitor import UpdateMonitor
 from switchlora.process import distributed
 from switchlora.run.run import Run
-from switchlora.run.state import TrainState
+from switchlora.run.state import Ledger, TrainState
 from switchlora.storage import (
     Found,
     learner_state,
@@ -32,7 +32,7 @@ def state_of(run: Run) -> dict[str, Any]:
     """
     return {
         "config": run.config,
-        "train": run.state.state_dict(),
+        "train": {**run.state.state_dict(), **run.ledger.state_dict()},
         "adapters": adapter_layout(run.model),
         "start": run.learner.start,
         "monitor": run.monitor.state_dict(),
@@ -44,23 +44,26 @@ def state_of(run: Run) -> dict[str, Any]:
     }
 
 
-def restore_parts(found: Found | None, model: nn.Module, monitor: UpdateMonitor) -> TrainState:
-    """Restore what must be in place before the learner is built, and return the train state.
+def restore_parts(
+    found: Found | None, model: nn.Module, monitor: UpdateMonitor
+) -> tuple[TrainState, Ledger]:
+    """Restore what must be in place before the learner is built; return the state and the record.
 
     ``model`` gets the saved adapters (without their weights) and the flags of what trains.
     ``monitor`` gets its window and references. Without a checkpoint (``found`` is None) nothing
-    changes and the state is a new one.
+    changes and both are new.
     """
-    state = TrainState()
+    state, ledger = TrainState(), Ledger()
     if found is None:
-        return state
+        return state, ledger
     state.load_state_dict(found.state["train"])
+    ledger.load_state_dict(found.state["train"])
     if found.branches:
-        state.branched_from = str(found.path)
+        ledger.branched_from = str(found.path)
     inject_empty(model, found.state["adapters"])
     train_only(model, set(found.state["trained"]), factors=())  # factors are among the names
     monitor.load_state_dict(found.state["monitor"])
-    return state
+    return state, ledger
 
 
 def restore(run: Run, found: Found) -> None:

@@ -1,6 +1,6 @@
 """The state of a run that is neither weights nor configuration.
 
-It holds the counters, the phase, the measurements and the decisions so far.
+``TrainState`` is what the run needs to go on. ``Ledger`` is what it tells at its end.
 """
 
 from collections.abc import Mapping
@@ -27,10 +27,7 @@ class Phase(StrEnum):
 
 @dataclass
 class TrainState:
-    """The run's position and its record of what happened.
-
-    A checkpoint adds the weights, the optimizer's moments and the configuration.
-    """
+    """Where the run is, and what its next decisions depend on."""
 
     num_updates: int = 0
     """optimizer updates made so far; the learning rate is a function of this number"""
@@ -45,15 +42,10 @@ class TrainState:
     """the criterion's last answer"""
     switch_report: SwitchReport | None = None
     switch_update: int | None = None
-    switch_epoch: float | None = None
     joint_until: int | None = None
     """number of updates at which the joint phase ends; None outside a joint phase"""
     failed_switches: list[str] = field(default_factory=list)
     """reasons of the changes that failed and were undone, one string each"""
-    transitions: list[dict[str, Any]] = field(default_factory=list)
-    """every change of the trained tensors: 'kind', 'num_updates', 'epoch', 'reason', counts"""
-    segments: list[dict[str, Any]] = field(default_factory=list)
-    """speed, memory and parameter counts of each stretch between two transitions"""
     last_stage: int | None = None
     """number of updates at the last switch of any target"""
     taken_back: int = 0
@@ -67,16 +59,55 @@ class TrainState:
     """losses of windows ('train') and on the validation split ('val'); the guard compares them"""
     guarded_since: int = 0
     """number of updates at the last switch, or when the guard last found the adapter behind"""
-    skipped_updates: int = 0
-    """updates skipped because the loss or the gradient was not finite"""
     skipped_in_a_row: int = 0
-    last_eval: dict[str, float] | None = None
+    """updates skipped since the last one that was applied"""
     best_top1: float = 0.0
     """best top1 on the validation split, in %"""
     best_update: int | None = None
     """number of updates when ``best_top1`` was reached"""
+
+    @property
+    def fresh_history(self) -> list[Measurement]:
+        """The measurements that the criterion sees: those since the last return to full training.
+
+        Without such a return it sees all of ``history``.
+        """
+        return self.history[self.forgotten :]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain types, for a checkpoint."""
+        plain = asdict(self)
+        plain["phase"] = str(self.phase)
+        plain["losses"] = [list(loss) for loss in self.losses]
+        return plain
+
+    def load_state_dict(self, plain: Mapping[str, Any]) -> None:
+        """Set every field from ``plain``, which came from ``state_dict``."""
+        for item in fields(self):
+            setattr(self, item.name, plain[item.name])
+        self.phase = Phase(plain["phase"])
+        self.losses = [Loss(*loss) for loss in plain["losses"]]
+        self.history = [_measurement(measured) for measured in plain["history"]]
+        self.verdict = Verdict(**plain["verdict"]) if plain["verdict"] else None
+        report = plain["switch_report"]
+        self.switch_report = SwitchReport(**report) if report else None
+
+
+@dataclass
+class Ledger:
+    """The record of what happened, for the summary. No decision depends on it."""
+
+    switch_epoch: float | None = None
+    transitions: list[dict[str, Any]] = field(default_factory=list)
+    """every change of the trained tensors: 'kind', 'num_updates', 'epoch', 'reason', counts"""
+    segments: list[dict[str, Any]] = field(default_factory=list)
+    """speed, memory and parameter counts of each stretch between two transitions"""
     phases: dict[Phase, dict[str, Any]] = field(default_factory=dict)
     """speed, memory and parameter counts of each phase that has ended"""
+    skipped_updates: int = 0
+    """updates skipped because the loss or the gradient was not finite"""
+    last_eval: dict[str, float] | None = None
+    """metrics of the last evaluation on the validation split"""
     recorded: bool = False
     """whether memory and FLOPs have been recorded since the trained tensors last changed"""
     memory: dict[Phase, dict[str, dict[str, int | None]]] = field(default_factory=dict)
@@ -90,56 +121,32 @@ class TrainState:
     branched_from: str | None = None
     """the checkpoint of another run from which this run branched off"""
 
-    @property
-    def fresh_history(self) -> list[Measurement]:
-        """The measurements that the criterion sees: those since the last return to full training.
-
-        Without such a return it sees all of ``history``.
-        """
-        return self.history[self.forgotten :]
-
-    def end_segment(self, figures: Mapping[str, Any]) -> None:
+    def end_segment(self, phase: Phase, num_updates: int, figures: Mapping[str, Any]) -> None:
         """Store the ``figures`` of the segment that ends now, and add them to those of its phase.
 
         A second call for the same segment does nothing.
         """
-        ended = self.segments[-1] if self.segments else {}
-        if (ended.get("until"), ended.get("phase")) == (self.num_updates, str(self.phase)):
+        place = {"phase": str(phase), "until": num_updates}
+        if self.segments and place.items() <= self.segments[-1].items():
             return
-        self.segments.append(
-            {
-                "phase": str(self.phase),
-                "until": self.num_updates,
-                **figures,
-                "flops_per_update": self.flops.get(self.phase),
-                "memory": self.memory.get(self.phase),
-            }
-        )
-        self.phases[self.phase] = _together(self.phases.get(self.phase), figures)
+        costs = {"flops_per_update": self.flops.get(phase), "memory": self.memory.get(phase)}
+        self.segments.append({**place, **figures, **costs})
+        self.phases[phase] = _together(self.phases.get(phase), figures)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain types, for a checkpoint."""
+        """Return the record as plain types, for a checkpoint."""
         plain = asdict(self)
-        plain["phase"] = str(self.phase)
-        plain["phases"] = {str(phase): figures for phase, figures in self.phases.items()}
-        plain["memory"] = {str(phase): found for phase, found in self.memory.items()}
-        plain["flops"] = {str(phase): flops for phase, flops in self.flops.items()}
-        plain["losses"] = [list(loss) for loss in self.losses]
+        for name in ("phases", "memory", "flops"):
+            plain[name] = {str(phase): value for phase, value in plain[name].items()}
         return plain
 
     def load_state_dict(self, plain: Mapping[str, Any]) -> None:
         """Set every field from ``plain``, which came from ``state_dict``."""
         for item in fields(self):
             setattr(self, item.name, plain[item.name])
-        self.phase = Phase(plain["phase"])
-        self.phases = {Phase(phase): figures for phase, figures in plain["phases"].items()}
-        self.memory = {Phase(phase): found for phase, found in plain["memory"].items()}
-        self.flops = {Phase(phase): flops for phase, flops in plain["flops"].items()}
-        self.losses = [Loss(*loss) for loss in plain["losses"]]
-        self.history = [_measurement(measured) for measured in plain["history"]]
-        self.verdict = Verdict(**plain["verdict"]) if plain["verdict"] else None
-        report = plain["switch_report"]
-        self.switch_report = SwitchReport(**report) if report else None
+        for name in ("phases", "memory", "flops"):
+            by_phase = {Phase(phase): value for phase, value in plain[name].items()}
+            setattr(self, name, by_phase)
 
 
 def _together(earlier: Mapping[str, Any] | None, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,29 +5,36 @@ It may change at three moments:
 - at the end of the joint phase,
 - after an epoch, when the guard finds the adapter behind.
 
-What each change does is in ``transitions``.
+What each change does is in ``transitions``, and what is told of it in ``tell``.
 """
 
 from functools import partial
 
 from switchlora.adapters import cosine_mix, set_mix
-from switchlora.criteria import Verdict
-from switchlora.monitor import Measurement
 from switchlora.policy import Loss
 from switchlora.process import distributed
-from switchlora.run.messages import measurement_line
 from switchlora.run.run import Run
 from switchlora.run.saving import save, save_elsewhere
 from switchlora.run.state import Phase
+from switchlora.run.tell import tell, tell_measurement
 from switchlora.run.transitions import (
+    Changed,
     begin_segment,
+    freeze_weights,
     given_up,
+    grow_ranks,
     restart_adapter,
-    try_growing,
-    try_switch,
-    try_taking_back,
+    return_to_full,
+    switch_targets,
 )
-from switchlora.storage import measurement_metrics, window_metrics
+from switchlora.storage import window_metrics
+
+GUARD_CHANGES = {
+    "warn": (),
+    "ranks": (grow_ranks, return_to_full),
+    "full": (return_to_full,),
+}
+"""by ``switch.guard.act``, the changes that are tried in turn until one succeeds"""
 
 
 def joint_phase_over(run: Run) -> bool:
@@ -61,7 +68,7 @@ def end_window(run: Run) -> None:
         run.log.event("window", measured.num_updates, measured.epoch, **window_metrics(measured))
         restarts = state.phase is Phase.ADAPTER and run.policy.restart is not None
         if restarts and goes_on(run) and not given_up(state):
-            restart_adapter(run)
+            tell(run, restart_adapter(run))
         run.monitor.start_window(state.num_updates)
 
 
@@ -104,16 +111,30 @@ def consider_switch(run: Run) -> None:
     if chosen:
         leave_trunk(run)
         save(run)
+    change = None
     with run.stopwatch.paused():
         if state.history:
-            report_measurement(run, state.history[-1], verdict)
-        switched = bool(chosen) and try_switch(run, verdict, chosen)
+            tell_measurement(run, state.history[-1], verdict)
+        if chosen:
+            change = switch_targets(run, verdict, chosen)
+            tell(run, change)
         state.undecided = False
-    if switched:
+    if isinstance(change, Changed):
         begin_segment(run)
     elif state.history:
         with run.stopwatch.paused(monitor=True):
             run.monitor.start_window(state.num_updates)
+
+
+def end_joint_phase(run: Run) -> None:
+    """End the joint phase. When that fails, weights and factors go on training together."""
+    with run.stopwatch.paused():
+        change = freeze_weights(run)
+        tell(run, change)
+    if isinstance(change, Changed):
+        position = run.state.position
+        run.state.position = run.policy.after_joint_phase(position, len(run.data.train))
+        begin_segment(run)
 
 
 def share_measurement(run: Run) -> None:
@@ -129,17 +150,6 @@ def leave_trunk(run: Run) -> None:
     if run.trunk is not None:
         with run.stopwatch.paused():
             run.trunk.leave(run.state.num_updates, partial(save_elsewhere, run), run.log.line)
-
-
-def report_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> None:
-    """Write a 'measure' event and a line on the terminal."""
-    run.log.event(
-        "measure",
-        measurement.num_updates,
-        measurement.epoch,
-        **measurement_metrics(measurement, verdict),
-    )
-    run.log.line(measurement_line(measurement, verdict))
 
 
 def look_after(run: Run) -> None:
@@ -162,10 +172,12 @@ def look_after(run: Run) -> None:
     run.log.line(f"GUARD at update {state.num_updates}: {standing.reason}")
     metrics = {"guard/excess": standing.excess, "guard/reason": standing.reason}
     run.log.event("guard", state.num_updates, run.epoch, **metrics)
-    if guard.act == "warn" or state.taken_back >= guard.most:
+    if state.taken_back >= guard.most:
         return
-    with run.stopwatch.paused():
-        grown = guard.act == "ranks" and try_growing(run, standing)
-        changed = grown or try_taking_back(run, standing)
-    if changed:
-        begin_segment(run)
+    for make_change in GUARD_CHANGES[guard.act]:
+        with run.stopwatch.paused():
+            change = make_change(run, standing)
+            tell(run, change)
+        if isinstance(change, Changed):
+            begin_segment(run)
+            return

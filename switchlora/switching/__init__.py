@@ -16,5 +16,6 @@ from switchlora.switching.plan import (
 )
 from switchlora.switching.transaction import (
     Outcome as Outcome,
+    Scene as Scene,
     trained_tensors as trained_tensors,
 )

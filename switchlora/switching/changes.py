@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlora.adapters import (
+    Adapter,
     Factors,
     GuidedLinear,
     Target,
@@ -31,12 +32,12 @@ from switchlora.adapters import (
     training_flags,
 )
 from switchlora.learner import Learner, Moments, factor_moments, prune_moments
-from switchlora.monitor import Measurement, UpdateMonitor, truncated_svd
+from switchlora.monitor import Measurement, truncated_svd
 from switchlora.policy import SwitchPolicy
 from switchlora.process import from_primary, together
 from switchlora.ranks import largest_saving_rank
-from switchlora.switching.plan import as_loaded, going_on, make_plan
-from switchlora.switching.transaction import Adapters, Outcome, Rebuild, Replaced, operate
+from switchlora.switching.plan import Plan, as_loaded, make_plan, start_factors, trained_after
+from switchlora.switching.transaction import Adapters, Outcome, Replaced, Scene, operate
 
 
 @dataclass(frozen=True)
@@ -75,31 +76,24 @@ class Growth(Outcome):
 
 
 def switch(
-    learner: Learner,
-    policy: SwitchPolicy,
-    monitor: UpdateMonitor,
+    scene: Scene,
     history: Sequence[Measurement],
-    probe: Tensor,
-    rebuild: Rebuild,
     chosen: Sequence[str] | None = None,
     inputs: Tensor | None = None,
 ) -> tuple[Learner, SwitchReport]:
     """Put adapters on the ``chosen`` targets (None: all) and return the new learner and a report.
 
-    The new learner is ``rebuild(model)``. The switch succeeds on all ranks or on none. When
-    anything raises on any rank, modules and flags are put back, the optimizer has not been
-    touched, and SwitchFailed says why. The primary rank chooses ranks and factors. The global RNG
-    is left where it was. A sharded model is gathered and stays as it is. With a joint phase the
-    weights train on beside their factors.
+    The switch succeeds on all ranks or on none. When anything raises on any rank, modules and
+    flags are put back, the optimizer has not been touched, and SwitchFailed says why. The primary
+    rank chooses ranks and factors. The global RNG is left where it was. A sharded model is
+    gathered and stays as it is. With a joint phase the weights train on beside their factors.
 
-    - ``probe`` (N, ...): inputs on which the drift of the logits is measured. They must be the
-      same on all ranks.
-    - ``inputs``: a share of a batch, on which ``policy.least_gain`` is measured.
+    ``inputs`` is a share of a batch, on which ``policy.least_gain`` is measured.
     """
-    flags = training_flags(learner.model)
+    policy, monitor, precision = scene.policy, scene.monitor, scene.learner.recipe.precision
+    flags = training_flags(scene.learner.model)
 
-    def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
-        precision = learner.recipe.precision
+    def change(model: nn.Module, replaced: Replaced) -> Plan:
         plan = from_primary(
             lambda: make_plan(model, policy, monitor, history, chosen, inputs, precision)
         )
@@ -109,89 +103,76 @@ def switch(
             if policy.joint_epochs:
                 _train_as(model, flags, policy)
             else:
-                _train_adapters(model, policy, monitor.known, plan.ranks, bool(plan.waiting))
-        return {
-            "ranks": plan.ranks,
-            "left_full": plan.left_full,
-            "captured_energy": plan.captured_energy,
-            "waiting": plan.waiting,
-        }
+                _train_adapters(model, scene, plan.ranks, bool(plan.waiting))
+        return plan
 
     limit = policy.max_drift if policy.keeps_residual else math.inf
-    inherit = {"reset": None, "surviving": _surviving, "factors": _with_factors}[policy.moments]
-    return operate(learner, policy, probe, rebuild, change, inherit, SwitchReport, limit)
+    learner, outcome, plan = operate(scene, change, INHERIT[policy.moments], limit)
+    report = SwitchReport(
+        **vars(outcome),
+        ranks=plan.ranks,
+        left_full=plan.left_full,
+        captured_energy=plan.captured_energy,
+        waiting=plan.waiting,
+    )
+    return learner, report
 
 
-def settle(
-    learner: Learner,
-    policy: SwitchPolicy,
-    targets: Mapping[str, Target],
-    ranks: Mapping[str, int],
-    probe: Tensor,
-    rebuild: Rebuild,
-) -> tuple[Learner, Outcome]:
+def settle(scene: Scene, ranks: Mapping[str, int]) -> tuple[Learner, Outcome]:
     """End the joint phase: freeze the weights of the targets, or drop them from guided adapters.
 
-    A guided adapter needs its dense weight in the joint phase only.
+    ``ranks`` are those of the switch. A guided adapter needs its dense weight in the joint phase
+    only.
     """
 
-    def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
+    def change(model: nn.Module, replaced: Replaced) -> None:
         with together():
             for name, module in adapted_modules(model).items():
                 if isinstance(module, GuidedLinear):
                     replaced[name] = module
                     model.set_submodule(name, settled(module))
-            _train_adapters(model, policy, targets, ranks, waits=False)
-        return {}
+            _train_adapters(model, scene, ranks, waits=False)
 
-    inherit = None if policy.moments == "reset" else _surviving
-    return operate(learner, policy, probe, rebuild, change, inherit, Outcome, policy.max_drift)
+    inherit = nothing if scene.policy.moments == "reset" else surviving
+    learner, outcome, _ = operate(scene, change, inherit, scene.policy.max_drift)
+    return learner, outcome
 
 
-def restart(
-    learner: Learner,
-    policy: SwitchPolicy,
-    monitor: UpdateMonitor,
-    history: Sequence[Measurement],
-    probe: Tensor,
-    rebuild: Rebuild,
-    num_updates: int,
-) -> tuple[Learner, Outcome]:
+def restart(scene: Scene, num_updates: int) -> tuple[Learner, Outcome]:
     """Merge the adapters and start new ones of the same ranks (ReLoRA, arXiv 2307.05695).
 
     The references of the monitor are the weights at the last merge. Moments of the factors are
-    pruned as ``policy.restart`` says. All other moments survive.
+    pruned as ``policy.restart`` says. All other moments survive. ``num_updates`` seeds the draws:
+    each restart draws other directions.
     """
+    policy, targets = scene.policy, scene.monitor.targets
     how = policy.restart
     assert how is not None
-    flags = training_flags(learner.model)
+    init = how.init or policy.init
+    flags = training_flags(scene.learner.model)
 
-    def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
-        torch.manual_seed(num_updates)  # forked by operate; each restart draws other directions
-        ranks = applied_ranks(model, monitor.targets, monitor.targets)
-        fresh = replace(policy, init=how.init or policy.init, rank=lambda _: ranks, freeze=())
-        plan = from_primary(lambda: make_plan(model, fresh, monitor, history))
+    def change(model: nn.Module, replaced: Replaced) -> None:
+        torch.manual_seed(num_updates)  # operate puts the random state back
+        ranks = applied_ranks(model, targets, targets)
+        updates = scene.monitor.updates(policy.remove_weight_decay, of=model)
+        factors = from_primary(
+            lambda: start_factors(model, replace(policy, init=init), targets, updates, ranks)
+        )
         with together():
-            _inject(model, policy, monitor.targets, plan.factors, replaced)
+            _inject(model, policy, targets, factors, replaced)
             _train_as(model, flags, policy)
-        return {}
 
     def inherit(moments: Moments, _: Adapters) -> Moments:
         factors = {n: deepcopy(dict(state)) for n, state in moments.items() if is_factor(n)}
         prune_moments(factors, how.prune, how.pruned, seed=num_updates)
         return {**moments, **factors}
 
-    return operate(learner, policy, probe, rebuild, change, inherit, Outcome, policy.max_drift)
+    learner, outcome, _ = operate(scene, change, inherit, policy.max_drift)
+    return learner, outcome
 
 
 def grow(
-    learner: Learner,
-    policy: SwitchPolicy,
-    targets: Mapping[str, Target],
-    gradients: Callable[[], Mapping[str, Tensor]],
-    growth: int,
-    probe: Tensor,
-    rebuild: Rebuild,
+    scene: Scene, gradients: Callable[[], Mapping[str, Tensor]], growth: int
 ) -> tuple[Learner, Growth]:
     """Multiply the ranks of the adapters by ``growth``, as far as factors save parameters.
 
@@ -201,26 +182,21 @@ def grow(
     of LoRA's start. The new columns of B are zero, so the function of the network does not change.
     Factors begin with fresh moments. SwitchFailed when no rank can grow.
     """
-    flags = training_flags(learner.model)
+    policy, targets = scene.policy, scene.monitor.known
+    flags = training_flags(scene.learner.model)
 
-    def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
+    def change(model: nn.Module, replaced: Replaced) -> dict[str, int]:
         wider = from_primary(lambda: _wider(model, policy, targets, gradients(), growth))
         with together():
             _inject(model, policy, targets, wider, replaced)
             _train_as(model, flags, policy)
-        return {"ranks": {name: len(A) for name, (A, _) in wider.items()}}
+        return {name: len(factors.A) for name, factors in wider.items()}
 
-    inherit = _without_factors
-    return operate(learner, policy, probe, rebuild, change, inherit, Growth, policy.max_drift)
+    learner, outcome, ranks = operate(scene, change, without_factors, policy.max_drift)
+    return learner, Growth(**vars(outcome), ranks=ranks)
 
 
-def take_back(
-    learner: Learner,
-    policy: SwitchPolicy,
-    trained: Iterable[str],
-    probe: Tensor,
-    rebuild: Rebuild,
-) -> tuple[Learner, Outcome]:
+def take_back(scene: Scene, trained: Iterable[str]) -> tuple[Learner, Outcome]:
     """Merge all adapters and train the ``trained`` parameters of the full phase again.
 
     Parameters that trained on keep their moments. Merged weights begin with fresh moments, since
@@ -228,14 +204,14 @@ def take_back(
     """
     names = set(trained)
 
-    def change(model: nn.Module, replaced: Replaced) -> dict[str, object]:
+    def change(model: nn.Module, replaced: Replaced) -> None:
         with together():
             replaced.update(merge(model))
             train_only(model, names)
-        return {}
 
-    inherit = None if policy.moments == "reset" else _without_factors
-    return operate(learner, policy, probe, rebuild, change, inherit, Outcome, policy.max_drift)
+    inherit = nothing if scene.policy.moments == "reset" else without_factors
+    learner, outcome, _ = operate(scene, change, inherit, scene.policy.max_drift)
+    return learner, outcome
 
 
 def _inject(
@@ -251,16 +227,14 @@ def _inject(
     replaced.update(inject(model, targets, placed, policy.scaling, make, dropout))
 
 
-def _train_adapters(
-    model: nn.Module,
-    policy: SwitchPolicy,
-    targets: Mapping[str, Target],
-    ranks: Mapping[str, int],
-    waits: bool,
-) -> None:
+def _train_adapters(model: nn.Module, scene: Scene, ranks: Mapping[str, int], waits: bool) -> None:
     """Train the factors, the parameters that the policy keeps, and the targets that stay full."""
-    full = [n for n, t in targets.items() if n not in ranks and t.trains_in_full(model)]
-    train_only(model, going_on(model, policy, targets, full, waits), policy.train_factors)
+    policy, targets = scene.policy, scene.monitor.known
+    full = []
+    for name, target in targets.items():
+        if name not in ranks and target.trains_in_full(model):
+            full.append(name)
+    train_only(model, trained_after(model, policy, targets, full, waits), policy.train_factors)
 
 
 def _train_as(model: nn.Module, flags: Mapping[str, bool], policy: SwitchPolicy) -> None:
@@ -276,33 +250,57 @@ def _wider(
     gradients: Mapping[str, Tensor],
     growth: int,
 ) -> dict[str, Factors]:
-    factors, grown, adapted = {}, [], adapted_modules(model)
+    """Return the factors after growth, of each target with a gradient. ValueError if none grew."""
+    adapted = adapted_modules(model)
+    factors = {}
+    grows = False
     for name, gradient in gradients.items():
-        if targets[name].is_dense(model):
+        target = targets[name]
+        if target.is_dense(model):
             continue
-        A, B, _, scaling = adapted[targets[name].module].adapters()[targets[name].part]
-        A, B = A.detach(), B.detach()
-        rank = max(len(A), min(growth * len(A), largest_saving_rank(gradient.shape)))
-        if rank > len(A):
-            basis = torch.linalg.qr(A.mT).Q
-            outside = gradient - (gradient @ basis) @ basis.mT
-            new = truncated_svd(outside, rank - len(A)).Vh / 3**0.5
-            old = B * (scaling / policy.scaling(rank))
-            A, B = torch.cat([A, new]), torch.cat([old, B.new_zeros(len(B), len(new))], dim=1)
-            grown.append(name)
+        adapter = adapted[target.module].adapters()[target.part]
+        rank = min(growth * len(adapter.A), largest_saving_rank(gradient.shape))
+        if rank > len(adapter.A):
+            grows = True
+            A, B = _grown(adapter, gradient, rank, policy.scaling(rank))
+        else:
+            A, B = adapter.A.detach(), adapter.B.detach()
         factors[name] = Factors(as_loaded(A), as_loaded(B))
-    if not grown:
+    if not grows:
         raise ValueError("no rank can grow without becoming as costly as its weight")
     return factors
 
 
-def _surviving(moments: Moments, adapters: Adapters) -> Moments:
+def _grown(adapter: Adapter, gradient: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return A (rank, in) and B (out, rank) with the product that the adapter has now."""
+    A, B = adapter.A.detach(), adapter.B.detach()
+    basis = torch.linalg.qr(A.mT).Q
+    outside = gradient - (gradient @ basis) @ basis.mT
+    rows = truncated_svd(outside, rank - len(A)).Vh / 3**0.5
+    columns = B.new_zeros(len(B), len(rows))
+    old = B * (adapter.scaling / scaling)
+    return torch.cat([A, rows]), torch.cat([old, columns], dim=1)
+
+
+def nothing(moments: Moments, adapters: Adapters) -> Moments:
+    """Return no moments: the new optimizer starts anew."""
+    return {}
+
+
+def surviving(moments: Moments, adapters: Adapters) -> Moments:
+    """Return the moments as they are. Those of tensors that no longer train are dropped later."""
     return moments
 
 
-def _with_factors(moments: Moments, adapters: Adapters) -> Moments:
+def with_factors(moments: Moments, adapters: Adapters) -> Moments:
+    """Return the moments, and those of the weights projected onto the new factors."""
     return {**moments, **factor_moments(adapters, moments)}
 
 
-def _without_factors(moments: Moments, adapters: Adapters) -> Moments:
+def without_factors(moments: Moments, adapters: Adapters) -> Moments:
+    """Return the moments of everything but factors."""
     return {name: state for name, state in moments.items() if not is_factor(name)}
+
+
+INHERIT = {"reset": nothing, "surviving": surviving, "factors": with_factors}
+"""by ``switch.moments``, the moments that the optimizer starts with after a switch"""

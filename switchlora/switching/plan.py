@@ -15,6 +15,7 @@ from switchlora.adapters import (
     is_factor,
     kept_parameters,
     plain_parameters,
+    training_flags,
 )
 from switchlora.cost import measured_gains
 from switchlora.criteria import AtEpoch, LossPlateau
@@ -63,25 +64,48 @@ def make_plan(
     ranks, left_full = choose_ranks(model, policy, monitor, history, chosen)
     if policy.least_gain is not None and inputs is not None:
         slow = _slow(model, policy, monitor, ranks, inputs, precision)
-        units = {_unit(policy, monitor.targets[name]) for name in slow}
-        left_full += [n for n in ranks if _unit(policy, monitor.targets[n]) in units]
-        ranks = {name: rank for name, rank in ranks.items() if name not in left_full}
+        left_full += slow
+        ranks = _without(ranks, slow)
         if not ranks and policy.stages is None:
             raise ValueError(
                 f"no target is switch.least_gain={policy.least_gain:g} times faster with factors, "
                 "so nothing would adapt: choose smaller ranks or a smaller gain"
             )
     updates = monitor.updates(policy.remove_weight_decay, of=model)
-    factors, captured = {}, {}
+    factors = start_factors(model, policy, monitor.targets, updates, ranks)
+    captured = {}
     for name, rank in ranks.items():
-        weight, update = monitor.targets[name].weight(model), updates[name]
-        s = policy.scaling(rank)
-        found = policy.init(weight / s, update / s, rank) if rank else empty_factors(weight)
-        check_start(policy, name, found)
-        factors[name] = Factors(*map(as_loaded, found))
-        captured[name] = captured_energy(update, found.A) if rank else 0.0
-    waiting = [n for n in monitor.targets if n not in ranks and n not in left_full]
+        captured[name] = captured_energy(updates[name], factors[name].A) if rank else 0.0
+    waiting = [name for name in monitor.targets if name not in ranks and name not in left_full]
     return Plan(ranks, left_full, waiting, factors, captured)
+
+
+def start_factors(
+    model: nn.Module,
+    policy: SwitchPolicy,
+    targets: Mapping[str, Target],
+    updates: Mapping[str, Tensor],
+    ranks: Mapping[str, int],
+) -> dict[str, Factors]:
+    """Return the factors with which each target of ``ranks`` starts, on the CPU.
+
+    ``updates`` are the recent updates (out, in) of the targets. A rank of 0 gives empty factors.
+    """
+    factors = {}
+    for name, rank in ranks.items():
+        weight = targets[name].weight(model)
+        if rank:
+            scaling = policy.scaling(rank)
+            start = policy.init(weight / scaling, updates[name] / scaling, rank)
+        else:
+            start = empty_factors(weight)
+        check_start(policy, name, start)
+        factors[name] = Factors(as_loaded(start.A), as_loaded(start.B))
+    return factors
+
+
+def _without(ranks: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
+    return {name: rank for name, rank in ranks.items() if name not in names}
 
 
 def as_loaded(factor: Tensor) -> Tensor:
@@ -119,39 +143,52 @@ def choose_ranks(
     stays on its own. Rank 0 freezes a target without an adapter. ValueError when nothing would
     adapt, or when the rank policy returns other targets than it was given.
     """
-    now = {n: t for n, t in monitor.targets.items() if chosen is None or n in chosen}
+    now = monitor.targets
+    if chosen is not None:
+        now = {name: target for name, target in now.items() if name in chosen}
     _, frozen = frozen_outright(model, now, policy.freeze, monitor.known)
     targets = {name: target for name, target in now.items() if name not in frozen}
     if not targets and chosen is None:
         raise ValueError("switch.freeze leaves no target, so nothing would adapt: freeze fewer")
     wanted = policy.rank(_context(model, policy, monitor, history, targets)) if targets else {}
-    if odd := sorted(set(wanted) ^ set(targets)):
-        raise ValueError(
-            f"the rank policy must give each target a rank, but '{odd[0]}' is "
-            f"{'missing' if odd[0] in targets else 'no target'}; {near(odd[0], targets)}"
-        )
+    _check_names(wanted, targets)
     whole = bool(targets) and policy.stages is None
     if whole and not any(wanted.values()):
         raise ValueError("every rank is 0, so nothing would adapt: choose larger ranks")
-    useless = {
-        _unit(policy, targets[name])
-        for name, rank in wanted.items()
-        if not saves_parameters(rank, targets[name].weight(model).shape)
-    }
-    left_full = [name for name in wanted if _unit(policy, targets[name]) in useless]
+    useless = set()
+    for name, rank in wanted.items():
+        if not saves_parameters(rank, targets[name].weight(model).shape):
+            useless.add(_unit(policy, targets[name]))
     for name in frozen:
-        if (unit := _unit(policy, now[name])) in useless:
+        unit = _unit(policy, now[name])
+        if unit in useless:
             raise ValueError(
                 f"switch.freeze freezes {name}, but {unit} stays full, since ranks this large "
                 "save nothing: lower the ranks, or freeze all of it"
             )
+    left_full = [name for name in wanted if _unit(policy, targets[name]) in useless]
     if whole and len(left_full) == len(wanted):
         raise ValueError("no rank saves parameters on any target: choose smaller ranks")
-    ranks = {n: r for n, r in wanted.items() if n not in left_full} | dict.fromkeys(frozen, 0)
-    return {n: ranks[n] for n in now if n in ranks}, left_full
+    ranks = {}
+    for name in now:
+        if name in frozen:
+            ranks[name] = 0
+        elif name not in left_full:
+            ranks[name] = wanted[name]
+    return ranks, left_full
 
 
-def going_on(
+def _check_names(wanted: Mapping[str, int], targets: Mapping[str, Target]) -> None:
+    """Raise ValueError unless the rank policy gave each target a rank, and nothing else."""
+    odd = sorted(set(wanted) ^ set(targets))
+    if odd:
+        raise ValueError(
+            f"the rank policy must give each target a rank, but '{odd[0]}' is "
+            f"{'missing' if odd[0] in targets else 'no target'}; {near(odd[0], targets)}"
+        )
+
+
+def trained_after(
     model: nn.Module,
     policy: SwitchPolicy,
     targets: Mapping[str, Target],
@@ -193,20 +230,22 @@ def with_frozen_front(
     if policy.stages is None or policy.stages.still is None:
         return policy
     place = {name: number for number, name in enumerate(call_order(model, probe))}
-    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    trains = [name for name, flag in training_flags(model).items() if flag]
     modules = {name: _module_of(name, place) for name in trains}
     with_weights = {modules[name] for name in trains if not name.endswith(".bias")}
-    moving = [name for name, target in targets.items() if target.module in with_weights]
-    moving.sort(key=lambda name: place[targets[name].module])
+    called = {name: place[t.module] for name, t in targets.items() if t.module in with_weights}
+    moving = sorted(called, key=lambda name: called[name])
     asked = {name: margin for name, margin in margins.items() if name in chosen}
     still = policy.stages.front(asked, moving)
     if not still:
         return policy
-    rest = [place[targets[name].module] for name in moving[len(still) :]]
-    end = min(rest, default=place[targets[still[-1]].module] + 1)
-    never = len(place)
-    front = [n for n in trains if "." not in n or place.get(modules[n], never) < end]
-    patterns = [f"^{re.escape(name)}$" for name in front]
+    rest = moving[len(still) :]
+    end = called[rest[0]] if rest else called[still[-1]] + 1
+    patterns = []
+    for name in trains:
+        in_front = place.get(modules[name], end) < end
+        if in_front or "." not in name:
+            patterns.append(f"^{re.escape(name)}$")
     return replace(policy, freeze=[*policy.freeze, *patterns])
 
 
@@ -228,20 +267,24 @@ def _context(
     history: Sequence[Measurement],
     targets: Mapping[str, Target],
 ) -> SwitchContext:
-    known = monitor.known
-    full = [n for n in known if n not in monitor.targets and known[n].trains_in_full(model)]
-    kept = going_on(model, policy, known, full)
-    factors = sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
+    full = []
+    for name, target in monitor.known.items():
+        if name not in monitor.targets and target.trains_in_full(model):
+            full.append(name)
+    kept = trained_after(model, policy, monitor.known, full)
+    factors = sum(p.numel() for name, p in model.named_parameters() if is_factor(name))
+    other_trainable = sum(parameter.numel() for parameter in kept.values()) + factors
     sizes = {name: target.weight(model).numel() for name, target in monitor.targets.items()}
+    switching = sum(sizes[name] for name in targets)
     return SwitchContext(
         [measured.only(targets) for measured in history],
         monitor.updates(policy.remove_weight_decay, of=model).only(targets),
         monitor.initial_stable_ranks,
         total_parameters=plain_parameters(model),
-        other_trainable=sum(parameter.numel() for parameter in kept.values()) + factors,
+        other_trainable=other_trainable,
         train_factors=policy.train_factors,
         weights=Weights(model, targets),
-        part=sum(sizes[name] for name in targets) / sum(sizes.values()),
+        part=switching / sum(sizes.values()),
     )
 
 
@@ -254,9 +297,16 @@ def _slow(
     inputs: Tensor,
     precision: str,
 ) -> list[str]:
-    """Return the targets whose measured gain from factors is below ``least_gain``."""
+    """Return the targets that gain less than ``least_gain`` from factors, by the unit.
+
+    The gain is measured. One target that gains less keeps its whole unit full.
+    """
     assert policy.least_gain is not None
     adapted = {name: rank for name, rank in ranks.items() if rank}
     with eval_mode(model), torch.enable_grad():
         gains = measured_gains(model, monitor.targets, adapted, inputs, precision)
-    return [name for name, gain in gains.items() if gain < policy.least_gain]
+    units = set()
+    for name, gain in gains.items():
+        if gain < policy.least_gain:
+            units.add(_unit(policy, monitor.targets[name]))
+    return [name for name in ranks if _unit(policy, monitor.targets[name]) in units]

@@ -29,14 +29,30 @@ from switchlora.learner import (
     set_checkpointing,
 )
 from switchlora.models import eval_mode
+from switchlora.monitor import UpdateMonitor
 from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
 from switchlora.process import agreed_checksum, full, lost_rank, together
 
-Rebuild = Callable[[nn.Module], Learner]
 Replaced = dict[str, nn.Linear]
 Adapters = Mapping[str, Mapping[str, Adapter]]
 Inherit = Callable[[Moments, Adapters], Moments]
-T = TypeVar("T", bound="Outcome")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The training that a change works on.
+
+    ``learner`` trains the model. ``rebuild(model)`` makes the learner that follows it. ``probe``
+    (N, ...) are inputs on which the drift of the logits is measured. They must be the same on all
+    ranks.
+    """
+
+    learner: Learner
+    policy: SwitchPolicy
+    monitor: UpdateMonitor
+    probe: Tensor
+    rebuild: Callable[[nn.Module], Learner]
 
 
 @dataclass(frozen=True)
@@ -58,74 +74,78 @@ class Outcome:
 
 
 def operate(
-    learner: Learner,
-    policy: SwitchPolicy,
-    probe: Tensor,
-    rebuild: Rebuild,
-    change: Callable[[nn.Module, Replaced], dict[str, object]],
-    inherit: Inherit | None,
-    report: type[T],
+    scene: Scene,
+    change: Callable[[nn.Module, Replaced], T],
+    inherit: Inherit,
     limit: float,
-) -> tuple[Learner, T]:
+) -> tuple[Learner, Outcome, T]:
     """Apply ``change`` to the plain model and rebuild the learner, or leave all as it was.
 
     - ``change(model, replaced)`` stores each module that it replaces in ``replaced``, under its
-      name. It returns the fields of ``report`` that an Outcome does not have.
-    - ``rebuild`` makes the new learner from the changed model.
-    - ``inherit`` makes the moments that the new optimizer starts with (None: fresh ones).
-    - ``limit`` is the largest accepted drift of a logit on ``probe``.
+      name. Its result is returned as the last value.
+    - ``inherit`` makes the moments that the new optimizer starts with.
+    - ``limit`` is the largest accepted drift of a logit on the probe.
 
     When anything fails on any rank, modules and flags are put back on all ranks and SwitchFailed
     is raised. A lost rank and an interrupt are raised as they are.
     """
     begin = time.perf_counter()
+    learner, probe = scene.learner, scene.probe
     learner.optimizer.zero_grad(set_to_none=True)
-    moments = {} if inherit is None else _whole(learner)
+    moments = _whole(learner)
     model = learner.plain()
     flags = training_flags(model)
-    before = count_parameters(model, trainable=True)
+    trainable = count_parameters(model, trainable=True)
     parameters = plain_parameters(model)
     replaced: Replaced = {}
     exact: dict[str, nn.Parameter] = {}
     with torch.random.fork_rng([probe.device] if probe.is_cuda else []):
         try:
             with together():
-                logits = _logits(model, probe)
+                before = _logits(model, probe)
             found = change(model, replaced)
             with together():
-                adapted = _logits(model, probe)
-                drift = _checked_drift(logits, adapted, limit)
-                rounding = _round_residuals(model, policy, adapted, probe, exact)
-            after = count_parameters(model, trainable=True)
+                after = _logits(model, probe)
+                drift = _checked_drift(before, after, limit)
+                rounding = _round_residuals(model, scene.policy, after, probe, exact)
+            trainable_after = count_parameters(model, trainable=True)
             checksum = agreed_checksum(trained_tensors(model))
             adapters = _snapshot(model)
             moments |= dense_moments(_fresh_dense_rows(model, replaced), moments)
-            new = rebuild(model)
+            new = scene.rebuild(model)
             with together():
-                inherited = {} if inherit is None else inherit(moments, adapters)
-                carried = _carry(inherited, learner, new)
+                carried = _carry(inherit(moments, adapters), learner, new)
         except BaseException as error:
-            for name, weight in exact.items():
-                setattr(model.get_submodule(name), "weight", weight)  # noqa: B010
-            restore(model, replaced)
+            _undo(model, replaced, exact, flags)
             set_checkpointing(model, learner.recipe.activation_checkpointing)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(flags[name])
             if isinstance(error, Exception) and lost_rank(error) is None:
                 raise SwitchFailed(f"{type(error).__name__}: {error}") from error
             raise
-    outcome = report(
+    outcome = Outcome(
         drift=drift,
         rounding_drift=rounding,
         checksum=checksum,
         moments_carried=carried,
         parameters=parameters,
-        trainable_before=before,
-        trainable_after=after,
+        trainable_before=trainable,
+        trainable_after=trainable_after,
         seconds=time.perf_counter() - begin,
-        **found,  # type: ignore[arg-type]
     )
-    return new, outcome
+    return new, outcome, found
+
+
+def _undo(
+    model: nn.Module,
+    replaced: Replaced,
+    exact: Mapping[str, nn.Parameter],
+    flags: Mapping[str, bool],
+) -> None:
+    """Put back the replaced modules, the rounded weights and the flags of what trains."""
+    for name, weight in exact.items():
+        setattr(model.get_submodule(name), "weight", weight)  # noqa: B010
+    restore(model, replaced)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -138,10 +158,14 @@ def _whole(learner: Learner) -> dict[str, dict[str, object]]:
 
     Sharded ones are gathered one at a time on the device, and moved to the CPU.
     """
-    return {
-        name: {k: full(v).cpu() if isinstance(v, DTensor) else v for k, v in state.items()}
-        for name, state in moments_of(learner.model, learner.optimizer).items()
-    }
+    moments = {}
+    for name, state in moments_of(learner.model, learner.optimizer).items():
+        moments[name] = {key: _gathered(value) for key, value in state.items()}
+    return moments
+
+
+def _gathered(value: object) -> object:
+    return full(value).cpu() if isinstance(value, DTensor) else value
 
 
 def _snapshot(model: nn.Module) -> Adapters:
@@ -149,22 +173,24 @@ def _snapshot(model: nn.Module) -> Adapters:
 
     Rebuilding the learner may shard the model, which moves the parameters themselves.
     """
-    return {
-        name: {
-            part: a._replace(A=a.A.detach(), B=a.B.detach())
-            for part, a in module.adapters().items()
-        }
-        for name, module in adapted_modules(model).items()
-    }
+    found: dict[str, dict[str, Adapter]] = {}
+    for name, module in adapted_modules(model).items():
+        found[name] = {}
+        for part, adapter in module.adapters().items():
+            detached = adapter._replace(A=adapter.A.detach(), B=adapter.B.detach())
+            found[name][part] = detached
+    return found
 
 
 def _fresh_dense_rows(model: nn.Module, replaced: Replaced) -> dict[str, dict[str, slice]]:
     """Return, by module, the rows of dense slices that belonged to a plain weight until now."""
-    return {
-        name: {part: module.adapters()[part].rows for part in module.dense_rows()}
-        for name, module in adapted_modules(model).items()
-        if name in replaced and not isinstance(replaced[name], AdaptedLinear)
-    }
+    fresh: dict[str, dict[str, slice]] = {}
+    for name, module in adapted_modules(model).items():
+        if name not in replaced or isinstance(replaced[name], AdaptedLinear):
+            continue
+        adapters = module.adapters()
+        fresh[name] = {part: adapters[part].rows for part in module.dense_rows()}
+    return fresh
 
 
 def _round_residuals(
