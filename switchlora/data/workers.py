@@ -3,7 +3,9 @@
 import atexit
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import ProcessError
 from pickle import UnpicklingError
 from typing import Any
@@ -12,9 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from switchlora.errors import LoaderDied
-from switchlora.process import DIED
 
 HAND_OVER_ERRORS = (OSError, EOFError, RuntimeError, UnpicklingError, ProcessError)
+DIED = (
+    "a process that loads images died (too little memory or shared memory, or too many "
+    "system.workers?)"
+)
 NO_ROOM = "a batch finds no room in shared memory"
 WORKER_RAISED = "in DataLoader worker process"
 
@@ -25,6 +30,10 @@ class Loader(DataLoader):
     torch shows a worker's death in many ways, depending on the moment: a message of its own, a
     reset or refused connection, an end of file, half a pickle. An exception that the data set
     raised passes through.
+
+    torch's handler of SIGCHLD is not used. It would raise between any two lines of the program,
+    once for each dead worker, and also after the first has ended the run. Without it a death is
+    noticed where the next batch is missed.
     """
 
     def __init__(self, dataset: Dataset, *, num_workers: int = 0, **options: Any) -> None:
@@ -34,7 +43,8 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator:  # type: ignore[override]
         try:
-            batches = super().__iter__()
+            with handler_kept(signal.SIGCHLD):
+                batches = super().__iter__()
             atexit.unregister(kill_workers)
             atexit.register(kill_workers)  # the last to be registered is the first to be called
             yield from batches
@@ -43,6 +53,18 @@ class Loader(DataLoader):
                 said = f"{type(error).__name__}: {error}".strip().splitlines()
                 raise LoaderDied(f"{DIED}: {said[-1]}") from error
             raise
+
+
+@contextmanager
+def handler_kept(number: signal.Signals) -> Iterator[None]:
+    """Put the handler of a signal back at the end; only the main thread may set one."""
+    handler = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and handler is not None:
+            signal.signal(number, handler)
 
 
 def raised_by_the_data(error: Exception) -> bool:
@@ -80,7 +102,6 @@ def kill_workers() -> None:
 
     Python would send them SIGTERM, which they ignore, and wait for them for ever.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each of them
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -13,10 +13,8 @@ from switchlora.process.distributed import (
     world_size as world_size,
 )
 from switchlora.process.exits import (
-    DIED as DIED,
     FAILURE as FAILURE,
     USER_ERRORS as USER_ERRORS,
-    ended_worker as ended_worker,
     exit_with_one_line as exit_with_one_line,
     one_line as one_line,
 )

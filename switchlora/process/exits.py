@@ -42,7 +42,7 @@ def exit_with_one_line(error: Exception) -> NoReturn:
     every error is raised again.
     """
     told = isinstance(error, USER_ERRORS) or from_launcher(error)
-    line = one_line(error) if told else distributed.lost_rank(error) or ended_worker(error)
+    line = one_line(error) if told else distributed.lost_rank(error)
     if FAILURE in os.environ and distributed.is_primary():
         with suppress(OSError):  # a full disk may be the very error
             Path(os.environ[FAILURE]).write_text(line or f"{type(error).__name__}: {error}")
@@ -82,20 +82,3 @@ def one_line(error: BaseException) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None:
         message += f"; {near(str(cause.key), map(str, cause.parent_node))}"
     return " ".join(message.split("Config search path")[0].split())
-
-
-DIED = (
-    "a process that loads images died (too little memory or shared memory, or too many "
-    "system.workers?)"
-)
-WORKER_ENDED = "DataLoader worker (pid"
-
-
-def ended_worker(error: BaseException) -> str | None:
-    """Return a line on an error that comes from a worker's end; None for any other error.
-
-    torch's signal handler raises its own message between any two lines of the program.
-    """
-    if isinstance(error, LoaderDied):
-        return str(error)
-    return f"{DIED}: {error}" if WORKER_ENDED in str(error) else None

@@ -10,7 +10,7 @@ from typing import NoReturn
 from hydra.core.hydra_config import HydraConfig
 
 from switchlora.errors import Interrupted, LoaderDied, RankLost
-from switchlora.process import distributed, ended_worker
+from switchlora.process import distributed
 from switchlora.run.run import Run
 from switchlora.run.snapshot import state_of
 from switchlora.storage import checkpoint, retention
@@ -103,8 +103,8 @@ def faults_explained(run: Run) -> Iterator[None]:
         yield
     except RuntimeError as error:
         where = f"after update {run.state.num_updates}"
-        if (ended := ended_worker(error)) is not None:
-            raise LoaderDied(f"{ended}; this was {where}; {how_to_go_on(run)}") from error
+        if isinstance(error, LoaderDied):
+            raise LoaderDied(f"{error}; this was {where}; {how_to_go_on(run)}") from error
         if (lost := distributed.lost_rank(error)) is not None:
             raise RankLost(f"{lost} {where}; {how_to_go_on(run)}") from error
         raise
