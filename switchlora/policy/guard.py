@@ -17,6 +17,7 @@ from switchlora.errors import check_choice, check_range
 
 LEAST_POINTS = 3
 ACTIONS = ("warn", "ranks", "full")
+SPLITS = {"train": "train", "val": "validation"}
 
 
 class Loss(NamedTuple):
@@ -84,23 +85,27 @@ class Guard:
         """Return the standing after update ``since``, that of the last switch or action."""
         trained = {loss.num_updates for loss in losses if loss.phase == "full"}
         full = [loss for loss in losses if loss.num_updates in trained]  # a switch moves no loss
-        after = [
-            loss for loss in losses if loss.num_updates > since and loss.num_updates not in trained
-        ]
+        later = [loss for loss in losses if loss.num_updates not in trained]
+        after = [loss for loss in later if loss.num_updates > since]
         worst = Standing(False, -np.inf, "nothing to compare with yet")
-        for split, name in (("val", "validation"), ("train", "train")):
+        for split in ("val", "train"):
             expected = extrapolate(full, split)
-            found = [loss for loss in after if loss.split == split][-self.patience :]
-            if expected is None or not found:
-                continue
-            excesses = [_excess(loss.value, expected(loss.num_updates)) for loss in found]
-            behind = len(found) == self.patience and min(excesses) > self.tolerance
-            reason = self._reason(name, behind, found[-1], expected(found[-1].num_updates))
-            worst = max(worst, Standing(behind, excesses[-1], reason))
+            found = [loss for loss in after if loss.split == split]
+            if expected is not None and found:
+                worst = max(worst, self._standing(found[-self.patience :], expected))
         return worst
 
-    def _reason(self, name: str, behind: bool, last: Loss, expected: float) -> str:
+    def _standing(self, found: Sequence[Loss], expected: Callable[[int], float]) -> Standing:
+        """Return the standing after the last losses of one split, at most ``patience`` of them."""
+        excesses = [_excess(loss.value, expected(loss.num_updates)) for loss in found]
+        behind = len(found) == self.patience and min(excesses) > self.tolerance
+        last = found[-1]
+        reason = self._reason(behind, last, expected(last.num_updates))
+        return Standing(behind, excesses[-1], reason)
+
+    def _reason(self, behind: bool, last: Loss, expected: float) -> str:
         excess = _excess(last.value, expected)
+        name = SPLITS[last.split]
         side = "above" if excess > 0 else "below"
         times = f", {self.patience} time(s) running" if behind else ""
         return (

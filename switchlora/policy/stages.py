@@ -12,6 +12,25 @@ from switchlora.initializers import AdapterInit
 from switchlora.names import family
 
 
+def by_target(target: Target) -> str:
+    """Return the target's name: each is a group of its own."""
+    return target.name
+
+
+def by_family(target: Target) -> str:
+    """Return the name that the target's module shares with those of other blocks."""
+    return family(target.module)
+
+
+def by_block(target: Target) -> str:
+    """Return the name of the block that holds the target."""
+    return target.module.removesuffix(family(target.module))
+
+
+GROUPS = {"target": by_target, "family": by_family, "block": by_block}
+"""by ``switch.stages.by``, the group of a target"""
+
+
 @dataclass(frozen=True)
 class Stages:
     """Switch in stages: converged targets switch first, the others train on in full.
@@ -38,7 +57,7 @@ class Stages:
     still: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("switch.stages.by", self.by, ("target", "family", "block"))
+        check_choice("switch.stages.by", self.by, tuple(GROUPS))
         check_range("switch.stages.interval", self.interval, 0)
         check_range("switch.stages.least", self.least, 1)
 
@@ -51,8 +70,12 @@ class Stages:
         """
         if updates_since < self.interval or margins.get(LOSS, 0.0) < 0:
             return []
-        moving = {self._group(t) for n, t in waiting.items() if not margins.get(n, -math.inf) >= 0}
-        found = [name for name, target in waiting.items() if self._group(target) not in moving]
+        group_of = GROUPS[self.by]
+        moving = set()
+        for name, target in waiting.items():
+            if not margins.get(name, -math.inf) >= 0:
+                moving.add(group_of(target))
+        found = [name for name, target in waiting.items() if group_of(target) not in moving]
         return found if len(found) >= min(self.least, len(waiting)) else []
 
     def front(self, margins: Mapping[str, float], moving: Sequence[str]) -> list[str]:
@@ -64,12 +87,6 @@ class Stages:
         if limit is None:
             return []
         return list(takewhile(lambda name: margins.get(name, -math.inf) >= limit, moving))
-
-    def _group(self, target: Target) -> str:
-        if self.by == "target":
-            return target.name
-        shared = family(target.module)
-        return shared if self.by == "family" else target.module.removesuffix(shared)
 
 
 @dataclass(frozen=True)

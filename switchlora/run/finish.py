@@ -10,7 +10,7 @@ from switchlora.process import is_primary, together
 from switchlora.run.memory import memory_lines
 from switchlora.run.messages import final_table, never_switched_lines
 from switchlora.run.run import Run
-from switchlora.run.state import Phase
+from switchlora.run.state import Ledger, Phase
 from switchlora.storage import environment, save_adapter, save_merged
 
 
@@ -65,11 +65,12 @@ def evaluate_on_test(run: Run) -> dict[str, float]:
 
 def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str, Any]:
     """Return the content of ``summary.json``."""
-    state, report = run.state, run.state.switch_report
+    state, ledger = run.state, run.ledger
+    report = state.switch_report
     switch: dict[str, Any] = {
         "fired": report is not None,
         "num_updates": state.switch_update,
-        "epoch": run.ledger.switch_epoch,
+        "epoch": ledger.switch_epoch,
         "reason": state.verdict.reason if state.verdict else None,
         "failures": state.failed_switches,
         "taken_back": state.taken_back,
@@ -79,39 +80,38 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
     return {
         "status": status,
         "num_updates": state.num_updates,
-        "skipped_updates": run.ledger.skipped_updates,
-        "val": {**(run.ledger.last_eval or {}), "best_top1": state.best_top1},
+        "skipped_updates": ledger.skipped_updates,
+        "val": {**(ledger.last_eval or {}), "best_top1": state.best_top1},
         "test": test,
         "switch": switch,
-        "phases": {
-            phase: {
-                **figures,
-                "memory": run.ledger.memory.get(phase),
-                "flops_per_update": run.ledger.flops.get(phase),
-            }
-            for phase, figures in run.ledger.phases.items()
-        },
-        "transitions": run.ledger.transitions,
-        "segments": run.ledger.segments,
-        "cost": cost(run),
-        "trunk": run.ledger.reused,
-        "branched_from": run.ledger.branched_from,
+        "phases": phases_of(ledger),
+        "transitions": ledger.transitions,
+        "segments": ledger.segments,
+        "cost": cost(ledger),
+        "trunk": ledger.reused,
+        "branched_from": ledger.branched_from,
         "monitor": {"time_share": run.stopwatch.monitor_share},
         "environment": environment(run.device, run.config["seed"]),
     }
 
 
-def cost(run: Run) -> dict[str, Any]:
+def phases_of(ledger: Ledger) -> dict[Phase, dict[str, Any]]:
+    """Return, by phase, its speed, parameter counts, memory and FLOPs."""
+    found = {}
+    for phase, figures in ledger.phases.items():
+        costs = {"memory": ledger.memory.get(phase), "flops_per_update": ledger.flops.get(phase)}
+        found[phase] = {**figures, **costs}
+    return found
+
+
+def cost(ledger: Ledger) -> dict[str, Any]:
     """Return what training cost in all: 'train_flops' and 'train_seconds'.
 
     'train_flops' is None when it is not known. Updates taken from a trunk count as if this run had
     computed them.
     """
-    phases = run.ledger.phases.values()
-    return {
-        "train_flops": run.ledger.train_flops,
-        "train_seconds": sum(figures["train_seconds"] for figures in phases),
-    }
+    seconds = sum(figures["train_seconds"] for figures in ledger.phases.values())
+    return {"train_flops": ledger.train_flops, "train_seconds": seconds}
 
 
 def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: Path) -> list[str]:
@@ -120,21 +120,24 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
     They hold the table of phases, the memory table if it was not shown before, why the run never
     switched, the test metrics, and where the files are.
     """
-    state = run.state
-    lines = ["", *final_table({str(p): figures for p, figures in run.ledger.phases.items()}), ""]
-    if state.phase is Phase.ADAPTER and Phase.ADAPTER not in run.ledger.memory:
+    state, ledger = run.state, run.ledger
+    phases = {str(phase): figures for phase, figures in ledger.phases.items()}
+    lines = ["", *final_table(phases), ""]
+    if state.phase is Phase.ADAPTER and Phase.ADAPTER not in ledger.memory:
         lines += [*memory_lines(run), ""]
     if state.phase is Phase.FULL and state.verdict is not None:
-        failures = state.failed_switches
-        lines += [f"The switch was taken back {state.taken_back} time(s)"] * bool(state.taken_back)
-        lines += never_switched_lines(state.verdict, len(state.history), failures)
+        if state.taken_back:
+            lines.append(f"The switch was taken back {state.taken_back} time(s)")
+        lines += never_switched_lines(state.verdict, len(state.history), state.failed_switches)
     if test is not None:
         average = f" (EMA {test['ema_top1']:.2f} %)" if "ema_top1" in test else ""
         lines.append(f"test top1 {test['top1']:.2f} %{average}, loss {test['loss']:.4f}")
     share = run.stopwatch.monitor_share
     lines.append(f"the monitor took {share:.2%} of the training time")
     names = ["model.safetensors", "summary.json", "metrics.jsonl"]
-    names += ["figures/"] if run.config["log"]["figures"] else []
-    names += ["adapter/"] if adapted_modules(run.model) else []
+    if run.config["log"]["figures"]:
+        names.append("figures/")
+    if adapted_modules(run.model):
+        names.append("adapter/")
     lines.append(f"{status}; everything is in {folder}: {', '.join(names)}")
     return lines

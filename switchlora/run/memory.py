@@ -4,9 +4,8 @@ The measurement reads this rank's live tensors. The prediction uses only the sha
 Both are made after the first update of a phase.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +61,13 @@ def measure_memory(run: Run) -> Bytes:
     """
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     gradient_bytes = sum(local(gradient).nbytes for gradient in gradients)
-    references = run.monitor.references.values()
+    averaged = [] if run.ema is None else _tensors(run.ema.model)
     found = {
         "parameters": held_bytes(_tensors(run.model)),
         "gradients": gradient_bytes,
         "optimizer_state": held_bytes(_moments(run.learner.optimizer)),
-        "ema": held_bytes(_tensors(run.ema.model)) if run.ema else 0,
-        "monitor_reference": held_bytes(references),
+        "ema": held_bytes(averaged),
+        "monitor_reference": held_bytes(run.monitor.references.values()),
         "ddp_buckets": held_bytes(gradients) - gradient_bytes,
         "activations": run.learner.activation_bytes,
     }
@@ -87,15 +86,15 @@ def predict_memory(run: Run) -> Bytes:
     """
     model = run.learner.bones or run.model
     shards = world_size() if is_sharded(run.model) else 1
-    trained = [p for p in model.parameters() if p.requires_grad]
-    targets = run.monitor.targets.values()
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    references = sum(target.weight(model).nbytes for target in run.monitor.targets.values())
     moments = _attempted(run, "the optimizer's state", lambda: predict_moments(run, model))
     found: Bytes = {
         "parameters": held_bytes(_tensors(model)) // shards,
-        "gradients": sum(parameter.nbytes for parameter in trained) // shards,
-        "optimizer_state": moments and moments // shards,
+        "gradients": trained // shards,
+        "optimizer_state": None if moments is None else moments // shards,
         "ema": _plain_bytes(model) if run.ema else 0,
-        "monitor_reference": sum(target.weight(model).nbytes for target in targets),
+        "monitor_reference": references,
         "ddp_buckets": 0,
         "activations": _attempted(run, "activations", lambda: predict_activations(run, model)),
     }
@@ -116,16 +115,15 @@ def predict_activations(run: Run, model: nn.Module) -> int:
 
     They come from a forward pass on tensors without content (shapes only).
     """
-    recipe, device, saved = run.recipe, run.device, SavedTensors()
-    example = run.data.example(-(-run.share // recipe.accumulation))
+    recipe, device = run.recipe, run.device
+    inputs, labels = run.data.example(run.micro_batch)
+    saved = SavedTensors()
     with without_content(model, device) as model:
-        inputs, targets = (torch.empty_like(tensor, device=device) for tensor in example)
-        with (
-            nullcontext() if is_sharded(run.model) else operands_within_update(model, recipe),
-            autocast(device.type, recipe.precision),
-            saved,
-        ):
-            loss = run.data.loss(model(inputs), targets)
+        inputs = torch.empty_like(inputs, device=device)
+        labels = torch.empty_like(labels, device=device)
+        within = nullcontext() if is_sharded(run.model) else operands_within_update(model, recipe)
+        with within, autocast(device.type, recipe.precision), saved:
+            loss = run.data.loss(model(inputs), labels)
         kept = saved.bytes_beside(model)
         del loss  # its graph kept the saved tensors alive until here
         return kept
@@ -148,9 +146,11 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _moments(optimizer: Optimizer) -> Iterable[Tensor]:
-    values = chain.from_iterable(state.values() for state in optimizer.state.values())
-    return (value for value in values if isinstance(value, Tensor))
+def _moments(optimizer: Optimizer) -> Iterator[Tensor]:
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                yield value
 
 
 def _plain_bytes(model: nn.Module) -> int:
@@ -160,13 +160,16 @@ def _plain_bytes(model: nn.Module) -> int:
     before their rounding to bf16. A weight that the factors replaced counts with 4 bytes an
     element.
     """
-    named = [*model.named_parameters(), *model.named_buffers()]
-    dropped = [m for m in adapted_modules(model).values() if m.weight is None]
-    return sum(4 * m.in_features * m.out_features for m in dropped) + sum(
-        tensor.numel() * max(tensor.itemsize, 4 * tensor.is_floating_point())
-        for name, tensor in named
-        if not is_factor(name)
-    )
+    size = 0
+    for module in adapted_modules(model).values():
+        if module.weight is None:
+            size += 4 * module.in_features * module.out_features
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_factor(name):
+            continue
+        least = 4 if tensor.is_floating_point() else 0
+        size += tensor.numel() * max(tensor.itemsize, least)
+    return size
 
 
 def _total(run: Run, found: Bytes) -> int | None:
@@ -174,9 +177,14 @@ def _total(run: Run, found: Bytes) -> int | None:
 
     The monitor's reference counts only when it is on the same device.
     """
-    elsewhere = _reference_device(run) != run.device.type
-    sizes = [n for part, n in found.items() if not (elsewhere and part == "monitor_reference")]
-    return None if None in sizes else sum(size for size in sizes if size is not None)
+    total = 0
+    for part, size in found.items():
+        if part == "monitor_reference" and _reference_device(run) != run.device.type:
+            continue
+        if size is None:
+            return None
+        total += size
+    return total
 
 
 def _reference_device(run: Run) -> str:

@@ -12,6 +12,7 @@ from switchlora.switching import Outcome, SwitchReport
 
 SHOWN_HOLDING_BACK = 3
 EXPECTED_DRIFT = 1e-5
+WITHOUT_RATIO = ("num_updates", "val_top1")
 LATER_PHASES = ("adapter", "staged", "joint")
 MEMORY_PARTS = {
     "parameters": "parameters",
@@ -27,7 +28,7 @@ MEMORY_PARTS = {
 
 def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:
     """Return the keys and values of the 'switch' event."""
-    return {
+    metrics: dict[str, Any] = {
         "switch/fired": True,
         "switch/reason": verdict.reason,
         "switch/drift": report.drift,
@@ -37,19 +38,22 @@ def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:
         "params/trainable_before": report.trainable_before,
         "params/trainable": report.trainable_after,
         "switch/left_full": list(report.left_full),
-        **{f"switch/rank/{name}": rank for name, rank in report.ranks.items()},
-        **{f"switch/captured_energy/{name}": e for name, e in report.captured_energy.items()},
         "switch/checksum": report.checksum,
-        "switch/ranks": {
-            "columns": ["target", "rank", "captured_energy"],
-            "data": [[n, rank, report.captured_energy[n]] for n, rank in report.ranks.items()],
-        },
     }
+    rows = []
+    for name, rank in report.ranks.items():
+        energy = report.captured_energy[name]
+        metrics[f"switch/rank/{name}"] = rank
+        metrics[f"switch/captured_energy/{name}"] = energy
+        rows.append([name, rank, energy])
+    columns = ["target", "rank", "captured_energy"]
+    metrics["switch/ranks"] = {"columns": columns, "data": rows}
+    return metrics
 
 
 def measurement_line(measurement: Measurement, verdict: Verdict) -> str:
     """Return one line: the loss, the median relative update norm, and the criterion's answer."""
-    moved = median(s.relative_update_norm for s in measurement.layers.values())
+    moved = median(stats.relative_update_norm for stats in measurement.layers.values())
     return (
         f"update {measurement.num_updates:>6} | epoch {measurement.epoch:6.2f} | "
         f"loss {measurement.train_loss:.4f} | update norm {100 * moved:.2f} % | "
@@ -71,10 +75,11 @@ def switch_lines(
 ) -> list[str]:
     """Return lines that say why the switch fired, the ranks per family, and what it changed."""
     lines = [f"{_title(report)} at update {num_updates} (epoch {epoch:.2f}): {verdict.reason}"]
-    adapted = {name: rank for name, rank in report.ranks.items() if rank}
-    if frozen := [name for name, rank in report.ranks.items() if not rank]:
+    frozen = [name for name, rank in report.ranks.items() if not rank]
+    if frozen:
         lines.append(f"  frozen without an adapter: {', '.join(frozen)}")
-    lines += [f"  ranks {row}" for row in rank_rows(adapted)] if adapted else []
+    for row in rank_rows(report.ranks):
+        lines.append(f"  ranks {row}")
     if report.left_full:
         lines.append(
             f"  left full, since factors of their rank would save too little: "
@@ -111,7 +116,9 @@ def speedup_lines(parts: Mapping[str, float], warning: str | None) -> list[str]:
     """
     shown = " x ".join(f"{name} {part:.2f}" for name, part in parts.items())
     lines = [f"  predicted speed of an update: {math.prod(parts.values()):.2f} = {shown}"]
-    return lines + ([f"  warning: {warning}"] if warning else [])
+    if warning:
+        lines.append(f"  warning: {warning}")
+    return lines
 
 
 def _title(report: SwitchReport) -> str:
@@ -121,19 +128,23 @@ def _title(report: SwitchReport) -> str:
 
 
 def _captured(report: SwitchReport) -> str:
-    found = [e for name, e in report.captured_energy.items() if report.ranks[name]]
-    if not found or any(math.isnan(e) for e in found):
+    found = [energy for name, energy in report.captured_energy.items() if report.ranks[name]]
+    if not found or any(map(math.isnan, found)):
         return "of no update"
     return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def rank_rows(ranks: Mapping[str, int]) -> list[str]:
-    """Return one row per family of targets: its ranks from the first block to the last."""
-    families: dict[str, list[int]] = {}
+    """Return one row per family of targets: its ranks from the first block to the last.
+
+    Targets of rank 0 are left out.
+    """
+    families: dict[str, list[str]] = {}
     for name, rank in ranks.items():
-        families.setdefault(family(name), []).append(rank)
-    width = max(len(name) for name in families)
-    return [f"{name:<{width}}  {' '.join(map(str, r))}" for name, r in families.items()]
+        if rank:
+            families.setdefault(family(name), []).append(str(rank))
+    width = max(map(len, families), default=0)
+    return [f"{name:<{width}}  {' '.join(found)}" for name, found in families.items()]
 
 
 def never_switched_lines(
@@ -147,10 +158,13 @@ def never_switched_lines(
     if failures:
         times = f"{len(failures)} time(s)"
         return [f"The criterion fired, but the switch was undone {times}: {failures[-1]}"]
-    worst = sorted(verdict.margins.items(), key=lambda item: item[1])[:SHOWN_HOLDING_BACK]
-    held = ", ".join(f"{name} by {-margin:.3g}" for name, margin in worst if margin < 0)
     lines = [f"The switch never fired in {measured} measurements: {verdict.reason}"]
-    return lines + ([f"  held back most by: {held}"] if held else [])
+    negative = {name: margin for name, margin in verdict.margins.items() if margin < 0}
+    worst = sorted(negative, key=lambda name: negative[name])[:SHOWN_HOLDING_BACK]
+    if worst:
+        held = ", ".join(f"{name} by {-negative[name]:.3g}" for name in worst)
+        lines.append(f"  held back most by: {held}")
+    return lines
 
 
 def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -162,19 +176,29 @@ def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ("updates", "num_updates", "{:,}".format),
         ("images/s", "images_per_second", "{:,.0f}".format),
         ("epoch, s", "epoch_seconds", "{:,.1f}".format),
-        ("peak memory, MiB", "peak_memory_bytes", lambda size: f"{size / 2**20:,.0f}"),
+        ("peak memory, MiB", "peak_memory_bytes", _mebibytes),
         ("trained parameters", "trainable_parameters", "{:,}".format),
         ("last val top1, %", "val_top1", "{:.2f}".format),
     ]
-    titles = [f"{name} phase" for name in phases] + (["ratio"] if len(phases) == 2 else [])
-    lines = [f"{'':<20}" + "".join(f"{title:>16}" for title in titles)]
+    titles = [f"{name} phase" for name in phases]
+    if len(phases) == 2:
+        titles.append("ratio")
+    lines = [_row("", titles)]
     for label, key, form in rows:
         values: list[Any] = [phase.get(key) for phase in phases.values()]
         cells = ["-" if value is None else form(value) for value in values]
-        if len(values) == 2 and all(values) and key not in ("num_updates", "val_top1"):
+        if len(values) == 2 and all(values) and key not in WITHOUT_RATIO:
             cells.append(f"{values[1] / values[0]:.2f}")
-        lines.append(f"{label:<20}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(_row(label, cells))
     return lines
+
+
+def _row(label: str, cells: Sequence[str]) -> str:
+    return f"{label:<20}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f}"
 
 
 def memory_metrics(
@@ -184,10 +208,11 @@ def memory_metrics(
 
     They are ``memory/<part>`` and ``memory/<part>_predicted``.
     """
-    return {
-        **{f"memory/{part}": size for part, size in measured.items()},
-        **{f"memory/{part}_predicted": predicted[part] for part in measured},
-    }
+    metrics: dict[str, Any] = {}
+    for part, size in measured.items():
+        metrics[f"memory/{part}"] = size
+        metrics[f"memory/{part}_predicted"] = predicted[part]
+    return metrics
 
 
 def memory_table(
@@ -199,17 +224,23 @@ def memory_table(
     is shown, and ``reference``, the device of the monitor's reference weights.
     """
     later = next((phase for phase in LATER_PHASES if phase in memory), "adapter")
-    phases = ("full", later)
-    columns = [memory.get(p, {}).get(k, {}) for p in phases for k in ("measured", "predicted")]
-    titles = ("full", "predicted", later, "predicted", "ratio")
-    lines = [f"  {'memory, MiB':<24}" + "".join(f"{title:>11}" for title in titles)]
+    columns = []
+    for phase in ("full", later):
+        found = memory.get(phase, {})
+        columns += [found.get("measured", {}), found.get("predicted", {})]
+    titles = ["full", "predicted", later, "predicted", "ratio"]
+    lines = [_memory_row("memory, MiB", titles)]
     for part, label in MEMORY_PARTS.items():
         sizes = [column.get(part) for column in columns]
         cells = ["-" if size is None else f"{size / 2**20:,.2f}" for size in sizes]
         full, _, adapter, _ = sizes
         cells.append(f"{adapter / full:.2f}" if full and adapter is not None else "-")
-        lines.append(f"  {label.format(**devices):<24}" + "".join(f"{c:>11}" for c in cells))
+        lines.append(_memory_row(label.format(**devices), cells))
     return lines
+
+
+def _memory_row(label: str, cells: Sequence[str]) -> str:
+    return f"  {label:<24}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def _standing(verdict: Verdict) -> str:
@@ -219,5 +250,8 @@ def _standing(verdict: Verdict) -> str:
         return verdict.reason
     worst = min(verdict.margins, key=lambda name: verdict.margins[name])
     layers = [margin for name, margin in verdict.margins.items() if name != LOSS]
-    converged = f"converged {sum(m >= 0 for m in layers)}/{len(layers)} | " if layers else ""
+    converged = ""
+    if layers:
+        number = sum(margin >= 0 for margin in layers)
+        converged = f"converged {number}/{len(layers)} | "
     return f"{converged}smallest margin {verdict.margins[worst]:.3g} ({worst})"

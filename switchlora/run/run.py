@@ -155,14 +155,18 @@ class Run:
         adapted = adapted_modules(self.model)
         return {n: t for n, t in self.monitor.known.items() if t.module in adapted}
 
+    @property
+    def micro_batch(self) -> int:
+        """Number of inputs of one micro-batch on one rank, rounded up."""
+        return math.ceil(self.share / self.recipe.accumulation)
+
     def read_inputs(self) -> Tensor:
         """Read validation inputs, as many as one micro-batch of training has.
 
         There are fewer when the first validation batch is smaller than that.
         """
         inputs, _ = next(iter(self.data.val))
-        micro_batch = math.ceil(self.share / self.recipe.accumulation)
-        return inputs[:micro_batch].to(self.device)
+        return inputs[: self.micro_batch].to(self.device)
 
     def count_flops(self) -> None:
         """Add the FLOPs of the update that was just made to ``run.ledger.train_flops``.

@@ -305,10 +305,10 @@ def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tenso
     inputs, labels = next(iter(run.data.train))
     if run.data.mixup is not None:
         inputs, labels = run.data.mixup(inputs, labels)
-    micro_batch = run.learner.recipe.accumulation
-    inputs, labels = inputs.chunk(micro_batch)[0], labels.chunk(micro_batch)[0]
-    names = sorted({target.module for target in targets.values()})
     recipe = run.learner.recipe
+    inputs = inputs.chunk(recipe.accumulation)[0]
+    labels = labels.chunk(recipe.accumulation)[0]
+    names = sorted({target.module for target in targets.values()})
     found = module_gradients(run.model, names, run.data.loss, recipe.precision, inputs, labels)
     return {name: found[target.module][target.rows] for name, target in targets.items()}
 
