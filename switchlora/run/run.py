@@ -222,4 +222,4 @@ def recipe_of(
 def probe_images(data: Data) -> Tensor:
     """Return the first ``PROBE_IMAGES`` images of the validation split, on the CPU."""
     images, _ = next(iter(data.val))
-    return images[:PROBE_IMAGES]
+    return images[:PROBE_IMAGES].clone()  # a view would keep the whole batch
