@@ -61,10 +61,14 @@ class GuidedLinear(LoRALinear):
     """number of tokens in the last forward pass"""
 
     def __init__(
-        self, bias: nn.Parameter | None, adapter: Adapter, stochastic: bool = False
+        self,
+        bias: nn.Parameter | None,
+        adapter: Adapter,
+        stochastic: bool = False,
     ) -> None:
-        weight = adapter.scaling * (adapter.B.double() @ adapter.A.double())
-        super().__init__(weight.to(adapter.B.dtype), bias, adapter)
+        A, B, _, scaling = adapter
+        weight = scaling * (B.double() @ A.double())
+        super().__init__(weight.to(B.dtype), bias, adapter)
         self.weight.requires_grad_()
         self.stochastic = stochastic
 
@@ -86,7 +90,8 @@ class GuidedLinear(LoRALinear):
     def merged(self) -> Tensor:
         """Return a W + (1 - a) s B A (out, in): summed in float64, rounded once to W's dtype."""
         dense = self.weight.detach().double()
-        return torch.lerp(_product(self), dense, self.mix).to(self.weight)
+        mixed = torch.lerp(_product(self), dense, self.mix)
+        return mixed.to(self.weight)
 
     def settings(self) -> dict[str, Any]:
         """Return the kind and the attributes, with a, since the merged weight depends on it."""
@@ -98,18 +103,22 @@ def factorized_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> Low
 
     The bias is shared with ``linear``. ValueError if ``adapters`` are of row slices.
     """
-    return LowRankLinear(linear.bias, _only(adapters)).train(linear.training)
+    module = LowRankLinear(linear.bias, _only(adapters))
+    return module.train(linear.training)
 
 
 def guided_linear(
-    linear: nn.Linear, adapters: Mapping[str, Adapter], stochastic: bool = False
+    linear: nn.Linear,
+    adapters: Mapping[str, Adapter],
+    stochastic: bool = False,
 ) -> GuidedLinear:
     """Return the product s B A in the place of ``linear``, guided by a dense W.
 
     W starts at s B A too. The bias is shared with ``linear``. ValueError if ``adapters`` are of
     row slices.
     """
-    return GuidedLinear(linear.bias, _only(adapters), stochastic).train(linear.training)
+    module = GuidedLinear(linear.bias, _only(adapters), stochastic)
+    return module.train(linear.training)
 
 
 def settled(module: GuidedLinear) -> LowRankLinear:
@@ -211,7 +220,9 @@ def _low_rank(module: LoRALinear, input: Tensor, A: Tensor) -> Tensor:
 @torch.no_grad()
 def _product(module: LoRALinear) -> Tensor:
     """Return s B A (out, in) in float64."""
-    return module.scaling * (module.lora_B.double() @ module.lora_A.double())
+    A = module.lora_A.double()
+    B = module.lora_B.double()
+    return module.scaling * (B @ A)
 
 
 def _only(adapters: Mapping[str, Adapter]) -> Adapter:

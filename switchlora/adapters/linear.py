@@ -65,7 +65,8 @@ class AdaptedLinear(nn.Linear):
     _kept: dict[tuple[str, torch.dtype], Tensor] | None = None
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features, bias=False, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias  # type: ignore[assignment]
 
@@ -84,10 +85,11 @@ class AdaptedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map inputs (..., in) to outputs (..., out)."""
         adapters = list(self.adapters().values())
+        bias = self.bias
         if self.dropout and self.training:
-            return dropped_forward(input, self.residual(), self.bias, adapters, self.dropout)
+            return dropped_forward(input, self.residual(), bias, adapters, self.dropout)
         if self.weight.requires_grad or self.dense_rows():
-            return joint_forward(input, self.residual(), self.bias, adapters)
+            return joint_forward(input, self.residual(), bias, adapters)
         return self._frozen_forward(input, adapters)
 
     def _frozen_forward(self, input: Tensor, adapters: Sequence[Adapter]) -> Tensor:
@@ -131,7 +133,10 @@ class AdaptedLinear(nn.Linear):
 
     @torch.no_grad()
     def _kept_operand(
-        self, adapters: Sequence[Adapter], form: str, dtype: torch.dtype
+        self,
+        adapters: Sequence[Adapter],
+        form: str,
+        dtype: torch.dtype,
     ) -> Tensor | None:
         if torch.compiler.is_compiling() or self._kept is None:
             return None
@@ -175,7 +180,10 @@ class SlicedLoRALinear(AdaptedLinear):
     """
 
     def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None, adapters: Mapping[str, Adapter]
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        adapters: Mapping[str, Adapter],
     ) -> None:
         super().__init__(weight, bias)
         self.scalings: dict[str, float] = {}

@@ -21,7 +21,11 @@ class Adapter(NamedTuple):
 
 
 def cheaper_form(
-    tokens: int, in_features: int, out_features: int, trains_A: bool = True, slices: int = 1
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    trains_A: bool = True,
+    slices: int = 1,
 ) -> str:
     """Return the form that costs less for ``tokens`` inputs: 'merged' or 'split'.
 
@@ -60,7 +64,11 @@ def effective_weight(weight: Tensor, adapters: Sequence[Adapter], dtype: torch.d
 
 
 def adapted_forward(
-    inputs: Tensor, operand: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], form: str
+    inputs: Tensor,
+    operand: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    form: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the outputs (..., out) of X (..., in), and X A^T (T, r) of each adapter.
 
@@ -100,7 +108,8 @@ def adapted_backward(
     ones = grad.new_ones(len(grad), 1)
     grad_bias: list[Tensor] = []
     grad_factors: list[Tensor | None] = []
-    for (A, B, rows, scaling), low in zip(adapters, projected, strict=True):
+    for adapter, low in zip(adapters, projected, strict=True):
+        A, B, rows, scaling = adapter
         part = grad[:, rows]
         grad_A = None
         if inputs is not None or form == "split":
@@ -118,7 +127,10 @@ def adapted_backward(
 
 
 def joint_forward(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
 ) -> Tensor:
     """Return X (W + s B A)^T + b (..., out) by autograd, for the joint phase, where W trains too.
 
@@ -128,14 +140,19 @@ def joint_forward(
     sizes = [len(adapter.B) for adapter in adapters]
     effective = []
     with torch.autocast(inputs.device.type, enabled=False):
-        for part, (A, B, _, scaling) in zip(weight.split(sizes), adapters, strict=True):
+        for part, adapter in zip(weight.split(sizes), adapters, strict=True):
+            A, B, _, scaling = adapter
             effective.append(torch.addmm(part, B, A, alpha=scaling))
     whole = effective[0] if len(effective) == 1 else torch.cat(effective)
     return F.linear(inputs, whole, bias)
 
 
 def dropped_forward(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], p: float
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    p: float,
 ) -> Tensor:
     """Return X W_res^T + b + s drop(X) A^T B^T (..., out) by autograd, for training with dropout.
 
@@ -147,16 +164,20 @@ def dropped_forward(
     for A, B, _, scaling in adapters:
         low = F.linear(dropped, A)
         added.append(scaling * F.linear(low, B))
-    weight = weight.to(compute_dtype(inputs.device.type, [adapters[0].A]))
-    return F.linear(inputs, weight, bias) + torch.cat(added, dim=-1)
+    dtype = compute_dtype(inputs.device.type, [adapters[0].A])
+    outputs = F.linear(inputs, weight.to(dtype), bias)
+    return outputs + torch.cat(added, dim=-1)
+
+
+Layout = Sequence[tuple[slice, float]]
+"""rows and scaling of each adapter"""
 
 
 class Product(NamedTuple):
     """How to compute a product with adapters, besides its tensors."""
 
     form: str
-    layout: Sequence[tuple[slice, float]]
-    """rows and scaling of each adapter"""
+    layout: Layout
     gelu: str | None = None
     """approximation of the gelu that made the inputs; None if the inputs themselves are kept"""
 
@@ -214,7 +235,8 @@ class AdaptedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return gradients in the order of ``forward``'s arguments; None for the frozen weight."""
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        (grad,) = grads
+        grad = grad.reshape(-1, grad.shape[-1])
         inputs, operand, weight, *rest = ctx.saved_tensors
         form, layout, gelu = ctx.how
         num_factors = 2 * len(layout)
@@ -261,7 +283,10 @@ def compute_dtype(device: str, factors: Sequence[Tensor]) -> torch.dtype:
 
 
 def operand_of(
-    weight: Tensor, adapters: Sequence[Adapter], form: str, dtype: torch.dtype
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    form: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return the matrix (out, in) that ``adapted_forward`` multiplies by.
 
@@ -276,8 +301,10 @@ def _rounded(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [factor.to(dtype) for factor in factors]
 
 
-def _adapters(layout: Sequence[tuple[slice, float]], factors: Sequence[Tensor]) -> list[Adapter]:
+def _adapters(layout: Layout, factors: Sequence[Tensor]) -> list[Adapter]:
+    all_A = factors[::2]
+    all_B = factors[1::2]
     adapters = []
-    for (rows, scaling), A, B in zip(layout, factors[::2], factors[1::2], strict=True):
+    for (rows, scaling), A, B in zip(layout, all_A, all_B, strict=True):
         adapters.append(Adapter(A, B, rows, scaling))
     return adapters

@@ -41,7 +41,7 @@ def inject(
     adapted = {}
     for name, new in _by_module(targets, factors, scaling).items():
         linear = cast(nn.Linear, model.get_submodule(name))
-        rows = {target.part: target.rows for target in targets.values() if target.module == name}
+        rows = _slices_of(name, targets)
         adapters, dense = _of_all_slices(linear, rows, new)
         has_rank = any(len(adapter.A) for adapter in new.values())
         if dense or has_rank or isinstance(linear, AdaptedLinear):
@@ -75,10 +75,11 @@ def merge(model: nn.Module) -> dict[str, nn.Linear]:
     Return the replaced modules by name: ``restore(model, merge(model))`` leaves every bit as it
     was.
     """
-    adapted: dict[str, nn.Linear] = {**adapted_modules(model)}
-    for name, module in adapted.items():
+    replaced: dict[str, nn.Linear] = {}
+    for name, module in adapted_modules(model).items():
         model.set_submodule(name, plain(module))
-    return adapted
+        replaced[name] = module
+    return replaced
 
 
 def adapter_layout(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -123,7 +124,9 @@ def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
 
 
 def applied_ranks(
-    model: nn.Module, targets: Mapping[str, Target], names: Iterable[str]
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    names: Iterable[str],
 ) -> dict[str, int]:
     """Return the rank of each named target in ``model``; 0 for a target without an adapter."""
     modules = adapted_modules(model)
@@ -162,7 +165,8 @@ def without_adapters(model: nn.Module) -> dict[str, Tensor]:
 
 def plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the plain model's state dict, by name."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in without_adapters(model).items()}
+    state = without_adapters(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name, module in adapted_modules(model).items():
         shapes[f"{name}.weight"] = (module.out_features, module.in_features)
     return shapes
@@ -176,7 +180,8 @@ def _kept_in(module: AdaptedLinear) -> torch.dtype:
 
 
 def _empty_adapters(
-    linear: nn.Linear, parts: Mapping[str, Mapping[str, Any]]
+    linear: nn.Linear,
+    parts: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Adapter]:
     """Return adapters of zeros for row slices of equal size, in the order of ``parts``."""
     zeros = linear.weight.new_zeros
@@ -187,7 +192,8 @@ def _empty_adapters(
         rank = values["rank"]
         A = zeros(rank, linear.in_features)
         B = zeros(size, rank)
-        adapters[part] = Adapter(A, B, slice(start, start + size), values["scaling"])
+        rows = slice(start, start + size)
+        adapters[part] = Adapter(A, B, rows, values["scaling"])
         start += size
     return adapters
 
@@ -206,8 +212,19 @@ def _by_module(
     return by_module
 
 
+def _slices_of(module: str, targets: Mapping[str, Target]) -> dict[str, slice]:
+    """Return the rows of each target of a module, by the name of the row slice."""
+    slices = {}
+    for target in targets.values():
+        if target.module == module:
+            slices[target.part] = target.rows
+    return slices
+
+
 def _of_all_slices(
-    linear: nn.Linear, rows: Mapping[str, slice], new: Mapping[str, Adapter]
+    linear: nn.Linear,
+    rows: Mapping[str, slice],
+    new: Mapping[str, Adapter],
 ) -> tuple[dict[str, Adapter], list[str]]:
     """Return the adapters of all slices of ``rows``, and the names of the dense slices.
 
@@ -221,7 +238,8 @@ def _of_all_slices(
             del known[part]
     known.update(new)
     dense = [part for part in rows if part not in known]
-    zeros = next(iter(new.values())).A.new_zeros
+    some = next(iter(new.values()))
+    zeros = some.A.new_zeros
     for part in dense:
         size = rows[part].stop - rows[part].start
         A = zeros(0, linear.in_features)

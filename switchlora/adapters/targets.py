@@ -90,7 +90,9 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, patterns: Sequence[str], split_qkv: bool = False
+    model: nn.Module,
+    patterns: Sequence[str],
+    split_qkv: bool = False,
 ) -> dict[str, Target]:
     """Return the targets by name: linears whose name ends, after a dot, in a match of a pattern.
 

@@ -64,7 +64,9 @@ def frozen_outright(
 
 
 def kept_parameters(
-    model: nn.Module, frozen_modules: Iterable[str], keep: Sequence[str]
+    model: nn.Module,
+    frozen_modules: Iterable[str],
+    keep: Sequence[str],
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that go on training beside the factors, by name.
 
