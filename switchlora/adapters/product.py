@@ -257,9 +257,8 @@ class AdaptedProduct(torch.autograd.Function):
             )
         if grad_input is not None:
             grad_input = grad_input.view(ctx.shape)
-        if not ctx.needs_input_grad[2]:
-            grad_bias = None
-        return grad_input, None, grad_bias, None, None, None, *grad_factors
+        for_bias = grad_bias if ctx.needs_input_grad[2] else None
+        return grad_input, None, for_bias, None, None, None, *grad_factors
 
 
 def gelu_input(outputs: Tensor) -> tuple[Tensor | None, str | None]:
