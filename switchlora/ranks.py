@@ -93,7 +93,8 @@ class RankRatio:
         ranks = {}
         for name, update in context.updates.items():
             full = min(update.shape)
-            ranks[name] = max(round(self.ratio * full), 1)
+            rank = round(self.ratio * full)
+            ranks[name] = max(rank, 1)
         return ranks
 
 
@@ -116,7 +117,8 @@ class ParameterRatio:
         for name, update in context.updates.items():
             out_features, in_features = update.shape
             as_large = out_features * in_features / (out_features + in_features)
-            ranks[name] = max(round(self.ratio * as_large), 1)
+            rank = round(self.ratio * as_large)
+            ranks[name] = max(rank, 1)
         return ranks
 
 
@@ -154,12 +156,15 @@ class PreLoRARanks:
         groups: dict[str, list[float]] = {}
         signal = attrgetter(self.signal)
         for name in context.updates:
-            change = _change(signal(before.layers[name]), signal(after.layers[name]))
-            changes[name] = change
-            groups.setdefault(self._group(name), []).append(change)
+            old = signal(before.layers[name])
+            new = signal(after.layers[name])
+            changes[name] = _change(old, new)
+            group = groups.setdefault(self._group(name), [])
+            group.append(changes[name])
         ranks = {}
         for name, change in changes.items():
-            ranks[name] = self._rank(change, groups[self._group(name)])
+            group = groups[self._group(name)]
+            ranks[name] = self._rank(change, group)
         return ranks
 
     def _group(self, name: str) -> str:
@@ -210,7 +215,8 @@ class StableRankRanks:
             raise NothingMeasured("rank=stable_rank needs a measurement; none is there yet")
         ranks = {}
         for name, update in context.updates.items():
-            ranks[name] = self._rank(context, name, min(update.shape))
+            full = min(update.shape)
+            ranks[name] = self._rank(context, name, full)
         return ranks
 
     def _rank(self, context: SwitchContext, name: str, full: int) -> int:
@@ -247,7 +253,10 @@ class Energy:
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target; NothingMeasured before the first update."""
-        return {name: self._rank(name, update) for name, update in context.updates.items()}
+        ranks = {}
+        for name, update in context.updates.items():
+            ranks[name] = self._rank(name, update)
+        return ranks
 
     def _rank(self, name: str, update: Tensor) -> int:
         wanted = _smallest_count(_energies(name, update), self.share)
@@ -287,7 +296,8 @@ class Budget:
         costs = {}
         for name, update in context.updates.items():
             costs[name] = _cost(update, context.train_factors)
-        left = self._budget(context) - self.r_min * sum(costs.values())
+        smallest = self.r_min * sum(costs.values())
+        left = self._budget(context) - smallest
         if left < 0:
             raise ValueError(
                 f"rank.share={self.share:g} is too small: r_min={self.r_min} on every target and "
@@ -295,7 +305,8 @@ class Budget:
                 f"{-left:,} parameters more"
             )
         ranks = dict.fromkeys(costs, self.r_min)
-        for _, name in sorted(self._offers(context, costs), reverse=True):
+        offers = self._offers(context, costs)
+        for _, name in sorted(offers, reverse=True):
             if costs[name] <= left:
                 ranks[name] += 1
                 left -= costs[name]

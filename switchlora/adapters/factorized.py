@@ -95,7 +95,10 @@ class GuidedLinear(LoRALinear):
 
     def settings(self) -> dict[str, Any]:
         """Return the kind and the attributes, with a, since the merged weight depends on it."""
-        return {**super().settings(), "stochastic": self.stochastic, "mix": self.mix}
+        settings = super().settings()
+        settings["stochastic"] = self.stochastic
+        settings["mix"] = self.mix
+        return settings
 
 
 def factorized_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> LowRankLinear:
@@ -123,7 +126,8 @@ def guided_linear(
 
 def settled(module: GuidedLinear) -> LowRankLinear:
     """Return ``module`` without its W; the factors and the bias are the same parameters."""
-    alone = LowRankLinear(module.bias, module.adapters()[""])
+    adapter = module.adapters()[""]
+    alone = LowRankLinear(module.bias, adapter)
     alone.lora_A = module.lora_A
     alone.lora_B = module.lora_B
     alone.dropout = module.dropout
@@ -146,8 +150,9 @@ def set_mix(model: nn.Module, mix: float, num_updates: int) -> None:
     same, and a resumed run does too.
     """
     layers = _guided_layers(model)
-    draws = np.random.default_rng(num_updates).random(len(layers))
-    for layer, draw in zip(layers, draws.tolist(), strict=True):
+    generator = np.random.default_rng(num_updates)
+    draws = generator.random(len(layers)).tolist()
+    for layer, draw in zip(layers, draws, strict=True):
         layer.mix = mix
         layer.draw = draw
 

@@ -201,7 +201,9 @@ class SlicedLoRALinear(AdaptedLinear):
     @torch.no_grad()
     def make_dense(self, parts: Sequence[str]) -> None:
         """Let the rows of these slices train in full; their adapters must have rank 0."""
-        weights = {name: self.weight[adapter.rows] for name, adapter in self.adapters().items()}
+        weights = {}
+        for name, adapter in self.adapters().items():
+            weights[name] = self.weight[adapter.rows]
         dense = {part: nn.Parameter(weights.pop(part).clone()) for part in parts}
         self.dense.update(dense)
         frozen = torch.cat(list(weights.values()))
@@ -209,7 +211,9 @@ class SlicedLoRALinear(AdaptedLinear):
 
     def settings(self) -> dict[str, Any]:
         """Return the kind and the attributes, with the names of the dense slices."""
-        return {**super().settings(), "dense": list(self.dense)}
+        settings = super().settings()
+        settings["dense"] = list(self.dense)
+        return settings
 
     def dense_rows(self) -> dict[str, nn.Parameter]:
         """Return the slices that ``make_dense`` took out of ``weight``, by name."""
@@ -288,10 +292,10 @@ def add_adapters(weight: Tensor, adapters: Mapping[str, Adapter], sign: int = 1)
     """
     total = weight.to(torch.float64, copy=True)
     dtype = weight.dtype
-    for adapter in adapters.values():
-        product = adapter.B.double() @ adapter.A.double()
-        total[adapter.rows].add_(product, alpha=sign * adapter.scaling)
-        dtype = torch.promote_types(dtype, adapter.A.dtype)
+    for A, B, rows, scaling in adapters.values():
+        product = B.double() @ A.double()
+        total[rows].add_(product, alpha=sign * scaling)
+        dtype = torch.promote_types(dtype, A.dtype)
     return total.to(dtype)
 
 

@@ -114,7 +114,8 @@ def inject_empty(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> N
 def round_residual(module: AdaptedLinear, dtype: torch.dtype) -> None:
     """Convert the frozen weight of a module with adapters, if it has one, to ``dtype``."""
     if module.weight is not None:
-        module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+        rounded = module.weight.to(dtype)
+        module.weight = nn.Parameter(rounded, requires_grad=False)
 
 
 def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
@@ -154,7 +155,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def without_adapters(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the plain model without its adapters: W_res in the place of W."""
     state = model.state_dict()
-    plain_state = {name: tensor for name, tensor in state.items() if not is_factor(name)}
+    plain_state = {}
+    for name, tensor in state.items():
+        if not is_factor(name):
+            plain_state[name] = tensor
     for name, module in adapted_modules(model).items():
         if module.dense_rows():
             plain_state[f"{name}.weight"] = module.residual().detach()

@@ -41,7 +41,7 @@ class Target:
 
         It is a view of the parameter where the target has no adapter.
         """
-        module = cast(nn.Linear, model.get_submodule(self.module))
+        module = self._linear(model)
         alone = self._dense_rows(model)
         if alone is not None:
             return alone.detach()
@@ -54,7 +54,7 @@ class Target:
         alone = self._dense_rows(model)
         if alone is not None:
             return alone.grad
-        weight = cast(nn.Linear, model.get_submodule(self.module)).weight
+        weight = self._linear(model).weight
         if weight is None or weight.grad is None:  # a factorised module has no weight
             return None
         return full(weight.grad)[self.rows]
@@ -65,8 +65,9 @@ class Target:
         False for a target with an adapter. False also for a row slice without an adapter that is
         frozen beside slices with adapters.
         """
-        module = model.get_submodule(self.module)
-        return not isinstance(module, AdaptedLinear) or self._dense_rows(model) is not None
+        if isinstance(self._linear(model), AdaptedLinear):
+            return self._dense_rows(model) is not None
+        return True
 
     def trains_in_full(self, model: nn.Module) -> bool:
         """Return whether the target's own rows train, without factors."""
@@ -82,8 +83,11 @@ class Target:
             return f"{self.module}.dense.{self.part}"
         return f"{self.module}.weight"
 
+    def _linear(self, model: nn.Module) -> nn.Linear:
+        return cast(nn.Linear, model.get_submodule(self.module))
+
     def _dense_rows(self, model: nn.Module) -> nn.Parameter | None:
-        module = model.get_submodule(self.module)
+        module = self._linear(model)
         if not isinstance(module, AdaptedLinear):
             return None
         return module.dense_rows().get(self.part)
@@ -112,7 +116,8 @@ def find_targets(
         raise ValueError("no target module: give at least one pattern in switch.targets")
     targets = {}
     for name in names:
-        for target in _targets_of(name, linears[name].out_features, split_qkv):
+        out_features = linears[name].out_features
+        for target in _targets_of(name, out_features, split_qkv):
             targets[target.name] = target
     return targets
 
@@ -193,8 +198,9 @@ def _called_modules(model: nn.Module, names: Iterable[str], inputs: Tensor) -> l
 
 
 def _targets_of(module: str, out_features: int, split_qkv: bool) -> list[Target]:
-    fused = module.endswith("qkv") and out_features % len(QKV) == 0
-    if not (split_qkv and fused):
+    fused = module.endswith("qkv")
+    splits = out_features % len(QKV) == 0
+    if not (split_qkv and fused and splits):
         return [Target(module, module, slice(0, out_features))]
     size = out_features // len(QKV)
     targets = []

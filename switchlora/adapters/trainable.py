@@ -48,7 +48,8 @@ def frozen_outright(
     parameters = [name for name, _ in model.named_parameters()]
     known_weights = [f"{name}.weight" for name in known]
     names = [*parameters, *targets, *known, *known_weights]
-    found = set(matching(freeze, names, "switch.freeze", "parameter", re.search))
+    matched = matching(freeze, names, "switch.freeze", "parameter", re.search)
+    found = set(matched)
     frozen = set()
     frozen_biases = set()
     trained_biases = set()
@@ -118,4 +119,7 @@ def plain_parameters(model: nn.Module) -> int:
 
 def training_flags(model: nn.Module) -> dict[str, bool]:
     """Return for each parameter, by name, whether it trains."""
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    flags = {}
+    for name, parameter in model.named_parameters():
+        flags[name] = parameter.requires_grad
+    return flags

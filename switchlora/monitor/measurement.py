@@ -51,5 +51,8 @@ class Measurement:
 
     def only(self, targets: Collection[str]) -> "Measurement":
         """Return the measurement of some of the targets."""
-        layers = {name: stats for name, stats in self.layers.items() if name in targets}
+        layers = {}
+        for name, stats in self.layers.items():
+            if name in targets:
+                layers[name] = stats
         return replace(self, layers=layers)

@@ -94,8 +94,8 @@ class UpdateMonitor:
         self._window_start = 0
         self.start_window(0)
         ranks = []
-        for name, target in self.targets.items():
-            _, stable = self._weight_stats(name, target.weight(self.model))
+        for name in self.targets:
+            _, stable = self._weight_stats(name)
             ranks.append(stable)
         on_host = torch.stack(ranks).tolist()
         self.initial_stable_ranks = dict(zip(self.targets, on_host, strict=True))
@@ -115,13 +115,12 @@ class UpdateMonitor:
 
         Norms and stable ranks of all targets reach the host in one transfer.
         """
-        measured = []
-        for name, target in self.targets.items():
-            measured.append(self._measure_target(name, target))
+        measured = [self._measure_target(name) for name in self.targets]
         rows = torch.stack(measured).tolist() if measured else []
         layers = {}
         for name, row in zip(self.targets, rows, strict=True):
-            layers[name] = LayerStats(*row, **self._exact_stats(name))
+            exact = self._exact_stats(name)
+            layers[name] = LayerStats(*row, **exact)
         loss = math.nan
         if self._losses:
             loss = sum(self._losses) / len(self._losses)
@@ -186,22 +185,26 @@ class UpdateMonitor:
         self._window_start = state["window_start"]
         self.window = state["window"]
 
-    def _measure_target(self, name: str, target: Target) -> Tensor:
-        weight = target.weight(self.model)
-        weight_norm, weight_stable = self._weight_stats(name, weight)
+    def _measure_target(self, name: str) -> Tensor:
+        weight_norm, weight_stable = self._weight_stats(name)
         update = self.updates()[name]
         update_norm = torch.linalg.vector_norm(update)
         update_spectral = self._spectral_norm(_key_of_update(name), update)
         update_stable = stable_rank(update_norm, update_spectral)
-        grad = target.grad(self.model)
+        grad = self.targets[name].grad(self.model)
         if grad is None:
-            grad_norm = torch.full((), math.nan, device=weight.device)
+            grad_norm = torch.full_like(weight_norm, math.nan)
         else:
             grad_norm = torch.linalg.vector_norm(grad.float())
         return torch.stack([weight_norm, update_norm, weight_stable, update_stable, grad_norm])
 
-    def _weight_stats(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = weight.float()
+    def _weight(self, name: str) -> Tensor:
+        weight = self.targets[name].weight(self.model)
+        return weight.float()
+
+    def _weight_stats(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the norm and the stable rank of a target's weight."""
+        weight = self._weight(name)
         norm = torch.linalg.vector_norm(weight)
         spectral = self._spectral_norm(name, weight)
         return norm, stable_rank(norm, spectral)
@@ -222,12 +225,12 @@ class UpdateMonitor:
         if self.bases:
             stats["basis_stability"] = self._basis_stability(name)
         if self.exact:
-            weight = self.targets[name].weight(self.model).float()
-            update = self.updates()[name]
-            for of, matrix in (("weight", weight), ("update", update)):
+            matrices = {"weight": self._weight(name), "update": self.updates()[name]}
+            for of, matrix in matrices.items():
                 values = torch.linalg.svdvals(matrix)
+                leading = values[: self.leading]
                 stats[f"{of}_effective_rank"] = effective_rank(values)
-                stats[f"{of}_singular_values"] = tuple(values[: self.leading].tolist())
+                stats[f"{of}_singular_values"] = tuple(leading.tolist())
         return stats
 
     def _basis_stability(self, name: str) -> float:
@@ -237,11 +240,12 @@ class UpdateMonitor:
         its transpose. These columns are orthonormal, so the mean of their cosines is an inner
         product.
         """
-        weight = self.targets[name].weight(self.model).float()
+        weight = self._weight(name)
         reference = self.references[name].to(weight)
         now = _orthogonal_factor(weight)
         before = _orthogonal_factor(reference)
-        return float((now * before).sum() / min(weight.shape))
+        cosines = (now * before).sum()
+        return float(cosines / min(weight.shape))
 
 
 def _only(names: Container[str], values: Mapping[str, Value]) -> dict[str, Value]:
@@ -260,5 +264,7 @@ def _orthogonal_factor(matrix: Tensor) -> Tensor:
 
 def _start_vector(matrix: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(matrix.shape[1], generator=generator)
-    return (vector / torch.linalg.vector_norm(vector)).to(matrix)
+    _, in_features = matrix.shape
+    vector = torch.randn(in_features, generator=generator)
+    unit = vector / torch.linalg.vector_norm(vector)
+    return unit.to(matrix)
