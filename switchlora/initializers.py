@@ -38,7 +38,8 @@ class UpdateSVD:
 
     def __call__(self, weight: Tensor, update: Tensor, rank: int) -> Factors:
         """Return the balanced factors; ValueError when nothing has been updated yet."""
-        return _balanced(_moved(update, "update_svd"), rank, self.gain)
+        _check_moved(update, "update_svd")
+        return _balanced(update, rank, self.gain)
 
 
 @dataclass(frozen=True)
@@ -63,43 +64,51 @@ def update_directions(weight: Tensor, update: Tensor, rank: int) -> Factors:
     average. This is LoRA with directions from data; EVA takes them from activations
     (arXiv 2410.07170). It raises ValueError when nothing has been updated yet.
     """
-    directions = truncated_svd(_moved(update, "update_directions"), rank).Vh
+    _check_moved(update, "update_directions")
+    _, _, directions = truncated_svd(update, rank)
     return Factors(directions / 3**0.5, _zero_B(weight, rank))
 
 
 def zero_b(weight: Tensor, update: Tensor, rank: int) -> Factors:
     """Return LoRA's own start: A Kaiming-uniform, B = 0 (Hu et al., arXiv 2106.09685)."""
-    A = torch.empty(rank, weight.shape[1], device=weight.device)
+    A = _empty_A(weight, rank)
     nn.init.kaiming_uniform_(A, a=5**0.5)
     return Factors(A, _zero_B(weight, rank))
 
 
 def orthogonal(weight: Tensor, update: Tensor, rank: int) -> Factors:
     """Return A with random orthogonal rows of norm sqrt(1/3), and B = 0."""
-    A = torch.empty(rank, weight.shape[1], device=weight.device)
+    A = _empty_A(weight, rank)
     nn.init.orthogonal_(A, gain=3**-0.5)
     return Factors(A, _zero_B(weight, rank))
 
 
 def empty_factors(weight: Tensor) -> Factors:
     """Return factors of rank 0, for a target that is frozen without an adapter."""
-    return Factors(weight.new_zeros(0, weight.shape[1]).float(), _zero_B(weight, 0))
+    return Factors(_empty_A(weight, 0), _zero_B(weight, 0))
 
 
 def _balanced(matrix: Tensor, rank: int, gain: float) -> Factors:
     U, S, Vh = truncated_svd(matrix, rank)
     root = gain * S.sqrt()
-    return Factors((root[:, None] * Vh).float(), (U * root).float())
+    A = root[:, None] * Vh
+    B = U * root
+    return Factors(A.float(), B.float())
+
+
+def _empty_A(weight: Tensor, rank: int) -> Tensor:
+    _, in_features = weight.shape
+    return torch.empty(rank, in_features, device=weight.device)
 
 
 def _zero_B(weight: Tensor, rank: int) -> Tensor:
-    return torch.zeros(weight.shape[0], rank, device=weight.device)
+    out_features, _ = weight.shape
+    return torch.zeros(out_features, rank, device=weight.device)
 
 
-def _moved(update: Tensor, name: str) -> Tensor:
+def _check_moved(update: Tensor, name: str) -> None:
     if not update.any():
         raise NothingMeasured(
             f"init={name} needs a recent update, but the weights have not moved since the window "
             "began; use init=zero_b, orthogonal or weight_svd to switch at the start"
         )
-    return update

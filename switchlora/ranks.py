@@ -7,6 +7,7 @@ To add one, write a function, or a frozen dataclass with ``__call__``, and a yam
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ class Weights(Mapping[str, Tensor]):
     """Mapping of each target to its weight W (out, in), read from ``model`` on access."""
 
     def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        self._model, self._targets = model, targets
+        self._model = model
+        self._targets = targets
 
     def __getitem__(self, name: str) -> Tensor:
         return self._targets[name].weight(self._model)
@@ -65,10 +67,11 @@ class Fixed:
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target; ValueError for a rank above a target's smaller side."""
         for name, update in context.updates.items():
-            if not 1 <= self.rank <= min(update.shape):
+            full = min(update.shape)
+            if not 1 <= self.rank <= full:
                 raise ValueError(
                     f"rank {self.rank} does not fit {name} of shape {tuple(update.shape)}: "
-                    f"give 1 to {min(update.shape)}"
+                    f"give 1 to {full}"
                 )
         return dict.fromkeys(context.updates, self.rank)
 
@@ -87,8 +90,12 @@ class RankRatio:
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target, at least 1."""
-        sides = {name: min(update.shape) for name, update in context.updates.items()}
-        return {name: max(round(self.ratio * side), 1) for name, side in sides.items()}
+        ranks = {}
+        for name, update in context.updates.items():
+            full = min(update.shape)
+            rank = round(self.ratio * full)
+            ranks[name] = max(rank, 1)
+        return ranks
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,13 @@ class ParameterRatio:
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target, at least 1."""
-        full = {n: math.prod(u.shape) / sum(u.shape) for n, u in context.updates.items()}
-        return {name: max(round(self.ratio * rank), 1) for name, rank in full.items()}
+        ranks = {}
+        for name, update in context.updates.items():
+            out_features, in_features = update.shape
+            as_large = out_features * in_features / (out_features + in_features)
+            rank = round(self.ratio * as_large)
+            ranks[name] = max(rank, 1)
+        return ranks
 
 
 @dataclass(frozen=True)
@@ -139,24 +151,34 @@ class PreLoRARanks:
         """Return the rank per target; NothingMeasured with fewer than two measurements."""
         if len(context.history) < 2:
             raise NothingMeasured("rank=prelora compares two windows; fewer are measured")
-        before, after = (m.layers for m in context.history[-2:])
-        changes = {
-            name: _change(getattr(before[name], self.signal), getattr(after[name], self.signal))
-            for name in context.updates
-        }
+        before, after = context.history[-2:]
+        changes: dict[str, float] = {}
         groups: dict[str, list[float]] = {}
+        signal = attrgetter(self.signal)
+        for name in context.updates:
+            old = signal(before.layers[name])
+            new = signal(after.layers[name])
+            changes[name] = _change(old, new)
+            group = groups.setdefault(self._group(name), [])
+            group.append(changes[name])
+        ranks = {}
         for name, change in changes.items():
-            groups.setdefault(self._group(name), []).append(change)
-        return {name: self._rank(c, groups[self._group(name)]) for name, c in changes.items()}
+            group = groups[self._group(name)]
+            ranks[name] = self._rank(change, group)
+        return ranks
 
     def _group(self, name: str) -> str:
         return family(name) if self.mode == "family" else ""
 
     def _rank(self, change: float, group: Sequence[float]) -> int:
-        low, high = min(group), max(group)
-        share = (change - low) / (high - low) if high > low else 0.0
-        steps = int(math.log2(self.r_max // self.r_min)) + 1
-        return self.r_min * 2 ** max(math.ceil(share * steps) - 1, 0)
+        low = min(group)
+        high = max(group)
+        share = 0.0
+        if high > low:
+            share = (change - low) / (high - low)
+        num_ranks = int(math.log2(self.r_max // self.r_min)) + 1
+        doublings = max(math.ceil(share * num_ranks) - 1, 0)
+        return self.r_min * 2**doublings
 
 
 @dataclass(frozen=True)
@@ -191,18 +213,24 @@ class StableRankRanks:
         """Return the rank per target; NothingMeasured before the first measurement."""
         if not context.history:
             raise NothingMeasured("rank=stable_rank needs a measurement; none is there yet")
-        return {
-            name: self._rank(context, name, min(update.shape))
-            for name, update in context.updates.items()
-        }
+        ranks = {}
+        for name, update in context.updates.items():
+            full = min(update.shape)
+            ranks[name] = self._rank(context, name, full)
+        return ranks
 
     def _rank(self, context: SwitchContext, name: str, full: int) -> int:
-        stable = getattr(context.history[-1].layers[name], f"{self.of}_stable_rank")
-        factor = full / context.initial_stable_ranks[name] if self.scaled else 1.0
-        wanted = max(math.ceil(self.multiplier * stable * factor), math.ceil(self.lowest * full))
+        stats = context.history[-1].layers[name]
+        stable = getattr(stats, f"{self.of}_stable_rank")
+        factor = 1.0
+        if self.scaled:
+            factor = full / context.initial_stable_ranks[name]
+        wanted = math.ceil(self.multiplier * stable * factor)
+        wanted = max(wanted, math.ceil(self.lowest * full))
         if self.accumulative is not None:
-            values = energies(context.weights[name]).sqrt()
-            wanted = max(wanted, _smallest_count(values, self.accumulative))
+            singular_values = energies(context.weights[name]).sqrt()
+            accumulative = _smallest_count(singular_values, self.accumulative)
+            wanted = max(wanted, accumulative)
         return _bounded(wanted, full, self.power_of_two)
 
 
@@ -225,12 +253,17 @@ class Energy:
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target; NothingMeasured before the first update."""
-        return {name: self._rank(name, update) for name, update in context.updates.items()}
+        ranks = {}
+        for name, update in context.updates.items():
+            ranks[name] = self._rank(name, update)
+        return ranks
 
     def _rank(self, name: str, update: Tensor) -> int:
         wanted = _smallest_count(_energies(name, update), self.share)
-        full = min(update.shape)
-        return _bounded(wanted, min(self.r_max or full, full), self.power_of_two)
+        largest = min(update.shape)
+        if self.r_max is not None:
+            largest = min(largest, self.r_max)
+        return _bounded(wanted, largest, self.power_of_two)
 
 
 @dataclass(frozen=True)
@@ -260,11 +293,11 @@ class Budget:
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target; ValueError when ``r_min`` everywhere is above the budget."""
-        updates = context.updates
-        costs = {name: _cost(update, context.train_factors) for name, update in updates.items()}
-        left = int(self.share * context.total_parameters) - context.other_trainable
-        left = int(left * context.part)
-        left -= self.r_min * sum(costs.values())
+        costs = {}
+        for name, update in context.updates.items():
+            costs[name] = _cost(update, context.train_factors)
+        smallest = self.r_min * sum(costs.values())
+        left = self._budget(context) - smallest
         if left < 0:
             raise ValueError(
                 f"rank.share={self.share:g} is too small: r_min={self.r_min} on every target and "
@@ -272,19 +305,30 @@ class Budget:
                 f"{-left:,} parameters more"
             )
         ranks = dict.fromkeys(costs, self.r_min)
-        for _, name in sorted(self._offers(context, costs), reverse=True):
+        offers = self._offers(context, costs)
+        for _, name in sorted(offers, reverse=True):
             if costs[name] <= left:
                 ranks[name] += 1
                 left -= costs[name]
-        return {name: _power_below(r) if self.power_of_two else r for name, r in ranks.items()}
+        if self.power_of_two:
+            return {name: _power_below(rank) for name, rank in ranks.items()}
+        return ranks
+
+    def _budget(self, context: SwitchContext) -> int:
+        """Return the number of parameters that the factors of the targets may have."""
+        allowed = int(self.share * context.total_parameters)
+        return int((allowed - context.other_trainable) * context.part)
 
     def _offers(self, context: SwitchContext, costs: Mapping[str, int]) -> list[tuple[float, str]]:
+        """Return the energy per parameter of each singular value, with its target."""
         offers = []
         for name, update in context.updates.items():
-            energy = _energies(name, update)
-            value = energy / energy.sum() if self.relative else energy
+            value = _energies(name, update)
+            if self.relative:
+                value = value / value.sum()
             useful = value[self.r_min : largest_saving_rank(update.shape)]
-            offers += [(e / costs[name], name) for e in useful.tolist()]
+            for energy in useful.tolist():
+                offers.append((energy / costs[name], name))
         return offers
 
 
@@ -299,7 +343,14 @@ def largest_saving_rank(shape: Sequence[int]) -> int:
 
 
 def _cost(update: Tensor, train_factors: Sequence[str]) -> int:
-    return sum(n for factor, n in zip("BA", update.shape, strict=True) if factor in train_factors)
+    """Return the number of trained parameters that one more rank adds."""
+    out_features, in_features = update.shape
+    cost = 0
+    if "A" in train_factors:
+        cost += in_features
+    if "B" in train_factors:
+        cost += out_features
+    return cost
 
 
 def _energies(name: str, update: Tensor) -> Tensor:
@@ -313,8 +364,11 @@ def _energies(name: str, update: Tensor) -> Tensor:
 
 
 def _smallest_count(values: Tensor, share: float) -> int:
+    """Return the smallest k for which the first k ``values`` hold a share of their sum."""
     cumulative = values.cumsum(0)
-    return int((cumulative < share * cumulative[-1] * (1 - 1e-12)).sum()) + 1
+    wanted = share * cumulative[-1] * (1 - 1e-12)  # rounding must not cost a rank
+    too_few = cumulative < wanted
+    return int(too_few.sum()) + 1
 
 
 def _change(before: float, after: float) -> float:
@@ -322,7 +376,10 @@ def _change(before: float, after: float) -> float:
 
 
 def _bounded(rank: int, full: int, power_of_two: bool) -> int:
-    rank = 2 ** math.ceil(math.log2(max(rank, 1))) if power_of_two else max(rank, 1)
+    """Return ``rank``, or the power of two from it on, in the bounds 1 and ``full``."""
+    rank = max(rank, 1)
+    if power_of_two:
+        rank = 2 ** math.ceil(math.log2(rank))
     return min(rank, full)
 
 

@@ -3,6 +3,7 @@
 import io
 import math
 import time
+from functools import partial
 from statistics import median
 
 import pytest
@@ -19,6 +20,7 @@ from switchlora.adapters import (
     cosine_mix,
     factorized_linear,
     guided_linear,
+    made_class,
     rebuilt,
     set_mix,
     settled,
@@ -193,6 +195,15 @@ def test_row_slices_are_refused_with_the_key_to_change(factory):
     q = Adapter(torch.zeros(2, 6), torch.zeros(4, 2), slice(0, 4), 1.0)
     with pytest.raises(ValueError, match=r"switch\.split_qkv"):
         factory(nn.Linear(6, 12), {"q": q})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factory_says_what_it_makes_before_it_makes_any(kind):
+    factory = KINDS[kind]
+    _, module = make(factory)
+    for asked in (factory, partial(factory)):
+        assert made_class(asked).kind == module.kind == kind
+        assert made_class(asked).keeps_residual == module.keeps_residual == (kind == "lora")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -75,6 +75,30 @@ def test_a_pattern_that_matches_nothing_suggests_near_names(vit):
         find_targets(vit, [])
 
 
+def test_a_pattern_that_matches_nothing_is_told_which_linears_there_are(vit):
+    with pytest.raises(ValueError, match="'nope' matches no linear layer") as error:
+        find_targets(vit, ["nope"])
+    listed = str(error.value).split("linears of this model: ")[1].split(", ")
+    blocks = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert listed == [*(f"blocks.*.{name}" for name in blocks), "head"]
+    assert len(find_targets(vit, listed)) == 2 * len(blocks) + 1  # each can be pasted
+
+
+@pytest.mark.parametrize("count,end", [(10, "j"), (11, "j and 1 more"), (13, "j and 3 more")])
+def test_at_most_ten_families_of_linears_are_listed(count, end):
+    names = "abcdefghijklm"[:count]
+    model = nn.Module()
+    for name in names:
+        model.add_module(name, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=f"model: a.*, b.*, c.*, .*, {end[0]}.*{end[1:]}$"):
+        find_targets(model, ["nope"])
+
+
+def test_a_model_without_linears_is_said_to_have_none():
+    with pytest.raises(ValueError, match="linears of this model: none$"):
+        find_targets(nn.Sequential(nn.Conv2d(3, 3, 1)), ["qkv"])
+
+
 def test_a_convolution_is_not_a_target(vit):
     with pytest.raises(ValueError, match="matches no linear layer"):
         find_targets(vit, [r"patch_embed\.proj"])

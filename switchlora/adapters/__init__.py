@@ -7,6 +7,7 @@ from switchlora.adapters.factorized import (
     cosine_mix as cosine_mix,
     factorized_linear as factorized_linear,
     guided_linear as guided_linear,
+    made_class as made_class,
     rebuilt as rebuilt,
     set_mix as set_mix,
     settled as settled,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -22,10 +23,13 @@ class LowRankLinear(LoRALinear):
     """
 
     kind = "factorized"
+    keeps_residual = False
 
     def __init__(self, bias: nn.Parameter | None, adapter: Adapter) -> None:
-        shape = (len(adapter.B), adapter.A.shape[1])
-        super().__init__(torch.empty(shape, device="meta"), bias, adapter)
+        out_features = len(adapter.B)
+        in_features = adapter.A.shape[1]
+        no_weight = torch.empty(out_features, in_features, device="meta")
+        super().__init__(no_weight, bias, adapter)
         self.weight = None  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -49,6 +53,7 @@ class GuidedLinear(LoRALinear):
     """
 
     kind = "guided"
+    keeps_residual = False
     mix = 1.0
     draw = 0.0
     """a number in [0, 1): a stochastic layer evaluates W x if it is below ``mix``"""
@@ -56,10 +61,14 @@ class GuidedLinear(LoRALinear):
     """number of tokens in the last forward pass"""
 
     def __init__(
-        self, bias: nn.Parameter | None, adapter: Adapter, stochastic: bool = False
+        self,
+        bias: nn.Parameter | None,
+        adapter: Adapter,
+        stochastic: bool = False,
     ) -> None:
-        weight = adapter.scaling * (adapter.B.double() @ adapter.A.double())
-        super().__init__(weight.to(adapter.B.dtype), bias, adapter)
+        A, B, _, scaling = adapter
+        weight = scaling * (B.double() @ A.double())
+        super().__init__(weight.to(B.dtype), bias, adapter)
         self.weight.requires_grad_()
         self.stochastic = stochastic
 
@@ -68,10 +77,11 @@ class GuidedLinear(LoRALinear):
         self.tokens = input.shape[:-1].numel()
         A = self.scaling * self.lora_A
         if self.skips_dense():
-            return _low_rank(self, input, A + self.weight[:0].sum())
-        return torch.lerp(
-            _low_rank(self, input, A), F.linear(input, self.weight, self.bias), self.mix
-        )
+            zero = self.weight[:0].sum()
+            return _low_rank(self, input, A + zero)
+        low_rank = _low_rank(self, input, A)
+        dense = F.linear(input, self.weight, self.bias)
+        return torch.lerp(low_rank, dense, self.mix)
 
     def skips_dense(self) -> bool:
         """Return whether W x is left out: only by the draw of a stochastic layer in training."""
@@ -79,11 +89,16 @@ class GuidedLinear(LoRALinear):
 
     def merged(self) -> Tensor:
         """Return a W + (1 - a) s B A (out, in): summed in float64, rounded once to W's dtype."""
-        return torch.lerp(_product(self), self.weight.detach().double(), self.mix).to(self.weight)
+        dense = self.weight.detach().double()
+        mixed = torch.lerp(_product(self), dense, self.mix)
+        return mixed.to(self.weight)
 
     def settings(self) -> dict[str, Any]:
         """Return the kind and the attributes, with a, since the merged weight depends on it."""
-        return {**super().settings(), "stochastic": self.stochastic, "mix": self.mix}
+        settings = super().settings()
+        settings["stochastic"] = self.stochastic
+        settings["mix"] = self.mix
+        return settings
 
 
 def factorized_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> LowRankLinear:
@@ -91,24 +106,31 @@ def factorized_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> Low
 
     The bias is shared with ``linear``. ValueError if ``adapters`` are of row slices.
     """
-    return LowRankLinear(linear.bias, _only(adapters)).train(linear.training)
+    module = LowRankLinear(linear.bias, _only(adapters))
+    return module.train(linear.training)
 
 
 def guided_linear(
-    linear: nn.Linear, adapters: Mapping[str, Adapter], stochastic: bool = False
+    linear: nn.Linear,
+    adapters: Mapping[str, Adapter],
+    stochastic: bool = False,
 ) -> GuidedLinear:
     """Return the product s B A in the place of ``linear``, guided by a dense W.
 
     W starts at s B A too. The bias is shared with ``linear``. ValueError if ``adapters`` are of
     row slices.
     """
-    return GuidedLinear(linear.bias, _only(adapters), stochastic).train(linear.training)
+    module = GuidedLinear(linear.bias, _only(adapters), stochastic)
+    return module.train(linear.training)
 
 
 def settled(module: GuidedLinear) -> LowRankLinear:
     """Return ``module`` without its W; the factors and the bias are the same parameters."""
-    alone = LowRankLinear(module.bias, module.adapters()[""])
-    alone.lora_A, alone.lora_B, alone.dropout = module.lora_A, module.lora_B, module.dropout
+    adapter = module.adapters()[""]
+    alone = LowRankLinear(module.bias, adapter)
+    alone.lora_A = module.lora_A
+    alone.lora_B = module.lora_B
+    alone.dropout = module.dropout
     return alone.train(module.training)
 
 
@@ -117,7 +139,8 @@ def cosine_mix(done: float) -> float:
 
     The schedule is that of arXiv 2406.16450.
     """
-    return (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+    t = min(max(done, 0.0), 1.0)
+    return (1 + math.cos(math.pi * t)) / 2
 
 
 def set_mix(model: nn.Module, mix: float, num_updates: int) -> None:
@@ -126,10 +149,12 @@ def set_mix(model: nn.Module, mix: float, num_updates: int) -> None:
     A draw depends only on the update and on the layer's place in the model. So all ranks draw the
     same, and a resumed run does too.
     """
-    layers = [module for module in model.modules() if isinstance(module, GuidedLinear)]
-    draws = np.random.default_rng(num_updates).random(len(layers))
-    for layer, draw in zip(layers, draws.tolist(), strict=True):
-        layer.mix, layer.draw = mix, draw
+    layers = _guided_layers(model)
+    generator = np.random.default_rng(num_updates)
+    draws = generator.random(len(layers)).tolist()
+    for layer, draw in zip(layers, draws, strict=True):
+        layer.mix = mix
+        layer.draw = draw
 
 
 def skipped_flops(model: nn.Module) -> int:
@@ -137,8 +162,25 @@ def skipped_flops(model: nn.Module) -> int:
 
     For T tokens the dense product costs 2 T in out FLOPs forward and twice that backward.
     """
-    skipping = (m for m in model.modules() if isinstance(m, GuidedLinear) and m.skips_dense())
-    return sum(6 * m.tokens * m.in_features * m.out_features for m in skipping)
+    saved = 0
+    for layer in _guided_layers(model):
+        if layer.skips_dense():
+            saved += 6 * layer.tokens * layer.in_features * layer.out_features
+    return saved
+
+
+factorized_linear.makes = LowRankLinear  # type: ignore[attr-defined]
+guided_linear.makes = GuidedLinear  # type: ignore[attr-defined]
+
+
+def made_class(make: Callable[..., AdaptedLinear]) -> type[AdaptedLinear]:
+    """Return the class of the modules that an adapter factory makes.
+
+    The factory has it as its attribute ``makes``. A factory without this attribute makes adapters
+    beside a residual weight.
+    """
+    function = make.func if isinstance(make, partial) else make
+    return getattr(function, "makes", AdaptedLinear)
 
 
 KINDS: dict[str, Callable[..., AdaptedLinear]] = {
@@ -146,6 +188,7 @@ KINDS: dict[str, Callable[..., AdaptedLinear]] = {
     LowRankLinear.kind: factorized_linear,
     GuidedLinear.kind: guided_linear,
 }
+"""the factory of each kind, by its name in saved layouts"""
 
 
 def rebuilt(
@@ -168,16 +211,23 @@ def rebuilt(
     return module
 
 
+def _guided_layers(model: nn.Module) -> list[GuidedLinear]:
+    return [module for module in model.modules() if isinstance(module, GuidedLinear)]
+
+
 def _low_rank(module: LoRALinear, input: Tensor, A: Tensor) -> Tensor:
     """Return B (A drop(x)) + b; A already contains the scaling."""
     dropped = F.dropout(input, module.dropout, module.training)
-    return F.linear(F.linear(dropped, A), module.lora_B, module.bias)
+    low = F.linear(dropped, A)
+    return F.linear(low, module.lora_B, module.bias)
 
 
 @torch.no_grad()
 def _product(module: LoRALinear) -> Tensor:
     """Return s B A (out, in) in float64."""
-    return module.scaling * (module.lora_B.double() @ module.lora_A.double())
+    A = module.lora_A.double()
+    B = module.lora_B.double()
+    return module.scaling * (B @ A)
 
 
 def _only(adapters: Mapping[str, Adapter]) -> Adapter:

@@ -56,13 +56,17 @@ class AdaptedLinear(nn.Linear):
     """
 
     kind = "lora"
+    """name of the class's adapters in saved layouts and in ``conf/switch/adapter``"""
+    keeps_residual = True
+    """whether W_res stays beside the adapter, so that injecting it keeps the function"""
     form: str | None = None
     recompute_gelu = False
     dropout = 0.0
     _kept: dict[tuple[str, torch.dtype], Tensor] | None = None
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features, bias=False, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias  # type: ignore[assignment]
 
@@ -81,24 +85,40 @@ class AdaptedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map inputs (..., in) to outputs (..., out)."""
         adapters = list(self.adapters().values())
+        bias = self.bias
         if self.dropout and self.training:
-            return dropped_forward(input, self.residual(), self.bias, adapters, self.dropout)
+            return dropped_forward(input, self.residual(), bias, adapters, self.dropout)
         if self.weight.requires_grad or self.dense_rows():
-            return joint_forward(input, self.residual(), self.bias, adapters)
+            return joint_forward(input, self.residual(), bias, adapters)
         return self._frozen_forward(input, adapters)
 
     def _frozen_forward(self, input: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-        layout = [(adapter.rows, adapter.scaling) for adapter in adapters]
-        factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
+        layout = []
+        factors = []
+        for A, B, rows, scaling in adapters:
+            layout.append((rows, scaling))
+            factors += [A, B]
         tokens = input.shape[:-1].numel()
-        trains_A = any(adapter.A.requires_grad for adapter in adapters)
-        shape = (self.in_features, self.out_features)
-        form = self.form or cheaper_form(tokens, *shape, trains_A, len(adapters))
-        dtype = compute_dtype(input.device.type, factors)
-        kept = self._kept_operand(adapters, form, dtype) if tokens < REFORMED_FROM else None
-        source, gelu = gelu_input(input) if self.recompute_gelu else (None, None)
+        form = self.form or self._cheaper_form(tokens, adapters)
+        kept = None
+        if tokens < REFORMED_FROM:
+            dtype = compute_dtype(input.device.type, factors)
+            kept = self._kept_operand(adapters, form, dtype)
+        source, gelu = None, None
+        if self.recompute_gelu:
+            source, gelu = gelu_input(input)
         how = Product(form, layout, gelu)
         return AdaptedProduct.apply(input, self.weight, self.bias, kept, source, how, *factors)
+
+    def _cheaper_form(self, tokens: int, adapters: Sequence[Adapter]) -> str:
+        trains_A = any(adapter.A.requires_grad for adapter in adapters)
+        return cheaper_form(
+            tokens,
+            self.in_features,
+            self.out_features,
+            trains_A,
+            slices=len(adapters),
+        )
 
     def merged(self) -> Tensor:
         """Return the effective weight W_res + s B A (out, in): summed in float64, rounded once."""
@@ -113,14 +133,18 @@ class AdaptedLinear(nn.Linear):
 
     @torch.no_grad()
     def _kept_operand(
-        self, adapters: Sequence[Adapter], form: str, dtype: torch.dtype
+        self,
+        adapters: Sequence[Adapter],
+        form: str,
+        dtype: torch.dtype,
     ) -> Tensor | None:
         if torch.compiler.is_compiling() or self._kept is None:
             return None
-        if (form, dtype) not in self._kept:
+        key = (form, dtype)
+        if key not in self._kept:
             with torch.autocast(self.weight.device.type, enabled=False):
-                self._kept[form, dtype] = operand_of(self.weight, adapters, form, dtype)
-        return self._kept[form, dtype]
+                self._kept[key] = operand_of(self.weight, adapters, form, dtype)
+        return self._kept[key]
 
     def extra_repr(self) -> str:
         """Return the shapes and the ranks, for ``repr``."""
@@ -134,7 +158,8 @@ class LoRALinear(AdaptedLinear):
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, adapter: Adapter) -> None:
         super().__init__(weight, bias)
         self.scaling = adapter.scaling
-        self.lora_A, self.lora_B = nn.Parameter(adapter.A), nn.Parameter(adapter.B)
+        self.lora_A = nn.Parameter(adapter.A)
+        self.lora_B = nn.Parameter(adapter.B)
 
     def adapters(self) -> dict[str, Adapter]:
         """Return the one adapter, under the name '', which stands for all rows."""
@@ -155,29 +180,40 @@ class SlicedLoRALinear(AdaptedLinear):
     """
 
     def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None, adapters: Mapping[str, Adapter]
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        adapters: Mapping[str, Adapter],
     ) -> None:
         super().__init__(weight, bias)
-        self.scalings = {name: adapter.scaling for name, adapter in adapters.items()}
+        self.scalings: dict[str, float] = {}
         # OrderedDict: ParameterDict sorts the keys of a plain one, and the rows are in order
-        self.lora_A = nn.ParameterDict(
-            OrderedDict((name, nn.Parameter(a.A)) for name, a in adapters.items())
-        )
-        self.lora_B = nn.ParameterDict(
-            OrderedDict((name, nn.Parameter(a.B)) for name, a in adapters.items())
-        )
+        lora_A: OrderedDict[str, nn.Parameter] = OrderedDict()
+        lora_B: OrderedDict[str, nn.Parameter] = OrderedDict()
+        for name, adapter in adapters.items():
+            self.scalings[name] = adapter.scaling
+            lora_A[name] = nn.Parameter(adapter.A)
+            lora_B[name] = nn.Parameter(adapter.B)
+        self.lora_A = nn.ParameterDict(lora_A)
+        self.lora_B = nn.ParameterDict(lora_B)
         self.dense = nn.ParameterDict()
 
     @torch.no_grad()
     def make_dense(self, parts: Sequence[str]) -> None:
         """Let the rows of these slices train in full; their adapters must have rank 0."""
-        rows = {name: self.weight[adapter.rows] for name, adapter in self.adapters().items()}
-        self.dense.update({part: nn.Parameter(rows.pop(part).clone()) for part in parts})
-        self.weight = nn.Parameter(torch.cat(list(rows.values())), requires_grad=False)
+        weights = {}
+        for name, adapter in self.adapters().items():
+            weights[name] = self.weight[adapter.rows]
+        dense = {part: nn.Parameter(weights.pop(part).clone()) for part in parts}
+        self.dense.update(dense)
+        frozen = torch.cat(list(weights.values()))
+        self.weight = nn.Parameter(frozen, requires_grad=False)
 
     def settings(self) -> dict[str, Any]:
         """Return the kind and the attributes, with the names of the dense slices."""
-        return {**super().settings(), "dense": list(self.dense)}
+        settings = super().settings()
+        settings["dense"] = list(self.dense)
+        return settings
 
     def dense_rows(self) -> dict[str, nn.Parameter]:
         """Return the slices that ``make_dense`` took out of ``weight``, by name."""
@@ -193,17 +229,24 @@ class SlicedLoRALinear(AdaptedLinear):
             return self.weight
         sizes = [len(B) for name, B in self.lora_B.items() if name not in dense]
         frozen = iter(self.weight.split(sizes))
-        own = {name: weight * 1 for name, weight in dense.items()}  # gradients not views of one
-        dtype = next(iter(own.values())).dtype
-        return torch.cat([own[n] if n in own else next(frozen).to(dtype) for n in self.lora_B])
+        copies = {name: rows * 1 for name, rows in dense.items()}  # gradients not views of one
+        dtype = next(iter(dense.values())).dtype
+        slices = []
+        for name in self.lora_B:
+            rows = copies[name] if name in copies else next(frozen).to(dtype)
+            slices.append(rows)
+        return torch.cat(slices)
 
     def adapters(self) -> dict[str, Adapter]:
         """Return the adapter of each row slice by its name."""
-        found, start = {}, 0
+        adapters = {}
+        start = 0
         for name, B in self.lora_B.items():
-            rows = slice(start, start := start + len(B))
-            found[name] = Adapter(self.lora_A[name], B, rows, self.scalings[name])
-        return found
+            stop = start + len(B)
+            rows = slice(start, stop)
+            adapters[name] = Adapter(self.lora_A[name], B, rows, self.scalings[name])
+            start = stop
+        return adapters
 
 
 @contextmanager
@@ -216,7 +259,7 @@ def operands_kept(model: nn.Module) -> Iterator[None]:
     - passes outside of this context,
     - passes of ``REFORMED_FROM`` tokens or more.
     """
-    modules = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    modules = adapted_modules(model).values()
     for module in modules:
         module._kept = {}
     try:
@@ -233,9 +276,12 @@ def adapted_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> Adapte
     tensor. To undo the switch, put ``linear`` back.
     """
     weight = add_adapters(linear.weight.detach(), adapters, sign=-1)
+    module: AdaptedLinear
     if set(adapters) == {""}:
-        return LoRALinear(weight, linear.bias, adapters[""]).train(linear.training)
-    return SlicedLoRALinear(weight, linear.bias, adapters).train(linear.training)
+        module = LoRALinear(weight, linear.bias, adapters[""])
+    else:
+        module = SlicedLoRALinear(weight, linear.bias, adapters)
+    return module.train(linear.training)
 
 
 @torch.no_grad()
@@ -246,10 +292,10 @@ def add_adapters(weight: Tensor, adapters: Mapping[str, Adapter], sign: int = 1)
     """
     total = weight.to(torch.float64, copy=True)
     dtype = weight.dtype
-    for adapter in adapters.values():
-        product = adapter.B.double() @ adapter.A.double()
-        total[adapter.rows].add_(product, alpha=sign * adapter.scaling)
-        dtype = torch.promote_types(dtype, adapter.A.dtype)
+    for A, B, rows, scaling in adapters.values():
+        product = B.double() @ A.double()
+        total[rows].add_(product, alpha=sign * scaling)
+        dtype = torch.promote_types(dtype, A.dtype)
     return total.to(dtype)
 
 
@@ -278,9 +324,12 @@ def trained_adapters(model: nn.Module) -> list[Adapter]:
 
     Each row slice counts as an adapter of its own.
     """
-    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
-    adapters = [adapter for module in adapted for adapter in module.adapters().values()]
-    return [adapter for adapter in adapters if len(adapter.A) and adapter.B.requires_grad]
+    trained = []
+    for module in adapted_modules(model).values():
+        for adapter in module.adapters().values():
+            if len(adapter.A) and adapter.B.requires_grad:
+                trained.append(adapter)
+    return trained
 
 
 @torch.no_grad()
@@ -301,4 +350,8 @@ def add_frobenius_decay(adapters: Iterable[Adapter], strength: float) -> None:
 
 def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Return the modules with adapters, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            found[name] = module
+    return found

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ARGUMENTS = 6
+"""number of arguments of ``AdaptedProduct.forward`` before the factors A, B, A, B, ..."""
+
 
 class Adapter(NamedTuple):
     """scaling * B A on some rows of a weight: A (r, in), B (len(rows), r)."""
@@ -18,7 +21,11 @@ class Adapter(NamedTuple):
 
 
 def cheaper_form(
-    tokens: int, in_features: int, out_features: int, trains_A: bool = True, slices: int = 1
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    trains_A: bool = True,
+    slices: int = 1,
 ) -> str:
     """Return the form that costs less for ``tokens`` inputs: 'merged' or 'split'.
 
@@ -34,8 +41,10 @@ def cheaper_form(
     >>> cheaper_form(tokens=4 * 197, in_features=384, out_features=384)
     'merged'
     """
-    apart = slices * in_features + out_features * (1 if trains_A else 2)
-    return "merged" if tokens * apart >= in_features * out_features else "split"
+    columns = out_features if trains_A else 2 * out_features
+    split = tokens * (slices * in_features + columns)
+    merged = in_features * out_features
+    return "merged" if split >= merged else "split"
 
 
 def effective_weight(weight: Tensor, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
@@ -45,7 +54,9 @@ def effective_weight(weight: Tensor, adapters: Sequence[Adapter], dtype: torch.d
     a lower precision ``dtype``: there the kernel of that precision adds rounded factors, as under
     autocast.
     """
-    exact = dtype if weight.dtype == dtype else torch.promote_types(weight.dtype, torch.float32)
+    exact = dtype
+    if weight.dtype != dtype:
+        exact = torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(exact, copy=True)
     for A, B, rows, scaling in adapters:
         total[rows].addmm_(B.to(exact), A.to(exact), alpha=scaling)
@@ -53,7 +64,11 @@ def effective_weight(weight: Tensor, adapters: Sequence[Adapter], dtype: torch.d
 
 
 def adapted_forward(
-    inputs: Tensor, operand: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], form: str
+    inputs: Tensor,
+    operand: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    form: str,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the outputs (..., out) of X (..., in), and X A^T (T, r) of each adapter.
 
@@ -66,9 +81,11 @@ def adapted_forward(
     flat = inputs.reshape(-1, inputs.shape[-1])
     projected = [flat @ adapter.A.mT for adapter in adapters]
     if form == "split":
-        columns = outputs.view(-1, outputs.shape[-1])
-        for (_, B, rows, scaling), low in zip(adapters, projected, strict=True):
-            columns[:, rows].addmm_(low, B.mT, alpha=scaling)
+        out_features = outputs.shape[-1]
+        columns = outputs.view(-1, out_features)
+        for adapter, low in zip(adapters, projected, strict=True):
+            place = columns[:, adapter.rows]
+            place.addmm_(low, adapter.B.mT, alpha=adapter.scaling)
     return outputs, projected
 
 
@@ -89,8 +106,10 @@ def adapted_backward(
     """
     grad_input = None if operand is None else grad @ operand
     ones = grad.new_ones(len(grad), 1)
-    sums, found = [], []
-    for (A, B, rows, scaling), low in zip(adapters, projected, strict=True):
+    grad_bias: list[Tensor] = []
+    grad_factors: list[Tensor | None] = []
+    for adapter, low in zip(adapters, projected, strict=True):
+        A, B, rows, scaling = adapter
         part = grad[:, rows]
         grad_A = None
         if inputs is not None or form == "split":
@@ -99,29 +118,41 @@ def adapted_backward(
                 grad_input.addmm_(back, A, alpha=scaling)
             if inputs is not None:
                 grad_A = scaling * (back.mT @ inputs)
-        both = torch.cat([low, ones], dim=1).mT @ part  # G stays the wide, untransposed operand
-        found += [grad_A, scaling * both[:-1].mT]
-        sums.append(both[-1])
-    return grad_input, torch.cat(sums), found
+        with_ones = torch.cat([low, ones], dim=1)
+        both = with_ones.mT @ part  # G stays the wide, untransposed operand
+        grad_B = scaling * both[:-1].mT
+        grad_factors += [grad_A, grad_B]
+        grad_bias.append(both[-1])
+    return grad_input, torch.cat(grad_bias), grad_factors
 
 
 def joint_forward(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
 ) -> Tensor:
     """Return X (W + s B A)^T + b (..., out) by autograd, for the joint phase, where W trains too.
 
     The sum is made outside of autocast, so that W + s B A is rounded once. ``adapters`` cover all
     rows in order.
     """
+    sizes = [len(adapter.B) for adapter in adapters]
+    effective = []
     with torch.autocast(inputs.device.type, enabled=False):
-        parts = weight.split([len(adapter.B) for adapter in adapters])
-        pairs = zip(parts, adapters, strict=True)
-        total = [torch.addmm(part, B, A, alpha=scaling) for part, (A, B, _, scaling) in pairs]
-    return F.linear(inputs, total[0] if len(total) == 1 else torch.cat(total), bias)
+        for part, adapter in zip(weight.split(sizes), adapters, strict=True):
+            A, B, _, scaling = adapter
+            effective.append(torch.addmm(part, B, A, alpha=scaling))
+    whole = effective[0] if len(effective) == 1 else torch.cat(effective)
+    return F.linear(inputs, whole, bias)
 
 
 def dropped_forward(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], p: float
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    p: float,
 ) -> Tensor:
     """Return X W_res^T + b + s drop(X) A^T B^T (..., out) by autograd, for training with dropout.
 
@@ -129,17 +160,24 @@ def dropped_forward(
     may train.
     """
     dropped = F.dropout(inputs, p)
-    low = [a.scaling * F.linear(F.linear(dropped, a.A), a.B) for a in adapters]
-    weight = weight.to(compute_dtype(inputs.device.type, [adapters[0].A]))
-    return F.linear(inputs, weight, bias) + torch.cat(low, dim=-1)
+    added = []
+    for A, B, _, scaling in adapters:
+        low = F.linear(dropped, A)
+        added.append(scaling * F.linear(low, B))
+    dtype = compute_dtype(inputs.device.type, [adapters[0].A])
+    outputs = F.linear(inputs, weight.to(dtype), bias)
+    return outputs + torch.cat(added, dim=-1)
+
+
+Layout = Sequence[tuple[slice, float]]
+"""rows and scaling of each adapter"""
 
 
 class Product(NamedTuple):
     """How to compute a product with adapters, besides its tensors."""
 
     form: str
-    layout: Sequence[tuple[slice, float]]
-    """rows and scaling of each adapter"""
+    layout: Layout
     gelu: str | None = None
     """approximation of the gelu that made the inputs; None if the inputs themselves are kept"""
 
@@ -172,45 +210,55 @@ class AdaptedProduct(torch.autograd.Function):
         ``adapted_forward`` if it was made before. It is then kept for the backward pass; without
         it the backward pass makes the operand a second time.
         """
-        device, dtype = input.device.type, compute_dtype(input.device.type, factors)
+        device = input.device.type
+        dtype = compute_dtype(device, factors)
         with torch.autocast(device, enabled=False):
-            adapters = _adapters(how.layout, factors)
-            operand = kept if kept is not None else operand_of(weight, adapters, how.form, dtype)
+            operand = kept
+            if operand is None:
+                adapters = _adapters(how.layout, factors)
+                operand = operand_of(weight, adapters, how.form, dtype)
             input = input.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-            cast = _adapters(how.layout, [factor.to(dtype) for factor in factors])
-            outputs, projected = adapted_forward(input, operand, bias, cast, how.form)
-        ctx.how, ctx.dtype, ctx.shape = how, dtype, input.shape
-        inputs = input if source is None else source
-        trains_A = any(ctx.needs_input_grad[6::2])
-        needed = inputs if trains_A else None, kept, weight if kept is None else None
-        ctx.save_for_backward(*needed, *factors, *projected)
+            if bias is not None:
+                bias = bias.to(dtype)
+            rounded = _adapters(how.layout, _rounded(factors, dtype))
+            outputs, projected = adapted_forward(input, operand, bias, rounded, how.form)
+        ctx.how = how
+        ctx.dtype = dtype
+        ctx.shape = input.shape
+        for_A = None
+        if any(ctx.needs_input_grad[ARGUMENTS::2]):
+            for_A = input if source is None else source
+        for_operand = weight if kept is None else None
+        ctx.save_for_backward(for_A, kept, for_operand, *factors, *projected)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return gradients in the order of ``forward``'s arguments; None for the frozen weight."""
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        (grad,) = grads
+        grad = grad.reshape(-1, grad.shape[-1])
         inputs, operand, weight, *rest = ctx.saved_tensors
         form, layout, gelu = ctx.how
-        factors, projected = rest[: 2 * len(layout)], rest[2 * len(layout) :]
+        num_factors = 2 * len(layout)
+        factors = rest[:num_factors]
+        projected = rest[num_factors:]
         with torch.autocast(grad.device.type, enabled=False):
+            if inputs is not None and gelu is not None:
+                inputs = F.gelu(inputs, approximate=gelu)
             if inputs is not None:
-                inputs = inputs if gelu is None else F.gelu(inputs, approximate=gelu)
                 inputs = inputs.to(ctx.dtype).reshape(len(grad), -1)
-            adapters = _adapters(layout, factors)
             if not ctx.needs_input_grad[0]:
                 operand = None
             elif operand is None:
-                operand = operand_of(weight, adapters, form, ctx.dtype)
-            cast = _adapters(layout, [factor.to(ctx.dtype) for factor in factors])
-            grad_input, grad_bias, found = adapted_backward(
-                grad, operand, inputs, projected, cast, form
+                operand = operand_of(weight, _adapters(layout, factors), form, ctx.dtype)
+            rounded = _adapters(layout, _rounded(factors, ctx.dtype))
+            grad_input, grad_bias, grad_factors = adapted_backward(
+                grad, operand, inputs, projected, rounded, form
             )
         if grad_input is not None:
             grad_input = grad_input.view(ctx.shape)
-        bias = grad_bias if ctx.needs_input_grad[2] else None
-        return grad_input, None, bias, None, None, None, *found
+        for_bias = grad_bias if ctx.needs_input_grad[2] else None
+        return grad_input, None, for_bias, None, None, None, *grad_factors
 
 
 def gelu_input(outputs: Tensor) -> tuple[Tensor | None, str | None]:
@@ -218,7 +266,9 @@ def gelu_input(outputs: Tensor) -> tuple[Tensor | None, str | None]:
 
     Return (None, None) for any other tensor, and in compiled code.
     """
-    node = None if torch.compiler.is_compiling() else outputs.grad_fn
+    if torch.compiler.is_compiling():
+        return None, None
+    node = outputs.grad_fn
     if node is None or node.name() != "GeluBackward0":
         return None, None
     return node._saved_self.detach(), node._saved_approximate  # type: ignore[attr-defined]
@@ -232,15 +282,28 @@ def compute_dtype(device: str, factors: Sequence[Tensor]) -> torch.dtype:
 
 
 def operand_of(
-    weight: Tensor, adapters: Sequence[Adapter], form: str, dtype: torch.dtype
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    form: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return the matrix (out, in) that ``adapted_forward`` multiplies by.
 
     It is the effective weight in the merged form, W_res in the split form.
     """
-    return effective_weight(weight, adapters, dtype) if form == "merged" else weight.to(dtype)
+    if form == "merged":
+        return effective_weight(weight, adapters, dtype)
+    return weight.to(dtype)
 
 
-def _adapters(layout: Sequence[tuple[slice, float]], factors: Sequence[Tensor]) -> list[Adapter]:
-    pairs = zip(layout, factors[::2], factors[1::2], strict=True)
-    return [Adapter(A, B, rows, scaling) for (rows, scaling), A, B in pairs]
+def _rounded(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [factor.to(dtype) for factor in factors]
+
+
+def _adapters(layout: Layout, factors: Sequence[Tensor]) -> list[Adapter]:
+    all_A = factors[::2]
+    all_B = factors[1::2]
+    adapters = []
+    for (rows, scaling), A, B in zip(layout, all_A, all_B, strict=True):
+        adapters.append(Adapter(A, B, rows, scaling))
+    return adapters

@@ -37,25 +37,23 @@ def inject(
       Without factors they stay dense.
     - A plain linear whose rows would all get rank 0 stays an ``nn.Linear``.
     """
-    chosen: dict[str, dict[str, Adapter]] = {}
-    for name, (A, B) in factors.items():
-        target = targets[name]
-        adapter = Adapter(A, B, target.rows, scaling(len(A)))
-        chosen.setdefault(target.module, {})[target.part] = adapter
-    linears, adapted = {}, {}
-    for name, new in chosen.items():
+    replaced = {}
+    adapted = {}
+    for name, new in _by_module(targets, factors, scaling).items():
         linear = cast(nn.Linear, model.get_submodule(name))
-        rows = {t.part: t.rows for t in targets.values() if t.module == name}
+        rows = _slices_of(name, targets)
         adapters, dense = _of_all_slices(linear, rows, new)
-        if dense or isinstance(linear, AdaptedLinear) or any(len(A) for A, *_ in new.values()):
+        has_rank = any(len(adapter.A) for adapter in new.values())
+        if dense or has_rank or isinstance(linear, AdaptedLinear):
             module = make(plain(linear), adapters)
             if dense:
                 cast(SlicedLoRALinear, module).make_dense(dense)
             module.dropout = dropout
-            linears[name], adapted[name] = linear, module
+            replaced[name] = linear
+            adapted[name] = module
     for name, module in adapted.items():
         model.set_submodule(name, module)
-    return linears
+    return replaced
 
 
 def plain(module: nn.Linear) -> nn.Linear:
@@ -66,7 +64,8 @@ def plain(module: nn.Linear) -> nn.Linear:
     if not isinstance(module, AdaptedLinear):
         return module
     merged = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    merged.weight, merged.bias = nn.Parameter(module.merged().detach()), module.bias
+    merged.weight = nn.Parameter(module.merged().detach())
+    merged.bias = module.bias
     return merged.train(module.training)
 
 
@@ -76,10 +75,11 @@ def merge(model: nn.Module) -> dict[str, nn.Linear]:
     Return the replaced modules by name: ``restore(model, merge(model))`` leaves every bit as it
     was.
     """
-    adapted: dict[str, nn.Linear] = {**adapted_modules(model)}
-    for name, module in adapted.items():
+    replaced: dict[str, nn.Linear] = {}
+    for name, module in adapted_modules(model).items():
         model.set_submodule(name, plain(module))
-    return adapted
+        replaced[name] = module
+    return replaced
 
 
 def adapter_layout(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -88,17 +88,14 @@ def adapter_layout(model: nn.Module) -> dict[str, dict[str, Any]]:
     That is the rank and the scaling of each row slice, the dtype of the residual weight, and the
     module's settings.
     """
-    return {
-        name: {
-            "dtype": str(_kept_in(module)).removeprefix("torch."),
-            "settings": module.settings(),
-            "parts": {
-                part: {"rank": len(adapter.A), "scaling": adapter.scaling}
-                for part, adapter in module.adapters().items()
-            },
-        }
-        for name, module in adapted_modules(model).items()
-    }
+    layout = {}
+    for name, module in adapted_modules(model).items():
+        parts = {}
+        for part, adapter in module.adapters().items():
+            parts[part] = {"rank": len(adapter.A), "scaling": adapter.scaling}
+        dtype = str(_kept_in(module)).removeprefix("torch.")
+        layout[name] = {"dtype": dtype, "settings": module.settings(), "parts": parts}
+    return layout
 
 
 def inject_empty(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> None:
@@ -108,13 +105,7 @@ def inject_empty(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> N
     """
     for name, kept in layout.items():
         linear = cast(nn.Linear, model.get_submodule(name))
-        rows = linear.out_features // len(kept["parts"])
-        adapters = {}
-        for i, (part, values) in enumerate(kept["parts"].items()):
-            A = linear.weight.new_zeros(values["rank"], linear.in_features)
-            B = linear.weight.new_zeros(rows, values["rank"])
-            place = slice(i * rows, (i + 1) * rows)
-            adapters[part] = Adapter(A, B, place, values["scaling"])
+        adapters = _empty_adapters(linear, kept["parts"])
         module = rebuilt(linear, adapters, **kept["settings"])
         model.set_submodule(name, module)
         round_residual(module, getattr(torch, kept["dtype"]))
@@ -123,7 +114,8 @@ def inject_empty(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> N
 def round_residual(module: AdaptedLinear, dtype: torch.dtype) -> None:
     """Convert the frozen weight of a module with adapters, if it has one, to ``dtype``."""
     if module.weight is not None:
-        module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+        rounded = module.weight.to(dtype)
+        module.weight = nn.Parameter(rounded, requires_grad=False)
 
 
 def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
@@ -133,16 +125,19 @@ def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
 
 
 def applied_ranks(
-    model: nn.Module, targets: Mapping[str, Target], names: Iterable[str]
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    names: Iterable[str],
 ) -> dict[str, int]:
     """Return the rank of each named target in ``model``; 0 for a target without an adapter."""
     modules = adapted_modules(model)
-    return {
-        name: len(modules[target.module].adapters()[target.part].A)
-        if (target := targets[name]).module in modules
-        else 0
-        for name in names
-    }
+    ranks = dict.fromkeys(names, 0)
+    for name in ranks:
+        target = targets[name]
+        if target.module in modules:
+            adapter = modules[target.module].adapters()[target.part]
+            ranks[name] = len(adapter.A)
+    return ranks
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -151,23 +146,31 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Sums are made in float64 and rounded once; factors are left out. All other tensors are shared
     with ``model``, which is not changed.
     """
-    merged = {n: m.merged() for n, m in adapted_modules(model).items()}
-    return without_adapters(model) | {f"{n}.weight": weight for n, weight in merged.items()}
+    state = without_adapters(model)
+    for name, module in adapted_modules(model).items():
+        state[f"{name}.weight"] = module.merged()
+    return state
 
 
 def without_adapters(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the plain model without its adapters: W_res in the place of W."""
-    adapted = adapted_modules(model)
-    dense = {f"{name}.dense.{part}" for name, m in adapted.items() for part in m.dense_rows()}
     state = model.state_dict()
-    found = {n: t for n, t in state.items() if n not in dense and not is_factor(n)}
-    partly = {f"{n}.weight": m.residual().detach() for n, m in adapted.items() if m.dense_rows()}
-    return found | partly
+    plain_state = {}
+    for name, tensor in state.items():
+        if not is_factor(name):
+            plain_state[name] = tensor
+    for name, module in adapted_modules(model).items():
+        if module.dense_rows():
+            plain_state[f"{name}.weight"] = module.residual().detach()
+        for part in module.dense_rows():
+            del plain_state[f"{name}.dense.{part}"]
+    return plain_state
 
 
 def plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the plain model's state dict, by name."""
-    shapes = {n: tuple(t.shape) for n, t in without_adapters(model).items()}
+    state = without_adapters(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name, module in adapted_modules(model).items():
         shapes[f"{name}.weight"] = (module.out_features, module.in_features)
     return shapes
@@ -175,24 +178,75 @@ def plain_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _kept_in(module: AdaptedLinear) -> torch.dtype:
     """Return the dtype of the residual weight, or of the factors if there is none."""
-    return next(module.parameters()).dtype if module.weight is None else module.weight.dtype
+    if module.weight is None:
+        return next(module.parameters()).dtype
+    return module.weight.dtype
+
+
+def _empty_adapters(
+    linear: nn.Linear,
+    parts: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Adapter]:
+    """Return adapters of zeros for row slices of equal size, in the order of ``parts``."""
+    zeros = linear.weight.new_zeros
+    size = linear.out_features // len(parts)
+    adapters = {}
+    start = 0
+    for part, values in parts.items():
+        rank = values["rank"]
+        A = zeros(rank, linear.in_features)
+        B = zeros(size, rank)
+        rows = slice(start, start + size)
+        adapters[part] = Adapter(A, B, rows, values["scaling"])
+        start += size
+    return adapters
+
+
+def _by_module(
+    targets: Mapping[str, Target],
+    factors: Mapping[str, Factors],
+    scaling: Callable[[int], float],
+) -> dict[str, dict[str, Adapter]]:
+    """Return the adapters of ``factors``, for each module by the name of the row slice."""
+    by_module: dict[str, dict[str, Adapter]] = {}
+    for name, (A, B) in factors.items():
+        target = targets[name]
+        adapter = Adapter(A, B, target.rows, scaling(len(A)))
+        by_module.setdefault(target.module, {})[target.part] = adapter
+    return by_module
+
+
+def _slices_of(module: str, targets: Mapping[str, Target]) -> dict[str, slice]:
+    """Return the rows of each target of a module, by the name of the row slice."""
+    slices = {}
+    for target in targets.values():
+        if target.module == module:
+            slices[target.part] = target.rows
+    return slices
 
 
 def _of_all_slices(
-    linear: nn.Linear, rows: Mapping[str, slice], new: Mapping[str, Adapter]
+    linear: nn.Linear,
+    rows: Mapping[str, slice],
+    new: Mapping[str, Adapter],
 ) -> tuple[dict[str, Adapter], list[str]]:
     """Return the adapters of all slices of ``rows``, and the names of the dense slices.
 
     An adapter is the one of ``new``, else the one that ``linear`` has. A dense slice has neither
     and gets an adapter of rank 0.
     """
-    old: dict[str, Adapter] = {}
+    known: dict[str, Adapter] = {}
     if isinstance(linear, AdaptedLinear):
-        old = {n: a for n, a in linear.adapters().items() if n not in linear.dense_rows()}
-    known = {**old, **new}
+        known.update(linear.adapters())
+        for part in linear.dense_rows():
+            del known[part]
+    known.update(new)
     dense = [part for part in rows if part not in known]
-    zeros = next(iter(new.values())).A.new_zeros
+    some = next(iter(new.values()))
+    zeros = some.A.new_zeros
     for part in dense:
         size = rows[part].stop - rows[part].start
-        known[part] = Adapter(zeros(0, linear.in_features), zeros(size, 0), rows[part], 1.0)
+        A = zeros(0, linear.in_features)
+        B = zeros(size, 0)
+        known[part] = Adapter(A, B, rows[part], scaling=1.0)
     return {part: known[part] for part in rows}, dense

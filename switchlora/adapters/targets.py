@@ -41,7 +41,7 @@ class Target:
 
         It is a view of the parameter where the target has no adapter.
         """
-        module = cast(nn.Linear, model.get_submodule(self.module))
+        module = self._linear(model)
         alone = self._dense_rows(model)
         if alone is not None:
             return alone.detach()
@@ -54,9 +54,10 @@ class Target:
         alone = self._dense_rows(model)
         if alone is not None:
             return alone.grad
-        weight = cast(nn.Linear, model.get_submodule(self.module)).weight
-        grad = None if weight is None else weight.grad  # no weight in a factorised module
-        return None if grad is None else full(grad)[self.rows]
+        weight = self._linear(model).weight
+        if weight is None or weight.grad is None:  # a factorised module has no weight
+            return None
+        return full(weight.grad)[self.rows]
 
     def is_dense(self, model: nn.Module) -> bool:
         """Return whether the target is still a plain weight.
@@ -64,8 +65,9 @@ class Target:
         False for a target with an adapter. False also for a row slice without an adapter that is
         frozen beside slices with adapters.
         """
-        module = model.get_submodule(self.module)
-        return not isinstance(module, AdaptedLinear) or self._dense_rows(model) is not None
+        if isinstance(self._linear(model), AdaptedLinear):
+            return self._dense_rows(model) is not None
+        return True
 
     def trains_in_full(self, model: nn.Module) -> bool:
         """Return whether the target's own rows train, without factors."""
@@ -77,28 +79,64 @@ class Target:
 
         For a target with an adapter that is its residual weight.
         """
-        alone = self._dense_rows(model) is not None
-        return f"{self.module}.dense.{self.part}" if alone else f"{self.module}.weight"
+        if self._dense_rows(model) is not None:
+            return f"{self.module}.dense.{self.part}"
+        return f"{self.module}.weight"
+
+    def _linear(self, model: nn.Module) -> nn.Linear:
+        return cast(nn.Linear, model.get_submodule(self.module))
 
     def _dense_rows(self, model: nn.Module) -> nn.Parameter | None:
-        module = model.get_submodule(self.module)
-        return module.dense_rows().get(self.part) if isinstance(module, AdaptedLinear) else None
+        module = self._linear(model)
+        if not isinstance(module, AdaptedLinear):
+            return None
+        return module.dense_rows().get(self.part)
 
 
 def find_targets(
-    model: nn.Module, patterns: Sequence[str], split_qkv: bool = False
+    model: nn.Module,
+    patterns: Sequence[str],
+    split_qkv: bool = False,
 ) -> dict[str, Target]:
     """Return the targets by name: linears whose name ends, after a dot, in a match of a pattern.
 
     Patterns are regular expressions: ``attn.qkv`` finds ``blocks.3.attn.qkv``. With ``split_qkv``
-    a fused qkv counts as three targets. ValueError for a pattern without a match.
+    a fused qkv counts as three targets. ValueError for a pattern without a match; its message
+    lists the linears that there are.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = matching(patterns, linears, "target pattern", "linear layer", _match_ending)
-    targets = [t for n in names for t in _targets_of(n, linears[n].out_features, split_qkv)]
-    if not targets:
+    linears = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            linears[name] = module
+    try:
+        names = matching(patterns, linears, "target pattern", "linear layer", _match_ending)
+    except ValueError as error:
+        raise ValueError(f"{error}; linears of this model: {shortened(linears)}") from None
+    if not names:
         raise ValueError("no target module: give at least one pattern in switch.targets")
-    return {target.name: target for target in targets}
+    targets = {}
+    for name in names:
+        out_features = linears[name].out_features
+        for target in _targets_of(name, out_features, split_qkv):
+            targets[target.name] = target
+    return targets
+
+
+def shortened(names: Iterable[str], most: int = 10) -> str:
+    """Return a list of ``names`` in which names that differ in numbers alone are one entry.
+
+    It has at most ``most`` entries, and the number of those left out.
+
+    >>> shortened(["blocks.0.attn.qkv", "blocks.1.attn.qkv", "head"])
+    'blocks.*.attn.qkv, head'
+    >>> shortened(["stages.0.1.fc", "stages.1.0.fc", "norm", "head"], most=1)
+    'stages.*.*.fc and 2 more'
+    """
+    families = list(dict.fromkeys(map(_without_numbers, names)))
+    listed = ", ".join(families[:most]) or "none"
+    if len(families) <= most:
+        return listed
+    return f"{listed} and {len(families) - most} more"
 
 
 @torch.no_grad()
@@ -109,24 +147,17 @@ def check_targets_are_called(model: nn.Module, targets: Iterable[Target], images
     call the linear. An adapter there would do nothing. ValueError also if the model cannot take
     inputs of this shape.
     """
-    modules, called = {target.module for target in targets}, set()
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
-        for name in modules
-    ]
+    modules = {target.module for target in targets}
     try:
-        with eval_mode(model):
-            model(images)
+        called = _called_modules(model, modules, images)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         shape = tuple(images.shape[1:])
         raise ValueError(
             f"the model cannot take the data's inputs of {shape}: {reason}"
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if silent := sorted(modules - called):
+    silent = sorted(modules.difference(called))
+    if silent:
         raise ValueError(
             f"{len(silent)} target(s), such as {silent[0]}, are never called: this model reads "
             "their weight directly, so an adapter there would do nothing; leave them out of "
@@ -140,29 +171,48 @@ def call_order(model: nn.Module, inputs: Tensor) -> list[str]:
 
     The order comes from one forward pass of ``inputs``.
     """
-    names: dict[str, None] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: names.setdefault(name))
-        for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
-    ]
+    owners = []
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            owners.append(name)
+    device = next(model.parameters()).device
+    return _called_modules(model, owners, inputs.to(device))
+
+
+def _called_modules(model: nn.Module, names: Iterable[str], inputs: Tensor) -> list[str]:
+    """Return those of ``names`` that one forward pass calls, in the order of their first calls."""
+    called: dict[str, None] = {}
+    hooks = []
+    for name in names:
+        module = model.get_submodule(name)
+        hook = module.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
+        hooks.append(hook)
     try:
         with eval_mode(model):
-            model(inputs.to(next(model.parameters()).device))
+            model(inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(names)
+    return list(called)
 
 
 def _targets_of(module: str, out_features: int, split_qkv: bool) -> list[Target]:
-    if not (split_qkv and module.endswith("qkv") and out_features % len(QKV) == 0):
+    fused = module.endswith("qkv")
+    splits = out_features % len(QKV) == 0
+    if not (split_qkv and fused and splits):
         return [Target(module, module, slice(0, out_features))]
     size = out_features // len(QKV)
-    return [
-        Target(f"{module}.{part}", module, slice(i * size, (i + 1) * size), part)
-        for i, part in enumerate(QKV)
-    ]
+    targets = []
+    for number, part in enumerate(QKV):
+        rows = slice(number * size, (number + 1) * size)
+        targets.append(Target(f"{module}.{part}", module, rows, part))
+    return targets
+
+
+def _without_numbers(name: str) -> str:
+    words = ["*" if word.isdigit() else word for word in name.split(".")]
+    return ".".join(words)
 
 
 def _match_ending(pattern: str, name: str) -> re.Match | None:

@@ -1,7 +1,7 @@
 """Choose the parameters that train, freeze the others, and count both."""
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ def freeze_unused(model: nn.Module, images: Tensor) -> list[str]:
     """
     with torch.enable_grad(), eval_mode(model):
         model(images).sum().backward()
-    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    unused = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name not in unused)
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.requires_grad_(False)
+            unused.append(name)
         parameter.grad = None
     return unused
 
@@ -31,7 +33,7 @@ def frozen_outright(
     model: nn.Module,
     targets: Mapping[str, Target],
     freeze: Sequence[str],
-    known: Iterable[str] = (),
+    known: Collection[str] = (),
 ) -> tuple[set[str], set[str]]:
     """Return the parameters and the targets that the patterns ``freeze`` take out of training.
 
@@ -43,17 +45,29 @@ def frozen_outright(
     ``known`` holds further names that a pattern may find. ValueError for a pattern that finds
     nothing.
     """
-    parameters = [n for n, _ in model.named_parameters()]
-    names = [*parameters, *targets, *known, *(f"{name}.weight" for name in known)]
-    found = set(matching(freeze, names, "switch.freeze", "parameter", re.search))
-    frozen = {n for n, t in targets.items() if n in found or f"{t.module}.weight" in found}
-    adapted = {target.module for name, target in targets.items() if name not in frozen}
-    biases = {f"{targets[name].module}.bias" for name in frozen} - {f"{m}.bias" for m in adapted}
-    return (found | biases) & set(parameters), frozen
+    parameters = [name for name, _ in model.named_parameters()]
+    known_weights = [f"{name}.weight" for name in known]
+    names = [*parameters, *targets, *known, *known_weights]
+    matched = matching(freeze, names, "switch.freeze", "parameter", re.search)
+    found = set(matched)
+    frozen = set()
+    frozen_biases = set()
+    trained_biases = set()
+    for name, target in targets.items():
+        bias = f"{target.module}.bias"
+        if name in found or f"{target.module}.weight" in found:
+            frozen.add(name)
+            frozen_biases.add(bias)
+        else:
+            trained_biases.add(bias)
+    found |= frozen_biases - trained_biases
+    return found.intersection(parameters), frozen
 
 
 def kept_parameters(
-    model: nn.Module, frozen_modules: Iterable[str], keep: Sequence[str]
+    model: nn.Module,
+    frozen_modules: Iterable[str],
+    keep: Sequence[str],
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that go on training beside the factors, by name.
 
@@ -62,13 +76,12 @@ def kept_parameters(
     nothing.
     """
     frozen = {f"{name}.weight" for name in frozen_modules}
-    others = {
-        n: p
-        for n, p in model.named_parameters()
-        if p.requires_grad and n not in frozen and not is_factor(n)
-    }
+    others = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in frozen and not is_factor(name):
+            others[name] = parameter
     found = matching(keep, others, "switch.keep", "parameter", re.search)
-    return {n: others[n] for n in found}
+    return {name: others[name] for name in found}
 
 
 def train_only(model: nn.Module, kept: Container[str], factors: Sequence[str] = FACTORS) -> None:
@@ -77,25 +90,36 @@ def train_only(model: nn.Module, kept: Container[str], factors: Sequence[str] = 
     A frozen parameter would otherwise keep its last gradient allocated.
     """
     for name, parameter in model.named_parameters():
-        factor = is_factor(name, factors) and parameter.numel() > 0
-        parameter.requires_grad_(name in kept or factor)
+        trained_factor = is_factor(name, factors) and parameter.numel() > 0
+        parameter.requires_grad_(name in kept or trained_factor)
         if not parameter.requires_grad:
             parameter.grad = None
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Return the number of parameters, or of those that train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    count = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad or not trainable:
+            count += parameter.numel()
+    return count
 
 
 def plain_parameters(model: nn.Module) -> int:
     """Return the number of parameters of the plain model, whether or not it has adapters now."""
-    factors = sum(p.numel() for n, p in model.named_parameters() if is_factor(n))
-    dropped = [m for m in adapted_modules(model).values() if m.weight is None]
-    kept = count_parameters(model) - factors
-    return kept + sum(m.in_features * m.out_features for m in dropped)
+    count = 0
+    for name, parameter in model.named_parameters():
+        if not is_factor(name):
+            count += parameter.numel()
+    for module in adapted_modules(model).values():
+        if module.weight is None:
+            count += module.in_features * module.out_features
+    return count
 
 
 def training_flags(model: nn.Module) -> dict[str, bool]:
     """Return for each parameter, by name, whether it trains."""
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    flags = {}
+    for name, parameter in model.named_parameters():
+        flags[name] = parameter.requires_grad
+    return flags

@@ -7,6 +7,8 @@ run. To add one, write a function, or a frozen dataclass with ``__call__``, and 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 
 from switchlora.errors import check_range, check_share
 from switchlora.monitor import LayerStats, Measurement
@@ -80,8 +82,10 @@ class UpdateNorm:
             return too_short(history, self.patience + 1)
         margins = {}
         for name, stats in by_layer(history).items():
-            norms = [s.relative_update_norm for s in stats]
-            margins[name] = self.fraction - max(norms[-self.patience :]) / max(max(norms), 1e-30)
+            norms = [window.relative_update_norm for window in stats]
+            peak = max(norms)
+            latest = max(norms[-self.patience :])
+            margins[name] = self.fraction - latest / max(peak, 1e-30)
         rule = (
             f"update norms at or under {self.fraction:g} of their peak for {self.patience} windows"
         )
@@ -107,11 +111,11 @@ class LossPlateau:
         """Return the verdict; margin 'train_loss': tolerance minus the largest improvement."""
         if len(history) < self.patience + 1:
             return too_short(history, self.patience + 1)
-        losses = [m.train_loss for m in history[-self.patience - 1 :]]
-        gains = [100 * (a - b) / a for a, b in zip(losses, losses[1:], strict=False)]
-        margin = self.tolerance - max(gains)
+        last_windows = history[-self.patience - 1 :]
+        largest = max(_relative_falls(last_windows))
+        margin = self.tolerance - largest
         reason = (
-            f"train loss fell by at most {max(gains):.3g} % a window over {self.patience} windows "
+            f"train loss fell by at most {largest:.3g} % a window over {self.patience} windows "
             f"(tolerance {self.tolerance:g} %)"
         )
         return Verdict(margin >= 0, {LOSS: margin}, reason)
@@ -126,8 +130,8 @@ class AllOf:
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Ask all ``criteria`` and join their verdicts."""
         verdicts = [criterion(history) for criterion in self.criteria]
-        holding = [v.reason for v in verdicts if not v.fires]
-        reason = " and ".join(holding or [v.reason for v in verdicts])
+        holding = [verdict for verdict in verdicts if not verdict.fires]
+        reason = _reasons(holding or verdicts, " and ")
         return Verdict(not holding, _combined(verdicts, min), reason)
 
 
@@ -140,41 +144,67 @@ class AnyOf:
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Ask all ``criteria`` and join their verdicts."""
         verdicts = [criterion(history) for criterion in self.criteria]
-        firing = [v.reason for v in verdicts if v.fires]
-        reason = " or ".join(firing or [v.reason for v in verdicts])
+        firing = [verdict for verdict in verdicts if verdict.fires]
+        reason = _reasons(firing or verdicts, " or ")
         return Verdict(bool(firing), _combined(verdicts, max), reason)
 
 
 def by_layer(history: Sequence[Measurement]) -> dict[str, list[LayerStats]]:
     """Return the statistics of each target, in the order of the windows."""
-    return {name: [m.layers[name] for m in history] for name in history[-1].layers}
+    stats = {}
+    for name in history[-1].layers:
+        stats[name] = [measurement.layers[name] for measurement in history]
+    return stats
 
 
 def relative_changes(values: Sequence[float]) -> list[float]:
     """Return the change from each value to the next, in % of the earlier one."""
-    return [
-        0.0 if max(abs(a), abs(b)) < 1e-12 else 100 * abs(b - a) / max(abs(a), 1e-12)
-        for a, b in zip(values, values[1:], strict=False)
-    ]
+    changes = []
+    for before, after in pairwise(values):
+        change = 0.0
+        if max(abs(before), abs(after)) >= 1e-12:
+            change = 100 * abs(after - before) / max(abs(before), 1e-12)
+        changes.append(change)
+    return changes
 
 
 def vote(margins: Mapping[str, float], quorum: float, rule: str) -> Verdict:
     """Fire when at least a share ``quorum`` of the targets has a margin of 0 or more."""
     converged = sum(margin >= 0 for margin in margins.values())
-    worst = min(margins, key=lambda name: margins[name])
-    place = "furthest from it" if margins[worst] < 0 else "closest call"
+    worst, margin = min(margins.items(), key=itemgetter(1))
+    place = "furthest from it" if margin < 0 else "closest call"
     reason = (
         f"{converged} of {len(margins)} targets have {rule} (quorum {quorum:.0%}); "
-        f"{place}: {worst} by {abs(margins[worst]):.3g}"
+        f"{place}: {worst} by {abs(margin):.3g}"
     )
     return Verdict(converged >= quorum * len(margins), margins, reason)
-
-
-def _combined(verdicts: Sequence[Verdict], choose: Callable) -> dict[str, float]:
-    names = dict.fromkeys(name for v in verdicts for name in v.margins)
-    return {n: choose(v.margins[n] for v in verdicts if n in v.margins) for n in names}
 
 
 def too_short(history: Sequence[Measurement], needed: int) -> Verdict:
     """Return the verdict of a criterion that needs more windows than are measured."""
     return Verdict(False, {}, f"{len(history)} of the {needed} windows it needs are measured")
+
+
+def _relative_falls(history: Sequence[Measurement]) -> list[float]:
+    """Return how far the train loss fell from each window to the next, in % of the earlier one."""
+    falls = []
+    for before, after in pairwise(history):
+        fall = before.train_loss - after.train_loss
+        falls.append(100 * fall / before.train_loss)
+    return falls
+
+
+def _reasons(verdicts: Sequence[Verdict], separator: str) -> str:
+    return separator.join(verdict.reason for verdict in verdicts)
+
+
+def _combined(
+    verdicts: Sequence[Verdict],
+    choose: Callable[[list[float]], float],
+) -> dict[str, float]:
+    """Return the margin that ``choose`` picks for each target, of those in the verdicts."""
+    margins: dict[str, list[float]] = {}
+    for verdict in verdicts:
+        for name, margin in verdict.margins.items():
+            margins.setdefault(name, []).append(margin)
+    return {name: choose(given) for name, given in margins.items()}

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from operator import attrgetter
 
 import numpy as np
 
 from switchlora.criteria.basic import Verdict, by_layer, too_short, vote
 from switchlora.errors import check_choice, check_range, check_share
-from switchlora.monitor import Measurement
+from switchlora.monitor import LayerStats, Measurement
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class StableRank:
         check_share("quorum", self.quorum)
         check_range("patience", self.patience, 1)
         check_choice("of", self.of, ("weight", "update"))
-        if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in self.relaxed):
-            raise ValueError(
-                f"relaxed is {self.relaxed}: give pairs of targets left and factor, [[9, 2.5]]"
-            )
+        for pair in self.relaxed:
+            if not isinstance(pair, Sequence) or len(pair) != 2:
+                raise ValueError(
+                    f"relaxed is {self.relaxed}: give pairs of targets left and factor, [[9, 2.5]]"
+                )
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Return the verdict; margins: the largest value so far of epsilon minus the mean of g.
@@ -55,11 +57,15 @@ class StableRank:
         """
         if len(history) < self.patience + 1:
             return too_short(history, self.patience + 1)
-        slopes = {name: self.derivatives(r) for name, r in self._ranks(history).items()}
+        slopes = {}
+        for name, stats in by_layer(history).items():
+            slopes[name] = self.derivatives(self._ranks(stats))
         margins = dict.fromkeys(slopes, -inf)
         for t in range(len(history) - self.patience):
             epsilon = self.epsilon * self._factor(margins)
-            margins = {n: max(m, epsilon - float(slopes[n][t])) for n, m in margins.items()}
+            for name, slope in slopes.items():
+                margin = epsilon - float(slope[t])
+                margins[name] = max(margins[name], margin)
         rule = f"smoothed derivative of the {self.of} stable rank <= {epsilon:g}"
         return vote(margins, self.quorum, rule)
 
@@ -68,25 +74,32 @@ class StableRank:
 
         Only ``ranks`` up to window t are used: the value is what was known at t.
         """
-        smooth = _exponential_average(ranks, 2 / (self.patience + 1))
-        scale = smooth if self.relative else np.ones_like(smooth)
-        central = np.abs(smooth[2:] - smooth[:-2]) / 2 / np.maximum(scale[1:-1], 1e-30)
-        last = np.abs(np.diff(smooth)) / np.maximum(scale[1:], 1e-30)
         P = self.patience
-        return np.array(
-            [(central[t - P : t - 1].sum() + last[t - 1]) / P for t in range(P, len(ranks))]
-        )
+        smooth = _exponential_average(ranks, 2 / (P + 1))
+        scale = np.ones_like(smooth)
+        if self.relative:
+            scale = np.maximum(smooth, 1e-30)
+        central = np.abs(smooth[2:] - smooth[:-2]) / 2 / scale[1:-1]
+        one_sided = np.abs(np.diff(smooth)) / scale[1:]
+        means = []
+        for t in range(P, len(ranks)):
+            total = central[t - P : t - 1].sum() + one_sided[t - 1]
+            means.append(total / P)
+        return np.array(means)
 
-    def _ranks(self, history: Sequence[Measurement]) -> dict[str, np.ndarray]:
-        series = {
-            name: np.array([getattr(s, f"{self.of}_stable_rank") for s in stats])
-            for name, stats in by_layer(history).items()
-        }
-        return {n: np.trunc(r) for n, r in series.items()} if self.integer else series
+    def _ranks(self, stats: Sequence[LayerStats]) -> np.ndarray:
+        statistic = attrgetter(f"{self.of}_stable_rank")
+        ranks = np.array(list(map(statistic, stats)))
+        return np.trunc(ranks) if self.integer else ranks
 
     def _factor(self, margins: Mapping[str, float]) -> float:
+        """Return the factor that ``relaxed`` gives epsilon while some targets are not stable."""
         left = sum(margin < 0 for margin in margins.values())
-        return min(((n, f) for n, f in self.relaxed if left <= n), default=(0, 1.0))[1]
+        matching = [(most, factor) for most, factor in self.relaxed if left <= most]
+        if not matching:
+            return 1.0
+        _, factor = min(matching)
+        return factor
 
 
 @dataclass(frozen=True)

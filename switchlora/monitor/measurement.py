@@ -33,7 +33,9 @@ class LayerStats:
     @property
     def relative_update_norm(self) -> float:
         """||W - W_ref||_F / ||W||_F."""
-        return self.update_norm / self.weight_norm if self.weight_norm else math.inf
+        if not self.weight_norm:
+            return math.inf
+        return self.update_norm / self.weight_norm
 
 
 @dataclass(frozen=True)
@@ -49,4 +51,8 @@ class Measurement:
 
     def only(self, targets: Collection[str]) -> "Measurement":
         """Return the measurement of some of the targets."""
-        return replace(self, layers={n: s for n, s in self.layers.items() if n in targets})
+        layers = {}
+        for name, stats in self.layers.items():
+            if name in targets:
+                layers[name] = stats
+        return replace(self, layers=layers)

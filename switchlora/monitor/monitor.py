@@ -1,9 +1,9 @@
 """Measure how far the weight of every target moves, once per window of optimizer updates."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from switchlora.monitor.measurement import LayerStats, Measurement
 from switchlora.monitor.spectral import effective_rank, spectral_norm, stable_rank
 
 FIRST_ITERATIONS = 32
+Value = TypeVar("Value")
 
 
 class WeightUpdates(Mapping[str, Tensor]):
@@ -28,7 +29,9 @@ class WeightUpdates(Mapping[str, Tensor]):
         references: Mapping[str, Tensor],
         decay: float = 0.0,
     ) -> None:
-        self._model, self._targets, self._references = model, targets, references
+        self._model = model
+        self._targets = targets
+        self._references = references
         self._decay = decay
 
     def __getitem__(self, name: str) -> Tensor:
@@ -39,11 +42,13 @@ class WeightUpdates(Mapping[str, Tensor]):
         weight = self._targets[name].weight(self._model).float()
         reference = self._references[name].to(weight)
         update = weight - reference
-        return update.add_(weight + reference, alpha=self._decay / 2) if self._decay else update
+        if self._decay:
+            update.add_(weight + reference, alpha=self._decay / 2)
+        return update
 
     def only(self, targets: Collection[str]) -> "WeightUpdates":
         """Return the updates of some of the targets."""
-        some = {name: target for name, target in self._targets.items() if name in targets}
+        some = _only(targets, self._targets)
         return WeightUpdates(self._model, some, self._references, self._decay)
 
     def __iter__(self) -> Iterator[str]:
@@ -88,9 +93,12 @@ class UpdateMonitor:
         self._decay = 0.0
         self._window_start = 0
         self.start_window(0)
-        stats = [self._weight_stats(name, t.weight(self.model)) for name, t in self._items()]
-        ranks = torch.stack([stable for _, stable in stats]).tolist()
-        self.initial_stable_ranks = dict(zip(self.targets, ranks, strict=True))
+        ranks = []
+        for name in self.targets:
+            _, stable = self._weight_stats(name)
+            ranks.append(stable)
+        on_host = torch.stack(ranks).tolist()
+        self.initial_stable_ranks = dict(zip(self.targets, on_host, strict=True))
 
     def observe(self, loss: float, decay: float = 0.0) -> None:
         """Count one update: its train loss and its lr * decoupled weight decay."""
@@ -107,13 +115,15 @@ class UpdateMonitor:
 
         Norms and stable ranks of all targets reach the host in one transfer.
         """
-        measured = [self._measure_target(name, t) for name, t in self._items()]
+        measured = [self._measure_target(name) for name in self.targets]
         rows = torch.stack(measured).tolist() if measured else []
-        layers = {
-            name: LayerStats(*row, **self._exact_stats(name))
-            for name, row in zip(self.targets, rows, strict=True)
-        }
-        loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        layers = {}
+        for name, row in zip(self.targets, rows, strict=True):
+            exact = self._exact_stats(name)
+            layers[name] = LayerStats(*row, **exact)
+        loss = math.nan
+        if self._losses:
+            loss = sum(self._losses) / len(self._losses)
         return Measurement(num_updates, epoch, loss, layers)
 
     def updates(self, without_decay: bool = False, of: nn.Module | None = None) -> WeightUpdates:
@@ -130,16 +140,16 @@ class UpdateMonitor:
 
         The copies and vectors of the other targets are released.
         """
-        self.targets = {name: t for name, t in self.known.items() if name in names}
-        self.references = {n: r for n, r in self.references.items() if n in self.targets}
-        kept = {*self.targets, *(f"{name}:update" for name in self.targets)}
-        self._vectors = {key: vector for key, vector in self._vectors.items() if key in kept}
+        self.targets = _only(names, self.known)
+        self.references = _only(names, self.references)
+        of_updates = map(_key_of_update, names)
+        self._vectors = _only({*names, *of_updates}, self._vectors)
         self.start_window(num_updates)
 
     @torch.no_grad()
     def start_window(self, num_updates: int) -> None:
         """Take the present weights as the reference of a new window."""
-        for name, target in self._items():
+        for name, target in self.targets.items():
             weight = target.weight(self.model)
             if name not in self.references:
                 self.references[name] = torch.empty_like(weight, device=self.device)
@@ -170,47 +180,58 @@ class UpdateMonitor:
         self.initial_stable_ranks = dict(state["initial_stable_ranks"])
         device = next(self.model.parameters()).device
         self._vectors = {key: vector.to(device) for key, vector in state["vectors"].items()}
-        self._losses, self._decay = list(state["losses"]), state["decay"]
-        self._window_start, self.window = state["window_start"], state["window"]
+        self._losses = list(state["losses"])
+        self._decay = state["decay"]
+        self._window_start = state["window_start"]
+        self.window = state["window"]
 
-    def _items(self) -> list[tuple[str, Target]]:
-        return list(self.targets.items())
-
-    def _measure_target(self, name: str, target: Target) -> Tensor:
-        weight = target.weight(self.model)
-        weight_norm, weight_stable = self._weight_stats(name, weight)
+    def _measure_target(self, name: str) -> Tensor:
+        weight_norm, weight_stable = self._weight_stats(name)
         update = self.updates()[name]
         update_norm = torch.linalg.vector_norm(update)
-        update_stable = stable_rank(update_norm, self._spectral_norm(f"{name}:update", update))
-        grad = target.grad(self.model)
-        nan = torch.full((), math.nan, device=weight.device)
-        grad_norm = nan if grad is None else torch.linalg.vector_norm(grad.float())
+        update_spectral = self._spectral_norm(_key_of_update(name), update)
+        update_stable = stable_rank(update_norm, update_spectral)
+        grad = self.targets[name].grad(self.model)
+        if grad is None:
+            grad_norm = torch.full_like(weight_norm, math.nan)
+        else:
+            grad_norm = torch.linalg.vector_norm(grad.float())
         return torch.stack([weight_norm, update_norm, weight_stable, update_stable, grad_norm])
 
-    def _weight_stats(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = weight.float()
+    def _weight(self, name: str) -> Tensor:
+        weight = self.targets[name].weight(self.model)
+        return weight.float()
+
+    def _weight_stats(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the norm and the stable rank of a target's weight."""
+        weight = self._weight(name)
         norm = torch.linalg.vector_norm(weight)
-        return norm, stable_rank(norm, self._spectral_norm(name, weight))
+        spectral = self._spectral_norm(name, weight)
+        return norm, stable_rank(norm, spectral)
 
     def _spectral_norm(self, key: str, matrix: Tensor) -> Tensor:
-        known = key in self._vectors
-        start = self._vectors[key] if known else _start_vector(matrix)
-        iterations = self.iterations if known else FIRST_ITERATIONS
-        norm, self._vectors[key] = spectral_norm(matrix, start, iterations)
+        if key in self._vectors:
+            start = self._vectors[key]
+            iterations = self.iterations
+        else:
+            start = _start_vector(matrix)
+            iterations = FIRST_ITERATIONS
+        norm, vector = spectral_norm(matrix, start, iterations)
+        self._vectors[key] = vector
         return norm
 
     def _exact_stats(self, name: str) -> dict[str, Any]:
-        bases = {"basis_stability": self._basis_stability(name)} if self.bases else {}
-        if not self.exact:
-            return bases
-        weight = torch.linalg.svdvals(self.targets[name].weight(self.model).float())
-        update = torch.linalg.svdvals(self.updates()[name])
-        return bases | {
-            "weight_effective_rank": effective_rank(weight),
-            "update_effective_rank": effective_rank(update),
-            "weight_singular_values": tuple(weight[: self.leading].tolist()),
-            "update_singular_values": tuple(update[: self.leading].tolist()),
-        }
+        stats: dict[str, Any] = {}
+        if self.bases:
+            stats["basis_stability"] = self._basis_stability(name)
+        if self.exact:
+            matrices = {"weight": self._weight(name), "update": self.updates()[name]}
+            for of, matrix in matrices.items():
+                values = torch.linalg.svdvals(matrix)
+                leading = values[: self.leading]
+                stats[f"{of}_effective_rank"] = effective_rank(values)
+                stats[f"{of}_singular_values"] = tuple(leading.tolist())
+        return stats
 
     def _basis_stability(self, name: str) -> float:
         """Return OIALR's statistic (arXiv 2401.08505): how little the singular bases turned.
@@ -219,9 +240,21 @@ class UpdateMonitor:
         its transpose. These columns are orthonormal, so the mean of their cosines is an inner
         product.
         """
-        weight = self.targets[name].weight(self.model).float()
-        now, before = (_orthogonal_factor(m) for m in (weight, self.references[name].to(weight)))
-        return float((now * before).sum() / min(weight.shape))
+        weight = self._weight(name)
+        reference = self.references[name].to(weight)
+        now = _orthogonal_factor(weight)
+        before = _orthogonal_factor(reference)
+        cosines = (now * before).sum()
+        return float(cosines / min(weight.shape))
+
+
+def _only(names: Container[str], values: Mapping[str, Value]) -> dict[str, Value]:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _key_of_update(name: str) -> str:
+    """Return the key of the vector for a target's update; its weight's key is the name alone."""
+    return f"{name}:update"
 
 
 def _orthogonal_factor(matrix: Tensor) -> Tensor:
@@ -231,5 +264,7 @@ def _orthogonal_factor(matrix: Tensor) -> Tensor:
 
 def _start_vector(matrix: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(matrix.shape[1], generator=generator)
-    return (vector / torch.linalg.vector_norm(vector)).to(matrix)
+    _, in_features = matrix.shape
+    vector = torch.randn(in_features, generator=generator)
+    unit = vector / torch.linalg.vector_norm(vector)
+    return unit.to(matrix)

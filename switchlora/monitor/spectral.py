@@ -36,7 +36,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
         U, S, Vh = _randomised_svd(matrix, rank + OVERSAMPLING)
-    return _with_fixed_signs(SVD(U[:, :rank], S[:rank], Vh[:rank]))
+    leading = SVD(U[:, :rank], S[:rank], Vh[:rank])
+    return _with_fixed_signs(leading)
 
 
 def spectral_norm(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -50,9 +51,10 @@ def spectral_norm(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tenso
     steps = min(iterations, min(matrix.shape) - 1)
     basis = matrix.new_zeros(matrix.shape[1], steps + 1)
     basis[:, 0] = _unit(start)
-    for k in range(steps):
-        vector = matrix.mT @ (matrix @ basis[:, k])
-        basis[:, k + 1] = _orthogonal_unit(basis[:, : k + 1], vector)
+    for size in range(1, steps + 1):
+        found = basis[:, :size]
+        vector = matrix.mT @ (matrix @ found[:, -1])
+        basis[:, size] = _orthogonal_unit(found, vector)
     _, values, right = torch.linalg.svd(matrix @ basis, full_matrices=False)
     return values[0], basis @ right[0]
 
@@ -79,7 +81,8 @@ def effective_rank(singular_values: Tensor) -> float:
     total = singular_values.sum()
     if total == 0:
         return 0.0
-    return float(torch.special.entr(singular_values / total).sum().exp())
+    entropy = torch.special.entr(singular_values / total).sum()
+    return float(entropy.exp())
 
 
 def energies(matrix: Tensor) -> Tensor:
@@ -88,8 +91,11 @@ def energies(matrix: Tensor) -> Tensor:
     They are the eigenvalues of the Gram matrix of the smaller side. Their error is about 1e-16 of
     the largest, which is enough for energy shares. It costs a fraction of an SVD.
     """
-    wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().mT
-    return torch.linalg.eigvalsh(wide @ wide.mT).flip(0).clamp_min(0)
+    rows, columns = matrix.shape
+    matrix = matrix.double()
+    wide = matrix if rows <= columns else matrix.mT
+    ascending = torch.linalg.eigvalsh(wide @ wide.mT)
+    return ascending.flip(0).clamp_min(0)
 
 
 def captured_energy(matrix: Tensor, rows: Tensor) -> float:
@@ -99,9 +105,11 @@ def captured_energy(matrix: Tensor, rows: Tensor) -> float:
     NaN for a zero matrix.
     """
     matrix = _at_least_float32(matrix)
-    basis = torch.linalg.qr(_at_least_float32(rows).mT).Q
+    rows = _at_least_float32(rows)
+    basis, _ = torch.linalg.qr(rows.mT)
     inside = torch.linalg.vector_norm(matrix @ basis)
-    return float((inside / torch.linalg.vector_norm(matrix)).square())
+    whole = torch.linalg.vector_norm(matrix)
+    return float((inside / whole).square())
 
 
 def _at_least_float32(matrix: Tensor) -> Tensor:
@@ -111,16 +119,20 @@ def _at_least_float32(matrix: Tensor) -> Tensor:
 def _randomised_svd(matrix: Tensor, sketch: int) -> SVD:
     devices = [matrix.device] if matrix.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        seed = torch.cuda.manual_seed if matrix.is_cuda else torch.default_generator.manual_seed
-        seed(0)
+        if matrix.is_cuda:
+            torch.cuda.manual_seed(0)
+        else:
+            torch.default_generator.manual_seed(0)
         U, S, V = torch.svd_lowrank(matrix, q=sketch, niter=POWER_ITERATIONS)
     return SVD(U, S, V.mT)
 
 
 def _with_fixed_signs(svd: SVD) -> SVD:
-    largest = svd.U.abs().argmax(dim=0, keepdim=True)
-    signs = torch.sign(svd.U.gather(0, largest)).squeeze(0)
-    return SVD(svd.U * signs, svd.S, svd.Vh * signs[:, None])
+    U, S, Vh = svd
+    place = U.abs().argmax(dim=0, keepdim=True)
+    largest = U.gather(0, place)
+    signs = torch.sign(largest).squeeze(0)
+    return SVD(U * signs, S, Vh * signs[:, None])
 
 
 def _orthogonal_unit(basis: Tensor, vector: Tensor) -> Tensor:
@@ -130,9 +142,12 @@ def _orthogonal_unit(basis: Tensor, vector: Tensor) -> Tensor:
     """
     new = vector - basis @ (basis.mT @ vector)
     new = new - basis @ (basis.mT @ new)  # once is not enough to stay orthogonal in float32
-    size, rounding = torch.linalg.vector_norm(new), 1e-5 * torch.linalg.vector_norm(vector)
+    size = torch.linalg.vector_norm(new)
+    rounding = 1e-5 * torch.linalg.vector_norm(vector)
     return torch.where(size > rounding, _unit(new), torch.zeros_like(new))
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
+    tiny = torch.finfo(vector.dtype).tiny
+    norm = torch.linalg.vector_norm(vector).clamp_min(tiny)
+    return vector / norm

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils import skip_init
 
 from switchlora.adapters import (
     DEFAULT_TARGETS,
@@ -16,6 +15,7 @@ from switchlora.adapters import (
     Target,
     adapted_linear,
     find_targets,
+    made_class,
     scaling_one,
 )
 from switchlora.criteria import SwitchCriterion, Verdict
@@ -30,12 +30,6 @@ AdapterFactory = Callable[[nn.Linear, Mapping[str, Adapter]], AdaptedLinear]
 RESIDUAL_DTYPES = {"bf16": torch.bfloat16}
 
 
-def sample_of(make: AdapterFactory) -> AdaptedLinear:
-    """Return a small module made by ``make``, to look at its class."""
-    adapter = Adapter(torch.zeros(1, 2), torch.zeros(2, 1), slice(0, 2), 1.0)
-    return make(skip_init(nn.Linear, 2, 2), {"": adapter})  # draws no random numbers
-
-
 def check_adapter(policy: "SwitchPolicy") -> None:
     """Raise ValueError for options that the adapter of ``policy`` cannot use.
 
@@ -44,14 +38,14 @@ def check_adapter(policy: "SwitchPolicy") -> None:
       as ``restart`` or ``split_qkv``.
     - Guided adapters also need a joint phase.
     """
-    kind = sample_of(policy.adapter).kind
-    if kind == AdaptedLinear.kind:
+    if policy.keeps_residual:
         if policy.least_gain is not None:
             raise ValueError(
                 "switch.least_gain measures factors in place of weights: use "
                 "switch/adapter=factorized"
             )
         return
+    kind = made_class(policy.adapter).kind
     refused = {
         "joint_epochs": policy.joint_epochs and kind != "guided",
         "stages": policy.stages and kind == "guided",
@@ -151,7 +145,7 @@ class SwitchPolicy:
     @property
     def keeps_residual(self) -> bool:
         """Whether the adapter keeps a residual weight; the switch then keeps the function."""
-        return sample_of(self.adapter).kind == AdaptedLinear.kind
+        return made_class(self.adapter).keeps_residual
 
     def find_targets(self, model: nn.Module) -> dict[str, Target]:
         """Return the targets of this policy in ``model``, by name."""
