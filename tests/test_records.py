@@ -80,7 +80,7 @@ DAMAGED = {
     "config.yaml": {
         b"": "it holds no mapping",
         b"data:\n  root: x\nepo": "line 3 has no end, the rest is missing",
-        b"data: [1,\nepochs: 2\n": "line 2 is no YAML: expected ',' or ']'",
+        b"data: [1\nepochs: 2\n": "line 2 is no YAML: expected ',' or ']'",
         b"seed: 1\nseed: 2\n": "line 2 is no YAML: found duplicate key seed",
         b"name: \xff\n": "line 1 is not UTF-8",
         b"name: \x00\n": "unacceptable character #x0000",

@@ -297,9 +297,9 @@ def test_a_run_that_began_alone_extends_no_trunk_without_its_history(sweep, tmp_
 
 def test_events_of_an_unfinished_write_are_cut_off_behind_the_last_measurement(tmp_path):
     log = TrunkLog(tmp_path)
-    whole = '{"event": "eval", "num_updates": 5, "val/top1": 9}\n{"event": "measure", "num_updates": 5}\n'
-    more = '{"event": "train", "num_updates": 6, "train/loss": 1}\n'
-    log.path.write_text(f'{whole}{more}{{"event": "tra')
+    train = '{"event": "train", "num_updates": 5, "train/loss": 1.0}\n'
+    whole = train + '{"event": "measure", "num_updates": 5}\n'
+    log.path.write_text(whole + train + '{"event": "tra')
     log.mend()
     assert log.path.read_text() == whole
 
