@@ -31,7 +31,7 @@ def write_run(folder, window=10, windows=4, switch=True, depth=5, targets=TARGET
     if switch:
         lines.append(event("switch", window * windows))
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(json.dumps({"model": {"depth": depth}}))
+    (folder / "config.yaml").write_text(json.dumps({"model": {"depth": depth}}) + "\n")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return drawn
 

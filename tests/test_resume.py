@@ -311,6 +311,35 @@ def test_a_finished_run_with_another_configuration_is_refused(tmp_path):
         make_run(tmp_path, "max_updates=20", "resume=auto")
 
 
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("summary.json", "", "line 1 is empty; without this file the last checkpoint is used"),
+        ("summary.json", "[1]", "line 1 holds no JSON object; without this file"),
+        ("summary.json", '{"status": "fin', "line 1 is no JSON.*; without this file"),
+        ("config.yaml", "", "it holds no mapping"),
+        ("config.yaml", "data:\n  root", "line 2 has no end, the rest is missing"),
+    ],
+)
+def test_a_finished_run_whose_files_are_damaged_is_refused_in_one_line(
+    short, tmp_path, name, content, words
+):
+    shutil.copytree(short, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").write_text('{"status": "finished", "val": {}, "phases": {}}')
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path / name} is damaged: {words}"):
+        make_run(tmp_path, "resume=auto", "checkpoint.every_updates=4", "max_updates=10")
+
+
+def test_a_log_with_a_damaged_line_is_not_continued(stopped):
+    log = stopped / "metrics.jsonl"
+    lines = log.read_bytes().split(b"\n")
+    lines[4] = b"\xff" * len(lines[4])
+    log.write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match=f"^{log} is damaged: line 5 is not UTF-8"):
+        make_run(stopped, "resume=auto")
+
+
 def test_a_branch_owns_a_checkpoint_before_its_first_update(stopped, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt

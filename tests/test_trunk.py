@@ -297,8 +297,9 @@ def test_a_run_that_began_alone_extends_no_trunk_without_its_history(sweep, tmp_
 
 def test_events_of_an_unfinished_write_are_cut_off_behind_the_last_measurement(tmp_path):
     log = TrunkLog(tmp_path)
-    whole = '{"event": "train"}\n{"event": "measure", "num_updates": 5}\n'
-    log.path.write_text(whole + '{"event": "train"}\n{"event": "tra')
+    train = '{"event": "train", "num_updates": 5, "train/loss": 1.0}\n'
+    whole = train + '{"event": "measure", "num_updates": 5}\n'
+    log.path.write_text(whole + train + '{"event": "tra')
     log.mend()
     assert log.path.read_text() == whole
 
@@ -321,6 +322,43 @@ def test_a_trunk_that_cannot_be_written_is_left_and_the_run_goes_on(sweep, tmp_p
     monkeypatch.setattr(TrunkLog, "append", full)
     _, said = made(tmp_path / "late", LATE, trunk=tmp_path / "trunk")
     assert "the trunk is left, this run goes on alone: No space left" in said
+    assert_same_run(tmp_path / "late", sweep[0] / "alone" / "late")
+
+
+def damage_line(log, number):
+    """Take the first character of a line away."""
+    lines = log.read_bytes().split(b"\n")
+    lines[number - 1] = lines[number - 1][1:]
+    log.write_bytes(b"\n".join(lines))
+
+
+def test_a_run_leaves_a_trunk_whose_log_is_damaged_and_goes_on_alone(sweep, tmp_path):
+    trunk = tmp_path / "trunk"
+    made(tmp_path / "early", EARLY, trunk=trunk)
+    (folder,) = trunk.iterdir()
+    damage_line(folder / "metrics.jsonl", 2)
+    for name, words in {"late": LATE, "never": "switch/criterion=never"}.items():
+        summary, said = made(tmp_path / name, words, trunk=trunk)
+        reason = f"{folder / 'metrics.jsonl'} is damaged: line 2 is no JSON"
+        assert f"the trunk is left, this run goes on alone: {reason}" in said
+        assert computed(summary) == 30 and said.count("the trunk is left") == 1
+        assert_same_run(tmp_path / name, sweep[0] / "alone" / name)
+        assert not (tmp_path / name / ".from-trunk").exists()
+
+
+def test_a_run_that_extends_a_trunk_leaves_it_when_its_log_gets_damaged(
+    sweep, tmp_path, at_update
+):
+    trunk = tmp_path / "trunk"
+
+    def damage(images):
+        (log,) = trunk.glob("*/metrics.jsonl")
+        damage_line(log, 1)
+        return images
+
+    at_update(12, damage)
+    _, said = made(tmp_path / "late", LATE, trunk=trunk)
+    assert "the trunk is left, this run goes on alone: " in said and "damaged: line 1" in said
     assert_same_run(tmp_path / "late", sweep[0] / "alone" / "late")
 
 

@@ -76,7 +76,7 @@ def test_the_switch_is_told(spec):
 
 
 def test_a_run_without_wandb_is_refused_in_one_line(tmp_path, monkeypatch):
-    (tmp_path / "config.yaml").write_text("log: {wandb: {mode: disabled, project: p}}")
+    (tmp_path / "config.yaml").write_text("log: {wandb: {mode: disabled, project: p}}\n")
     (tmp_path / "metrics.jsonl").touch()
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path)])
     with pytest.raises(SystemExit, match="has no W&B run: train with log.wandb.mode=offline"):

@@ -11,11 +11,13 @@ from switchlora.storage.checkpoint import (
 from switchlora.storage.events import (
     METRICS as METRICS,
     Placed as Placed,
-    as_record as as_record,
+    event_of as event_of,
     family_medians as family_medians,
     measurement_metrics as measurement_metrics,
     measurement_of as measurement_of,
+    placed_measurement as placed_measurement,
     read_events as read_events,
+    read_history as read_history,
     read_placed as read_placed,
     window_metrics as window_metrics,
 )
@@ -32,6 +34,7 @@ from switchlora.storage.provenance import (
     machine as machine,
     machine_line as machine_line,
 )
+from switchlora.storage.reading import FileDamaged as FileDamaged
 from switchlora.storage.records import (
     TRUNK_KEY as TRUNK_KEY,
     Record as Record,
@@ -39,6 +42,7 @@ from switchlora.storage.records import (
     find_records as find_records,
     is_run as is_run,
     read_record as read_record,
+    read_summary as read_summary,
 )
 from switchlora.storage.resume import (
     AUTO as AUTO,

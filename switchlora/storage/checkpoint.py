@@ -12,7 +12,7 @@ in ``.1``, ``.2`` and so on. It holds:
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from switchlora.adapters import inject_empty
 from switchlora.errors import CheckpointUnusable
 from switchlora.learner import Learner, is_sharded, moments_of
 from switchlora.process import distributed
-from switchlora.storage.retention import FOLDER, free_name, remove_unfinished
+from switchlora.storage.retention import FOLDER, free_name, name_of, remove_unfinished
 from switchlora.storage.tensors import TENSORS, load_sharded, write_sharded
 
 FORMAT = 5
@@ -55,9 +55,8 @@ def write(folder: Path, num_updates: int, state: Mapping[str, Any], learner: Lea
         try:
             tensors = write_sharded(part / TENSORS, tensors)
         except CheckpointException as error:  # no Exception, and many lines long
-            shutil.rmtree(part, ignore_errors=True)
-            reason = next(iter(error.failures.values()))[0]
-            raise OSError(f"no checkpoint could be written to {part.parent}: {reason}") from error
+            reason, _ = next(iter(error.failures.values()))
+            raise _given_up(part, reason) from error
     state = {"format": FORMAT, **state, **tensors}
     return distributed.from_primary(lambda: _finish_writing(part, state, num_updates))
 
@@ -66,19 +65,30 @@ def _finish_writing(part: Path, state: Mapping[str, Any], num_updates: int) -> P
     try:
         with (part / STATE).open("wb") as file:
             torch.save(state, file)
-        files = sorted(path for path in part.rglob("*") if path.is_file())
-        lines = [f"{_digest(path)}  {path.relative_to(part)}\n" for path in files]
-        (part / SUMS).write_text("".join(lines))
-        for path in (*files, part / SUMS, *{path.parent for path in files}):
+        files = sorted(filter(Path.is_file, part.rglob("*")))
+        _write_sums(part, files)
+        folders = {path.parent for path in files}
+        for path in (*files, part / SUMS, *folders):
             _sync(path)
-        target = free_name(part.parent, num_updates)
+        target = free_name(part.parent, name_of(num_updates))
         part.rename(target)
         _sync(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save hides the system's error in its own
-        shutil.rmtree(part, ignore_errors=True)
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"no checkpoint could be written to {part.parent}: {reason}") from error
+        raise _given_up(part, reason) from error
     return target
+
+
+def _given_up(part: Path, reason: object) -> OSError:
+    """Remove what is written of a checkpoint; return the error that gives the reason."""
+    shutil.rmtree(part, ignore_errors=True)
+    return OSError(f"no checkpoint could be written to {part.parent}: {reason}")
+
+
+def _write_sums(folder: Path, files: Sequence[Path]) -> None:
+    with (folder / SUMS).open("w") as sums:
+        for path in files:
+            sums.write(f"{_digest(path)}  {path.relative_to(folder)}\n")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -86,23 +96,31 @@ def read(path: Path) -> dict[str, Any]:
 
     CheckpointUnusable, with the reason, when it is not whole, damaged or of another format.
     """
-    try:
-        lines = (path / SUMS).read_text().splitlines()
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError) as error:
-        raise CheckpointUnusable(f"{path} is not whole: {SUMS} cannot be read") from error
-    for name, expected in {STATE: "", **sums}.items():
+    for name, expected in _read_sums(path).items():
         try:
-            if _digest(path / name) != expected:
-                raise CheckpointUnusable(f"{path} is damaged: {name} does not match its checksum")
+            found = _digest(path / name)
         except OSError as error:
             raise CheckpointUnusable(f"{path} is not whole: {name} cannot be read") from error
+        if found != expected:
+            raise CheckpointUnusable(f"{path} is damaged: {name} does not match its checksum")
     state = load(path, mmap=True)
     if state.get("format") != FORMAT:
         raise CheckpointUnusable(
             f"{path} has format {state.get('format')}, this version of switchlora reads {FORMAT}"
         )
     return state
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    """Return the checksum of each file of a checkpoint; an empty one if ``STATE`` has none."""
+    sums = {STATE: ""}
+    try:
+        for line in (path / SUMS).read_text().splitlines():
+            digest, name = line.split("  ", 1)
+            sums[name] = digest
+    except (OSError, ValueError) as error:
+        raise CheckpointUnusable(f"{path} is not whole: {SUMS} cannot be read") from error
+    return sums
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -115,14 +133,17 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
     """Raise CheckpointUnusable unless names and shapes are those of the plain ``model``."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in shapes.keys() ^ state["shapes"].keys():
-        where = "this model" if name in shapes else "the checkpoint"
+    tensors = model.state_dict()
+    shapes = state["shapes"]
+    for name in tensors.keys() ^ shapes.keys():
+        where = "this model" if name in tensors else "the checkpoint"
         raise CheckpointUnusable(f"{path} is another model's: only {where} has {name}")
-    for name, shape in shapes.items():
-        if (other := tuple(state["shapes"][name])) != shape:
+    for name, tensor in tensors.items():
+        there = tuple(shapes[name])
+        here = tuple(tensor.shape)
+        if there != here:
             raise CheckpointUnusable(
-                f"{path} is another model's: {name} is {other} there and {shape} here"
+                f"{path} is another model's: {name} is {there} there and {here} here"
             )
 
 

@@ -1,6 +1,5 @@
 """The events of ``metrics.jsonl``: their keys, and how to write and read them."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
@@ -11,8 +10,13 @@ from typing import Any, NamedTuple
 from switchlora.criteria import Verdict
 from switchlora.monitor import LayerStats, Measurement
 from switchlora.names import family
+from switchlora.storage.reading import FileDamaged, content_of, parse_json
 
 METRICS = "metrics.jsonl"
+NEEDED = {"train": "train/loss", "eval": "val/top1"}
+"""by kind of event, the key that it must have beside 'event' and 'num_updates'"""
+WEIGHT_NORM = "weight_norm/"
+"""prefix of a key that every target of a 'measure' event has"""
 
 
 def as_record(
@@ -23,25 +27,31 @@ def as_record(
 
 
 class Placed(NamedTuple):
-    """An event, and the bytes of its file at which its line begins and ends."""
+    """An event, and the place of its line in the log."""
 
-    place: int
-    end: int
     event: dict[str, Any]
+    place: int
+    """byte at which the line begins"""
+    end: int
+    """byte at which the line after it begins"""
+    where: str
+    """file and number of the line, for messages"""
 
 
 def read_placed(path: Path) -> Iterator[Placed]:
     """Yield the events of a log in order.
 
     A last line without its end is left out: a run is writing it, or was killed while it did.
-    ValueError, with folder and line, for a line that holds no event.
+    FileDamaged for a line that holds no event.
     """
     place = 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        end = place + len(line)
-        if line.endswith(b"\n"):
-            event = _event_on(line, f"{path.parent}: line {number} of {path.name}")
-            yield Placed(place, end, event)
+    *lines, _ = content_of(path).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        event = parse_json(line, path, number)
+        where = f"{path} is damaged: line {number}"
+        _check_event(event, where)
+        end = place + len(line) + 1
+        yield Placed(event, place, end, where)
         place = end
 
 
@@ -52,22 +62,34 @@ def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, An
             yield placed.event
 
 
-def _event_on(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is damaged") from error
-    if not isinstance(found, dict) or "event" not in found:
-        raise ValueError(f"{where} is damaged: it holds no event")
-    return found
+def read_history(folder: Path) -> list[Measurement]:
+    """Return the measurements in the log of a folder, in order.
+
+    FileDamaged when a line is damaged or lacks a number of a measurement.
+    """
+    history = []
+    for placed in read_placed(folder / METRICS):
+        if placed.event["event"] == "measure":
+            history.append(placed_measurement(placed))
+    return history
+
+
+def _check_event(event: Mapping[str, Any], where: str) -> None:
+    kind = event.get("event")
+    if not isinstance(kind, str):
+        raise FileDamaged(f"{where} holds no event")
+    if not isinstance(event.get("num_updates"), int):
+        raise FileDamaged(f"{where} is an event without 'num_updates'")
+    if kind in NEEDED and NEEDED[kind] not in event:
+        raise FileDamaged(f"{where} is an event '{kind}' without '{NEEDED[kind]}'")
 
 
 def plain_values(value: Any) -> Any:
     """Return what JSON can hold: lists for tuples, None for numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {str(k): plain_values(v) for k, v in value.items()}
+        return {str(key): plain_values(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_values(v) for v in value]
+        return list(map(plain_values, value))
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -76,26 +98,19 @@ def plain_values(value: Any) -> Any:
 FAMILY_STATISTICS = ("relative_update_norm", "update_stable_rank", "weight_stable_rank")
 
 
-def measurement_metrics(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
-    """Return the keys and values of a 'measure' event.
-
-    - ``<statistic>/<target>`` and the medians ``family/<statistic>/<family>``.
-    - ``train/window_loss``.
-    - ``switch/margin/<target>``, ``switch/fires`` and ``switch/reason`` of the ``verdict``.
-    """
-    metrics = window_metrics(measurement)
-    metrics |= {f"switch/margin/{name}": margin for name, margin in verdict.margins.items()}
-    return metrics | {"switch/fires": verdict.fires, "switch/reason": verdict.reason}
-
-
 def window_metrics(measurement: Measurement) -> dict[str, Any]:
     """Return the keys and values of a 'window' event: a measurement without a verdict.
 
     No criterion reads a 'window' event.
+
+    - ``<statistic>/<target>`` and the medians ``family/<statistic>/<family>``.
+    - ``train/window_loss``.
     """
     metrics: dict[str, Any] = {"train/window_loss": measurement.train_loss}
     for name, stats in measurement.layers.items():
-        metrics |= {f"{key}/{name}": v for key, v in vars(stats).items() if v not in (None, ())}
+        for key, value in vars(stats).items():
+            if value not in (None, ()):  # it was not asked for
+                metrics[f"{key}/{name}"] = value
         metrics[f"relative_update_norm/{name}"] = stats.relative_update_norm
     return metrics | family_medians(measurement)
 
@@ -105,29 +120,67 @@ def family_medians(measurement: Measurement) -> dict[str, float]:
     families: dict[str, list[LayerStats]] = {}
     for name, stats in measurement.layers.items():
         families.setdefault(family(name), []).append(stats)
-    return {
-        f"family/{key}/{name}": median(getattr(stats, key) for stats in members)
-        for key in FAMILY_STATISTICS
-        for name, members in families.items()
-    }
+    medians = {}
+    for key in FAMILY_STATISTICS:
+        for name, members in families.items():
+            medians[f"family/{key}/{name}"] = median(getattr(stats, key) for stats in members)
+    return medians
+
+
+def measurement_metrics(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
+    """Return the keys and values of a 'measure' event.
+
+    They are those of a 'window' event, and ``switch/margin/<target>``, ``switch/fires`` and
+    ``switch/reason`` of the ``verdict``.
+    """
+    metrics = window_metrics(measurement)
+    for name, margin in verdict.margins.items():
+        metrics[f"switch/margin/{name}"] = margin
+    metrics["switch/fires"] = verdict.fires
+    metrics["switch/reason"] = verdict.reason
+    return metrics
+
+
+def event_of(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
+    """Return the 'measure' event that holds a measurement; ``measurement_of`` reads it back."""
+    metrics = measurement_metrics(measurement, verdict)
+    return as_record("measure", measurement.num_updates, measurement.epoch, metrics)
 
 
 def measurement_of(event: Mapping[str, Any]) -> Measurement:
-    """Return the measurement that a 'measure' event holds."""
-    names = [key.removeprefix("weight_norm/") for key in event if key.startswith("weight_norm/")]
+    """Return the measurement that a 'measure' event holds; KeyError when a number is missing."""
+    layers = {}
+    for key in event:
+        if key.startswith(WEIGHT_NORM):
+            name = key.removeprefix(WEIGHT_NORM)
+            layers[name] = _layer(event, name)
     return Measurement(
         num_updates=event["num_updates"],
         epoch=event["epoch"],
-        train_loss=event["train/window_loss"],
-        layers={name: _layer(event, name) for name in names},
+        train_loss=_read_back(event["train/window_loss"]),
+        layers=layers,
     )
+
+
+def placed_measurement(placed: Placed) -> Measurement:
+    """Return the measurement that a 'measure' event of a log holds; FileDamaged names its line."""
+    try:
+        return measurement_of(placed.event)
+    except KeyError as error:
+        raise FileDamaged(f"{placed.where} is a measurement without {error}") from error
 
 
 def _layer(event: Mapping[str, Any], name: str) -> LayerStats:
     stats: dict[str, Any] = {}
-    for item in fields(LayerStats):
-        value = event.get(f"{item.name}/{name}", item.default)
-        if value is None and item.default is MISSING:
-            value = math.nan  # JSON has no NaN: it is written as null
-        stats[item.name] = tuple(value) if isinstance(value, list) else value
+    for statistic in fields(LayerStats):
+        key = f"{statistic.name}/{name}"
+        if key in event or statistic.default is MISSING:
+            stats[statistic.name] = _read_back(event[key])
     return LayerStats(**stats)
+
+
+def _read_back(value: Any) -> Any:
+    """Return a value as it was before ``plain_values``: NaN for None, a tuple for a list."""
+    if isinstance(value, list):
+        return tuple(map(_read_back, value))
+    return math.nan if value is None else value

@@ -37,8 +37,9 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
     - The residual of a factorised linear is zero.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, ranks, alphas = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
     for name, module in adapted_modules(model).items():
         A, B = _stacked(module.adapters(), module.out_features)
         if not len(A) or module.kind == GuidedLinear.kind:
@@ -46,28 +47,29 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
             continue
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
-        ranks[name] = alphas[name] = len(A)
+        ranks[name] = len(A)
         if module.weight is None:
             dense[f"{name}.weight"] = A.new_zeros(module.out_features, module.in_features)
     residual = without_adapters(model) | dense
     _save(residual, folder / "residual.safetensors")
     _save(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(_peft_config(ranks, alphas), indent=2))
+    (folder / "adapter_config.json").write_text(json.dumps(_peft_config(ranks), indent=2))
     return folder
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+        save_file(on_cpu, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _stacked(adapters: dict[str, Adapter], out_features: int) -> tuple[Tensor, Tensor]:
-    rank = sum(len(adapter.A) for adapter in adapters.values())
-    first = next(iter(adapters.values())).A
-    A = torch.cat([adapter.A.detach() for adapter in adapters.values()]).cpu()
-    B = torch.zeros(out_features, rank, dtype=first.dtype)
+    """Return the factors A (rank, in) and B (out, rank) of one adapter for all row slices."""
+    factors_A = [adapter.A.detach() for adapter in adapters.values()]
+    A = torch.cat(factors_A).cpu()
+    B = torch.zeros(out_features, len(A), dtype=factors_A[0].dtype)
     start = 0
     for adapter in adapters.values():
         stop = start + len(adapter.A)
@@ -76,15 +78,17 @@ def _stacked(adapters: dict[str, Adapter], out_features: int) -> tuple[Tensor, T
     return A, B
 
 
-def _peft_config(ranks: dict[str, int], alphas: dict[str, int]) -> dict[str, object]:
+def _peft_config(ranks: dict[str, int]) -> dict[str, object]:
+    """Return PEFT's settings; alpha is the rank, since B holds the scaling."""
     largest = max(ranks.values(), default=0)
+    pattern = {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items()}
     return {
         "peft_type": "LORA",
         "r": largest,
         "lora_alpha": largest,
         "target_modules": sorted(ranks),
-        "rank_pattern": {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items()},
-        "alpha_pattern": {f"^{name}$".replace(".", r"\."): rank for name, rank in alphas.items()},
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

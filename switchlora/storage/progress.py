@@ -18,7 +18,7 @@ class Progress:
     """
 
     def __init__(self, total: int, enabled: bool = True, stream: TextIO | None = None) -> None:
-        self.total, self._enabled = total, enabled
+        self.total = total
         stream = stream or sys.stderr
         on_terminal = stream.isatty()
         self._bar = tqdm(
@@ -30,13 +30,15 @@ class Progress:
         )
         self._as_lines = enabled and not on_terminal
         self._first: tuple[int, float] | None = None
+        """updates done and time at the first call of ``show``"""
         self._told_at = 0.0
 
     def show(self, num_updates: int, **postfix: str) -> None:
         """Show that ``num_updates`` are done, with short values such as the loss."""
         now = time.monotonic()
         if self._first is None:
-            self._first, self._told_at = (num_updates, now), now
+            self._first = (num_updates, now)
+            self._told_at = now
             self._bar.initial = self._bar.n = num_updates  # what was done before has no speed
         self._bar.set_postfix(postfix, refresh=False)
         self._bar.update(num_updates - self._bar.n)
@@ -57,8 +59,9 @@ class Progress:
         before, start = self._first
         speed = (num_updates - before) / (now - start)
         left = (self.total - num_updates) / speed if speed > 0 else 0.0
-        values = "".join(f" | {name} {value}" for name, value in postfix.items())
-        return (
-            f"update {num_updates:>6} of {self.total}{values} | {speed:.2f} updates/s | "
-            f"{tqdm.format_interval(left)} left"
-        )
+        parts = [f"update {num_updates:>6} of {self.total}"]
+        for name, value in postfix.items():
+            parts.append(f"{name} {value}")
+        parts.append(f"{speed:.2f} updates/s")
+        parts.append(f"{tqdm.format_interval(left)} left")
+        return " | ".join(parts)

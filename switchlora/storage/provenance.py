@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,12 @@ KERNEL_LIMITS = (
 def environment(device: torch.device, seed: int) -> dict[str, object]:
     """Return hardware, versions, git state, command and seed of this process, as plain values."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "world_size": distributed.world_size(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "git": git_state(),
         "command": command(),
         "seed": seed,
@@ -46,15 +47,31 @@ def machine_line(device: torch.device) -> str:
 
     It helps to understand a failure on a machine that one cannot see.
     """
-    where = environment(device, seed=0)
-    versions: Any = where["versions"]
-    shown = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
-    kernels = torch.backends.cpu.get_cpu_capability()
-    limits = "".join(f", {key}={os.environ[key]}" for key in KERNEL_LIMITS if key in os.environ)
-    return (
-        f"{where['device']}, {kernels} kernels{limits}, {where['threads']} thread(s) | "
-        f"Python {where['python']}, {shown}"
-    )
+    kernels = f"{torch.backends.cpu.get_cpu_capability()} kernels"
+    hardware = [device_name(device), kernels]
+    for key in KERNEL_LIMITS:
+        if key in os.environ:
+            hardware.append(f"{key}={os.environ[key]}")
+    hardware.append(f"{torch.get_num_threads()} thread(s)")
+    software = [f"Python {platform.python_version()}"]
+    for name, found in versions().items():
+        if found:
+            software.append(f"{name} {found}")
+    return f"{', '.join(hardware)} | {', '.join(software)}"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or number and model of the processors."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of each of ``PACKAGES``; None for one that is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def command() -> str:
@@ -67,13 +84,15 @@ def command() -> str:
 
 def machine(device: torch.device) -> dict[str, object]:
     """Return what can change the last bits of a run: hardware, kernels, threads, versions."""
-    where = environment(device, seed=0)
-    versions = {f"versions.{name}": found for name, found in where["versions"].items()}  # type: ignore[attr-defined]
-    return {
-        **{key: where[key] for key in ("device", "threads", "python")},
+    found: dict[str, object] = {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
         "kernels": torch.backends.cpu.get_cpu_capability(),
-        **versions,
     }
+    for name, installed in versions().items():
+        found[f"versions.{name}"] = installed
+    return found
 
 
 def code_digest(keys: Mapping[str, Any]) -> str:
@@ -85,21 +104,28 @@ def code_digest(keys: Mapping[str, Any]) -> str:
     - the source files of the ``_target_`` values,
     - files that are values themselves, such as ``model.checkpoint_path``.
     """
-    named = {Path(value) for value in keys.values() if isinstance(value, str)}
-    targets = {str(value) for key, value in keys.items() if key.split(".")[-1] == "_target_"}
-    files = {*Path(__file__).parents[1].rglob("*.py"), *filter(None, map(_source_of, targets))}
-    files |= {path for path in named if path.is_file()}
+    files = set(Path(__file__).parents[1].rglob("*.py"))
+    for key, value in keys.items():
+        file = _source_of(value) if key.split(".")[-1] == "_target_" else _file_of(value)
+        if file is not None:
+            files.add(file)
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def _source_of(target: str) -> Path | None:
+def _source_of(target: Any) -> Path | None:
     try:
-        return Path(inspect.getfile(get_object(target)))
+        return Path(inspect.getfile(get_object(str(target))))
     except TypeError:  # it is built in
         return None
+
+
+def _file_of(value: Any) -> Path | None:
+    if isinstance(value, str) and Path(value).is_file():
+        return Path(value)
+    return None
 
 
 def git_state() -> str | None:
@@ -114,18 +140,13 @@ def git_state() -> str | None:
     return found.stdout.strip() or None
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def cpu_name() -> str:
     """Return number and model of the processors, as '2 x <model name>'."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    if not models:
+        return platform.processor()
+    return f"{len(models)} x {models[0]}"

@@ -1,21 +1,19 @@
 """Read runs, finished or not, from their folders: configuration, events, summary."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
-from yaml import YAMLError
+from typing import Any
 
 from switchlora.monitor import Measurement
-from switchlora.storage.events import METRICS, measurement_of, read_events
+from switchlora.storage.events import METRICS, read_events, read_history
+from switchlora.storage.reading import FileDamaged, content_of, parse_json, parse_yaml
 from switchlora.storage.runlog import CONFIG, SUMMARY
 
 TRUNK_KEY = "trunk.json"
 """file that marks a trunk: a folder that runs share, and that is no run itself"""
+NEEDED = ("status", "val", "phases")
+"""keys that every summary has"""
 
 
 @dataclass(frozen=True)
@@ -41,56 +39,108 @@ class Record:
     def events(self, event: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the events in order: those named ``event``, or all.
 
-        A torn last line is left out. ValueError when another line is damaged.
+        A torn last line is left out. FileDamaged when another line is damaged.
         """
         return read_events(self.folder, event)
 
     def history(self) -> list[Measurement]:
-        """Return what the monitor measured, bit for bit what the criterion read."""
-        return [measurement_of(event) for event in self.events("measure")]
+        """Return what the monitor measured, bit for bit what the criterion read.
+
+        FileDamaged when a line is damaged, or lacks a number.
+        """
+        return read_history(self.folder)
 
 
 def read_record(folder: Path) -> Record:
-    """Return the run in ``folder``; ValueError when there is none."""
+    """Return the run in ``folder``; its log is read later, when it is asked for.
+
+    ValueError when there is no run. FileDamaged when configuration or summary cannot be read.
+    """
     if not is_run(folder):
         raise ValueError(f"{folder} holds no run: {CONFIG} or {METRICS} is missing")
-    try:
-        config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
-    except (YAMLError, OSError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read") from error
-    summary = folder / SUMMARY
-    return Record(folder, config, json.loads(summary.read_text()) if summary.exists() else None)
+    return Record(folder, read_config(folder), read_summary(folder))
 
 
-def check_alike(records: Sequence[Record], keys: Iterable[str], give: str) -> None:
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of the run in ``folder``, None if it has none yet.
+
+    FileDamaged when the file holds no summary.
+    """
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    summary = parse_json(content_of(path), path)
+    for key in NEEDED:
+        if key not in summary:
+            raise FileDamaged(f"{path} is damaged: it has no '{key}'")
+    return summary
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of the run in ``folder``; FileDamaged when it cannot be read."""
+    path = folder / CONFIG
+    return parse_yaml(content_of(path), path)
+
+
+def check_alike(records: Sequence[Record], keys: Sequence[str], give: str) -> None:
     """Raise ValueError when two runs differ in one of the ``keys`` of their configurations.
 
     The message names the two runs and says what to ``give`` instead.
     """
-    for record, key in product(records[1:], keys):
-        if record.config[key] != records[0].config[key]:
-            raise ValueError(
-                f"{records[0].folder} and {record.folder} differ in '{key}': give {give}"
-            )
+    for record in records[1:]:
+        for key in keys:
+            if record.config[key] != records[0].config[key]:
+                raise ValueError(
+                    f"{records[0].folder} and {record.folder} differ in '{key}': give {give}"
+                )
 
 
-def find_records(paths: Iterable[Path]) -> list[Record]:
+def find_records(paths: Iterable[Path], say: Callable[[str], None] | None = None) -> list[Record]:
     """Return the runs in ``paths``: run folders, or folders of run folders, such as a sweep's.
 
     Each run is returned once. Trunks inside a sweep are left out. ValueError names a path that
     holds no run.
+
+    FileDamaged when the configuration or the summary of a run cannot be read. With ``say`` such a
+    run is left out, and so is one whose log is damaged: ``say`` gets a line that names the file.
+    ValueError when every run is left out.
     """
     found: dict[Path, Record] = {}
     for path in paths:
-        inside = (p for p in path.glob("*") if is_run(p) and not (p / TRUNK_KEY).exists())
-        folders = [path] if is_run(path) else sorted(inside)
-        if not folders:
-            raise ValueError(f"{path} is no run folder and holds none: give runs or a sweep")
-        for folder in folders:
-            found.setdefault(folder.resolve(), read_record(folder))
+        for folder in _run_folders(path):
+            try:
+                record = read_record(folder)
+                if say is not None:
+                    _check_log(record)
+            except FileDamaged as error:
+                if say is None:
+                    raise
+                say(f"left out: {error}")
+                continue
+            found.setdefault(folder.resolve(), record)
+    if not found:
+        raise ValueError("every run was left out")
     return list(found.values())
 
 
 def is_run(folder: Path) -> bool:
     """Return whether a run has begun in ``folder``."""
     return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
+
+
+def _run_folders(path: Path) -> list[Path]:
+    """Return the run folders that ``path`` stands for; ValueError when there are none."""
+    if is_run(path):
+        return [path]
+    folders = []
+    for inside in sorted(path.glob("*")):
+        if is_run(inside) and not (inside / TRUNK_KEY).exists():
+            folders.append(inside)
+    if not folders:
+        raise ValueError(f"{path} is no run folder and holds none: give runs or a sweep")
+    return folders
+
+
+def _check_log(record: Record) -> None:
+    for _ in record.events():
+        pass

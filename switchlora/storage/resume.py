@@ -1,11 +1,9 @@
 """Find the checkpoint to resume from; refuse to resume under another configuration."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from torch import nn
 
 from switchlora.config import Config, differences
@@ -13,7 +11,8 @@ from switchlora.errors import CheckpointUnusable
 from switchlora.process import from_primary
 from switchlora.storage import checkpoint, retention
 from switchlora.storage.events import METRICS
-from switchlora.storage.runlog import CONFIG, SUMMARY
+from switchlora.storage.reading import FileDamaged
+from switchlora.storage.records import read_config, read_summary
 
 AUTO = "auto"
 SHOWN = 3
@@ -59,24 +58,28 @@ def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> 
 def finished_summary(resume: str | None, folder: Path, config: Config) -> dict[str, Any] | None:
     """Return the summary of the run in ``folder`` if it is finished, else None.
 
-    Only ``resume='auto'`` looks for one. ValueError when that run had another configuration.
+    Only ``resume='auto'`` looks for one. ValueError when that run had another configuration, or
+    when its files cannot be read.
     """
-    return from_primary(lambda: _finished_summary(folder, config)) if resume == AUTO else None
+    if resume != AUTO:
+        return None
+    return from_primary(lambda: _finished_summary(folder, config))
 
 
 def _finished_summary(folder: Path, config: Config) -> dict[str, Any] | None:
-    path = folder / SUMMARY
-    if not path.exists():
+    try:
+        summary = read_summary(folder)
+    except FileDamaged as error:
+        raise FileDamaged(f"{error}; without this file the last checkpoint is used") from error
+    if summary is None or summary["status"] != "finished":
         return None
-    summary = json.loads(path.read_text())
-    if summary["status"] != "finished":
-        return None
-    _refuse_another(folder, OmegaConf.to_container(OmegaConf.load(folder / CONFIG)), config)
+    _refuse_another(folder, read_config(folder), config)
     return summary
 
 
-def _refuse_another(folder: Path, old: Any, new: Config) -> None:
-    if changed := differences(old, new):
+def _refuse_another(folder: Path, old: Config, new: Config) -> None:
+    changed = differences(old, new)
+    if changed:
         raise ValueError(
             f"{folder} holds a run with another configuration ({_some(changed)}); give the same, "
             f"or branch off in another folder with resume={folder}"
@@ -86,33 +89,44 @@ def _refuse_another(folder: Path, old: Any, new: Config) -> None:
 def _choose(
     resume: str | None, folder: Path, config: Config, model: nn.Module
 ) -> tuple[Path, Path, list[str]] | None:
-    begun = (folder / METRICS).exists()
-    if resume is None:
-        if begun:
-            raise ValueError(
-                f"{folder} already holds a run; go on with it by resume=auto, or choose another "
-                "hydra.run.dir"
-            )
+    """Return a checkpoint, the run folder that it is from, and lines for the user; or None."""
+    if resume is not None:
+        if resume == AUTO:
+            return _go_on(folder, config, model)
+        return _branch_off(Path(resume), folder, config, model)
+    if (folder / METRICS).exists():
+        raise ValueError(
+            f"{folder} already holds a run; go on with it by resume=auto, or choose another "
+            "hydra.run.dir"
+        )
+    return None
+
+
+def _go_on(folder: Path, config: Config, model: nn.Module) -> tuple[Path, Path, list[str]] | None:
+    candidates = retention.find_all(folder)
+    if not candidates:
         return None
-    if resume == AUTO:
-        candidates, source = retention.find_all(folder), folder
-        if not candidates:
-            return None
-    else:
-        candidates, source = _elsewhere(Path(resume))
-        if begun and retention.find_all(folder):
-            raise ValueError(
-                f"{folder} already holds a run; resume=auto goes on with it from its newest "
-                "checkpoint; to branch off from another one, choose another hydra.run.dir"
-            )
-    path, state, lines, unusable = _newest_usable(candidates, model)
-    if resume == AUTO:
-        _refuse_another(folder, state["config"], config)
-        for left in unusable:
-            retention.set_aside(left)
-        return path, source, lines
+    path, state, lines = _newest_usable(candidates, model)
+    _refuse_another(folder, state["config"], config)
+    unusable = candidates[: candidates.index(path)]
+    for left in unusable:
+        retention.set_aside(left)
+    return path, folder, lines
+
+
+def _branch_off(
+    place: Path, folder: Path, config: Config, model: nn.Module
+) -> tuple[Path, Path, list[str]]:
+    candidates, source = _elsewhere(place)
+    if (folder / METRICS).exists() and retention.find_all(folder):
+        raise ValueError(
+            f"{folder} already holds a run; resume=auto goes on with it from its newest "
+            "checkpoint; to branch off from another one, choose another hydra.run.dir"
+        )
+    path, state, lines = _newest_usable(candidates, model)
     changed = differences(state["config"], config)
-    if state["train"]["position"] and any(line.startswith("data.") for line in changed):
+    other_data = any(line.startswith("data.") for line in changed)
+    if other_data and state["train"]["position"]:
         raise ValueError(
             f"{path} is in the middle of an epoch of other data ({_some(changed)}): choose a "
             "checkpoint from the end of an epoch"
@@ -122,21 +136,22 @@ def _choose(
     return path, source, lines
 
 
-def _elsewhere(path: Path) -> tuple[list[Path], Path]:
-    if (path / checkpoint.STATE).exists():
-        candidates, source = [path], path.resolve().parent.parent
-    else:
-        candidates, source = retention.find_all(path), path
+def _elsewhere(place: Path) -> tuple[list[Path], Path]:
+    """Return the checkpoints that ``place`` stands for, and the run folder that they are from."""
+    if (place / checkpoint.STATE).exists():
+        return [place], place.resolve().parent.parent
+    candidates = retention.find_all(place)
     if not candidates:
-        raise ValueError(f"resume={path}: there is no checkpoint and no run folder with one")
-    return candidates, source
+        raise ValueError(f"resume={place}: there is no checkpoint and no run folder with one")
+    return candidates, place
 
 
 def _newest_usable(
     candidates: list[Path], model: nn.Module
-) -> tuple[Path, dict[str, Any], list[str], list[Path]]:
+) -> tuple[Path, dict[str, Any], list[str]]:
+    """Return the first usable checkpoint, its state, and a line for each one before it."""
     reasons = []
-    for number, path in enumerate(candidates):
+    for path in candidates:
         try:
             state = checkpoint.read(path)
             checkpoint.check_model(path, state, model)
@@ -144,10 +159,12 @@ def _newest_usable(
             reasons.append(str(error))
             continue
         lines = [f"{reason}; the one before it is used" for reason in reasons]
-        return path, state, lines, candidates[:number]
+        return path, state, lines
     raise ValueError(f"no checkpoint can be used: {reasons[0]}")
 
 
 def _some(changed: list[str]) -> str:
-    rest = len(changed) - SHOWN
-    return ", ".join(changed[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    text = ", ".join(changed[:SHOWN])
+    if len(changed) > SHOWN:
+        text += f" and {len(changed) - SHOWN} more"
+    return text

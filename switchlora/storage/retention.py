@@ -21,15 +21,16 @@ def find_all(folder: Path) -> list[Path]:
 def prune(folder: Path, keep: int, best_update: int | None) -> None:
     """Remove all checkpoints but the newest ``keep`` and the newest one at ``best_update``."""
     found = find_all(folder)
-    best = [path for path in found if _order(path)[0] == best_update][:1]
+    best = next((path for path in found if updates_of(path) == best_update), None)
     for path in found[keep:]:
-        if path not in best:
+        if path != best:
             _remove(path)
 
 
 def updates_of(path: Path) -> int:
     """Return the number of updates that were done when a checkpoint was written."""
-    return _order(path)[0]
+    num_updates, _ = _order(path)
+    return num_updates
 
 
 def thin(folder: Path, budget: float) -> None:
@@ -38,20 +39,38 @@ def thin(folder: Path, budget: float) -> None:
     Each step removes the checkpoint that leaves the smallest gap in updates. The others thus stay
     evenly spaced.
     """
-    kept = find_all(folder)[::-1]
-    sizes = {path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in kept}
-    while len(kept) > 1 and sum(sizes[path] for path in kept) > budget:
-        updates = [0, *map(updates_of, kept)]
-        gaps = [after - before for before, after in zip(updates, updates[2:], strict=False)]
-        _remove(kept.pop(gaps.index(min(gaps))))
+    kept = list(reversed(find_all(folder)))
+    sizes = list(map(_size, kept))
+    while len(kept) > 1 and sum(sizes) > budget:
+        place = _most_crowded(kept)
+        _remove(kept.pop(place))
+        sizes.pop(place)
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    size = 0
+    for file in path.rglob("*"):
+        if file.is_file():
+            size += file.stat().st_size
+    return size
+
+
+def _most_crowded(kept: list[Path]) -> int:
+    """Return the place of the checkpoint whose removal leaves the smallest gap, the first such.
+
+    ``kept`` has the oldest first. The newest is never returned; before the oldest lies update 0.
+    """
+    updates = [0, *map(updates_of, kept)]
+    gaps = []
+    for place in range(len(kept) - 1):
+        gaps.append(updates[place + 2] - updates[place])
+    return gaps.index(min(gaps))
 
 
 def set_aside(path: Path) -> None:
     """Rename a checkpoint that cannot be used, so that it is not taken for one again."""
-    name = f"unusable-{path.name}"
-    while path.with_name(name).exists():
-        name += "-again"
-    path.rename(path.with_name(name))
+    path.rename(free_name(path.parent, f"unusable-{path.name}"))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -83,14 +102,17 @@ class SaveSchedule:
 
     def due(self, num_updates: int) -> bool:
         """Return whether a checkpoint is due."""
+        if not self.keep:
+            return False
+        if self.every_updates and num_updates - self.saved_at >= self.every_updates:
+            return True
         minutes = (time.monotonic() - self._clock) / 60
-        by_updates = self.every_updates and num_updates - self.saved_at >= self.every_updates
-        by_time = self.every_minutes is not None and minutes >= self.every_minutes
-        return bool(self.keep and (by_updates or by_time))
+        return self.every_minutes is not None and minutes >= self.every_minutes
 
     def done(self, num_updates: int) -> None:
         """Note that a checkpoint was written."""
-        self.saved_at, self._clock = num_updates, time.monotonic()
+        self.saved_at = num_updates
+        self._clock = time.monotonic()
 
 
 def _remove(path: Path) -> None:
@@ -99,13 +121,28 @@ def _remove(path: Path) -> None:
     shutil.rmtree(unfinished)
 
 
-def free_name(place: Path, num_updates: int) -> Path:
-    """Return the path of the next checkpoint of an update: with ``.1`` and so on if one exists."""
-    name = f"update-{num_updates:08d}"
-    taken = [_order(path)[1] for path in place.glob(f"{name}*")]
-    return place / (f"{name}.{max(taken) + 1}" if taken else name)
+def name_of(num_updates: int) -> str:
+    """Return the name of the first checkpoint of an update."""
+    return f"update-{num_updates:08d}"
+
+
+def free_name(folder: Path, name: str) -> Path:
+    """Return a path in ``folder`` that is not taken: ``name``, with ``.1`` and so on if need be.
+
+    The number is higher than all that are there, so the order of the numbers is that of time.
+    """
+    numbered = re.compile(re.escape(name) + r"(?:\.(\d+))?")
+    free = 0
+    for path in folder.iterdir():
+        match = numbered.fullmatch(path.name)
+        if match is not None:
+            free = max(free, int(match[1] or 0) + 1)
+    return folder / (f"{name}.{free}" if free else name)
 
 
 def _order(path: Path) -> tuple[int, int]:
+    """Return the updates and the number of a checkpoint; (-1, 0) for any other folder."""
     match = NAME.fullmatch(path.name)
-    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
+    if match is None:
+        return -1, 0
+    return int(match[1]), int(match[2] or 0)

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from switchlora.process import is_primary, together
 from switchlora.storage.events import METRICS, as_record, plain_values, read_events
 from switchlora.storage.progress import Progress
+from switchlora.storage.retention import free_name
 
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
@@ -30,14 +31,7 @@ class FolderLock:
         self._file: TextIO | None = None
         with together():
             if is_primary():
-                end = time.monotonic() + patience
-                while (lock := locked(folder)) is None and time.monotonic() < end:
-                    time.sleep(POLL_SECONDS)
-                self._file = lock
-                if self._file is None:
-                    raise ValueError(
-                        f"another process is running in {folder}; choose another hydra.run.dir"
-                    )
+                self._file = _locked_within(folder, patience)
 
     def __enter__(self) -> "FolderLock":
         return self
@@ -45,6 +39,19 @@ class FolderLock:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _locked_within(folder: Path, patience: float) -> TextIO:
+    end = time.monotonic() + patience
+    while True:
+        file = locked(folder)
+        if file is not None:
+            return file
+        if time.monotonic() >= end:
+            raise ValueError(
+                f"another process is running in {folder}; choose another hydra.run.dir"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 class RunLog:
@@ -55,7 +62,8 @@ class RunLog:
 
     A resumed run passes ``position``: the value of ``RunLog.position`` in the checkpoint. Later
     lines are cut off, since their updates come again. ``source`` is the folder that the earlier
-    lines are copied from (None: ``folder`` itself).
+    lines are copied from (None: ``folder`` itself). ValueError when lines are missing there,
+    FileDamaged when one holds no event.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class RunLog:
         self.folder = folder
         self._talks = is_primary()
         self._wandb = None
+        self._step = 0
         path = folder / METRICS if self._talks else Path(os.devnull)
         if self._talks:
             folder.mkdir(parents=True, exist_ok=True)
@@ -80,9 +89,9 @@ class RunLog:
             known = position["wandb_id"] if position and source in (None, folder) else None
             self._wandb = _start_wandb(folder, config, wandb, known)
             self._first_step = self._wandb.starting_step
-            for step, record in enumerate(read_events(folder)):
-                self._to_wandb(step, record)
-        self._step = len(path.read_text().splitlines()) if self._talks else 0
+        if self._talks:
+            for record in read_events(folder):
+                self._to_wandb(record)
         self._progress = Progress(total_updates, enabled=progress and self._talks)
 
     def __enter__(self) -> "RunLog":
@@ -99,10 +108,8 @@ class RunLog:
         self._file.flush()
         if self._talks:
             os.fsync(self._file.fileno())
-        return {
-            "bytes": self._file.tell(),
-            "wandb_id": None if self._wandb is None else self._wandb.id,
-        }
+        wandb_id = None if self._wandb is None else self._wandb.id
+        return {"bytes": self._file.tell(), "wandb_id": wandb_id}
 
     def event(self, event: str, num_updates: int, epoch: float, **metrics: Any) -> None:
         """Record one event with the keys 'event', 'num_updates', 'epoch' and those of ``metrics``.
@@ -114,8 +121,7 @@ class RunLog:
             return
         record = as_record(event, num_updates, epoch, metrics)
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._to_wandb(self._step, record)
-        self._step += 1
+        self._to_wandb(record)
 
     def line(self, text: str) -> None:
         """Print one line on the terminal, above the progress bar."""
@@ -132,10 +138,14 @@ class RunLog:
 
     def images(self, paths: list[Path]) -> None:
         """Send pictures to W&B, under ``figures/<name>``."""
-        if self._wandb is not None:
-            import wandb
+        if self._wandb is None:
+            return
+        import wandb
 
-            self._wandb.log({f"figures/{p.stem}": wandb.Image(str(p)) for p in paths})
+        pictures = {}
+        for path in paths:
+            pictures[f"figures/{path.stem}"] = wandb.Image(str(path))
+        self._wandb.log(pictures)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write the values of the whole run to ``summary.json`` and to W&B's summary.
@@ -144,7 +154,8 @@ class RunLog:
         """
         if not self._talks:
             return
-        text = json.dumps(plain_values(values), indent=2, allow_nan=False)
+        plain = plain_values(values)
+        text = json.dumps(plain, indent=2, allow_nan=False)
         part = self.folder / f".{SUMMARY}"
         with part.open("w") as file:
             file.write(text + "\n")
@@ -152,9 +163,12 @@ class RunLog:
             os.fsync(file.fileno())
         part.replace(self.folder / SUMMARY)
         if self._wandb is not None:
-            self._wandb.summary.update(plain_values(values))
+            self._wandb.summary.update(plain)
 
-    def _to_wandb(self, step: int, record: Mapping[str, Any]) -> None:
+    def _to_wandb(self, record: Mapping[str, Any]) -> None:
+        """Send the next event to W&B, if there is a W&B run that does not know it yet."""
+        step = self._step
+        self._step += 1
         if self._wandb is None or step < self._first_step:
             return
         import wandb
@@ -192,6 +206,7 @@ def _close(file: TextIO | None) -> None:
 
 
 def _cut(path: Path, source: Path, size: int) -> None:
+    """Make the log ``path`` of the first ``size`` bytes of ``source``, which may be itself."""
     if size and (not source.exists() or source.stat().st_size < size):
         raise ValueError(
             f"{source} is missing or shorter than the checkpoint knows it: {size:,} bytes"
@@ -236,6 +251,4 @@ def _put_aside(folder: Path) -> None:
     for left in folder.glob("offline-run-*"):
         aside = folder / "interrupted"
         aside.mkdir(exist_ok=True)
-        numbers = ("", *(f".{number}" for number in range(1, 1000)))
-        free = (aside / f"{left.name}{number}" for number in numbers)  # names tell seconds
-        left.rename(next(place for place in free if not place.exists()))
+        left.rename(free_name(aside, left.name))  # two runs of one second have the same name

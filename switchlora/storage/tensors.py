@@ -38,7 +38,8 @@ def load_tensors(
             tensor.copy_(distributed.like(weights[name], tensor))
     if learner.scaler is not None and state["scaler"]:
         learner.scaler.load_state_dict(state["scaler"])
-    before, now = state["optimizer"], _kind(learner.optimizer)
+    before = state["optimizer"]
+    now = _kind(learner.optimizer)
     if before != now:
         return [f"moments start anew: the optimizer was {before}, it is {now}"]
     load_moments(learner.model, learner.optimizer, moments)
@@ -57,29 +58,36 @@ def learner_state(learner: Learner) -> dict[str, Any]:
     - ``shapes``: shapes of the plain model's tensors.
     - ``trained``: names of the parameters that train.
     """
+    groups = []
+    for group in learner.optimizer.param_groups:
+        values = dict(group)
+        del values["params"]
+        groups.append(values)
     return {
         "optimizer": _kind(learner.optimizer),
         "scaler": learner.scaler.state_dict() if learner.scaler else None,
-        "groups": [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in learner.optimizer.param_groups
-        ],
+        "groups": groups,
         "shapes": plain_shapes(learner.model),
         "trained": [name for name, p in learner.model.named_parameters() if p.requires_grad],
     }
 
 
 def _kind(optimizer: Optimizer) -> str:
-    options = [key for key in ("amsgrad", "momentum") if optimizer.defaults.get(key)]
-    return " with ".join([type(optimizer).__name__, *options])
+    """Return the name of the optimizer's class, with its options that have moments."""
+    kind = type(optimizer).__name__
+    for option in ("amsgrad", "momentum"):
+        if optimizer.defaults.get(option):
+            kind += f" with {option}"
+    return kind
 
 
 def random_states() -> dict[str, Any]:
     """Return the states of random, numpy and torch, as plain types and tensors."""
     numpy_state: Any = np.random.get_state()
+    generator, keys, *rest = numpy_state
     return {
         "python": random.getstate(),
-        "numpy": [numpy_state[0], [int(key) for key in numpy_state[1]], *numpy_state[2:]],
+        "numpy": [generator, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -97,8 +105,14 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def write_sharded(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Write all tensors with torch.distributed.checkpoint; return the other values."""
-    flat = {f"weights/{name}": tensor for name, tensor in tensors["weights"].items()}
+    """Write weights and moments with torch.distributed.checkpoint.
+
+    Return what takes their place in the state: no weights, and the values of the moments that are
+    no tensors.
+    """
+    flat: dict[str, Tensor] = {}
+    for name, tensor in tensors["weights"].items():
+        flat[f"weights/{name}"] = tensor
     plain: dict[str, dict[str, Any]] = {}
     for name, state in tensors["moments"].items():
         for key, value in state.items():
@@ -122,25 +136,29 @@ def load_sharded(
     parameters = model.state_dict()
     tensors: dict[str, Tensor] = {}
     for key, saved in reader.read_metadata().state_dict_metadata.items():
-        if not key.startswith(only):
-            continue
-        assert isinstance(saved, TensorStorageMetadata)
-        parameter = parameters[key.split("/")[1]]
-        whole = tuple(saved.size) == tuple(parameter.shape)
-        tensors[key] = (
-            torch.zeros_like(parameter)
-            if whole
-            else torch.zeros(saved.size, dtype=saved.properties.dtype)
-        )
+        if key.startswith(only):
+            assert isinstance(saved, TensorStorageMetadata)
+            _, name, *_ = key.split("/")
+            tensors[key] = _place_for(saved, parameters[name])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader)
     weights: dict[str, Tensor] = {}
     moments = {name: dict(values) for name, values in plain.items()}
     for key, tensor in tensors.items():
-        kind, name, *what = key.split("/")
-        if kind == "weights":
-            weights[name] = tensor
+        if key.startswith("weights/"):
+            weights[key.removeprefix("weights/")] = tensor
         else:
-            moments.setdefault(name, {})[what[0]] = tensor
+            _, name, moment = key.split("/")
+            moments.setdefault(name, {})[moment] = tensor
     return weights, moments
+
+
+def _place_for(saved: TensorStorageMetadata, parameter: Tensor) -> Tensor:
+    """Return zeros to read a saved tensor into, sharded as the ``parameter`` if it has its shape.
+
+    Other tensors, such as a step counter, are whole on every rank.
+    """
+    if tuple(saved.size) == tuple(parameter.shape):
+        return torch.zeros_like(parameter)
+    return torch.zeros(saved.size, dtype=saved.properties.dtype)

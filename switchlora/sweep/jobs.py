@@ -25,11 +25,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from switchlora.config import Config, identity, is_free, leaves, shaping
+from switchlora.config import Config, as_plain, identity, is_free, leaves, shaping
 from switchlora.errors import JobFailed, JobInterrupted
 from switchlora.names import near
 from switchlora.process import FAILURE, distributed, one_line
-from switchlora.storage import AUTO, METRICS, SUMMARY, find_all, finished_summary
+from switchlora.storage import AUTO, METRICS, find_all, finished_summary, read_summary
 
 JOB = "job.json"
 TRUNK = "trunk"
@@ -41,7 +41,10 @@ JOB_PATIENCE = 30.0
 FRESH_PROCESSES = "submitit"
 """part of the names of launchers that already run each job in its own process"""
 COUNTED = {"skipped": "finished before", "new": "new"}
+"""outcomes of which the closing lines tell the number, with their words"""
 NAMED = ("resumed", "retried", "interrupted", "failed")
+"""outcomes of which the closing lines name the jobs"""
+NOT_DONE = ("interrupted", "failed")
 METHOD = "+method"
 """config group of published systems, one yaml each"""
 PLACED = ("resume", "system.threads", "system.device", "system.parallel")
@@ -55,15 +58,18 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Make the folder of the jobs; note it and the time of the start."""
-        self.folder, self.start = Path(config.hydra.sweep.dir), time.time()
+        self.folder = Path(config.hydra.sweep.dir)
+        self.start = time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
         Sweep.running = self
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """Return outcome and reason of each job of this multirun, by the name of its folder."""
-        files = sorted(self.folder.glob(f"*/{JOB}"))
-        recent = [path for path in files if path.stat().st_mtime >= self.start]
-        return {path.parent.name: _noted(path.parent) for path in recent}
+        jobs = {}
+        for path in sorted(self.folder.glob(f"*/{JOB}")):
+            if path.stat().st_mtime >= self.start:
+                jobs[path.parent.name] = _noted(path.parent)
+        return jobs
 
     def lines(self) -> list[str]:
         """Return the closing lines of the multirun.
@@ -72,28 +78,35 @@ class Sweep(Callback):
         interrupted, or that failed.
         """
         jobs = self.jobs()
-        lines = [f"{len(jobs)} jobs in {self.folder}:"] if jobs else []
+        if not jobs:
+            return []
+        lines = [f"{len(jobs)} jobs in {self.folder}:"]
+        outcomes = [job["outcome"] for job in jobs.values()]
         for outcome, words in COUNTED.items():
-            if count := sum(job["outcome"] == outcome for job in jobs.values()):
-                lines.append(f"  {words}: {count}")
+            if outcome in outcomes:
+                lines.append(f"  {words}: {outcomes.count(outcome)}")
         for outcome in NAMED:
             for name, job in jobs.items():
                 if job["outcome"] == outcome:
-                    lines.append(f"  {outcome}: {name}{job['reason'] and ': ' + job['reason']}")
-        if failed(self):
+                    reason = f": {job['reason']}" if job["reason"] else ""
+                    lines.append(f"  {outcome}: {name}{reason}")
+        if any(outcome in NOT_DONE for outcome in outcomes):
             lines.append("the same command goes on with these and leaves the rest alone")
         return lines
 
 
 def told(sweep: Sweep | None) -> Sequence[str]:
     """Return the closing lines of a multirun on the primary rank; none for a single run."""
-    return sweep.lines() if sweep is not None and distributed.is_primary() else ()
+    if sweep is None or not distributed.is_primary():
+        return ()
+    return sweep.lines()
 
 
 def failed(sweep: Sweep | None) -> bool:
     """Return whether a job of the multirun failed or was interrupted."""
-    jobs = sweep.jobs().values() if sweep is not None else ()
-    return any(job["outcome"] in ("failed", "interrupted") for job in jobs)
+    if sweep is None:
+        return False
+    return any(job["outcome"] in NOT_DONE for job in sweep.jobs().values())
 
 
 def job_folder(*, _root_: DictConfig) -> str:
@@ -102,17 +115,26 @@ def job_folder(*, _root_: DictConfig) -> str:
     If a folder of the same identity exists under other overrides, its name is returned.
     ``NAME_LENGTH`` bounds the bytes of the name: the first overrides are left out.
     """
-    config = {key: value for key, value in _root_.items() if key != "hydra"}
-    keys = shaping(OmegaConf.to_container(OmegaConf.create(config), resolve=True))  # type: ignore[arg-type]
     task = list(_root_.hydra.overrides.task)
-    keys |= {word: "" for word in task if _places(word)}
-    name = identity(keys)
-    if there := sorted(Path(_root_.hydra.sweep.dir).glob(f"*_{name}")):
-        return there[0].name
+    name = _identity_of(_root_, task)
+    same_job = sorted(Path(_root_.hydra.sweep.dir).glob(f"*_{name}"))
+    if same_job:
+        return same_job[0].name
     words = [*filter(None, map(readable, task)), name]
-    while len("_".join(words).encode()) > NAME_LENGTH and len(words) > 1:
+    while len(words) > 1 and len("_".join(words).encode()) > NAME_LENGTH:
         words.pop(0)
     return "_".join(words)
+
+
+def _identity_of(root: DictConfig, task: Sequence[str]) -> str:
+    """Return the identity of a job: what shapes its results, where it starts and where it runs."""
+    config = dict(root.items())
+    del config["hydra"]
+    keys = shaping(as_plain(OmegaConf.create(config)))
+    for word in task:
+        if _places(word):
+            keys[word] = ""
+    return identity(keys)
 
 
 def readable(word: str) -> str:
@@ -141,10 +163,12 @@ def run_job(config: DictConfig, folder: Path, train: Any) -> Mapping[str, Any]:
     """
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir)
-    values = job_values(config, sweep.absolute() if hydra.job.chdir else sweep, folder)
+    if hydra.job.chdir:
+        sweep = sweep.absolute()
+    values = job_values(config, sweep, folder)
     for key, value in values.items():
         OmegaConf.update(config, key, value)
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain = as_plain(config)
     try:
         outcome = distributed.from_primary(lambda: _begun(folder, plain))
         if dist.is_initialized() or FRESH_PROCESSES in hydra.launcher._target_:
@@ -157,7 +181,9 @@ def run_job(config: DictConfig, folder: Path, train: Any) -> Mapping[str, Any]:
             _note(folder, outcome, one_line(error))
         raise JobFailed(f"{folder.name}: {one_line(error)}") from error
     _note(folder, outcome)
-    return json.loads((folder / SUMMARY).read_text())
+    summary = read_summary(folder)
+    assert summary is not None
+    return summary
 
 
 def job_values(config: DictConfig, sweep: Path, folder: Path) -> dict[str, Any]:
@@ -179,13 +205,18 @@ def objectives(config: DictConfig, summary: Mapping[str, Any]) -> float | tuple[
 
     ValueError for a name in ``config.objectives`` that is no number in the summary.
     """
-    known = {key: v for key, v in leaves(summary) if isinstance(v, int | float)}
-    if missing := [name for name in config.objectives if name not in known]:
-        raise ValueError(
-            f"objectives: the summary has no number '{missing[0]}'; {near(missing[0], known)}"
-        )
-    values = tuple(float(known[name]) for name in config.objectives)
-    return values[0] if len(values) == 1 else values
+    numbers = {}
+    for key, value in leaves(summary):
+        if isinstance(value, int | float):
+            numbers[key] = value
+    values = []
+    for name in config.objectives:
+        if name not in numbers:
+            raise ValueError(
+                f"objectives: the summary has no number '{name}'; {near(name, numbers)}"
+            )
+        values.append(float(numbers[name]))
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def is_job() -> bool:
@@ -198,7 +229,8 @@ def follow_parent() -> None:
 
     Only the process of a job has such a parent.
     """
-    if (parent := os.environ.pop(PARENT, None)) is not None:
+    parent = os.environ.pop(PARENT, None)
+    if parent is not None:
         threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
 
 
@@ -226,14 +258,25 @@ def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
             stderr=output and subprocess.STDOUT,
         )
         status = _wait_for(process)
-    if status in (128 + signal.SIGINT, -signal.SIGINT):
+    number = _signal_in(status)
+    if number == signal.SIGINT:
         _note(folder, "interrupted", "by Ctrl-C")
         raise KeyboardInterrupt
-    if number := status - 128 if status > 128 else -min(status, 0):
+    if number:
         raise JobInterrupted(f"it was ended by {signal.Signals(number).name}")
     if status:
         why = failure.read_text() if failure.exists() else f"it ended with status {status}"
         raise JobFailed(why)
+
+
+def _signal_in(status: int) -> int:
+    """Return the number of the signal that an exit status tells of; 0 for none.
+
+    Python tells -n of a process that signal n ended, and this program itself exits with 128 + n.
+    """
+    if status > 128:
+        return status - 128
+    return max(-status, 0)
 
 
 def _wait_for(process: subprocess.Popen) -> int:
@@ -251,26 +294,33 @@ def _wait_for(process: subprocess.Popen) -> int:
 def command(values: Mapping[str, Any], folder: Path) -> list[str]:
     """Return the command line that runs this one job of a multirun alone."""
     hydra = HydraConfig.get()
-    sources = hydra.runtime.config_sources
-    given = [source.path for source in sources if source.provider == "command-line"]
     own = {**values, "hydra.run.dir": os.path.relpath(folder), "hydra.mode": "RUN"}
-    return [
-        *(sys.executable, "-m", "switchlora", "--config-name", str(hydra.job.config_name)),
-        *(word for path in given for word in ("--config-dir", path)),
-        *(word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath")),
-        *(word for word in hydra.overrides.task if word.partition("=")[0] not in own),
-        *(f"{key}={_quoted(value)}" for key, value in own.items()),
-    ]
+    words = [sys.executable, "-m", "switchlora", "--config-name", str(hydra.job.config_name)]
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            words += ["--config-dir", source.path]
+    for word in hydra.overrides.hydra:
+        if word.startswith("hydra.searchpath"):
+            words.append(word)
+    for word in hydra.overrides.task:
+        if word.partition("=")[0] not in own:
+            words.append(word)
+    for key, value in own.items():
+        words.append(f"{key}={_quoted(value)}")
+    return words
 
 
 def _quoted(value: str) -> str:
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _places(word: str) -> bool:
     """Return whether an override says where a job starts, which data it reads or where it runs."""
     key, _, value = word.partition("=")
-    return (key in PLACED or key.endswith("root")) and value not in (AUTO, "null")
+    if value in (AUTO, "null"):
+        return False
+    return key in PLACED or key.endswith("root")
 
 
 def _begun(folder: Path, config: Config) -> str:

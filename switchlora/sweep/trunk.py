@@ -38,6 +38,7 @@ from switchlora.storage import (
     CONFIG,
     METRICS,
     TRUNK_KEY,
+    FileDamaged,
     Found,
     checkpoint,
     code_digest,
@@ -64,16 +65,21 @@ def trunk_key(config: Config, device: torch.device, data: str) -> dict[str, Any]
     ``data`` is a digest of the data set. The key has the code and the versions. Of the switch
     policy it has only ``targets`` and ``split_qkv``.
     """
-    shared = {key: value for key, value in shaping(config).items() if not _comes_later(key)}
-    return {
+    shared = {}
+    for name, value in shaping(config).items():
+        if not _comes_later(name):
+            shared[name] = value
+    key = {
         **shared,
         "log.every": config["log"]["every"],
         "system.parallel": config["system"]["parallel"],
         "processes": distributed.world_size(),
         "data": data,
         "code": code_digest(shared),
-        **{f"machine.{key}": value for key, value in machine(device).items()},
     }
+    for name, value in machine(device).items():
+        key[f"machine.{name}"] = value
+    return key
 
 
 def first_firing(
@@ -119,10 +125,15 @@ class Trunk:
         self.log = TrunkLog(self.folder)
         self.extends = False
         """whether this run is the one that extends the trunk"""
-        self._key, self._bytes, self._wait = key, gigabytes * GIGABYTE, wait
+        self._key = key
+        self._bytes = gigabytes * GIGABYTE
         self._share = time_share
+        self._wait = wait
         self._lock: TextIO | None = None
-        self._written_at, self._writing = -math.inf, 0.0
+        self._written_at = -math.inf
+        """time at which the last checkpoint of this run was written"""
+        self._writing = 0.0
+        """seconds that it took"""
 
     def enter(
         self,
@@ -137,10 +148,11 @@ class Trunk:
 
         This is a checkpoint of the trunk, or else ``own``, that of the run itself (None: the run
         starts at the beginning). Afterwards ``extends`` says whether this run extends the trunk.
-        Interrupted when a signal comes while the run waits.
+        It does not when the trunk's log is damaged. Interrupted when a signal comes while the run
+        waits.
         """
         place, position, self.extends = distributed.from_primary(
-            lambda: self._choose(policy, model, own, run, interruption, say)
+            lambda: self._choose_or_leave(policy, model, own, run, interruption, say)
         )
         if place is None:
             return own
@@ -149,7 +161,8 @@ class Trunk:
             "bytes": position,
             "wandb_id": own.state["log"]["wandb_id"] if own else None,
         }
-        state["train"]["reused"] = taken = self._taken(state, own)
+        taken = self._taken(state, own)
+        state["train"]["reused"] = taken
         line = (
             f"{taken['reused_updates']} updates of the full phase come from {self.folder}: "
             f"{taken['reused_seconds']:.0f} s saved"
@@ -164,7 +177,7 @@ class Trunk:
         """
         if not self.extends:
             return
-        with self._left_when_it_cannot_be_written(say):
+        with self._left_when_it_is_unusable(say):
             due = distributed.from_primary(lambda: self._append(measurement, run))
             if due:
                 self._save(measurement.num_updates, save)
@@ -172,7 +185,7 @@ class Trunk:
     def leave(self, num_updates: int, save: Save, say: Say) -> None:
         """Leave the trunk at a switch, with a checkpoint from which another run can extend it."""
         if self.extends:
-            with self._left_when_it_cannot_be_written(say):
+            with self._left_when_it_is_unusable(say):
                 if not distributed.from_primary(lambda: self._is_saved(num_updates)):
                     self._save(num_updates, save)
         self.release()
@@ -183,6 +196,23 @@ class Trunk:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def _choose_or_leave(
+        self,
+        policy: SwitchPolicy,
+        model: nn.Module,
+        own: Found | None,
+        run: Path,
+        interruption: Interruption,
+        say: Say,
+    ) -> tuple[Path | None, int, bool]:
+        """Return what ``_choose`` returns; leave a trunk whose log is damaged."""
+        try:
+            return self._choose(policy, model, own, run, interruption, say)
+        except FileDamaged as error:
+            self._go_on_alone(error, say)
+            shutil.rmtree(run / BORROWED, ignore_errors=True)
+            return None, 0, False
 
     def _choose(
         self,
@@ -199,11 +229,13 @@ class Trunk:
         """
         fires = self._wait_for_a_decision(policy, model, own, interruption, say)
         least = own.state["train"]["num_updates"] if own else 0
+        most = math.inf if fires is None else fires
         for path in retention.find_all(self.folder):
-            if not least < retention.updates_of(path) <= (math.inf if fires is None else fires):
+            if not least < retention.updates_of(path) <= most:
                 continue
             try:
-                state = checkpoint.read(borrowed := _borrow(path, run))
+                borrowed = _borrow(path, run)
+                state = checkpoint.read(borrowed)
                 checkpoint.check_model(path, state, model)
             except (CheckpointUnusable, FileNotFoundError, shutil.Error) as error:
                 say(f"{path} is left alone: {one_line(error)}")
@@ -229,11 +261,14 @@ class Trunk:
         """
         targets = policy.find_targets(model)
         waits = self._wait and distributed.world_size() == 1
-        known, told = -1, False
+        known_size = -1
+        told = False
         while True:
             held = self._take_lock()
-            if held or known != self.log.size():
-                known, history = self.log.size(), self.log.history()
+            size = self.log.size()
+            if held or size != known_size:
+                known_size = size
+                history = self.log.history()
                 fires = first_firing(policy, history, targets)
                 goes_on = _continues(own, history)
             if fires is not None or not goes_on:
@@ -279,21 +314,25 @@ class Trunk:
         self._writing = self._written_at - begin
 
     @contextmanager
-    def _left_when_it_cannot_be_written(self, say: Say) -> Iterator[None]:
+    def _left_when_it_is_unusable(self, say: Say) -> Iterator[None]:
+        """Leave the trunk, with a line, when it cannot be written or its log is damaged."""
         try:
             yield
-        except (OSError, OtherRankFailed) as error:
-            say(f"the trunk is left, this run goes on alone: {one_line(error)}")
-            self.release()
+        except (OSError, FileDamaged, OtherRankFailed) as error:
+            self._go_on_alone(error, say)
+
+    def _go_on_alone(self, error: Exception, say: Say) -> None:
+        say(f"the trunk is left, this run goes on alone: {one_line(error)}")
+        self.release()
 
     def _taken(self, state: Mapping[str, Any], own: Found | None) -> dict[str, Any]:
         """Return the updates and seconds that the borrowed ``state`` saves, now and before."""
-        before = own.state if own else None
-        updates, seconds = state["train"]["num_updates"], state["stopwatch"]["train_seconds"]
-        if before is not None:
-            earlier = before["train"]["reused"] or {"reused_updates": 0, "reused_seconds": 0.0}
-            updates += earlier["reused_updates"] - before["train"]["num_updates"]
-            seconds += earlier["reused_seconds"] - before["stopwatch"]["train_seconds"]
+        updates = state["train"]["num_updates"]
+        seconds = state["stopwatch"]["train_seconds"]
+        if own is not None:
+            earlier = own.state["train"]["reused"] or {"reused_updates": 0, "reused_seconds": 0.0}
+            updates += earlier["reused_updates"] - own.state["train"]["num_updates"]
+            seconds += earlier["reused_seconds"] - own.state["stopwatch"]["train_seconds"]
         return {
             "folder": str(self.folder),
             "reused_updates": updates,
