@@ -1,7 +1,8 @@
 """Compute ratios to a baseline, and refuse ratios between runs under different conditions."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from operator import sub, truediv
 from pathlib import Path
 from statistics import fmean
@@ -29,10 +30,12 @@ from switchlora.storage import Record
 
 MACHINE = ("device", "threads", "world_size")
 LENGTH = ("epochs", "max_updates", "ema")
+OF_RECIPES = ("precision", "accumulation", "compile")
 RECIPES = {"joint": "adapter", "staged": "adapter"}
 """the recipe's name in the configuration, for phases whose recipe has another name"""
 References = Mapping[Path, Sequence[Record]]
 """by folder of a run, the baseline's runs that it is compared with"""
+NO_BASELINE = "No baseline: no row trains in full to the end, and none was named."
 
 
 @dataclass(frozen=True)
@@ -56,24 +59,30 @@ def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
     Raise ValueError when no row is named ``baseline``, or when a row cannot be compared with it.
     """
     candidates = full_training(rows) if baseline is None else [named_row(rows, baseline)]
+    if not candidates:
+        return Comparison({}, (NO_BASELINE,))
+    labels = " or ".join(f"'{row.label}'" for row in candidates)
+    notes = [f"Compared with {labels}, run by run with the same seed."]
     references: dict[Path, Sequence[Record]] = {}
-    notes = []
-    for row in (row for row in rows if row not in candidates and candidates):
+    for row in rows:
+        if row in candidates:
+            continue
         found = choose(row, candidates)
-        if isinstance(found, str):
-            if baseline is not None:
-                raise ValueError(f"--baseline: {found}")
-            notes.append(f"{found}.")
-        else:
+        if isinstance(found, Row):
             paired, note = pairs(row, found)
             references |= paired
             notes += note
-    return Comparison(references, (*_told(candidates), *notes))
+        elif baseline is None:
+            notes.append(f"{found}.")
+        else:
+            raise ValueError(f"--baseline: {found}")
+    return Comparison(references, tuple(notes))
 
 
 def full_training(rows: Sequence[Row]) -> list[Row]:
     """Return the rows whose criterion is 'never', or else the rows that never switched."""
-    return [r for r in rows if r.trains_in_full] or [r for r in rows if r.never_switched]
+    in_full = [row for row in rows if row.trains_in_full]
+    return in_full or [row for row in rows if row.never_switched]
 
 
 def named_row(rows: Sequence[Row], label: str) -> Row:
@@ -87,16 +96,18 @@ def named_row(rows: Sequence[Row], label: str) -> Row:
 
 def choose(row: Row, candidates: Sequence[Row]) -> Row | str:
     """Return the baseline for ``row``, or a line that says why there is none."""
-    why = [next(row_differences(row, candidate), None) for candidate in candidates]
-    alike = nearest(row, [c for c, d in zip(candidates, why, strict=True) if d is None])
-    if alike and all(map(only_switches_apart, alike)):
+    differences = [row_difference(row, candidate) for candidate in candidates]
+    alike = []
+    for candidate, difference in zip(candidates, differences, strict=True):
+        if difference is None:
+            alike.append(candidate)
+    if not alike:
+        return f"{row.label}: no ratio to '{candidates[0].label}', where {differences[0]}"
+    alike = nearest(row, alike)
+    if len(alike) == 1 or all(map(only_switches_apart, alike)):
         return alike[0]
-    if len(alike) == 1:
-        return alike[0]
-    if alike:
-        there = " and ".join(f"'{c.label}'" for c in alike)
-        return f"{row.label}: no ratio, since {there} both could be its baseline: name one"
-    return f"{row.label}: no ratio to '{candidates[0].label}', where {why[0]}"
+    there = " and ".join(f"'{candidate.label}'" for candidate in alike)
+    return f"{row.label}: no ratio, since {there} both could be its baseline: name one"
 
 
 def only_switches_apart(row: Row) -> bool:
@@ -106,16 +117,25 @@ def only_switches_apart(row: Row) -> bool:
 
 def nearest(row: Row, others: Sequence[Row]) -> list[Row]:
     """Return those of ``others`` whose settings differ least from those of ``row``."""
-    mine, *theirs = ({repr(item) for item in each.settings.items()} for each in (row, *others))
-    apart = [len(mine ^ settings) for settings in theirs]
-    return [other for other, count in zip(others, apart, strict=True) if count == min(apart)]
+    counts = [count_differences(row, other) for other in others]
+    least = min(counts)
+    return [other for other, count in zip(others, counts, strict=True) if count == least]
 
 
-def row_differences(row: Row, baseline: Row) -> Iterator[str]:
-    """Yield each condition in which some run of ``row`` differs from some run of ``baseline``."""
-    for record in row.records:
-        for reference in baseline.records:
-            yield from unlike(*conditions(record, reference))
+def count_differences(row: Row, other: Row) -> int:
+    """Return the number of settings with their values that only one of two rows has."""
+    mine = set(map(repr, row.settings.items()))
+    theirs = set(map(repr, other.settings.items()))
+    return len(mine ^ theirs)
+
+
+def row_difference(row: Row, baseline: Row) -> str | None:
+    """Return a condition in which a run of ``row`` differs from a run of ``baseline``, or None."""
+    for record, reference in product(row.records, baseline.records):
+        told = difference(*conditions(record, reference))
+        if told is not None:
+            return told
+    return None
 
 
 def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,13 +149,19 @@ def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[
     - precision, accumulation and compiler. Those of each of the run's phases are set against those
       of the reference's last phase.
     """
-    here, there = machine_and_task(record), machine_and_task(reference)
-    for key in ("precision", "accumulation", "compile"):
-        for recipe in {RECIPES.get(phase, phase) for phase in phases_made(record)}:
-            last = last_phase(reference)
-            here[f"{recipe}.{key}"] = record.config[recipe][key]
-            there[f"{recipe}.{key}"] = reference.config[RECIPES.get(last, last)][key]
+    here = machine_and_task(record)
+    there = machine_and_task(reference)
+    last_recipe = reference.config[recipe_name(last_phase(reference))]
+    for phase, key in product(phases_made(record), OF_RECIPES):
+        recipe = recipe_name(phase)
+        here[f"{recipe}.{key}"] = record.config[recipe][key]
+        there[f"{recipe}.{key}"] = last_recipe[key]
     return here, there
+
+
+def recipe_name(phase: str) -> str:
+    """Return the name in the configuration of the recipe that trains in a phase."""
+    return RECIPES.get(phase, phase)
 
 
 def machine_and_task(record: Record) -> dict[str, Any]:
@@ -144,35 +170,42 @@ def machine_and_task(record: Record) -> dict[str, Any]:
     The machine is the device, threads, processes, kind of parallelism and version of torch. The
     task is the data, the model and the length of training.
     """
-    keys = shaping(record.config)
-    task = {k: v for k, v in keys.items() if k.startswith(("data.", "model.")) or k in LENGTH}
-    parallel = record.config["system"]["parallel"]
-    torch = record.result["environment"].get("versions", {}).get("torch")
-    return {**task, "system.parallel": parallel, "torch": torch, **machine(record)}
+    told = machine_of(record)
+    told["system.parallel"] = record.config["system"]["parallel"]
+    told["torch"] = record.result["environment"].get("versions", {}).get("torch")
+    for key, value in shaping(record.config).items():
+        if key.startswith(("data.", "model.")) or key in LENGTH:
+            told[key] = value
+    return told
 
 
-def machine(record: Record) -> dict[str, Any]:
+def machine_of(record: Record) -> dict[str, Any]:
     """Return the device, the threads of a process and the number of processes."""
     where = record.result["environment"]
-    return {"world_size": 1, **{key: where[key] for key in MACHINE if key in where}}
+    told = {key: where[key] for key in MACHINE if key in where}
+    return {"world_size": 1, **told}
 
 
 def mixed_machines(rows: Sequence[Row]) -> list[str]:
     """Return a note for each row whose runs were made on different machines."""
     notes = []
     for row in rows:
-        first, *others = map(machine, row.records)
-        told = next((line for other in others for line in unlike(other, first)), None)
+        first, *others = map(machine_of, row.records)
+        differences = [difference(other, first) for other in others]
+        told = next(filter(None, differences), None)
         if told is not None:
             notes.append(f"{row.label}: runs on different machines ({told}): mind its times.")
     return notes
 
 
-def unlike(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each key whose value differs between ``here`` and ``there``."""
+def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
+    """Return a line on the first key whose value differs, or None when all are equal."""
     for key in sorted(here.keys() | there.keys()):
-        if here.get(key) != there.get(key):
-            yield f"{key} is {there.get(key)}, not {here.get(key)}"
+        mine = here.get(key)
+        theirs = there.get(key)
+        if mine != theirs:
+            return f"{key} is {theirs}, not {mine}"
+    return None
 
 
 def pairs(row: Row, baseline: Row) -> tuple[dict[Path, Sequence[Record]], list[str]]:
@@ -181,9 +214,16 @@ def pairs(row: Row, baseline: Row) -> tuple[dict[Path, Sequence[Record]], list[s
     When the baseline lacks some of the row's seeds, a note says so.
     """
     by_seed = {record.config["seed"]: record for record in baseline.records}
-    missing = [str(r.config["seed"]) for r in row.records if r.config["seed"] not in by_seed]
+    paired: dict[Path, Sequence[Record]] = {}
+    missing = []
+    for record in row.records:
+        seed = record.config["seed"]
+        if seed in by_seed:
+            paired[record.folder] = [by_seed[seed]]
+        else:
+            missing.append(str(seed))
     if not missing:
-        return {r.folder: [by_seed[r.config["seed"]]] for r in row.records}, []
+        return paired, []
     note = (
         f"{row.label}: compared with the mean of '{baseline.label}' over its own seeds, which "
         f"lack {', '.join(missing)}."
@@ -196,7 +236,7 @@ def ratio_columns(references: References) -> list[Column]:
     top1 = against(references, val_top1, val_top1, sub)
     speed = against(references, of_phase("adapter", IMAGES), of_last_phase(IMAGES), truediv)
     memory = against(references, of_phase("adapter", PEAK), of_last_phase(PEAK), truediv)
-    flops = against(references, cost_flops, cost_flops, truediv)
+    flops = ratio(references, cost_flops)
     return [
         Column("top1_difference", "top1 to baseline", "points", top1, signed, ACCURACY),
         Column("speed_ratio", "speed ratio", "", speed, 2, COST, timed=True),
@@ -208,7 +248,7 @@ def ratio_columns(references: References) -> list[Column]:
 def prelora_columns(references: References) -> list[Column]:
     """Return the columns of PreLoRA's table (arXiv 2509.21619)."""
     by_key = {column.key: column for column in ratio_columns(references)}
-    epoch = against(references, mean_epoch_seconds, mean_epoch_seconds, truediv)
+    epoch = ratio(references, mean_epoch_seconds)
     columns = [
         Column("trainable_share", "trainable", "%", trainable_share, 1),
         by_key["speed_ratio"],
@@ -217,6 +257,11 @@ def prelora_columns(references: References) -> list[Column]:
         by_key["top1_difference"],
     ]
     return [replace(column, group="") for column in columns]
+
+
+def ratio(references: References, read: Read) -> Read:
+    """Return a function that computes ``read(run)`` over the mean of ``read(baseline's runs)``."""
+    return against(references, read, read, truediv)
 
 
 def against(
@@ -228,12 +273,13 @@ def against(
     """
 
     def read(record: Record) -> float | None:
-        found = [theirs(reference) for reference in references.get(record.folder, ())]
-        told = [number for number in found if number is not None]
         value = mine(record)
-        if value is None or not told or len(told) < len(found) or not fmean(told):
+        found = list(map(theirs, references.get(record.folder, ())))
+        told = [number for number in found if number is not None]
+        if value is None or not told or len(told) < len(found):
             return None
-        return combine(value, fmean(told))
+        mean = fmean(told)
+        return combine(value, mean) if mean else None
 
     return read
 
@@ -241,10 +287,3 @@ def against(
 def signed(value: float) -> str:
     """Return a difference with its sign and two decimals."""
     return f"{value:+.2f}"
-
-
-def _told(candidates: Sequence[Row]) -> list[str]:
-    if not candidates:
-        return ["No baseline: no row trains in full to the end, and none was named."]
-    there = " or ".join(f"'{row.label}'" for row in candidates)
-    return [f"Compared with {there}, run by run with the same seed."]

@@ -1,7 +1,7 @@
 """Draw accuracy against training cost, with the Pareto front."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ BEATEN: dict[str, Any] = {**ON_FRONT, "marker": "s", "color": GREY, "markerfacec
 STEPS: dict[str, Any] = {"color": BLUE, "linewidth": 1, "linestyle": (0, (1, 1.5)), "zorder": 1}
 AWAY = 12  # a name farther than so many points from its point gets a line
 Point = tuple[float, float]
+Line = tuple[Point, Point]
 
 
 def pareto_front(points: Sequence[Point]) -> list[int]:
@@ -34,11 +35,18 @@ def pareto_front(points: Sequence[Point]) -> list[int]:
     Lower cost and higher accuracy are better. A point beats another when it is no worse in both
     and better in one. Equal points do not beat each other.
     """
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
+
+    def cheapest_first(index: int) -> Point:
+        cost, accuracy = points[index]
+        return cost, -accuracy
+
     front: list[int] = []
-    for i in order:
-        if not front or points[i][1] > points[front[-1]][1] or points[i] == points[front[-1]]:
-            front.append(i)
+    last = None
+    for index in sorted(range(len(points)), key=cheapest_first):
+        point = points[index]
+        if last is None or point[1] > last[1] or point == last:
+            front.append(index)
+            last = point
     return front
 
 
@@ -62,37 +70,51 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
     Points on the front are filled and joined by steps. More than ``MOST_NAMES`` rows get numbers
     instead of names, in the order of cost, and a key beside the picture.
     """
-    rows = sorted(rows, key=lambda row: _point(row)[0])
-    points = [_point(row) for row in rows]
+    rows = sorted(rows, key=lambda row: row.cells[COST_KEY].mean)
+    points = list(map(_point, rows))
     front = pareto_front(points)
+    steps = [points[index] for index in front]
+    names = [row.label for row in rows]
     numbered = len(rows) > MOST_NAMES
-    height = max(4.4, 1.2 + 0.165 * len(rows)) if numbered else 4.4
-    figure = Figure(figsize=(9.6 if numbered else 7.2, height), layout="constrained")
+    figure = Figure(figsize=_size(len(rows), numbered), layout="constrained")
+    axes = _empty_axes(figure)
+    for index, row in enumerate(rows):
+        _draw_point(axes, row, index in front)
+    costs, accuracies = zip(*steps, strict=True)
+    axes.step(costs, accuracies, where="post", **STEPS)
+    _draw_legend(axes, beaten=len(front) < len(rows))
+    if numbered:
+        numbers = list(map(str, range(1, len(rows) + 1)))
+        _draw_key(axes, map(": ".join, zip(numbers, names, strict=True)))
+        names = numbers
+    place_names(axes, rows, names, steps)
+    return figure
+
+
+def _size(count: int, numbered: bool) -> tuple[float, float]:
+    """Return the width and height in inches of a picture of ``count`` rows."""
+    if not numbered:
+        return 7.2, 4.4
+    return 9.6, max(4.4, 1.2 + 0.165 * count)
+
+
+def _empty_axes(figure: Figure) -> Axes:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for i, row in enumerate(rows):
-        _draw_point(axes, row, points[i], i in front)
-    steps = [points[i] for i in front]
-    axes.step(*zip(*steps, strict=True), where="post", **STEPS)
     axes.set_xlabel("training cost, FLOPs")
     axes.set_ylabel("val top1, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.16, 0.16)
-    _draw_legend(axes, beaten=len(front) < len(rows))
-    names = [str(i + 1) if numbered else row.label for i, row in enumerate(rows)]
-    if numbered:
-        _draw_key(axes, [f"{i + 1}: {row.label}" for i, row in enumerate(rows)])
-    place_names(axes, rows, names, steps)
-    return figure
+    return axes
 
 
 def _point(row: Row) -> Point:
     return row.cells[COST_KEY].mean, row.cells[ACCURACY_KEY].mean
 
 
-def _draw_point(axes: Axes, row: Row, point: Point, on_front: bool) -> None:
+def _draw_point(axes: Axes, row: Row, on_front: bool) -> None:
     axes.errorbar(
-        *point,
+        *_point(row),
         xerr=row.cells[COST_KEY].std,
         yerr=row.cells[ACCURACY_KEY].std,
         **(ON_FRONT if on_front else BEATEN),
@@ -110,7 +132,7 @@ def _draw_legend(axes: Axes, beaten: bool) -> None:
     axes.figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
 
 
-def _draw_key(axes: Axes, lines: Sequence[str]) -> None:
+def _draw_key(axes: Axes, lines: Iterable[str]) -> None:
     """Draw the key right of the picture: each row's number and its label."""
     handles = [axes.plot([], [], " ", label=line)[0] for line in lines]
     axes.figure.legend(
@@ -135,11 +157,14 @@ def place_names(
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    ink = [ends for row in rows for ends in _spread(row)]
-    for (x, y), after in pairwise(steps):
-        ink += [((x, y), (after[0], y)), ((after[0], y), after)]
+    lines: list[Line] = []
+    for row in rows:
+        lines += _error_bars(row)
+    for point, after in pairwise(steps):
+        corner = (after[0], point[1])
+        lines += [(point, corner), (corner, after)]
     half = figure.dpi / 72 * MARKER / 2
-    taken = [_box(axes, ends).padded(half) for ends in ink]
+    taken = [_box(axes, line).padded(half) for line in lines]
     for row, name in zip(rows, names, strict=True):
         point = _point(row)
         note = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8)
@@ -151,13 +176,15 @@ def place_names(
         _lead(axes, point, box)
 
 
-def _spread(row: Row) -> list[tuple[Point, Point]]:
+def _error_bars(row: Row) -> list[Line]:
     """Return both ends of a row's error bars. Without an error bar both ends are the point."""
-    (x, y), dx, dy = _point(row), *(row.cells[key].std or 0 for key in (COST_KEY, ACCURACY_KEY))
+    x, y = _point(row)
+    dx = row.cells[COST_KEY].std or 0
+    dy = row.cells[ACCURACY_KEY].std or 0
     return [((x - dx, y), (x + dx, y)), ((x, y - dy), (x, y + dy))]
 
 
-def _box(axes: Axes, ends: tuple[Point, Point]) -> Bbox:
+def _box(axes: Axes, ends: Line) -> Bbox:
     """Return the box in pixels of a line along an axis."""
     return Bbox(np.sort(axes.transData.transform(ends), axis=0))
 
@@ -171,10 +198,13 @@ def _free_place(
     """
     scale = axes.figure.dpi / 72
     for distance, angle in product(DISTANCES, ANGLES):
-        direction = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
-        offset = direction * distance * scale + np.sign(direction.round(6)) * size / 2
-        box = Bbox([pixel + offset - size / 2, pixel + offset + size / 2])
-        if _within(box, axes) and not any(box.overlaps(other) for other in taken):
+        radians = math.radians(angle)
+        direction = np.array([math.cos(radians), math.sin(radians)])
+        nearest_edge = np.sign(direction.round(6)) * size / 2
+        offset = direction * distance * scale + nearest_edge
+        middle = pixel + offset
+        box = Bbox([middle - size / 2, middle + size / 2])
+        if _within(box, axes) and not any(map(box.overlaps, taken)):
             break
     return offset / scale, box
 
@@ -182,15 +212,17 @@ def _free_place(
 def _within(box: Bbox, axes: Axes) -> bool:
     """Return whether a box lies inside the axes, or right of them but on the page."""
     page = axes.figure.bbox.padded(-2)
-    inside = axes.bbox.x0 < box.x0 and box.x1 < page.x1
-    return inside and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
+    fits_across = axes.bbox.x0 < box.x0 and box.x1 < page.x1
+    fits_upright = axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
+    return fits_across and fits_upright
 
 
 def _lead(axes: Axes, point: Point, box: Bbox) -> None:
     """Draw a line from a point to the nearest edge of a name that is far from it."""
     pixel = axes.transData.transform(point)
-    end = np.clip(pixel, box.min, box.max)
-    if np.hypot(*(end - pixel)) > AWAY * axes.figure.dpi / 72:
-        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-        offset = (end - pixel) * 72 / axes.figure.dpi
-        axes.annotate("", point, offset, textcoords="offset points", arrowprops=line)
+    way = np.clip(pixel, box.min, box.max) - pixel
+    if np.hypot(*way) <= AWAY * axes.figure.dpi / 72:
+        return
+    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+    offset = way * 72 / axes.figure.dpi
+    axes.annotate("", point, offset, textcoords="offset points", arrowprops=line)
