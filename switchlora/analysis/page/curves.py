@@ -37,7 +37,11 @@ PAGE_COLORS = {
     **dict.fromkeys(("#000000", "#111111", "#555555"), "currentColor"),
     "#ffffff": "var(--card)",
 }
-SVG_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "switchlora", "font.size": 10}
+SVG_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "switchlora",
+    "font.size": 10,
+}
 MARGINS = {"left": 0.13, "right": 0.97, "bottom": 0.21, "top": 0.95}
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 MARKER: dict[str, Any] = {
@@ -46,8 +50,16 @@ MARKER: dict[str, Any] = {
     "markeredgecolor": "#ffffff",
     "markeredgewidth": 0.8,
 }
-MARKERS = {"switch": "o", "stage": "o", "settle": "D", "grow": "^", "take_back": "X"}
+MARKERS = {
+    "switch": "o",
+    "stage": "o",
+    "settle": "D",
+    "grow": "^",
+    "take_back": "X",
+}
 """the marker of each kind of change; restarts have none"""
+Limits = tuple[float, float]
+"""the lower and upper end of a y axis"""
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,8 @@ class Curve:
         """Return the curve with at most ``MOST_POINTS`` finite points, including both ends."""
         finite = np.flatnonzero(np.isfinite(self.values))
         count = min(len(finite), MOST_POINTS)
-        kept = finite[np.linspace(0, len(finite) - 1, count).round().astype(int)]
+        places = np.linspace(0, len(finite) - 1, count).round()
+        kept = finite[places.astype(int)]
         updates = np.asarray(self.updates)[kept]
         values = np.asarray(self.values)[kept]
         return replace(self, updates=updates, values=values)
@@ -116,7 +129,7 @@ def validation_curves(record: Record, group: int) -> dict[str, Curve]:
     return curves
 
 
-def panel(curves: Sequence[Curve], name: str, description: str, limits: tuple | None) -> Markup:
+def panel(curves: Sequence[Curve], name: str, description: str, limits: Limits | None) -> Markup:
     """Draw a chart as inline SVG. Its ids begin with ``name``, which must be unique on the page.
 
     - A curve is a ``<g>`` whose id ends in ``-g<group>-<number>``.
@@ -138,7 +151,7 @@ def panel(curves: Sequence[Curve], name: str, description: str, limits: tuple | 
         return inline_svg(figure, name, description)
 
 
-def shared_limits(curves: Iterable[Curve]) -> tuple[float, float] | None:
+def shared_limits(curves: Iterable[Curve]) -> Limits | None:
     """Return limits of a y axis that shows all of ``curves``.
 
     Return None when there are no finite values or all of them are equal.
@@ -194,8 +207,10 @@ def _draw(axis: Axes, curve: Curve, gid: str) -> None:
 def _mark_changes(axis: Axes, curve: Curve, color: str, gid: str) -> None:
     """Draw a marker on the curve at each change that it reaches."""
     told: Counter[str] = Counter()
+    first = curve.updates[0]
+    last = curve.updates[-1]
     for kind, update in curve.changes:
-        if kind in MARKERS and curve.updates[0] <= update <= curve.updates[-1]:
+        if kind in MARKERS and first <= update <= last:
             height = np.interp(update, curve.updates, curve.values)
             name = f"{gid}-{kind}-{told[kind]}" if told[kind] else f"{gid}-{kind}"
             axis.plot(update, height, MARKERS[kind], color=color, gid=name, **MARKER)
@@ -207,5 +222,6 @@ def group_swatches(labels: Mapping[int, str]) -> list[tuple[int, str, str, str]]
     swatches = []
     for group, label in sorted(labels.items()):
         color, dash = STYLES[group % len(STYLES)]
-        swatches.append((group, label, PAGE_COLORS.get(color, color), dash))
+        page_color = PAGE_COLORS.get(color, color)
+        swatches.append((group, label, page_color, dash))
     return swatches

@@ -21,6 +21,7 @@ from switchlora.analysis.page.curves import (
     HEADINGS,
     SVG_STYLE,
     Curve,
+    Limits,
     adopted,
     family_medians,
     group_swatches,
@@ -30,6 +31,7 @@ from switchlora.analysis.page.curves import (
 )
 from switchlora.analysis.page.parts import (
     NONE,
+    Groups,
     changes,
     differing_settings,
     environment_of,
@@ -54,6 +56,8 @@ PAGE = "report.html"
 TEMPLATE = "report_page.html"
 Curves = dict[str, list[Curve]]
 """by the title of a chart, the curves of all runs"""
+Texts = list[tuple[str, str]]
+"""the text and the sort value of cells"""
 Panels = list[tuple[str, Markup]]
 """the title and picture of each chart"""
 
@@ -86,8 +90,7 @@ def content(sweep: Path) -> dict[str, Any]:
     """Return the values that the template shows."""
     records = find_records([sweep])
     table = make_table(records)
-    in_table = chain.from_iterable(row.records for row in table.rows)
-    groups = groups_of(records, in_table)
+    groups = groups_of(records, table)
     keys, settings = differing_settings(records)
     common, differing = provenance(records)
     return {
@@ -116,7 +119,7 @@ def title(sweep: Path) -> str:
     return sweep.parent.name if sweep.name == "sweep" else sweep.name
 
 
-def _cells(table: Table) -> list[tuple[str, list[tuple[str, str]]]]:
+def _cells(table: Table) -> list[tuple[str, Texts]]:
     """Return the label of each row with the text and the sort value of its cells."""
     rows = []
     for row in table.rows:
@@ -133,18 +136,17 @@ def _sort_value(cell: Cell | None) -> str:
     return "" if cell is None else repr(cell.mean).replace("inf", "Infinity")
 
 
-def _labels(records: Sequence[Record], table: Table, groups: Mapping[Path, int]) -> dict[int, str]:
+def _labels(records: Sequence[Record], table: Table, groups: Groups) -> dict[int, str]:
     """Return each group's label: its row in the table, or else the folder of its first run."""
     labels: dict[int, str] = {}
     for record in records:
         labels.setdefault(groups[record.folder], record.folder.name)
     for row in table.rows:
-        for record in row.records:
-            labels[groups[record.folder]] = row.label
+        labels[groups[row.records[0].folder]] = row.label
     return labels
 
 
-def _charts(records: Sequence[Record], groups: Mapping[Path, int]) -> list[tuple[str, Panels]]:
+def _charts(records: Sequence[Record], groups: Groups) -> list[tuple[str, Panels]]:
     """Return the heading of each group of charts, with the title and picture of each chart."""
     medians: dict[str, Curves] = {key: {} for key in HEADINGS}
     validations: Curves = {}
@@ -161,7 +163,8 @@ def _charts(records: Sequence[Record], groups: Mapping[Path, int]) -> list[tuple
     charts = []
     for key, heading in HEADINGS.items():
         limits = shared_limits(chain.from_iterable(medians[key].values()))
-        charts.append((heading, _panels(key, heading, medians[key], limits)))
+        panels = _panels(key, heading, medians[key], limits)
+        charts.append((heading, panels))
     charts.append(("Validation", _panels("val", "", validations, None)))
     return [(heading, panels) for heading, panels in charts if panels]
 
@@ -171,7 +174,7 @@ def _collect(curves: Mapping[str, Curve], into: Curves) -> None:
         into.setdefault(name, []).append(curve)
 
 
-def _panels(key: str, heading: str, charts: Curves, limits: tuple[float, float] | None) -> Panels:
+def _panels(key: str, heading: str, charts: Curves, limits: Limits | None) -> Panels:
     """Return the title and picture of each chart, all with the same ``limits`` of the y axis."""
     panels = []
     for place, (name, curves) in enumerate(charts.items()):

@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from switchlora.analysis.page.curves import by_family
-from switchlora.analysis.tables.rows import without_seed
+from switchlora.analysis.tables.rows import Table, without_seed
 from switchlora.analysis.tables.systems import transitions
 from switchlora.config import identity, leaves, shaping
 from switchlora.storage import CONFIG, Record, is_run
@@ -18,6 +18,9 @@ from switchlora.storage import CONFIG, Record, is_run
 NONE = "–"
 PER_RUN = ("command", "seed")  # keys of the environment that are shown for each run
 DARK = 0.45  # share of the colour scale below which letters are white
+Groups = dict[Path, int]
+"""by the folder of a run, the number of its group"""
+Pairs = list[tuple[str, str]]
 Switch = Mapping[str, Any]
 """what a summary says of a switch"""
 
@@ -41,13 +44,15 @@ class RankMap:
     rows: tuple[tuple[str, tuple[RankCell, ...]], ...]
 
 
-def groups_of(records: Sequence[Record], first: Iterable[Record]) -> dict[Path, int]:
+def groups_of(records: Sequence[Record], table: Table) -> Groups:
     """Return the number of each run's group, by folder. Runs of a group differ only in their seed.
 
-    Groups are numbered in the order of ``first``. Groups without a run there come last.
+    Groups are numbered in the order of the table's rows. Groups without a row come last.
     """
-    keys = {record.folder: identity(without_seed(record.config)) for record in records}
-    in_order = [keys[record.folder] for record in first]
+    keys = {}
+    for record in records:
+        keys[record.folder] = identity(without_seed(record.config))
+    in_order = [keys[row.records[0].folder] for row in table.rows]
     in_order += keys.values()
     numbers: dict[str, int] = {}
     for key in in_order:
@@ -70,7 +75,10 @@ def rank_maps(records: Sequence[Record]) -> list[RankMap]:
     for switch in switches.values():
         largest = max(largest, *switch["ranks"].values())
         names |= dict.fromkeys([*switch["ranks"], *_left_full(switch)])
-    return [_rank_map(*each, switches, largest) for each in by_family(names).items()]
+    maps = []
+    for of_family, members in by_family(names).items():
+        maps.append(_rank_map(of_family, members, switches, largest))
+    return maps
 
 
 def _rank_map(
@@ -95,7 +103,8 @@ def differing_settings(
             differ.append(key)
     rows = []
     for record, values in zip(records, settings, strict=True):
-        rows.append((record, [_text(values.get(key, NONE)) for key in differ]))
+        texts = [_text(values.get(key, NONE)) for key in differ]
+        rows.append((record, texts))
     return differ, rows
 
 
@@ -103,7 +112,7 @@ def _differs(values: Iterable[Any]) -> bool:
     return len(set(map(repr, values))) > 1
 
 
-def problems(sweep: Path, records: Sequence[Record]) -> list[tuple[str, str]]:
+def problems(sweep: Path, records: Sequence[Record]) -> Pairs:
     """Return runs with a problem, each with one sentence about it.
 
     The problems are: the run is not finished, a switch was undone, or the run never began.
@@ -120,7 +129,7 @@ def problems(sweep: Path, records: Sequence[Record]) -> list[tuple[str, str]]:
     return found
 
 
-def provenance(records: Sequence[Record]) -> tuple[list[tuple[str, str]], list[str]]:
+def provenance(records: Sequence[Record]) -> tuple[Pairs, list[str]]:
     """Return what the environments of all runs have in common, and the keys that differ.
 
     A run without a recorded environment is left out.
@@ -134,7 +143,8 @@ def provenance(records: Sequence[Record]) -> tuple[list[tuple[str, str]], list[s
         if _differs(environment.get(key) for environment in found):
             differing.append(key)
         else:
-            common.append((key.removeprefix("versions."), _text(found[0].get(key))))
+            name = key.removeprefix("versions.")
+            common.append((name, _text(found[0].get(key))))
     return common, differing
 
 

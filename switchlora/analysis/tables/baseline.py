@@ -1,7 +1,8 @@
 """Compute ratios to a baseline, and refuse ratios between runs under different conditions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from operator import sub, truediv
 from pathlib import Path
@@ -30,11 +31,14 @@ from switchlora.storage import Record
 
 MACHINE = ("device", "threads", "world_size")
 LENGTH = ("epochs", "max_updates", "ema")
+OF_SWITCH = ("switch.", "adapter.", METHOD)
+OF_TASK = ("data.", "model.")
 OF_RECIPES = ("precision", "accumulation", "compile")
 RECIPES = {"joint": "adapter", "staged": "adapter"}
 """the recipe's name in the configuration, for phases whose recipe has another name"""
-References = Mapping[Path, Sequence[Record]]
+References = dict[Path, Sequence[Record]]
 """by folder of a run, the baseline's runs that it is compared with"""
+Conditions = dict[str, Any]
 NO_BASELINE = "No baseline: no row trains in full to the end, and none was named."
 
 
@@ -63,7 +67,7 @@ def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
         return Comparison({}, (NO_BASELINE,))
     labels = " or ".join(f"'{row.label}'" for row in candidates)
     notes = [f"Compared with {labels}, run by run with the same seed."]
-    references: dict[Path, Sequence[Record]] = {}
+    references: References = {}
     for row in rows:
         if row in candidates:
             continue
@@ -96,13 +100,10 @@ def named_row(rows: Sequence[Row], label: str) -> Row:
 
 def choose(row: Row, candidates: Sequence[Row]) -> Row | str:
     """Return the baseline for ``row``, or a line that says why there is none."""
-    differences = [row_difference(row, candidate) for candidate in candidates]
-    alike = []
-    for candidate, difference in zip(candidates, differences, strict=True):
-        if difference is None:
-            alike.append(candidate)
+    alike = [each for each in candidates if row_difference(row, each) is None]
     if not alike:
-        return f"{row.label}: no ratio to '{candidates[0].label}', where {differences[0]}"
+        first = candidates[0]
+        return f"{row.label}: no ratio to '{first.label}', where {row_difference(row, first)}"
     alike = nearest(row, alike)
     if len(alike) == 1 or all(map(only_switches_apart, alike)):
         return alike[0]
@@ -112,14 +113,14 @@ def choose(row: Row, candidates: Sequence[Row]) -> Row | str:
 
 def only_switches_apart(row: Row) -> bool:
     """Return whether a row's distinguishing settings all concern the switch or what follows it."""
-    return all(key.startswith(("switch.", "adapter.", METHOD)) for key in row.settings)
+    return all(key.startswith(OF_SWITCH) for key in row.settings)
 
 
 def nearest(row: Row, others: Sequence[Row]) -> list[Row]:
     """Return those of ``others`` whose settings differ least from those of ``row``."""
-    counts = [count_differences(row, other) for other in others]
-    least = min(counts)
-    return [other for other, count in zip(others, counts, strict=True) if count == least]
+    distance = partial(count_differences, row)
+    least = min(map(distance, others))
+    return [other for other in others if distance(other) == least]
 
 
 def count_differences(row: Row, other: Row) -> int:
@@ -138,7 +139,7 @@ def row_difference(row: Row, baseline: Row) -> str | None:
     return None
 
 
-def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[str, Any]]:
+def conditions(record: Record, reference: Record) -> tuple[Conditions, Conditions]:
     """Return the conditions of a run and of its reference that must be equal for a ratio.
 
     They are:
@@ -164,7 +165,7 @@ def recipe_name(phase: str) -> str:
     return RECIPES.get(phase, phase)
 
 
-def machine_and_task(record: Record) -> dict[str, Any]:
+def machine_and_task(record: Record) -> Conditions:
     """Return a run's machine and task.
 
     The machine is the device, threads, processes, kind of parallelism and version of torch. The
@@ -172,18 +173,22 @@ def machine_and_task(record: Record) -> dict[str, Any]:
     """
     told = machine_of(record)
     told["system.parallel"] = record.config["system"]["parallel"]
-    told["torch"] = record.result["environment"].get("versions", {}).get("torch")
+    versions = record.result["environment"].get("versions", {})
+    told["torch"] = versions.get("torch")
     for key, value in shaping(record.config).items():
-        if key.startswith(("data.", "model.")) or key in LENGTH:
+        if key.startswith(OF_TASK) or key in LENGTH:
             told[key] = value
     return told
 
 
-def machine_of(record: Record) -> dict[str, Any]:
+def machine_of(record: Record) -> Conditions:
     """Return the device, the threads of a process and the number of processes."""
     where = record.result["environment"]
-    told = {key: where[key] for key in MACHINE if key in where}
-    return {"world_size": 1, **told}
+    told = {"world_size": 1}
+    for key in MACHINE:
+        if key in where:
+            told[key] = where[key]
+    return told
 
 
 def mixed_machines(rows: Sequence[Row]) -> list[str]:
@@ -198,7 +203,7 @@ def mixed_machines(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
+def difference(here: Conditions, there: Conditions) -> str | None:
     """Return a line on the first key whose value differs, or None when all are equal."""
     for key in sorted(here.keys() | there.keys()):
         mine = here.get(key)
@@ -208,13 +213,13 @@ def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
     return None
 
 
-def pairs(row: Row, baseline: Row) -> tuple[dict[Path, Sequence[Record]], list[str]]:
+def pairs(row: Row, baseline: Row) -> tuple[References, list[str]]:
     """Return the runs of ``baseline`` for each run of ``row``, by the folder of that run.
 
     When the baseline lacks some of the row's seeds, a note says so.
     """
     by_seed = {record.config["seed"]: record for record in baseline.records}
-    paired: dict[Path, Sequence[Record]] = {}
+    paired: References = {}
     missing = []
     for record in row.records:
         seed = record.config["seed"]
@@ -228,7 +233,8 @@ def pairs(row: Row, baseline: Row) -> tuple[dict[Path, Sequence[Record]], list[s
         f"{row.label}: compared with the mean of '{baseline.label}' over its own seeds, which "
         f"lack {', '.join(missing)}."
     )
-    return {record.folder: baseline.records for record in row.records}, [note]
+    folders = [record.folder for record in row.records]
+    return dict.fromkeys(folders, baseline.records), [note]
 
 
 def ratio_columns(references: References) -> list[Column]:
@@ -274,7 +280,8 @@ def against(
 
     def read(record: Record) -> float | None:
         value = mine(record)
-        found = list(map(theirs, references.get(record.folder, ())))
+        compared = references.get(record.folder, ())
+        found = list(map(theirs, compared))
         told = [number for number in found if number is not None]
         if value is None or not told or len(told) < len(found):
             return None

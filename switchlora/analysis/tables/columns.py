@@ -11,7 +11,9 @@ from switchlora.storage import Record
 MIB = 2**20
 NOT_RECOVERED = math.inf
 ACCURACY, SPEED, COST = "Accuracy", "Speed and memory", "Cost"
+Quartiles = tuple[float, float]
 Read = Callable[[Record], float | None]
+ReadQuartiles = Callable[[Record], Quartiles | None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Column:
     """the part of the table that it belongs to; a table too wide for a page is split into parts"""
     timed: bool = False
     """whether its numbers come from a clock or a memory counter"""
-    quartiles: Callable[[Record], tuple[float, float] | None] | None = None
+    quartiles: ReadQuartiles | None = None
     """returns the quartiles over the updates of one run"""
 
     @property
@@ -42,7 +44,7 @@ class Cell:
     """The numbers of one row in one column: one per seed, and at least one."""
 
     values: tuple[float, ...]
-    quartiles: tuple[float, float] | None = None
+    quartiles: Quartiles | None = None
     """quartiles over the updates, when the row has a single run"""
 
     @property
@@ -136,7 +138,10 @@ def test_top1(record: Record) -> float | None:
 
 def validations(record: Record) -> list[tuple[int, float]]:
     """Return the update and top1 of every validation, in order."""
-    return [(e["num_updates"], e["val/top1"]) for e in record.events("eval")]
+    found = []
+    for event in record.events("eval"):
+        found.append((event["num_updates"], event["val/top1"]))
+    return found
 
 
 def validations_after_switch(record: Record) -> list[tuple[int, float]]:
@@ -144,7 +149,11 @@ def validations_after_switch(record: Record) -> list[tuple[int, float]]:
     switch = switch_update(record)
     if switch is None:
         return []
-    return [(update - switch, top1) for update, top1 in validations(record) if update > switch]
+    after = []
+    for update, top1 in validations(record):
+        if update > switch:
+            after.append((update - switch, top1))
+    return after
 
 
 def top1_at_switch(record: Record) -> float | None:
@@ -209,7 +218,8 @@ def segments(record: Record) -> list[Mapping[str, Any]]:
     told = record.result.get("segments")
     if told:
         return told
-    return [{"phase": name, **figures} for name, figures in record.result["phases"].items()]
+    phases = record.result["phases"].items()
+    return [{"phase": name, **figures} for name, figures in phases]
 
 
 def last_segment(record: Record) -> Mapping[str, Any]:
@@ -225,10 +235,10 @@ def last_phase(record: Record) -> str:
     return last_segment(record).get("phase", "full")
 
 
-def quartiles_of(phase: str) -> Callable[[Record], tuple[float, float] | None]:
+def quartiles_of(phase: str) -> ReadQuartiles:
     """Return a function that reads the quartiles of images/s over the updates of one phase."""
 
-    def read(record: Record) -> tuple[float, float] | None:
+    def read(record: Record) -> Quartiles | None:
         figures = record.result["phases"].get(phase, {})
         quartiles = figures.get("images_per_second_quartiles")
         if quartiles is None:
@@ -248,7 +258,8 @@ def trainable_share(record: Record) -> float | None:
     """Return ``trainable`` in % of the parameters of the model without adapters."""
     whole = record.result["switch"].get("parameters")
     if whole is None:
-        whole = record.result["phases"].get("full", {}).get("trainable_parameters")
+        full = record.result["phases"].get("full", {})
+        whole = full.get("trainable_parameters")
     part = trainable(record)
     if whole is None or part is None:
         return None
@@ -276,9 +287,11 @@ def mean_epoch_seconds(record: Record) -> float | None:
 
     Return None when the seconds of a phase are unknown.
     """
-    phases = phases_made(record).values()
-    if any(figures[EPOCH] is None for figures in phases):
-        return None
-    updates = [figures["num_updates"] for figures in phases]
-    seconds = [figures[EPOCH] * figures["num_updates"] for figures in phases]
+    updates = []
+    seconds = []
+    for figures in phases_made(record).values():
+        if figures[EPOCH] is None:
+            return None
+        updates.append(figures["num_updates"])
+        seconds.append(figures[EPOCH] * figures["num_updates"])
     return sum(seconds) / sum(updates)

@@ -97,18 +97,24 @@ def _without_bars(cells: Sequence[str]) -> list[str]:
 
 
 def _padded(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True)
+    widths = [max(3, *map(len, column)) for column in columns]
     rule = ["-" * widths[0]]
     for width in widths[1:]:
         rule.append("-" * (width - 1) + ":")
     header, *body = [_aligned(row, widths) for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
+    return "\n".join(map(_markdown_line, [header, rule, *body]))
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     """Pad the label on its right and the numbers on their left."""
     label, *numbers = row
-    return [label.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]
+    padded = map(str.rjust, numbers, widths[1:])
+    return [label.ljust(widths[0]), *padded]
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def latex(table: Table) -> str:
@@ -164,10 +170,15 @@ def csv_text(table: Table) -> str:
     for row in table.rows:
         line: list[Any] = [row.label]
         for column in table.columns:
-            cell = row.cells.get(column.key)
-            line += ["", "", 0] if cell is None else [cell.mean, cell.std, cell.n]
+            line += _csv_cells(row.cells.get(column.key))
         writer.writerow(line)
     return file.getvalue()
+
+
+def _csv_cells(cell: Cell | None) -> list[Any]:
+    if cell is None:
+        return ["", "", 0]
+    return [cell.mean, cell.std, cell.n]
 
 
 def _csv_title(column: Column) -> str:

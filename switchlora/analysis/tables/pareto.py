@@ -1,7 +1,7 @@
 """Draw accuracy against training cost, with the Pareto front."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,39 @@ from switchlora.analysis.figures import BLUE
 from switchlora.analysis.marks import GREY
 from switchlora.analysis.tables.rows import Row, Table
 
-COST_KEY, ACCURACY_KEY = "cost_flops", "val_top1"
+COST_KEY = "cost_flops"
+ACCURACY_KEY = "val_top1"
+BOTH = {COST_KEY, ACCURACY_KEY}
 MARKER = 6.0  # points
 DISTANCES = (6, 14, 24, 36, 50, 66, 84, 104)  # points from a point to its name
 ANGLES = (0, 180, 90, 270, 45, 135, 315, 225)  # degrees
 MOST_NAMES = 8
-ON_FRONT: dict[str, Any] = {"marker": "o", "linestyle": "", "color": BLUE, "markersize": MARKER}
-BEATEN: dict[str, Any] = {**ON_FRONT, "marker": "s", "color": GREY, "markerfacecolor": "white"}
-STEPS: dict[str, Any] = {"color": BLUE, "linewidth": 1, "linestyle": (0, (1, 1.5)), "zorder": 1}
+ON_FRONT: dict[str, Any] = {
+    "marker": "o",
+    "linestyle": "",
+    "color": BLUE,
+    "markersize": MARKER,
+}
+BEATEN: dict[str, Any] = {
+    **ON_FRONT,
+    "marker": "s",
+    "color": GREY,
+    "markerfacecolor": "white",
+}
+STEPS: dict[str, Any] = {
+    "color": BLUE,
+    "linewidth": 1,
+    "linestyle": (0, (1, 1.5)),
+    "zorder": 1,
+}
+LEAD: dict[str, Any] = {
+    "arrowstyle": "-",
+    "color": GREY,
+    "linewidth": 0.6,
+    "shrinkA": 0,
+    "shrinkB": 3,
+}
+"""the line from a point to its name"""
 AWAY = 12  # a name farther than so many points from its point gets a line
 Point = tuple[float, float]
 Line = tuple[Point, Point]
@@ -55,7 +80,7 @@ def draw_pareto(table: Table, path: Path) -> Path:
 
     Raise ValueError when no row has both numbers.
     """
-    rows = [row for row in table.rows if {COST_KEY, ACCURACY_KEY} <= row.cells.keys()]
+    rows = [row for row in table.rows if row.cells.keys() >= BOTH]
     if not rows:
         raise ValueError("no row has both FLOPs and val top1: there is no Pareto front to draw")
     figure = pareto_figure(rows)
@@ -84,8 +109,8 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
     axes.step(costs, accuracies, where="post", **STEPS)
     _draw_legend(axes, beaten=len(front) < len(rows))
     if numbered:
-        numbers = list(map(str, range(1, len(rows) + 1)))
-        _draw_key(axes, map(": ".join, zip(numbers, names, strict=True)))
+        numbers = [str(index + 1) for index in range(len(rows))]
+        _draw_key(axes, numbers, names)
         names = numbers
     place_names(axes, rows, names, steps)
     return figure
@@ -126,15 +151,17 @@ def _draw_point(axes: Axes, row: Row, on_front: bool) -> None:
 
 def _draw_legend(axes: Axes, beaten: bool) -> None:
     """Draw a legend of what the marks mean."""
-    handles = axes.plot([], [], label="Pareto front", **{**ON_FRONT, **STEPS})
+    handles = axes.plot([], [], label="Pareto front", **ON_FRONT | STEPS)
     if beaten:
         handles += axes.plot([], [], label="beaten", **BEATEN)
     axes.figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
 
 
-def _draw_key(axes: Axes, lines: Iterable[str]) -> None:
+def _draw_key(axes: Axes, numbers: Sequence[str], labels: Sequence[str]) -> None:
     """Draw the key right of the picture: each row's number and its label."""
-    handles = [axes.plot([], [], " ", label=line)[0] for line in lines]
+    handles = []
+    for number, label in zip(numbers, labels, strict=True):
+        handles += axes.plot([], [], " ", label=f"{number}: {label}")
     axes.figure.legend(
         handles=handles,
         loc="outside right center",
@@ -169,7 +196,8 @@ def place_names(
         point = _point(row)
         note = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8)
         size = np.asarray(note.get_window_extent().size)
-        offset, box = _free_place(axes, axes.transData.transform(point), size, taken)
+        pixel = axes.transData.transform(point)
+        offset, box = _free_place(axes, pixel, size, taken)
         note.set_position(tuple(offset))
         note.set(ha="center", va="center")
         taken.append(box)
@@ -181,12 +209,15 @@ def _error_bars(row: Row) -> list[Line]:
     x, y = _point(row)
     dx = row.cells[COST_KEY].std or 0
     dy = row.cells[ACCURACY_KEY].std or 0
-    return [((x - dx, y), (x + dx, y)), ((x, y - dy), (x, y + dy))]
+    across = ((x - dx, y), (x + dx, y))
+    upright = ((x, y - dy), (x, y + dy))
+    return [across, upright]
 
 
 def _box(axes: Axes, ends: Line) -> Bbox:
     """Return the box in pixels of a line along an axis."""
-    return Bbox(np.sort(axes.transData.transform(ends), axis=0))
+    pixels = axes.transData.transform(ends)
+    return Bbox(np.sort(pixels, axis=0))
 
 
 def _free_place(
@@ -204,7 +235,8 @@ def _free_place(
         offset = direction * distance * scale + nearest_edge
         middle = pixel + offset
         box = Bbox([middle - size / 2, middle + size / 2])
-        if _within(box, axes) and not any(map(box.overlaps, taken)):
+        is_covered = any(map(box.overlaps, taken))
+        if _within(box, axes) and not is_covered:
             break
     return offset / scale, box
 
@@ -223,6 +255,5 @@ def _lead(axes: Axes, point: Point, box: Bbox) -> None:
     way = np.clip(pixel, box.min, box.max) - pixel
     if np.hypot(*way) <= AWAY * axes.figure.dpi / 72:
         return
-    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
     offset = way * 72 / axes.figure.dpi
-    axes.annotate("", point, offset, textcoords="offset points", arrowprops=line)
+    axes.annotate("", point, offset, textcoords="offset points", arrowprops=LEAD)

@@ -4,7 +4,7 @@ The runs of one row differ only in their seed.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -69,16 +69,22 @@ def make_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
     members, notes = by_configuration(records)
     settings = telling_settings(with_methods(members))
     rows = []
-    for label, told, row in zip(labels(settings), settings, members, strict=True):
-        rows.append(Row(label, told, row, {}))
-    return sorted(rows, key=lambda row: (not row.trains_in_full, natural(row.label))), notes
+    named = zip(labels(settings), settings, members, strict=True)
+    for label, told, runs in named:
+        rows.append(Row(label, told, runs, {}))
+    return sorted(rows, key=_full_training_first), notes
+
+
+def _full_training_first(row: Row) -> tuple[bool, list[tuple[float, str]]]:
+    return not row.trains_in_full, natural(row.label)
 
 
 def by_configuration(records: Sequence[Record]) -> tuple[list[tuple[Record, ...]], list[str]]:
     """Return the runs of each configuration by seed, and notes on duplicate runs."""
     groups: dict[str, dict[int, Record]] = {}
     notes = []
-    for record in sorted(records, key=lambda record: natural(str(record.folder))):
+    in_order = sorted(records, key=lambda record: natural(str(record.folder)))
+    for record in in_order:
         by_seed = groups.setdefault(identity(without_seed(record.config)), {})
         first = by_seed.setdefault(record.config["seed"], record)
         if first is not record:
@@ -128,10 +134,13 @@ def criterion_name(settings: Settings) -> str:
 
 def natural(text: str) -> list[tuple[float, str]]:
     """Return a sort key that orders the numbers inside a text by their value."""
-    key = []
+    key: list[tuple[float, str]] = []
     for place, part in enumerate(re.split(NUMBER, text)):
         is_number = place % 2 == 1
-        key.append((float(part), "") if is_number else (-1.0, part))
+        if is_number:
+            key.append((float(part), ""))
+        else:
+            key.append((-1.0, part))
     return key
 
 
@@ -176,9 +185,9 @@ def group_name(parent: str, keys: Mapping[str, Any]) -> str:
 @cache
 def yamls(group: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the name and values of every yaml of a config group, such as 'switch.criterion'."""
-    files = sorted(CONF.joinpath(*group.split(".")).glob("*.yaml"))
+    folder = CONF.joinpath(*group.split("."))
     found = []
-    for file in files:
+    for file in sorted(folder.glob("*.yaml")):
         content = OmegaConf.to_container(OmegaConf.load(file))
         found.append((file.stem, dict(leaves(content))))
     return found
@@ -197,24 +206,30 @@ def telling_settings(all_settings: Sequence[Settings]) -> list[Settings]:
         return told
     differ: set[str] = set()
     for settings, other in product(all_settings, repeat=2):
-        differ.update(key for key in settings if other.get(key) != settings[key])
+        for key, value in settings.items():
+            if other.get(key) != value:
+                differ.add(key)
     return [_subset(settings, differ) for settings in all_settings]
 
 
 def _distinguishing(settings: Settings, all_settings: Sequence[Settings]) -> Settings:
-    found = _subset(settings, {key for key in settings if _tells(key, settings, all_settings)})
-    if not found:
+    telling = [key for key in settings if _tells(key, settings, all_settings)]
+    if not telling:
         return {CRITERION: settings[CRITERION]}
-    return _subset(found, {key for key in found if not _repeats_full(key, found)})
+    found = _subset(settings, telling)
+    return {key: value for key, value in found.items() if not _repeats_full(key, found)}
 
 
-def _subset(settings: Settings, keys: set[str]) -> Settings:
+def _subset(settings: Settings, keys: Collection[str]) -> Settings:
     return {key: value for key, value in settings.items() if key in keys}
 
 
 def _tells(key: str, settings: Settings, all_settings: Sequence[Settings]) -> bool:
-    others = [other for other in all_settings if _comparable(key, settings, other)]
-    return any(other.get(key) != settings[key] for other in others)
+    """Return whether a key has another value in a row that it can be compared with."""
+    for other in all_settings:
+        if other.get(key) != settings[key] and _comparable(key, settings, other):
+            return True
+    return False
 
 
 def _comparable(key: str, settings: Settings, other: Settings) -> bool:
@@ -264,7 +279,7 @@ def short_key(key: str, keys: set[str]) -> str:
     for depth in range(1, len(parts)):
         tail = ".".join(parts[-depth:])
         alike = [other for other in keys if f".{other}".endswith(f".{tail}")]
-        if len(alike) == 1:
+        if alike == [key]:
             return tail
     return key
 

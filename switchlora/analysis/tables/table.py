@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> list[str]:
     Raise ValueError when no run has finished.
     """
     records = find_records(options.runs)
-    table = make_table(records, options.preset, options.baseline, times=not options.no_times)
+    times = not options.no_times
+    table = make_table(records, options.preset, options.baseline, times)
     if not table.rows:
         raise ValueError(f"no finished run: {'; '.join(unfinished_notes(records))}")
     out = options.out or default_out(options.runs)
@@ -105,12 +106,13 @@ def make_table(
     Without ``times``, the columns and notes of clocks and memory counters are left out. Raise
     ValueError when no row is named ``baseline``, or when a row cannot be compared with it.
     """
-    rows, duplicates = make_rows([record for record in records if record.finished])
+    finished = [record for record in records if record.finished]
+    rows, duplicates = make_rows(finished)
     comparison = compare_rows(rows, baseline)
     columns = columns_of(preset, comparison)
     if not times:
         columns = [column for column in columns if not column.timed]
-    rows = [replace(row, cells=_cells(columns, row.records)) for row in rows]
+    rows = [_filled(row, columns) for row in rows]
     notes = [*general_notes(preset, times), *comparison.notes, *switch_notes(rows)]
     if times:
         notes += time_notes(rows)
@@ -131,13 +133,14 @@ def columns_of(preset: str, comparison: Comparison) -> list[Column]:
     return [*run_columns(), *ratio_columns(comparison.references)]
 
 
-def _cells(columns: Sequence[Column], records: Sequence[Record]) -> dict[str, Cell]:
+def _filled(row: Row, columns: Sequence[Column]) -> Row:
+    """Return the row with its cells."""
     cells = {}
     for column in columns:
-        cell = make_cell(column, records)
+        cell = make_cell(column, row.records)
         if cell is not None:
             cells[column.key] = cell
-    return cells
+    return replace(row, cells=cells)
 
 
 def published_row(columns: Sequence[Column]) -> Row:
