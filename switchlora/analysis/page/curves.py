@@ -23,7 +23,7 @@ from switchlora.storage import Record
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")
 """the colour-blind-safe palette of Okabe and Ito; black becomes the page's text colour"""
 DASHES = ("", "6 2", "1.5 1.5", "7 2 1.5 2")
-STYLES = tuple((color, dash) for dash, color in product(DASHES, COLORS))
+STYLES = [(color, dash) for dash, color in product(DASHES, COLORS)]
 """colour and SVG dashes of each group of runs"""
 HEADINGS = {
     "relative_update_norm": "Update norm relative to the weight's, %",
@@ -117,15 +117,15 @@ def validation_curves(record: Record, group: int) -> dict[str, Curve]:
     events = list(record.events())
     changes = read_timeline(events).changes
     updates = []
-    values: dict[str, list[float]] = {key: [] for key in VALIDATION}
+    evaluations = []
     for event in events:
         if event["event"] == "eval" and event.keys() >= VALIDATION.keys():
+            evaluations.append(event)
             updates.append(event["num_updates"])
-            for key in VALIDATION:
-                values[key].append(number(event[key]))
     curves = {}
     for key, title in VALIDATION.items():
-        curves[title] = Curve(group, updates, values[key], changes)
+        values = [number(event[key]) for event in evaluations]
+        curves[title] = Curve(group, updates, values, changes)
     return curves
 
 

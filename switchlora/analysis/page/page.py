@@ -7,6 +7,7 @@ runs that did not finish, and the environment of the runs. The path of the file 
 
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -69,7 +70,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"the file; default: {PAGE} in the sweep")
     options = parser.parse_args()
     try:
-        print(write_page(options.sweep, options.out or options.sweep / PAGE))
+        out = options.out or options.sweep / PAGE
+        print(write_page(options.sweep, out))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 
@@ -148,7 +150,7 @@ def _labels(records: Sequence[Record], table: Table, groups: Groups) -> dict[int
 
 def _charts(records: Sequence[Record], groups: Groups) -> list[tuple[str, Panels]]:
     """Return the heading of each group of charts, with the title and picture of each chart."""
-    medians: dict[str, Curves] = {key: {} for key in HEADINGS}
+    medians: dict[str, Curves] = defaultdict(dict)
     validations: Curves = {}
     for record in sorted(records, key=lambda record: groups[record.folder]):
         group = groups[record.folder]

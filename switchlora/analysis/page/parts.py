@@ -40,8 +40,8 @@ class RankMap:
     """The ranks of one family: a row for each run that switched, a column for each block."""
 
     family: str
-    blocks: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[RankCell, ...]], ...]
+    blocks: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[RankCell]]]
 
 
 def groups_of(records: Sequence[Record], table: Table) -> Groups:
@@ -49,15 +49,14 @@ def groups_of(records: Sequence[Record], table: Table) -> Groups:
 
     Groups are numbered in the order of the table's rows. Groups without a row come last.
     """
-    keys = {}
-    for record in records:
-        keys[record.folder] = identity(without_seed(record.config))
-    in_order = [keys[row.records[0].folder] for row in table.rows]
-    in_order += keys.values()
+    in_order = [row.records[0] for row in table.rows]
+    in_order += records
     numbers: dict[str, int] = {}
-    for key in in_order:
-        numbers.setdefault(key, len(numbers))
-    return {folder: numbers[key] for folder, key in keys.items()}
+    groups = {}
+    for record in in_order:
+        configuration = identity(without_seed(record.config))
+        groups[record.folder] = numbers.setdefault(configuration, len(numbers))
+    return groups
 
 
 def rank_maps(records: Sequence[Record]) -> list[RankMap]:
@@ -74,7 +73,8 @@ def rank_maps(records: Sequence[Record]) -> list[RankMap]:
     names: dict[str, None] = {}
     for switch in switches.values():
         largest = max(largest, *switch["ranks"].values())
-        names |= dict.fromkeys([*switch["ranks"], *_left_full(switch)])
+        names |= dict.fromkeys(switch["ranks"])
+        names |= dict.fromkeys(_left_full(switch))
     maps = []
     for of_family, members in by_family(names).items():
         maps.append(_rank_map(of_family, members, switches, largest))
@@ -86,10 +86,10 @@ def _rank_map(
 ) -> RankMap:
     rows = []
     for run, switch in switches.items():
-        cells = tuple(_rank_cell(switch, name, largest) for name in names)
+        cells = [_rank_cell(switch, name, largest) for name in names]
         rows.append((run, cells))
-    blocks = tuple(_block(name, of_family) for name in names)
-    return RankMap(of_family, blocks, tuple(rows))
+    blocks = [_block(name, of_family) for name in names]
+    return RankMap(of_family, blocks, rows)
 
 
 def differing_settings(
@@ -226,7 +226,8 @@ def _rank_cell(switch: Switch, name: str, largest: int) -> RankCell:
         return RankCell(text, None, None)
     share = rank / largest if largest else 0.0
     background = to_hex(colormaps["viridis"](share))
-    return RankCell(str(rank), background, "#ffffff" if share < DARK else "#000000")
+    color = "#ffffff" if share < DARK else "#000000"
+    return RankCell(str(rank), background, color)
 
 
 def _block(name: str, of_family: str) -> str:

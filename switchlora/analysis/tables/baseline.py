@@ -196,10 +196,11 @@ def mixed_machines(rows: Sequence[Row]) -> list[str]:
     notes = []
     for row in rows:
         first, *others = map(machine_of, row.records)
-        differences = [difference(other, first) for other in others]
-        told = next(filter(None, differences), None)
-        if told is not None:
-            notes.append(f"{row.label}: runs on different machines ({told}): mind its times.")
+        for other in others:
+            told = difference(other, first)
+            if told is not None:
+                notes.append(f"{row.label}: runs on different machines ({told}): mind its times.")
+                break
     return notes
 
 
@@ -253,16 +254,23 @@ def ratio_columns(references: References) -> list[Column]:
 
 def prelora_columns(references: References) -> list[Column]:
     """Return the columns of PreLoRA's table (arXiv 2509.21619)."""
-    by_key = {column.key: column for column in ratio_columns(references)}
+    by_key = ungrouped_ratios(references)
     epoch = ratio(references, mean_epoch_seconds)
-    columns = [
+    return [
         Column("trainable_share", "trainable", "%", trainable_share, 1),
         by_key["speed_ratio"],
         Column("epoch_ratio", "epoch time ratio", "", epoch, 2, timed=True),
         by_key["memory_ratio"],
         by_key["top1_difference"],
     ]
-    return [replace(column, group="") for column in columns]
+
+
+def ungrouped_ratios(references: References) -> dict[str, Column]:
+    """Return the ``ratio_columns`` by key, for a table of a single part."""
+    columns = {}
+    for column in ratio_columns(references):
+        columns[column.key] = replace(column, group="")
+    return columns
 
 
 def ratio(references: References, read: Read) -> Read:

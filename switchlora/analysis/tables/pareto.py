@@ -14,6 +14,7 @@ from matplotlib.transforms import Bbox
 
 from switchlora.analysis.figures import BLUE
 from switchlora.analysis.marks import GREY
+from switchlora.analysis.tables.columns import Cell
 from switchlora.analysis.tables.rows import Row, Table
 
 COST_KEY = "cost_flops"
@@ -95,7 +96,7 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
     Points on the front are filled and joined by steps. More than ``MOST_NAMES`` rows get numbers
     instead of names, in the order of cost, and a key beside the picture.
     """
-    rows = sorted(rows, key=lambda row: row.cells[COST_KEY].mean)
+    rows = sorted(rows, key=lambda row: _cost(row).mean)
     points = list(map(_point, rows))
     front = pareto_front(points)
     steps = [points[index] for index in front]
@@ -134,14 +135,22 @@ def _empty_axes(figure: Figure) -> Axes:
 
 
 def _point(row: Row) -> Point:
-    return row.cells[COST_KEY].mean, row.cells[ACCURACY_KEY].mean
+    return _cost(row).mean, _accuracy(row).mean
+
+
+def _cost(row: Row) -> Cell:
+    return row.cells[COST_KEY]
+
+
+def _accuracy(row: Row) -> Cell:
+    return row.cells[ACCURACY_KEY]
 
 
 def _draw_point(axes: Axes, row: Row, on_front: bool) -> None:
     axes.errorbar(
         *_point(row),
-        xerr=row.cells[COST_KEY].std,
-        yerr=row.cells[ACCURACY_KEY].std,
+        xerr=_cost(row).std,
+        yerr=_accuracy(row).std,
         **(ON_FRONT if on_front else BEATEN),
         elinewidth=0.9,
         capsize=2.5,
@@ -207,8 +216,8 @@ def place_names(
 def _error_bars(row: Row) -> list[Line]:
     """Return both ends of a row's error bars. Without an error bar both ends are the point."""
     x, y = _point(row)
-    dx = row.cells[COST_KEY].std or 0
-    dy = row.cells[ACCURACY_KEY].std or 0
+    dx = _cost(row).std or 0
+    dy = _accuracy(row).std or 0
     across = ((x - dx, y), (x + dx, y))
     upright = ((x, y - dy), (x, y + dy))
     return [across, upright]

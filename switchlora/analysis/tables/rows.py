@@ -25,6 +25,9 @@ FULL_TRAINING = "full training"
 UNUSED_BY_FULL_TRAINING = ("switch.", "adapter.")
 NUMBER = r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 Settings = dict[str, Any]
+NaturalKey = list[tuple[float, str]]
+Members = list[tuple[Record, ...]]
+"""the runs of each row"""
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,18 @@ def make_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
     return sorted(rows, key=_full_training_first), notes
 
 
-def _full_training_first(row: Row) -> tuple[bool, list[tuple[float, str]]]:
+def _full_training_first(row: Row) -> tuple[bool, NaturalKey]:
     return not row.trains_in_full, natural(row.label)
 
 
-def by_configuration(records: Sequence[Record]) -> tuple[list[tuple[Record, ...]], list[str]]:
+def by_configuration(records: Sequence[Record]) -> tuple[Members, list[str]]:
     """Return the runs of each configuration by seed, and notes on duplicate runs."""
     groups: dict[str, dict[int, Record]] = {}
     notes = []
     in_order = sorted(records, key=lambda record: natural(str(record.folder)))
     for record in in_order:
-        by_seed = groups.setdefault(identity(without_seed(record.config)), {})
+        configuration = identity(without_seed(record.config))
+        by_seed = groups.setdefault(configuration, {})
         first = by_seed.setdefault(record.config["seed"], record)
         if first is not record:
             name, again = run_labels([first.folder, record.folder])
@@ -103,7 +107,7 @@ def without_seed(config: Mapping[str, Any]) -> Settings:
     return keys
 
 
-def with_methods(members: Sequence[Sequence[Record]]) -> list[Settings]:
+def with_methods(members: Members) -> list[Settings]:
     """Return the settings of each row, with its ``method`` when the rows have different methods.
 
     A row without a method gets the name of its criterion instead.
@@ -132,9 +136,9 @@ def criterion_name(settings: Settings) -> str:
     return FULL_TRAINING if criterion == NEVER else criterion
 
 
-def natural(text: str) -> list[tuple[float, str]]:
+def natural(text: str) -> NaturalKey:
     """Return a sort key that orders the numbers inside a text by their value."""
-    key: list[tuple[float, str]] = []
+    key: NaturalKey = []
     for place, part in enumerate(re.split(NUMBER, text)):
         is_number = place % 2 == 1
         if is_number:
@@ -175,10 +179,13 @@ def group_name(parent: str, keys: Mapping[str, Any]) -> str:
     for stem, values in yamls(parent):
         if values.get("_target_") != target or values.get("path") != path:
             continue
-        same = [key for key, value in values.items() if keys.get(f"{parent}.{key}") == value]
-        if len(same) > most:
+        agreeing = 0
+        for key, value in values.items():
+            if keys.get(f"{parent}.{key}") == value:
+                agreeing += 1
+        if agreeing > most:
             best = stem
-            most = len(same)
+            most = agreeing
     return best.rpartition(".")[2]
 
 

@@ -1,10 +1,9 @@
 """The table of systems: one row per method, with accuracy and cost relative to full training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from switchlora.analysis.tables.baseline import References, against, ratio, ratio_columns
+from switchlora.analysis.tables.baseline import References, against, ratio, ungrouped_ratios
 from switchlora.analysis.tables.columns import (
     IMAGES,
     Column,
@@ -39,9 +38,7 @@ SWITCHES = ("switch", "stage")
 
 def systems_columns(references: References) -> list[Column]:
     """Return the columns of the table of systems, all in one part."""
-    by_key = {column.key: column for column in ratio_columns(references)}
-    top1 = replace(by_key["top1_difference"], group="")
-    cost = replace(by_key["cost_ratio"], group="")
+    ratios = ungrouped_ratios(references)
     images = of_last_phase(IMAGES)
     step = against(references, images, images, lambda mine, theirs: theirs / mine)
     weights = ratio(references, held("parameters"))
@@ -49,14 +46,14 @@ def systems_columns(references: References) -> list[Column]:
     return [
         Column("val_top1", "val top1", "%", val_top1, 2),
         Column("test_top1", "test top1", "%", test_top1, 2),
-        top1,
+        ratios["top1_difference"],
         Column("trainable", "trained", "parameters", trainable, 0),
         Column("trainable_share", "trained", "%", trainable_share, 1),
         Column("weights_ratio", "weights held", "", weights, 2),
         Column("step_ratio", "step ratio", "", step, 2, timed=True),
         Column("held_ratio", "memory ratio", "", memory, 2),
         Column("cost_flops", "training cost", "FLOPs", cost_flops, "{:.4g}".format),
-        cost,
+        ratios["cost_ratio"],
         Column("switch_epoch", "switch", "epoch", switch_epoch, 1),
         Column("changes", "changes", "", count_changes, 0),
     ]
