@@ -73,9 +73,9 @@ def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
             continue
         found = choose(row, candidates)
         if isinstance(found, Row):
-            paired, note = pairs(row, found)
+            paired, remarks = pairs(row, found)
             references |= paired
-            notes += note
+            notes += remarks
         elif baseline is None:
             notes.append(f"{found}.")
         else:
