@@ -56,6 +56,25 @@ def write_run(
     never = NEVER[0] in overrides
     made = {"full": last} if never else {"full": SWITCH_AT, "adapter": last - SWITCH_AT}
     numbers = zip(made, speeds, (1000, 100), flops, strict=False)
+    phases = {
+        phase: {
+            "images_per_second": speed,
+            "images_per_second_quartiles": [speed - 5, speed + 5],
+            "epoch_seconds": 1000 / speed,
+            "peak_memory_bytes": 2**20 * 10 * parameters,
+            "num_updates": made[phase],
+            "trainable_parameters": parameters,
+            "flops_per_update": cost,
+            "train_seconds": made[phase] * 64 / speed,
+        }
+        for phase, speed, parameters, cost in numbers
+    }
+    parts = [(phase["num_updates"], phase["flops_per_update"]) for phase in phases.values()]
+    known = None not in flops
+    cost = {
+        "train_flops": sum(updates * each for updates, each in parts) if known else None,
+        "train_seconds": sum(phase["train_seconds"] for phase in phases.values()),
+    }
     summary = {
         "status": status,
         "num_updates": last,
@@ -66,19 +85,8 @@ def write_run(
             "num_updates": None if never else SWITCH_AT,
             "parameters": 1000,
         },
-        "phases": {
-            phase: {
-                "images_per_second": speed,
-                "images_per_second_quartiles": [speed - 5, speed + 5],
-                "epoch_seconds": 1000 / speed,
-                "peak_memory_bytes": 2**20 * 10 * parameters,
-                "num_updates": made[phase],
-                "trainable_parameters": parameters,
-                "flops_per_update": cost,
-                "train_seconds": made[phase] * 64 / speed,
-            }
-            for phase, speed, parameters, cost in numbers
-        },
+        "phases": phases,
+        "cost": cost,
         "environment": dict(environment),
         "trunk": trunk,
     }
@@ -358,13 +366,38 @@ def test_updates_taken_from_a_trunk_are_told(tmp_path):
     assert not any("trunk" in note for note in table_of(tmp_path, times=False)[0].notes)
 
 
-def test_a_phase_without_updates_costs_nothing(tmp_path):
-    run = write_run(tmp_path / "a", "switch/criterion=at_start", flops=(None, 2e9))
-    summary = json.loads((run / "summary.json").read_text())
-    summary["phases"]["full"].update(num_updates=0, train_seconds=0.0, images_per_second=None)
-    (run / "summary.json").write_text(json.dumps(summary))
-    _, rows = table_of(tmp_path)
-    assert rows["at_start"].cells["cost_flops"].values == (50 * 2e9,)
+def rewrite(run, **changes):
+    """Change the summary of a run."""
+    path = run / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, **changes}))
+
+
+def test_the_cost_of_a_run_is_what_its_summary_says(tmp_path):
+    whole = {"train_flops": 7, "train_seconds": 0.5}
+    unknown = {"train_flops": None, "train_seconds": 0.5}
+    for fraction, cost in ((0.1, whole), (0.2, unknown), (0.3, {})):
+        run = write_run(tmp_path / str(fraction), f"switch.criterion.fraction={fraction}")
+        rewrite(run, cost=cost)
+    table, rows = table_of(tmp_path)
+    told = {}
+    for label, row in rows.items():
+        told[label] = [text_of(table, row, key) for key in ("cost_flops", "cost_seconds")]
+    assert told == {
+        "fraction=0.1": ["7 (1)", "0.5 (1)"],
+        "fraction=0.2": ["–", "0.5 (1)"],
+        "fraction=0.3": ["–", "–"],
+    }
+
+
+def test_a_phase_without_updates_has_no_part_in_the_time_of_an_epoch(tmp_path):
+    write_run(tmp_path / "base", *NEVER)
+    run = write_run(tmp_path / "a", "switch/criterion=at_start")
+    phases = json.loads((run / "summary.json").read_text())["phases"]
+    phases["full"].update(num_updates=0, train_seconds=0.0, epoch_seconds=None)
+    rewrite(run, phases=phases)
+    _, rows = table_of(tmp_path, "prelora")
+    assert rows["at_start"].cells["epoch_ratio"].values == pytest.approx((100 / 150,))
 
 
 def test_a_row_over_several_machines_is_told(tmp_path):

@@ -4,16 +4,9 @@ import json
 
 import pytest
 
-from test_tables import NEVER, SWITCH_AT, table_of, text_of, write_run
+from test_tables import NEVER, SWITCH_AT, rewrite, table_of, text_of, write_run
 
 FULL = ("method=full", *NEVER)
-
-
-def rewrite(run, **changes):
-    """Change the summary of a run."""
-    path = run / "summary.json"
-    summary = json.loads(path.read_text())
-    path.write_text(json.dumps({**summary, **changes}))
 
 
 def segment(phase, until, num_updates, images_per_second, trainable, parameters, total):

@@ -3,8 +3,8 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import product
 from typing import Any
@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from switchlora.analysis.figures import STATISTICS
 from switchlora.analysis.timeline import Change, measured_targets, number, read_timeline, series
 from switchlora.names import family
 from switchlora.storage import Record
@@ -22,20 +23,25 @@ from switchlora.storage import Record
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")
 """the colour-blind-safe palette of Okabe and Ito; black becomes the page's text colour"""
 DASHES = ("", "6 2", "1.5 1.5", "7 2 1.5 2")
-STYLES = tuple((color, dash) for dash, color in product(DASHES, COLORS))
+STYLES = [(color, dash) for dash, color in product(DASHES, COLORS)]
 """colour and SVG dashes of each group of runs"""
-STATISTICS = {
-    "relative_update_norm": ("Update norm relative to the weight's, %", 100.0),
-    "update_stable_rank": ("Stable rank of the update", 1.0),
-    "weight_stable_rank": ("Stable rank of the weight", 1.0),
+HEADINGS = {
+    "relative_update_norm": "Update norm relative to the weight's, %",
+    "update_stable_rank": "Stable rank of the update",
+    "weight_stable_rank": "Stable rank of the weight",
 }
+"""by statistic, the heading of its charts"""
 VALIDATION = {"val/top1": "Validation top1, %", "val/loss": "Validation loss"}
 MOST_POINTS = 240  # on a curve, so that the page stays small
 PAGE_COLORS = {
     **dict.fromkeys(("#000000", "#111111", "#555555"), "currentColor"),
     "#ffffff": "var(--card)",
 }
-SVG_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "switchlora", "font.size": 10}
+SVG_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "switchlora",
+    "font.size": 10,
+}
 MARGINS = {"left": 0.13, "right": 0.97, "bottom": 0.21, "top": 0.95}
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 MARKER: dict[str, Any] = {
@@ -44,8 +50,16 @@ MARKER: dict[str, Any] = {
     "markeredgecolor": "#ffffff",
     "markeredgewidth": 0.8,
 }
-MARKERS = {"switch": "o", "stage": "o", "settle": "D", "grow": "^", "take_back": "X"}
+MARKERS = {
+    "switch": "o",
+    "stage": "o",
+    "settle": "D",
+    "grow": "^",
+    "take_back": "X",
+}
 """the marker of each kind of change; restarts have none"""
+Limits = tuple[float, float]
+"""the lower and upper end of a y axis"""
 
 
 @dataclass(frozen=True)
@@ -61,24 +75,33 @@ class Curve:
         """Return the curve with at most ``MOST_POINTS`` finite points, including both ends."""
         finite = np.flatnonzero(np.isfinite(self.values))
         count = min(len(finite), MOST_POINTS)
-        kept = finite[np.linspace(0, len(finite) - 1, count).round().astype(int)]
-        return Curve(
-            self.group, np.asarray(self.updates)[kept], np.asarray(self.values)[kept], self.changes
-        )
+        places = np.linspace(0, len(finite) - 1, count).round()
+        kept = finite[places.astype(int)]
+        updates = np.asarray(self.updates)[kept]
+        values = np.asarray(self.values)[kept]
+        return replace(self, updates=updates, values=values)
 
 
 def family_medians(record: Record, group: int) -> dict[str, dict[str, Curve]]:
     """Return, by statistic and family, the median over the family's layers per measurement."""
     course = read_timeline(list(record.events()))
-    found: dict[str, dict[str, Curve]] = {key: {} for key in STATISTICS}
-    for key, (_, unit) in STATISTICS.items():
-        families: dict[str, list[str]] = {}
-        for name in measured_targets(course, key):
-            families.setdefault(family(name), []).append(f"{key}/{name}")
-        for name, members in families.items():
-            updates, values = series(course.windows, members, unit)
-            found[key][name] = Curve(group, updates, medians(values), course.changes)
+    found: dict[str, dict[str, Curve]] = {}
+    for key, _, unit in STATISTICS.values():
+        curves = {}
+        for name, members in by_family(measured_targets(course, key)).items():
+            statistics = [f"{key}/{member}" for member in members]
+            updates, values = series(course.windows, statistics, unit)
+            curves[name] = Curve(group, updates, medians(values), course.changes)
+        found[key] = curves
     return found
+
+
+def by_family(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of targets by their family."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(family(name), []).append(name)
+    return families
 
 
 def medians(values: np.ndarray) -> np.ndarray:
@@ -90,16 +113,23 @@ def medians(values: np.ndarray) -> np.ndarray:
 
 
 def validation_curves(record: Record, group: int) -> dict[str, Curve]:
-    """Return the curves of validation loss and top1, over all phases."""
+    """Return, by the title of its chart, the curves of validation loss and top1."""
     events = list(record.events())
-    evals = [e for e in events if e["event"] == "eval" and set(e) >= set(VALIDATION)]
-    updates, changes = [e["num_updates"] for e in evals], read_timeline(events).changes
-    return {
-        key: Curve(group, updates, [number(e[key]) for e in evals], changes) for key in VALIDATION
-    }
+    changes = read_timeline(events).changes
+    updates = []
+    evaluations = []
+    for event in events:
+        if event["event"] == "eval" and event.keys() >= VALIDATION.keys():
+            evaluations.append(event)
+            updates.append(event["num_updates"])
+    curves = {}
+    for key, title in VALIDATION.items():
+        values = [number(event[key]) for event in evaluations]
+        curves[title] = Curve(group, updates, values, changes)
+    return curves
 
 
-def panel(curves: Sequence[Curve], name: str, description: str, limits: tuple | None) -> Markup:
+def panel(curves: Sequence[Curve], name: str, description: str, limits: Limits | None) -> Markup:
     """Draw a chart as inline SVG. Its ids begin with ``name``, which must be unique on the page.
 
     - A curve is a ``<g>`` whose id ends in ``-g<group>-<number>``.
@@ -111,8 +141,8 @@ def panel(curves: Sequence[Curve], name: str, description: str, limits: tuple | 
     with matplotlib.rc_context(SVG_STYLE):
         figure = Figure(figsize=(3.6, 2.3))
         axis = figure.subplots(gridspec_kw=MARGINS)
-        for number, curve in enumerate(curves):
-            _draw(axis, curve.thinned(), f"g{curve.group}-{number}")
+        for place, curve in enumerate(curves):
+            _draw(axis, curve.thinned(), f"g{curve.group}-{place}")
         axis.set_xlabel("optimizer updates")
         axis.set_xlim(left=0)
         axis.set_ylim(limits)
@@ -121,16 +151,20 @@ def panel(curves: Sequence[Curve], name: str, description: str, limits: tuple | 
         return inline_svg(figure, name, description)
 
 
-def shared_limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
+def shared_limits(curves: Iterable[Curve]) -> Limits | None:
     """Return limits of a y axis that shows all of ``curves``.
 
     Return None when there are no finite values or all of them are equal.
     """
-    values = [v for curve in curves for v in curve.values if math.isfinite(v)]
+    values: list[float] = []
+    for curve in curves:
+        values += filter(math.isfinite, curve.values)
     if not values or min(values) == max(values):
         return None
-    margin = 0.05 * (max(values) - min(values))
-    return min(values) - margin, max(values) + margin
+    low = min(values)
+    high = max(values)
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
@@ -150,20 +184,33 @@ def adopted(svg: str, name: str, description: str) -> Markup:
     svg = svg[svg.index("<svg ") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
+    svg = re.sub(r' d="[^"]*"', _with_two_decimals, svg)
     for color, page_color in PAGE_COLORS.items():
         svg = re.sub(rf"{color}(?=[;\"])", page_color, svg, flags=re.IGNORECASE)
     label = f'<svg role="img" aria-label="{escape(description)}" '
     return Markup(label + svg.removeprefix("<svg "))  # noqa: S704
 
 
+def _with_two_decimals(path: re.Match[str]) -> str:
+    return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
+
+
 def _draw(axis: Axes, curve: Curve, gid: str) -> None:
     color, dash = STYLES[curve.group % len(STYLES)]
-    dashes = (0, [float(length) for length in dash.split()]) if dash else "solid"
+    lengths = list(map(float, dash.split()))
+    dashes = (0, lengths) if lengths else "solid"
     axis.plot(curve.updates, curve.values, color=color, linestyle=dashes, linewidth=1.3, gid=gid)
+    if len(curve.updates):
+        _mark_changes(axis, curve, color, gid)
+
+
+def _mark_changes(axis: Axes, curve: Curve, color: str, gid: str) -> None:
+    """Draw a marker on the curve at each change that it reaches."""
     told: Counter[str] = Counter()
-    for kind, update in curve.changes if len(curve.updates) else ():
-        if kind in MARKERS and curve.updates[0] <= update <= curve.updates[-1]:
+    first = curve.updates[0]
+    last = curve.updates[-1]
+    for kind, update in curve.changes:
+        if kind in MARKERS and first <= update <= last:
             height = np.interp(update, curve.updates, curve.values)
             name = f"{gid}-{kind}-{told[kind]}" if told[kind] else f"{gid}-{kind}"
             axis.plot(update, height, MARKERS[kind], color=color, gid=name, **MARKER)
@@ -172,8 +219,9 @@ def _draw(axis: Axes, curve: Curve, gid: str) -> None:
 
 def group_swatches(labels: Mapping[int, str]) -> list[tuple[int, str, str, str]]:
     """Return number, label, colour and dashes of each group, for the legend."""
-    styles = {group: STYLES[group % len(STYLES)] for group in labels}
-    return [
-        (group, label, PAGE_COLORS.get(styles[group][0], styles[group][0]), styles[group][1])
-        for group, label in sorted(labels.items())
-    ]
+    swatches = []
+    for group, label in sorted(labels.items()):
+        color, dash = STYLES[group % len(STYLES)]
+        page_color = PAGE_COLORS.get(color, color)
+        swatches.append((group, label, page_color, dash))
+    return swatches

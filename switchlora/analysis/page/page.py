@@ -7,7 +7,9 @@ runs that did not finish, and the environment of the runs. The path of the file 
 
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,10 +19,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from switchlora.analysis.page.curves import (
-    STATISTICS,
+    HEADINGS,
     SVG_STYLE,
-    VALIDATION,
     Curve,
+    Limits,
     adopted,
     family_medians,
     group_swatches,
@@ -30,9 +32,10 @@ from switchlora.analysis.page.curves import (
 )
 from switchlora.analysis.page.parts import (
     NONE,
+    Groups,
     changes,
     differing_settings,
-    environment,
+    environment_of,
     groups_of,
     problems,
     provenance,
@@ -40,16 +43,24 @@ from switchlora.analysis.page.parts import (
     reason,
     reused,
     status,
+    switch_of,
 )
 from switchlora.analysis.tables.columns import Cell
 from switchlora.analysis.tables.formats import grouped, shown
 from switchlora.analysis.tables.pareto import draw_pareto
 from switchlora.analysis.tables.rows import Table
+from switchlora.analysis.tables.systems import transitions
 from switchlora.analysis.tables.table import make_table
 from switchlora.storage import Record, find_records
 
 PAGE = "report.html"
 TEMPLATE = "report_page.html"
+Curves = dict[str, list[Curve]]
+"""by the title of a chart, the curves of all runs"""
+Texts = list[tuple[str, str]]
+"""the text and the sort value of cells"""
+Panels = list[tuple[str, Markup]]
+"""the title and picture of each chart"""
 
 
 def main() -> None:
@@ -59,7 +70,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"the file; default: {PAGE} in the sweep")
     options = parser.parse_args()
     try:
-        print(write_page(options.sweep, options.out or options.sweep / PAGE))
+        out = options.out or options.sweep / PAGE
+        print(write_page(options.sweep, out))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 
@@ -80,7 +92,7 @@ def content(sweep: Path) -> dict[str, Any]:
     """Return the values that the template shows."""
     records = find_records([sweep])
     table = make_table(records)
-    groups = groups_of(records, [record for row in table.rows for record in row.records])
+    groups = groups_of(records, table)
     keys, settings = differing_settings(records)
     common, differing = provenance(records)
     return {
@@ -98,7 +110,7 @@ def content(sweep: Path) -> dict[str, Any]:
         "keys": keys,
         "settings": settings,
         "runs": [_run(record, differing) for record in records],
-        "changes": any(_several_changes(record) for record in records),
+        "changes": any(map(_several_changes, records)),
         "common": common,
         "differing": differing,
     }
@@ -109,15 +121,16 @@ def title(sweep: Path) -> str:
     return sweep.parent.name if sweep.name == "sweep" else sweep.name
 
 
-def _cells(table: Table) -> list[tuple[str, list[tuple[str, str]]]]:
+def _cells(table: Table) -> list[tuple[str, Texts]]:
     """Return the label of each row with the text and the sort value of its cells."""
-    columns = [column for _, part in grouped(table.columns) for column in part]
     rows = []
     for row in table.rows:
-        cells = [(row.cells.get(column.key), column) for column in columns]
-        rows.append(
-            (row.label, [(shown(cell, column), _sort_value(cell)) for cell, column in cells])
-        )
+        cells = []
+        for _, columns in grouped(table.columns):
+            for column in columns:
+                cell = row.cells.get(column.key)
+                cells.append((shown(cell, column), _sort_value(cell)))
+        rows.append((row.label, cells))
     return rows
 
 
@@ -125,47 +138,50 @@ def _sort_value(cell: Cell | None) -> str:
     return "" if cell is None else repr(cell.mean).replace("inf", "Infinity")
 
 
-def _labels(records: Sequence[Record], table: Table, groups: Mapping[Path, int]) -> dict[int, str]:
+def _labels(records: Sequence[Record], table: Table, groups: Groups) -> dict[int, str]:
     """Return each group's label: its row in the table, or else the folder of its first run."""
-    labels = {groups[r.folder]: r.folder.name for r in reversed(records)}
-    return labels | {
-        groups[record.folder]: row.label for row in table.rows for record in row.records
-    }
+    labels: dict[int, str] = {}
+    for record in records:
+        labels.setdefault(groups[record.folder], record.folder.name)
+    for row in table.rows:
+        labels[groups[row.records[0].folder]] = row.label
+    return labels
 
 
-def _charts(
-    records: Sequence[Record], groups: Mapping[Path, int]
-) -> list[tuple[str, list[tuple[str, Markup]]]]:
+def _charts(records: Sequence[Record], groups: Groups) -> list[tuple[str, Panels]]:
     """Return the heading of each group of charts, with the title and picture of each chart."""
-    medians, evals = [], []
-    for record in sorted(records, key=lambda each: groups[each.folder]):
+    medians: dict[str, Curves] = defaultdict(dict)
+    validations: Curves = {}
+    for record in sorted(records, key=lambda record: groups[record.folder]):
+        group = groups[record.folder]
         try:
-            medians.append(family_medians(record, groups[record.folder]))
-            evals.append(validation_curves(record, groups[record.folder]))
+            of_statistics = family_medians(record, group)
+            of_validation = validation_curves(record, group)
         except ValueError:
             continue  # a damaged log: ``problems`` names it
-    found = [
-        (heading, _panels(key, heading, [run[key] for run in medians]))
-        for key, (heading, _) in STATISTICS.items()
-    ]
-    validation = [{VALIDATION[key]: curve for key, curve in run.items()} for run in evals]
-    charts = [*found, ("Validation", _panels("val", "", validation, shared=False))]
+        for key, curves in of_statistics.items():
+            _collect(curves, medians[key])
+        _collect(of_validation, validations)
+    charts = []
+    for key, heading in HEADINGS.items():
+        limits = shared_limits(chain.from_iterable(medians[key].values()))
+        panels = _panels(key, heading, medians[key], limits)
+        charts.append((heading, panels))
+    charts.append(("Validation", _panels("val", "", validations, None)))
     return [(heading, panels) for heading, panels in charts if panels]
 
 
-def _panels(
-    key: str, heading: str, runs: Sequence[Mapping[str, Curve]], shared: bool = True
-) -> list[tuple[str, Markup]]:
-    """Return a chart for each name, with the curves of all runs that have it.
+def _collect(curves: Mapping[str, Curve], into: Curves) -> None:
+    for name, curve in curves.items():
+        into.setdefault(name, []).append(curve)
 
-    With ``shared`` all charts have the same y axis.
-    """
-    limits = shared_limits([c for run in runs for c in run.values()]) if shared else None
+
+def _panels(key: str, heading: str, charts: Curves, limits: Limits | None) -> Panels:
+    """Return the title and picture of each chart, all with the same ``limits`` of the y axis."""
     panels = []
-    for number, name in enumerate(dict.fromkeys(name for run in runs for name in run)):
+    for place, (name, curves) in enumerate(charts.items()):
         description = f"{heading} {name}: a line for each run over optimizer updates".strip()
-        curves = [run[name] for run in runs if name in run]
-        panels.append((name, panel(curves, f"{key}-{number}", description, limits)))
+        panels.append((name, panel(curves, f"{key}-{place}", description, limits)))
     return panels
 
 
@@ -181,8 +197,8 @@ def _pareto(table: Table) -> Markup | str:
 
 def _run(record: Record, differing: Sequence[str]) -> dict[str, Any]:
     """Return the values of one line in the list of runs."""
-    found = environment(record)
-    switch = (record.summary or {}).get("switch", {}).get("num_updates")
+    found = environment_of(record)
+    switch = switch_of(record).get("num_updates")
     return {
         "name": record.folder.name,
         "seed": record.config.get("seed", NONE),
@@ -197,7 +213,7 @@ def _run(record: Record, differing: Sequence[str]) -> dict[str, Any]:
 
 
 def _several_changes(record: Record) -> bool:
-    return len((record.summary or {}).get("transitions") or ()) > 1
+    return len(transitions(record)) > 1
 
 
 def _templates() -> Environment:

@@ -1,7 +1,9 @@
 """Compute ratios to a baseline, and refuse ratios between runs under different conditions."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from operator import sub, truediv
 from pathlib import Path
 from statistics import fmean
@@ -29,10 +31,15 @@ from switchlora.storage import Record
 
 MACHINE = ("device", "threads", "world_size")
 LENGTH = ("epochs", "max_updates", "ema")
+OF_SWITCH = ("switch.", "adapter.", METHOD)
+OF_TASK = ("data.", "model.")
+OF_RECIPES = ("precision", "accumulation", "compile")
 RECIPES = {"joint": "adapter", "staged": "adapter"}
 """the recipe's name in the configuration, for phases whose recipe has another name"""
-References = Mapping[Path, Sequence[Record]]
+References = dict[Path, Sequence[Record]]
 """by folder of a run, the baseline's runs that it is compared with"""
+Conditions = dict[str, Any]
+NO_BASELINE = "No baseline: no row trains in full to the end, and none was named."
 
 
 @dataclass(frozen=True)
@@ -56,24 +63,30 @@ def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
     Raise ValueError when no row is named ``baseline``, or when a row cannot be compared with it.
     """
     candidates = full_training(rows) if baseline is None else [named_row(rows, baseline)]
-    references: dict[Path, Sequence[Record]] = {}
-    notes = []
-    for row in (row for row in rows if row not in candidates and candidates):
+    if not candidates:
+        return Comparison({}, (NO_BASELINE,))
+    labels = " or ".join(f"'{row.label}'" for row in candidates)
+    notes = [f"Compared with {labels}, run by run with the same seed."]
+    references: References = {}
+    for row in rows:
+        if row in candidates:
+            continue
         found = choose(row, candidates)
-        if isinstance(found, str):
-            if baseline is not None:
-                raise ValueError(f"--baseline: {found}")
+        if isinstance(found, Row):
+            paired, remarks = pairs(row, found)
+            references |= paired
+            notes += remarks
+        elif baseline is None:
             notes.append(f"{found}.")
         else:
-            paired, note = pairs(row, found)
-            references |= paired
-            notes += note
-    return Comparison(references, (*_told(candidates), *notes))
+            raise ValueError(f"--baseline: {found}")
+    return Comparison(references, tuple(notes))
 
 
 def full_training(rows: Sequence[Row]) -> list[Row]:
     """Return the rows whose criterion is 'never', or else the rows that never switched."""
-    return [r for r in rows if r.trains_in_full] or [r for r in rows if r.never_switched]
+    in_full = [row for row in rows if row.trains_in_full]
+    return in_full or [row for row in rows if row.never_switched]
 
 
 def named_row(rows: Sequence[Row], label: str) -> Row:
@@ -87,38 +100,46 @@ def named_row(rows: Sequence[Row], label: str) -> Row:
 
 def choose(row: Row, candidates: Sequence[Row]) -> Row | str:
     """Return the baseline for ``row``, or a line that says why there is none."""
-    why = [next(row_differences(row, candidate), None) for candidate in candidates]
-    alike = nearest(row, [c for c, d in zip(candidates, why, strict=True) if d is None])
-    if alike and all(map(only_switches_apart, alike)):
+    alike = [each for each in candidates if row_difference(row, each) is None]
+    if not alike:
+        first = candidates[0]
+        return f"{row.label}: no ratio to '{first.label}', where {row_difference(row, first)}"
+    alike = nearest(row, alike)
+    if len(alike) == 1 or all(map(only_switches_apart, alike)):
         return alike[0]
-    if len(alike) == 1:
-        return alike[0]
-    if alike:
-        there = " and ".join(f"'{c.label}'" for c in alike)
-        return f"{row.label}: no ratio, since {there} both could be its baseline: name one"
-    return f"{row.label}: no ratio to '{candidates[0].label}', where {why[0]}"
+    there = " and ".join(f"'{candidate.label}'" for candidate in alike)
+    return f"{row.label}: no ratio, since {there} both could be its baseline: name one"
 
 
 def only_switches_apart(row: Row) -> bool:
     """Return whether a row's distinguishing settings all concern the switch or what follows it."""
-    return all(key.startswith(("switch.", "adapter.", METHOD)) for key in row.settings)
+    return all(key.startswith(OF_SWITCH) for key in row.settings)
 
 
 def nearest(row: Row, others: Sequence[Row]) -> list[Row]:
     """Return those of ``others`` whose settings differ least from those of ``row``."""
-    mine, *theirs = ({repr(item) for item in each.settings.items()} for each in (row, *others))
-    apart = [len(mine ^ settings) for settings in theirs]
-    return [other for other, count in zip(others, apart, strict=True) if count == min(apart)]
+    distance = partial(count_differences, row)
+    least = min(map(distance, others))
+    return [other for other in others if distance(other) == least]
 
 
-def row_differences(row: Row, baseline: Row) -> Iterator[str]:
-    """Yield each condition in which some run of ``row`` differs from some run of ``baseline``."""
-    for record in row.records:
-        for reference in baseline.records:
-            yield from unlike(*conditions(record, reference))
+def count_differences(row: Row, other: Row) -> int:
+    """Return the number of settings with their values that only one of two rows has."""
+    mine = set(map(repr, row.settings.items()))
+    theirs = set(map(repr, other.settings.items()))
+    return len(mine ^ theirs)
 
 
-def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[str, Any]]:
+def row_difference(row: Row, baseline: Row) -> str | None:
+    """Return a condition in which a run of ``row`` differs from a run of ``baseline``, or None."""
+    for record, reference in product(row.records, baseline.records):
+        told = difference(*conditions(record, reference))
+        if told is not None:
+            return told
+    return None
+
+
+def conditions(record: Record, reference: Record) -> tuple[Conditions, Conditions]:
     """Return the conditions of a run and of its reference that must be equal for a ratio.
 
     They are:
@@ -129,66 +150,92 @@ def conditions(record: Record, reference: Record) -> tuple[dict[str, Any], dict[
     - precision, accumulation and compiler. Those of each of the run's phases are set against those
       of the reference's last phase.
     """
-    here, there = machine_and_task(record), machine_and_task(reference)
-    for key in ("precision", "accumulation", "compile"):
-        for recipe in {RECIPES.get(phase, phase) for phase in phases_made(record)}:
-            last = last_phase(reference)
-            here[f"{recipe}.{key}"] = record.config[recipe][key]
-            there[f"{recipe}.{key}"] = reference.config[RECIPES.get(last, last)][key]
+    here = machine_and_task(record)
+    there = machine_and_task(reference)
+    last_recipe = reference.config[recipe_name(last_phase(reference))]
+    for phase, key in product(phases_made(record), OF_RECIPES):
+        recipe = recipe_name(phase)
+        here[f"{recipe}.{key}"] = record.config[recipe][key]
+        there[f"{recipe}.{key}"] = last_recipe[key]
     return here, there
 
 
-def machine_and_task(record: Record) -> dict[str, Any]:
+def recipe_name(phase: str) -> str:
+    """Return the name in the configuration of the recipe that trains in a phase."""
+    return RECIPES.get(phase, phase)
+
+
+def machine_and_task(record: Record) -> Conditions:
     """Return a run's machine and task.
 
     The machine is the device, threads, processes, kind of parallelism and version of torch. The
     task is the data, the model and the length of training.
     """
-    keys = shaping(record.config)
-    task = {k: v for k, v in keys.items() if k.startswith(("data.", "model.")) or k in LENGTH}
-    parallel = record.config["system"]["parallel"]
-    torch = record.result["environment"].get("versions", {}).get("torch")
-    return {**task, "system.parallel": parallel, "torch": torch, **machine(record)}
+    told = machine_of(record)
+    told["system.parallel"] = record.config["system"]["parallel"]
+    versions = record.result["environment"].get("versions", {})
+    told["torch"] = versions.get("torch")
+    for key, value in shaping(record.config).items():
+        if key.startswith(OF_TASK) or key in LENGTH:
+            told[key] = value
+    return told
 
 
-def machine(record: Record) -> dict[str, Any]:
+def machine_of(record: Record) -> Conditions:
     """Return the device, the threads of a process and the number of processes."""
     where = record.result["environment"]
-    return {"world_size": 1, **{key: where[key] for key in MACHINE if key in where}}
+    told = {"world_size": 1}
+    for key in MACHINE:
+        if key in where:
+            told[key] = where[key]
+    return told
 
 
 def mixed_machines(rows: Sequence[Row]) -> list[str]:
     """Return a note for each row whose runs were made on different machines."""
     notes = []
     for row in rows:
-        first, *others = map(machine, row.records)
-        told = next((line for other in others for line in unlike(other, first)), None)
-        if told is not None:
-            notes.append(f"{row.label}: runs on different machines ({told}): mind its times.")
+        first, *others = map(machine_of, row.records)
+        for other in others:
+            told = difference(other, first)
+            if told is not None:
+                notes.append(f"{row.label}: runs on different machines ({told}): mind its times.")
+                break
     return notes
 
 
-def unlike(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each key whose value differs between ``here`` and ``there``."""
+def difference(here: Conditions, there: Conditions) -> str | None:
+    """Return a line on the first key whose value differs, or None when all are equal."""
     for key in sorted(here.keys() | there.keys()):
-        if here.get(key) != there.get(key):
-            yield f"{key} is {there.get(key)}, not {here.get(key)}"
+        mine = here.get(key)
+        theirs = there.get(key)
+        if mine != theirs:
+            return f"{key} is {theirs}, not {mine}"
+    return None
 
 
-def pairs(row: Row, baseline: Row) -> tuple[dict[Path, Sequence[Record]], list[str]]:
+def pairs(row: Row, baseline: Row) -> tuple[References, list[str]]:
     """Return the runs of ``baseline`` for each run of ``row``, by the folder of that run.
 
     When the baseline lacks some of the row's seeds, a note says so.
     """
     by_seed = {record.config["seed"]: record for record in baseline.records}
-    missing = [str(r.config["seed"]) for r in row.records if r.config["seed"] not in by_seed]
+    paired: References = {}
+    missing = []
+    for record in row.records:
+        seed = record.config["seed"]
+        if seed in by_seed:
+            paired[record.folder] = [by_seed[seed]]
+        else:
+            missing.append(str(seed))
     if not missing:
-        return {r.folder: [by_seed[r.config["seed"]]] for r in row.records}, []
+        return paired, []
     note = (
         f"{row.label}: compared with the mean of '{baseline.label}' over its own seeds, which "
         f"lack {', '.join(missing)}."
     )
-    return {record.folder: baseline.records for record in row.records}, [note]
+    folders = [record.folder for record in row.records]
+    return dict.fromkeys(folders, baseline.records), [note]
 
 
 def ratio_columns(references: References) -> list[Column]:
@@ -196,7 +243,7 @@ def ratio_columns(references: References) -> list[Column]:
     top1 = against(references, val_top1, val_top1, sub)
     speed = against(references, of_phase("adapter", IMAGES), of_last_phase(IMAGES), truediv)
     memory = against(references, of_phase("adapter", PEAK), of_last_phase(PEAK), truediv)
-    flops = against(references, cost_flops, cost_flops, truediv)
+    flops = ratio(references, cost_flops)
     return [
         Column("top1_difference", "top1 to baseline", "points", top1, signed, ACCURACY),
         Column("speed_ratio", "speed ratio", "", speed, 2, COST, timed=True),
@@ -207,16 +254,28 @@ def ratio_columns(references: References) -> list[Column]:
 
 def prelora_columns(references: References) -> list[Column]:
     """Return the columns of PreLoRA's table (arXiv 2509.21619)."""
-    by_key = {column.key: column for column in ratio_columns(references)}
-    epoch = against(references, mean_epoch_seconds, mean_epoch_seconds, truediv)
-    columns = [
+    by_key = ungrouped_ratios(references)
+    epoch = ratio(references, mean_epoch_seconds)
+    return [
         Column("trainable_share", "trainable", "%", trainable_share, 1),
         by_key["speed_ratio"],
         Column("epoch_ratio", "epoch time ratio", "", epoch, 2, timed=True),
         by_key["memory_ratio"],
         by_key["top1_difference"],
     ]
-    return [replace(column, group="") for column in columns]
+
+
+def ungrouped_ratios(references: References) -> dict[str, Column]:
+    """Return the ``ratio_columns`` by key, for a table of a single part."""
+    columns = {}
+    for column in ratio_columns(references):
+        columns[column.key] = replace(column, group="")
+    return columns
+
+
+def ratio(references: References, read: Read) -> Read:
+    """Return a function that computes ``read(run)`` over the mean of ``read(baseline's runs)``."""
+    return against(references, read, read, truediv)
 
 
 def against(
@@ -228,12 +287,14 @@ def against(
     """
 
     def read(record: Record) -> float | None:
-        found = [theirs(reference) for reference in references.get(record.folder, ())]
-        told = [number for number in found if number is not None]
         value = mine(record)
-        if value is None or not told or len(told) < len(found) or not fmean(told):
+        compared = references.get(record.folder, ())
+        found = list(map(theirs, compared))
+        told = [number for number in found if number is not None]
+        if value is None or not told or len(told) < len(found):
             return None
-        return combine(value, fmean(told))
+        mean = fmean(told)
+        return combine(value, mean) if mean else None
 
     return read
 
@@ -241,10 +302,3 @@ def against(
 def signed(value: float) -> str:
     """Return a difference with its sign and two decimals."""
     return f"{value:+.2f}"
-
-
-def _told(candidates: Sequence[Row]) -> list[str]:
-    if not candidates:
-        return ["No baseline: no row trains in full to the end, and none was named."]
-    there = " or ".join(f"'{row.label}'" for row in candidates)
-    return [f"Compared with {there}, run by run with the same seed."]

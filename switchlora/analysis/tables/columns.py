@@ -1,7 +1,7 @@
 """The columns of a table of runs: how each is read from a finished run, its unit and digits."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -11,7 +11,9 @@ from switchlora.storage import Record
 MIB = 2**20
 NOT_RECOVERED = math.inf
 ACCURACY, SPEED, COST = "Accuracy", "Speed and memory", "Cost"
+Quartiles = tuple[float, float]
 Read = Callable[[Record], float | None]
+ReadQuartiles = Callable[[Record], Quartiles | None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Column:
     """the part of the table that it belongs to; a table too wide for a page is split into parts"""
     timed: bool = False
     """whether its numbers come from a clock or a memory counter"""
-    quartiles: Callable[[Record], tuple[float, float] | None] | None = None
+    quartiles: ReadQuartiles | None = None
     """returns the quartiles over the updates of one run"""
 
     @property
@@ -42,7 +44,7 @@ class Cell:
     """The numbers of one row in one column: one per seed, and at least one."""
 
     values: tuple[float, ...]
-    quartiles: tuple[float, float] | None = None
+    quartiles: Quartiles | None = None
     """quartiles over the updates, when the row has a single run"""
 
     @property
@@ -53,7 +55,9 @@ class Cell:
     @property
     def std(self) -> float | None:
         """Sample standard deviation over the seeds; None for fewer than two finite values."""
-        return stdev(self.values) if self.n > 1 and math.isfinite(self.mean) else None
+        if self.n < 2 or not math.isfinite(self.mean):
+            return None
+        return stdev(self.values)
 
     @property
     def n(self) -> int:
@@ -63,11 +67,13 @@ class Cell:
 
 def make_cell(column: Column, records: Sequence[Record]) -> Cell | None:
     """Return the cell that ``column`` reads from ``records``, or None when it reads nothing."""
-    values = tuple(v for record in records if (v := column.read(record)) is not None)
+    values = [value for value in map(column.read, records) if value is not None]
     if not values:
         return None
-    read = column.quartiles if len(records) == 1 else None
-    return Cell(values, None if read is None else read(records[0]))
+    quartiles = None
+    if column.quartiles is not None and len(records) == 1:
+        quartiles = column.quartiles(records[0])
+    return Cell(tuple(values), quartiles)
 
 
 def run_columns() -> list[Column]:
@@ -79,20 +85,7 @@ def run_columns() -> list[Column]:
         Column("val_top1", "val top1", "%", val_top1, 2, ACCURACY),
         Column("test_top1", "test top1", "%", test_top1, 2, ACCURACY),
         Column("recovery", "recovery", "updates", recovery, 0, ACCURACY),
-        *(
-            Column(
-                f"{phase}_{key}",
-                f"{title}, {phase}",
-                unit,
-                of_phase(phase, source, scale),
-                digits,
-                SPEED,
-                timed=True,
-                quartiles=quartiles_of(phase) if source == IMAGES else None,
-            )
-            for key, title, unit, source, scale, digits in PHASE_COLUMNS
-            for phase in ("full", "adapter")
-        ),
+        *phase_columns(),
         Column("trainable", "trainable", "parameters", trainable, 0, COST),
         Column("trainable_share", "trainable share", "%", trainable_share, 2, COST),
         Column("cost_flops", "training cost", "FLOPs", cost_flops, "{:.4g}".format, COST),
@@ -106,9 +99,29 @@ PHASE_COLUMNS = (
     ("epoch_seconds", "epoch", "s", EPOCH, 1, 2),
     ("peak_memory", "peak memory", "MiB", PEAK, 1 / MIB, 0),
 )
+"""key, title, unit, key in the summary, factor and digits of the columns that a phase has"""
 
 
-def switch_update(record: Record) -> float | None:
+def phase_columns() -> list[Column]:
+    """Return the columns of speed and memory, one for the full and one for the adapter phase."""
+    columns = []
+    for key, title, unit, source, scale, digits in PHASE_COLUMNS:
+        for phase in ("full", "adapter"):
+            column = Column(
+                f"{phase}_{key}",
+                f"{title}, {phase}",
+                unit,
+                of_phase(phase, source, scale),
+                digits,
+                SPEED,
+                timed=True,
+                quartiles=quartiles_of(phase) if source == IMAGES else None,
+            )
+            columns.append(column)
+    return columns
+
+
+def switch_update(record: Record) -> int | None:
     """Return the update after which the run switched."""
     return record.result["switch"]["num_updates"]
 
@@ -125,21 +138,40 @@ def test_top1(record: Record) -> float | None:
 
 def validations(record: Record) -> list[tuple[int, float]]:
     """Return the update and top1 of every validation, in order."""
-    return [(e["num_updates"], e["val/top1"]) for e in record.events("eval")]
+    found = []
+    for event in record.events("eval"):
+        found.append((event["num_updates"], event["val/top1"]))
+    return found
+
+
+def validations_after_switch(record: Record) -> list[tuple[int, float]]:
+    """Return the updates since the switch and the top1 of every validation after it, in order."""
+    switch = switch_update(record)
+    if switch is None:
+        return []
+    after = []
+    for update, top1 in validations(record):
+        if update > switch:
+            after.append((update - switch, top1))
+    return after
 
 
 def top1_at_switch(record: Record) -> float | None:
     """Return the top1 of the last validation at or before the switch, in %."""
     switch = switch_update(record)
-    found = [] if switch is None else [top1 for n, top1 in validations(record) if n <= switch]
-    return found[-1] if found else None
+    if switch is None:
+        return None
+    before = [top1 for update, top1 in validations(record) if update <= switch]
+    return before[-1] if before else None
 
 
 def top1_after_switch(record: Record) -> float | None:
     """Return the top1 of the first validation after the switch, in %."""
-    switch = switch_update(record)
-    found = [] if switch is None else [top1 for n, top1 in validations(record) if n > switch]
-    return found[0] if found else None
+    after = validations_after_switch(record)
+    if not after:
+        return None
+    _, top1 = after[0]
+    return top1
 
 
 def recovery(record: Record) -> float | None:
@@ -149,22 +181,24 @@ def recovery(record: Record) -> float | None:
     - NOT_RECOVERED when none does.
     - None without a validation on both sides of the switch.
     """
-    before, switch = top1_at_switch(record), switch_update(record)
-    if before is None or switch is None or top1_after_switch(record) is None:
+    before = top1_at_switch(record)
+    first = top1_after_switch(record)
+    if before is None or first is None:
         return None
-    after = [(n, top1) for n, top1 in validations(record) if n > switch]
-    if after[0][1] >= before:
+    if first >= before:
         return 0
-    return next((n - switch for n, top1 in after if top1 >= before), NOT_RECOVERED)
+    for updates, top1 in validations_after_switch(record):
+        if top1 >= before:
+            return updates
+    return NOT_RECOVERED
 
 
 def of_phase(phase: str, key: str, scale: float = 1) -> Read:
     """Return a function that reads a number of one phase from the summary, times ``scale``."""
 
     def read(record: Record) -> float | None:
-        found = record.result["phases"].get(phase, {})
-        counts = found.get("num_updates") or key == "trainable_parameters"
-        value = found.get(key) if counts else None
+        figures = phases_made(record).get(phase, {})
+        value = figures.get(key)
         return None if value is None else scale * value
 
     return read
@@ -172,18 +206,28 @@ def of_phase(phase: str, key: str, scale: float = 1) -> Read:
 
 def of_last_phase(key: str) -> Read:
     """Return a function that reads a number of the segment with the run's last update."""
-    return lambda record: last_segment(record).get(key)
+
+    def read(record: Record) -> float | None:
+        return last_segment(record).get(key)
+
+    return read
 
 
 def segments(record: Record) -> list[Mapping[str, Any]]:
     """Return the segments between the run's transitions, or its phases when it has no segments."""
+    told = record.result.get("segments")
+    if told:
+        return told
     phases = record.result["phases"].items()
-    return record.result.get("segments") or [{"phase": name, **found} for name, found in phases]
+    return [{"phase": name, **figures} for name, figures in phases]
 
 
 def last_segment(record: Record) -> Mapping[str, Any]:
     """Return the segment with the run's last update; empty when no update was made."""
-    return next((found for found in reversed(segments(record)) if found["num_updates"]), {})
+    for segment in reversed(segments(record)):
+        if segment["num_updates"]:
+            return segment
+    return {}
 
 
 def last_phase(record: Record) -> str:
@@ -191,12 +235,16 @@ def last_phase(record: Record) -> str:
     return last_segment(record).get("phase", "full")
 
 
-def quartiles_of(phase: str) -> Callable[[Record], tuple[float, float] | None]:
+def quartiles_of(phase: str) -> ReadQuartiles:
     """Return a function that reads the quartiles of images/s over the updates of one phase."""
 
-    def read(record: Record) -> tuple[float, float] | None:
-        found = record.result["phases"].get(phase, {}).get("images_per_second_quartiles")
-        return found and tuple(found)
+    def read(record: Record) -> Quartiles | None:
+        figures = record.result["phases"].get(phase, {})
+        quartiles = figures.get("images_per_second_quartiles")
+        if quartiles is None:
+            return None
+        low, high = quartiles
+        return low, high
 
     return read
 
@@ -210,38 +258,40 @@ def trainable_share(record: Record) -> float | None:
     """Return ``trainable`` in % of the parameters of the model without adapters."""
     whole = record.result["switch"].get("parameters")
     if whole is None:
-        whole = of_phase("full", "trainable_parameters")(record)
+        full = record.result["phases"].get("full", {})
+        whole = full.get("trainable_parameters")
     part = trainable(record)
-    return 100 * part / whole if whole and part is not None else None
+    if whole is None or part is None:
+        return None
+    return 100 * part / whole
 
 
 def phases_made(record: Record) -> dict[str, Mapping[str, Any]]:
     """Return the summary's figures for each phase in which updates were made."""
-    return {k: phase for k, phase in record.result["phases"].items() if phase["num_updates"]}
+    phases = record.result["phases"].items()
+    return {name: figures for name, figures in phases if figures["num_updates"]}
 
 
 def cost_flops(record: Record) -> float | None:
-    """Return the FLOPs of all updates, or None when those of a phase are unknown."""
-    told = record.result.get("cost", {}).get("train_flops")
-    return told or _sum(
-        phase.get("flops_per_update") and phase["flops_per_update"] * phase["num_updates"]
-        for phase in phases_made(record).values()
-    )
+    """Return the FLOPs of all updates, or None when those of some update are unknown."""
+    return record.result.get("cost", {}).get("train_flops")
 
 
 def cost_seconds(record: Record) -> float | None:
-    """Return the seconds of all updates without evaluation, or None if a phase has none."""
-    return _sum(phase.get("train_seconds") for phase in phases_made(record).values())
+    """Return the seconds of all updates without evaluation."""
+    return record.result.get("cost", {}).get("train_seconds")
 
 
 def mean_epoch_seconds(record: Record) -> float | None:
-    """Return the seconds of an epoch, averaged over the phases with their updates as weights."""
-    phases = phases_made(record).values()
-    total = _sum(p[EPOCH] and p[EPOCH] * p["num_updates"] for p in phases)
-    return total and total / sum(p["num_updates"] for p in phases)
+    """Return the seconds of an epoch, averaged over the phases with their updates as weights.
 
-
-def _sum(parts: Iterable[float | None]) -> float | None:
-    values = list(parts)
-    told = [value for value in values if value is not None]
-    return sum(told) if told and len(told) == len(values) else None
+    Return None when the seconds of a phase are unknown.
+    """
+    updates = []
+    seconds = []
+    for figures in phases_made(record).values():
+        if figures[EPOCH] is None:
+            return None
+        updates.append(figures["num_updates"])
+        seconds.append(figures[EPOCH] * figures["num_updates"])
+    return sum(seconds) / sum(updates)

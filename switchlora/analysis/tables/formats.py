@@ -5,18 +5,33 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from itertools import groupby
+from typing import Any
 
 from switchlora.analysis.tables.columns import Cell, Column
 from switchlora.analysis.tables.rows import Table
 
 MISSING = "–"
 FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
-LATEX = {
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$", "|": "$|$"},
-}
+LATEX = str.maketrans(
+    {
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "–": "--",
+        "<": "$<$",
+        ">": "$>$",
+        "|": "$|$",
+    }
+)
+"""what stands in LaTeX for each special character"""
 
 
 def shown(cell: Cell | None, column: Column) -> str:
@@ -27,19 +42,20 @@ def shown(cell: Cell | None, column: Column) -> str:
     """
     if cell is None:
         return MISSING
-    reached = tuple(v for v in cell.values if math.isfinite(v))
+    reached = tuple(filter(math.isfinite, cell.values))
     if len(reached) < cell.n:
         lost = f"not recovered ({cell.n - len(reached)})"
         return f"{shown(Cell(reached), column)}, {lost}" if reached else lost
-    text = number(cell.mean, column)
+    text = number_text(cell.mean, column)
     if cell.std is not None:
-        text += f" ± {number(cell.std, column).lstrip('+')}"
+        text += f" ± {number_text(cell.std, column).lstrip('+')}"
     elif cell.quartiles is not None:
-        text += f" [{MISSING.join(number(each, column) for each in cell.quartiles)}]"
+        low, high = cell.quartiles
+        text += f" [{number_text(low, column)}–{number_text(high, column)}]"
     return f"{text} ({cell.n})"
 
 
-def number(value: float, column: Column) -> str:
+def number_text(value: float, column: Column) -> str:
     """Return a number as text, with the digits of its column."""
     digits = column.digits
     return digits(value) if callable(digits) else f"{value:,.{digits}f}"
@@ -47,61 +63,90 @@ def number(value: float, column: Column) -> str:
 
 def grouped(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
     """Return the columns by group, in the order in which groups first appear."""
-    order = {column.group: place for place, column in reversed(list(enumerate(columns)))}
-    ordered = sorted(columns, key=lambda column: order[column.group])
-    return [(name, list(found)) for name, found in groupby(ordered, key=lambda c: c.group)]
+    groups: dict[str, list[Column]] = {}
+    for column in columns:
+        groups.setdefault(column.group, []).append(column)
+    return list(groups.items())
 
 
 def markdown(table: Table) -> str:
     """Return Markdown: a padded table for each group of columns, and the notes."""
     parts = []
     for name, columns in grouped(table.columns):
-        rows = [["", *(column.header for column in columns)], *_lines(table, columns)]
-        parts += [f"**{name}**"] if name else []
-        parts.append(_padded([[cell.replace("|", r"\|") for cell in row] for row in rows]))
-    notes = "\n".join(f"- {note}" for note in table.notes)
-    return "\n\n".join([*parts, *([notes] if notes else [])]) + "\n"
+        if name:
+            parts.append(f"**{name}**")
+        headers = [column.header for column in columns]
+        rows = [["", *headers], *_lines(table, columns)]
+        parts.append(_padded(list(map(_without_bars, rows))))
+    if table.notes:
+        parts.append("\n".join(f"- {note}" for note in table.notes))
+    return "\n\n".join(parts) + "\n"
 
 
 def _lines(table: Table, columns: Sequence[Column]) -> list[list[str]]:
-    return [
-        [row.label, *(shown(row.cells.get(column.key), column) for column in columns)]
-        for row in table.rows
-    ]
+    """Return the label of each row and its cells as text."""
+    lines = []
+    for row in table.rows:
+        cells = [shown(row.cells.get(column.key), column) for column in columns]
+        lines.append([row.label, *cells])
+    return lines
+
+
+def _without_bars(cells: Sequence[str]) -> list[str]:
+    return [cell.replace("|", r"\|") for cell in cells]
 
 
 def _padded(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    lines.insert(1, ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    columns = zip(*rows, strict=True)
+    widths = [max(3, *map(len, column)) for column in columns]
+    rule = ["-" * widths[0]]
+    for width in widths[1:]:
+        rule.append("-" * (width - 1) + ":")
+    header, *body = [_aligned(row, widths) for row in rows]
+    return "\n".join(map(_markdown_line, [header, rule, *body]))
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Pad the label on its right and the numbers on their left."""
+    label, *numbers = row
+    padded = map(str.rjust, numbers, widths[1:])
+    return [label.ljust(widths[0]), *padded]
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def latex(table: Table) -> str:
     r"""Return a LaTeX float for ``\input``: a booktabs tabular for each group, and the notes."""
-    parts = [
+    lines = [
         "% needs \\usepackage{booktabs,graphicx}",
         r"\begin{table*}",
         r"\centering\footnotesize",
     ]
     for name, columns in grouped(table.columns):
-        heads = [
-            [name, *(column.title for column in columns)],
-            ["", *(column.unit for column in columns)],
-        ]
-        parts += [
-            FIT,
-            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
-            r"\toprule",
-            *map(_latex_row, heads),
-            r"\midrule",
-            *map(_latex_row, _lines(table, columns)),
-            r"\bottomrule",
-            r"\end{tabular}}",
-            r"\par\medskip",
-        ]
-    parts += [r"\begin{flushleft}\scriptsize", *(rf"{escaped(n)}\par" for n in table.notes)]
-    return "\n".join([*parts, r"\end{flushleft}", r"\end{table*}"]) + "\n"
+        lines += _tabular(table, name, columns)
+    lines.append(r"\begin{flushleft}\scriptsize")
+    for note in table.notes:
+        lines.append(rf"{escaped(note)}\par")
+    return "\n".join([*lines, r"\end{flushleft}", r"\end{table*}"]) + "\n"
+
+
+def _tabular(table: Table, name: str, columns: Sequence[Column]) -> list[str]:
+    titles = [column.title for column in columns]
+    units = [column.unit for column in columns]
+    return [
+        FIT,
+        rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+        r"\toprule",
+        _latex_row([name, *titles]),
+        _latex_row(["", *units]),
+        r"\midrule",
+        *map(_latex_row, _lines(table, columns)),
+        r"\bottomrule",
+        r"\end{tabular}}",
+        r"\par\medskip",
+    ]
 
 
 def _latex_row(cells: Sequence[str]) -> str:
@@ -110,21 +155,30 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def escaped(text: str) -> str:
     """Return the text with LaTeX's special characters escaped."""
-    plain = re.sub(".", lambda found: LATEX.get(found[0], found[0]), text)
-    return re.sub(r"(?<!\S)-(?=\d)", "$-$", plain)
+    return re.sub(r"(?<!\S)-(?=\d)", "$-$", text.translate(LATEX))
 
 
 def csv_text(table: Table) -> str:
     """Return CSV with mean, standard deviation and n of each column, and units in the header."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    titles = [_csv_title(column) for column in table.columns]
-    writer.writerow(["setting", *(f"{t} {part}" for t in titles for part in ("mean", "std", "n"))])
+    header = ["setting"]
+    for column in table.columns:
+        title = _csv_title(column)
+        header += [f"{title} mean", f"{title} std", f"{title} n"]
+    writer.writerow(header)
     for row in table.rows:
-        cells = [row.cells.get(column.key) for column in table.columns]
-        plain = [("", "", 0) if c is None else (c.mean, c.std, c.n) for c in cells]
-        writer.writerow([row.label, *(value for parts in plain for value in parts)])
+        line: list[Any] = [row.label]
+        for column in table.columns:
+            line += _csv_cells(row.cells.get(column.key))
+        writer.writerow(line)
     return file.getvalue()
+
+
+def _csv_cells(cell: Cell | None) -> list[Any]:
+    if cell is None:
+        return ["", "", 0]
+    return [cell.mean, cell.std, cell.n]
 
 
 def _csv_title(column: Column) -> str:

@@ -45,7 +45,10 @@ OF_TIMES = {
 
 def general_notes(preset: str, times: bool) -> list[str]:
     """Return notes on what the columns of a preset mean."""
-    return [SPREAD, GENERAL[preset], *(OF_TIMES[preset] if times else ())]
+    notes = [SPREAD, GENERAL[preset]]
+    if times:
+        notes += OF_TIMES[preset]
+    return notes
 
 
 def time_notes(rows: Sequence[Row]) -> list[str]:
@@ -57,10 +60,9 @@ def reused_notes(rows: Sequence[Row]) -> list[str]:
     """Return a note for each row with updates that were taken from a shared trunk."""
     notes = []
     for row in rows:
-        trunks = [record.result.get("trunk") for record in row.records]
-        reused = [trunk["reused_updates"] if trunk else 0 for trunk in trunks]
+        reused = list(map(_reused_updates, row.records))
         if any(reused):
-            told = ", ".join(f"{n:,}" for n in reused)
+            told = ", ".join(f"{updates:,}" for updates in reused)
             notes.append(
                 f"{row.label}: {told} updates of the full phase (by seed) were taken from a "
                 "shared trunk with their times, not made anew; costs and times count them."
@@ -68,11 +70,19 @@ def reused_notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
+def _reused_updates(record: Record) -> int:
+    trunk = record.result.get("trunk")
+    return trunk["reused_updates"] if trunk else 0
+
+
 def unfinished_notes(records: Sequence[Record]) -> list[str]:
     """Return a note for each unfinished run, with its status. No row counts these runs."""
-    named = zip(run_labels([r.folder for r in records]), records, strict=True)
-    unfinished = ((name, record) for name, record in named if not record.finished)
-    return sorted(f"{name}: {status_of(record)}; not counted." for name, record in unfinished)
+    names = run_labels([record.folder for record in records])
+    notes = []
+    for name, record in zip(names, records, strict=True):
+        if not record.finished:
+            notes.append(f"{name}: {status_of(record)}; not counted.")
+    return sorted(notes)
 
 
 def status_of(record: Record) -> str:

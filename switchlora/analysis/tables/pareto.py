@@ -14,18 +14,45 @@ from matplotlib.transforms import Bbox
 
 from switchlora.analysis.figures import BLUE
 from switchlora.analysis.marks import GREY
+from switchlora.analysis.tables.columns import Cell
 from switchlora.analysis.tables.rows import Row, Table
 
-COST_KEY, ACCURACY_KEY = "cost_flops", "val_top1"
+COST_KEY = "cost_flops"
+ACCURACY_KEY = "val_top1"
+BOTH = {COST_KEY, ACCURACY_KEY}
 MARKER = 6.0  # points
 DISTANCES = (6, 14, 24, 36, 50, 66, 84, 104)  # points from a point to its name
 ANGLES = (0, 180, 90, 270, 45, 135, 315, 225)  # degrees
 MOST_NAMES = 8
-ON_FRONT: dict[str, Any] = {"marker": "o", "linestyle": "", "color": BLUE, "markersize": MARKER}
-BEATEN: dict[str, Any] = {**ON_FRONT, "marker": "s", "color": GREY, "markerfacecolor": "white"}
-STEPS: dict[str, Any] = {"color": BLUE, "linewidth": 1, "linestyle": (0, (1, 1.5)), "zorder": 1}
+ON_FRONT: dict[str, Any] = {
+    "marker": "o",
+    "linestyle": "",
+    "color": BLUE,
+    "markersize": MARKER,
+}
+BEATEN: dict[str, Any] = {
+    **ON_FRONT,
+    "marker": "s",
+    "color": GREY,
+    "markerfacecolor": "white",
+}
+STEPS: dict[str, Any] = {
+    "color": BLUE,
+    "linewidth": 1,
+    "linestyle": (0, (1, 1.5)),
+    "zorder": 1,
+}
+LEAD: dict[str, Any] = {
+    "arrowstyle": "-",
+    "color": GREY,
+    "linewidth": 0.6,
+    "shrinkA": 0,
+    "shrinkB": 3,
+}
+"""the line from a point to its name"""
 AWAY = 12  # a name farther than so many points from its point gets a line
 Point = tuple[float, float]
+Line = tuple[Point, Point]
 
 
 def pareto_front(points: Sequence[Point]) -> list[int]:
@@ -34,11 +61,18 @@ def pareto_front(points: Sequence[Point]) -> list[int]:
     Lower cost and higher accuracy are better. A point beats another when it is no worse in both
     and better in one. Equal points do not beat each other.
     """
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
+
+    def cheapest_first(index: int) -> Point:
+        cost, accuracy = points[index]
+        return cost, -accuracy
+
     front: list[int] = []
-    for i in order:
-        if not front or points[i][1] > points[front[-1]][1] or points[i] == points[front[-1]]:
-            front.append(i)
+    last = None
+    for index in sorted(range(len(points)), key=cheapest_first):
+        point = points[index]
+        if last is None or point[1] > last[1] or point == last:
+            front.append(index)
+            last = point
     return front
 
 
@@ -47,7 +81,7 @@ def draw_pareto(table: Table, path: Path) -> Path:
 
     Raise ValueError when no row has both numbers.
     """
-    rows = [row for row in table.rows if {COST_KEY, ACCURACY_KEY} <= row.cells.keys()]
+    rows = [row for row in table.rows if row.cells.keys() >= BOTH]
     if not rows:
         raise ValueError("no row has both FLOPs and val top1: there is no Pareto front to draw")
     figure = pareto_figure(rows)
@@ -62,39 +96,61 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
     Points on the front are filled and joined by steps. More than ``MOST_NAMES`` rows get numbers
     instead of names, in the order of cost, and a key beside the picture.
     """
-    rows = sorted(rows, key=lambda row: _point(row)[0])
-    points = [_point(row) for row in rows]
+    rows = sorted(rows, key=lambda row: _cost(row).mean)
+    points = list(map(_point, rows))
     front = pareto_front(points)
+    steps = [points[index] for index in front]
+    names = [row.label for row in rows]
     numbered = len(rows) > MOST_NAMES
-    height = max(4.4, 1.2 + 0.165 * len(rows)) if numbered else 4.4
-    figure = Figure(figsize=(9.6 if numbered else 7.2, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for i, row in enumerate(rows):
-        _draw_point(axes, row, points[i], i in front)
-    steps = [points[i] for i in front]
-    axes.step(*zip(*steps, strict=True), where="post", **STEPS)
-    axes.set_xlabel("training cost, FLOPs")
-    axes.set_ylabel("val top1, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(0.16, 0.16)
+    figure = Figure(figsize=_size(len(rows), numbered), layout="constrained")
+    axes = _empty_axes(figure)
+    for index, row in enumerate(rows):
+        _draw_point(axes, row, index in front)
+    costs, accuracies = zip(*steps, strict=True)
+    axes.step(costs, accuracies, where="post", **STEPS)
     _draw_legend(axes, beaten=len(front) < len(rows))
-    names = [str(i + 1) if numbered else row.label for i, row in enumerate(rows)]
     if numbered:
-        _draw_key(axes, [f"{i + 1}: {row.label}" for i, row in enumerate(rows)])
+        numbers = [str(index + 1) for index in range(len(rows))]
+        _draw_key(axes, numbers, names)
+        names = numbers
     place_names(axes, rows, names, steps)
     return figure
 
 
+def _size(count: int, numbered: bool) -> tuple[float, float]:
+    """Return the width and height in inches of a picture of ``count`` rows."""
+    if not numbered:
+        return 7.2, 4.4
+    return 9.6, max(4.4, 1.2 + 0.165 * count)
+
+
+def _empty_axes(figure: Figure) -> Axes:
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_xlabel("training cost, FLOPs")
+    axes.set_ylabel("val top1, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(0.16, 0.16)
+    return axes
+
+
 def _point(row: Row) -> Point:
-    return row.cells[COST_KEY].mean, row.cells[ACCURACY_KEY].mean
+    return _cost(row).mean, _accuracy(row).mean
 
 
-def _draw_point(axes: Axes, row: Row, point: Point, on_front: bool) -> None:
+def _cost(row: Row) -> Cell:
+    return row.cells[COST_KEY]
+
+
+def _accuracy(row: Row) -> Cell:
+    return row.cells[ACCURACY_KEY]
+
+
+def _draw_point(axes: Axes, row: Row, on_front: bool) -> None:
     axes.errorbar(
-        *point,
-        xerr=row.cells[COST_KEY].std,
-        yerr=row.cells[ACCURACY_KEY].std,
+        *_point(row),
+        xerr=_cost(row).std,
+        yerr=_accuracy(row).std,
         **(ON_FRONT if on_front else BEATEN),
         elinewidth=0.9,
         capsize=2.5,
@@ -104,15 +160,17 @@ def _draw_point(axes: Axes, row: Row, point: Point, on_front: bool) -> None:
 
 def _draw_legend(axes: Axes, beaten: bool) -> None:
     """Draw a legend of what the marks mean."""
-    handles = axes.plot([], [], label="Pareto front", **{**ON_FRONT, **STEPS})
+    handles = axes.plot([], [], label="Pareto front", **ON_FRONT | STEPS)
     if beaten:
         handles += axes.plot([], [], label="beaten", **BEATEN)
     axes.figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
 
 
-def _draw_key(axes: Axes, lines: Sequence[str]) -> None:
+def _draw_key(axes: Axes, numbers: Sequence[str], labels: Sequence[str]) -> None:
     """Draw the key right of the picture: each row's number and its label."""
-    handles = [axes.plot([], [], " ", label=line)[0] for line in lines]
+    handles = []
+    for number, label in zip(numbers, labels, strict=True):
+        handles += axes.plot([], [], " ", label=f"{number}: {label}")
     axes.figure.legend(
         handles=handles,
         loc="outside right center",
@@ -135,31 +193,40 @@ def place_names(
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    ink = [ends for row in rows for ends in _spread(row)]
-    for (x, y), after in pairwise(steps):
-        ink += [((x, y), (after[0], y)), ((after[0], y), after)]
+    lines: list[Line] = []
+    for row in rows:
+        lines += _error_bars(row)
+    for point, after in pairwise(steps):
+        corner = (after[0], point[1])
+        lines += [(point, corner), (corner, after)]
     half = figure.dpi / 72 * MARKER / 2
-    taken = [_box(axes, ends).padded(half) for ends in ink]
+    taken = [_box(axes, line).padded(half) for line in lines]
     for row, name in zip(rows, names, strict=True):
         point = _point(row)
         note = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8)
         size = np.asarray(note.get_window_extent().size)
-        offset, box = _free_place(axes, axes.transData.transform(point), size, taken)
+        pixel = axes.transData.transform(point)
+        offset, box = _free_place(axes, pixel, size, taken)
         note.set_position(tuple(offset))
         note.set(ha="center", va="center")
         taken.append(box)
         _lead(axes, point, box)
 
 
-def _spread(row: Row) -> list[tuple[Point, Point]]:
+def _error_bars(row: Row) -> list[Line]:
     """Return both ends of a row's error bars. Without an error bar both ends are the point."""
-    (x, y), dx, dy = _point(row), *(row.cells[key].std or 0 for key in (COST_KEY, ACCURACY_KEY))
-    return [((x - dx, y), (x + dx, y)), ((x, y - dy), (x, y + dy))]
+    x, y = _point(row)
+    dx = _cost(row).std or 0
+    dy = _accuracy(row).std or 0
+    across = ((x - dx, y), (x + dx, y))
+    upright = ((x, y - dy), (x, y + dy))
+    return [across, upright]
 
 
-def _box(axes: Axes, ends: tuple[Point, Point]) -> Bbox:
+def _box(axes: Axes, ends: Line) -> Bbox:
     """Return the box in pixels of a line along an axis."""
-    return Bbox(np.sort(axes.transData.transform(ends), axis=0))
+    pixels = axes.transData.transform(ends)
+    return Bbox(np.sort(pixels, axis=0))
 
 
 def _free_place(
@@ -171,10 +238,14 @@ def _free_place(
     """
     scale = axes.figure.dpi / 72
     for distance, angle in product(DISTANCES, ANGLES):
-        direction = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
-        offset = direction * distance * scale + np.sign(direction.round(6)) * size / 2
-        box = Bbox([pixel + offset - size / 2, pixel + offset + size / 2])
-        if _within(box, axes) and not any(box.overlaps(other) for other in taken):
+        radians = math.radians(angle)
+        direction = np.array([math.cos(radians), math.sin(radians)])
+        nearest_edge = np.sign(direction.round(6)) * size / 2
+        offset = direction * distance * scale + nearest_edge
+        middle = pixel + offset
+        box = Bbox([middle - size / 2, middle + size / 2])
+        is_covered = any(map(box.overlaps, taken))
+        if _within(box, axes) and not is_covered:
             break
     return offset / scale, box
 
@@ -182,15 +253,16 @@ def _free_place(
 def _within(box: Bbox, axes: Axes) -> bool:
     """Return whether a box lies inside the axes, or right of them but on the page."""
     page = axes.figure.bbox.padded(-2)
-    inside = axes.bbox.x0 < box.x0 and box.x1 < page.x1
-    return inside and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
+    fits_across = axes.bbox.x0 < box.x0 and box.x1 < page.x1
+    fits_upright = axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
+    return fits_across and fits_upright
 
 
 def _lead(axes: Axes, point: Point, box: Bbox) -> None:
     """Draw a line from a point to the nearest edge of a name that is far from it."""
     pixel = axes.transData.transform(point)
-    end = np.clip(pixel, box.min, box.max)
-    if np.hypot(*(end - pixel)) > AWAY * axes.figure.dpi / 72:
-        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-        offset = (end - pixel) * 72 / axes.figure.dpi
-        axes.annotate("", point, offset, textcoords="offset points", arrowprops=line)
+    way = np.clip(pixel, box.min, box.max) - pixel
+    if np.hypot(*way) <= AWAY * axes.figure.dpi / 72:
+        return
+    offset = way * 72 / axes.figure.dpi
+    axes.annotate("", point, offset, textcoords="offset points", arrowprops=LEAD)

@@ -4,9 +4,10 @@ The runs of one row differ only in their seed.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -22,7 +23,11 @@ METHOD = "method"
 OF_METHODS = ("switch.", "adapter.", "monitor.")  # keys that the name of a method stands for
 FULL_TRAINING = "full training"
 UNUSED_BY_FULL_TRAINING = ("switch.", "adapter.")
+NUMBER = r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 Settings = dict[str, Any]
+NaturalKey = list[tuple[float, str]]
+Members = list[tuple[Record, ...]]
+"""the runs of each row"""
 
 
 @dataclass(frozen=True)
@@ -64,43 +69,83 @@ def make_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
     Of several runs with the same configuration and seed only the first counts. No seed then has
     double weight.
     """
+    members, notes = by_configuration(records)
+    settings = telling_settings(with_methods(members))
+    rows = []
+    named = zip(labels(settings), settings, members, strict=True)
+    for label, told, runs in named:
+        rows.append(Row(label, told, runs, {}))
+    return sorted(rows, key=_full_training_first), notes
+
+
+def _full_training_first(row: Row) -> tuple[bool, NaturalKey]:
+    return not row.trains_in_full, natural(row.label)
+
+
+def by_configuration(records: Sequence[Record]) -> tuple[Members, list[str]]:
+    """Return the runs of each configuration by seed, and notes on duplicate runs."""
     groups: dict[str, dict[int, Record]] = {}
     notes = []
-    for record in sorted(records, key=lambda each: natural(str(each.folder))):
-        keys = shaping(record.config)
-        seed = keys.pop("seed", 0)
-        row = groups.setdefault(identity(keys), {})
-        if seed in row:
-            first, second = run_labels([row[seed].folder, record.folder])
-            notes.append(f"{second}: not counted, the same configuration and seed as {first}.")
-        row.setdefault(seed, record)
-    members = [tuple(row[seed] for seed in sorted(row)) for row in groups.values()]
-    told = telling_settings(with_methods(members))
-    rows = [
-        Row(label, settings, row, {})
-        for label, settings, row in zip(labels(told), told, members, strict=True)
-    ]
-    return sorted(rows, key=lambda row: (not row.trains_in_full, natural(row.label))), notes
+    in_order = sorted(records, key=lambda record: natural(str(record.folder)))
+    for record in in_order:
+        configuration = identity(without_seed(record.config))
+        by_seed = groups.setdefault(configuration, {})
+        first = by_seed.setdefault(record.config["seed"], record)
+        if first is not record:
+            name, again = run_labels([first.folder, record.folder])
+            notes.append(f"{again}: not counted, the same configuration and seed as {name}.")
+    members = []
+    for by_seed in groups.values():
+        members.append(tuple(by_seed[seed] for seed in sorted(by_seed)))
+    return members, notes
 
 
-def with_methods(members: Sequence[Sequence[Record]]) -> list[Settings]:
+def without_seed(config: Mapping[str, Any]) -> Settings:
+    """Return the dotted keys that shape a run's results, except the seed."""
+    keys = shaping(config)
+    keys.pop("seed", None)
+    return keys
+
+
+def with_methods(members: Members) -> list[Settings]:
     """Return the settings of each row, with its ``method`` when the rows have different methods.
 
     A row without a method gets the name of its criterion instead.
     """
     found = [settings_of(row[0].config) for row in members]
-    methods = [next(filter(None, (r.config.get(METHOD) for r in row)), None) for row in members]
+    methods = list(map(method_of, members))
     if len(set(methods)) < 2:
         return found
-    criteria = [FULL_TRAINING if s[CRITERION] == NEVER else s[CRITERION] for s in found]
-    named = zip(found, methods, criteria, strict=True)
-    return [{METHOD: method or criterion, **settings} for settings, method, criterion in named]
+    named = []
+    for settings, method in zip(found, methods, strict=True):
+        named.append({METHOD: method or criterion_name(settings), **settings})
+    return named
 
 
-def natural(text: str) -> list[tuple[float, str]]:
+def method_of(row: Sequence[Record]) -> str | None:
+    """Return the ``method`` that the first of a row's runs with a method has."""
+    for record in row:
+        if record.config.get(METHOD):
+            return record.config[METHOD]
+    return None
+
+
+def criterion_name(settings: Settings) -> str:
+    """Return how a label names a row's criterion."""
+    criterion = settings[CRITERION]
+    return FULL_TRAINING if criterion == NEVER else criterion
+
+
+def natural(text: str) -> NaturalKey:
     """Return a sort key that orders the numbers inside a text by their value."""
-    parts = re.split(r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)", text)
-    return [(float(p), "") if i % 2 else (-1.0, p) for i, p in enumerate(parts)]
+    key: NaturalKey = []
+    for place, part in enumerate(re.split(NUMBER, text)):
+        is_number = place % 2 == 1
+        if is_number:
+            key.append((float(part), ""))
+        else:
+            key.append((-1.0, part))
+    return key
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
@@ -109,13 +154,14 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     An object is given by the name of its yaml: ``switch.criterion._target_:
     switchlora.criteria.UpdateNorm`` becomes ``switch.criterion: update_norm``.
     """
-    keys = {key: value for key, value in shaping(config).items() if key != "seed"}
+    keys = without_seed(config)
     settings = {}
     for key, value in keys.items():
         parent, _, last = key.rpartition(".")
+        names_object = last == "path" and f"{parent}._target_" in keys
         if last == "_target_":
             settings[parent] = group_name(parent, keys)
-        elif not (last == "_partial_" or (last == "path" and f"{parent}._target_" in keys)):
+        elif last != "_partial_" and not names_object:
             settings[key] = value
     return settings
 
@@ -126,22 +172,32 @@ def group_name(parent: str, keys: Mapping[str, Any]) -> str:
     When several yamls build the same class, the one that agrees in most values is taken. Without
     any such yaml, return the name of the object's class or function.
     """
-    kind = (keys[f"{parent}._target_"], keys.get(f"{parent}.path"))
-    best, agreeing = kind[1] or kind[0], -1
+    target = keys[f"{parent}._target_"]
+    path = keys.get(f"{parent}.path")
+    best = path or target
+    most = -1
     for stem, values in yamls(parent):
-        if (values.get("_target_"), values.get("path")) == kind:
-            agree = sum(keys.get(f"{parent}.{key}") == value for key, value in values.items())
-            if agree > agreeing:
-                best, agreeing = stem, agree
+        if values.get("_target_") != target or values.get("path") != path:
+            continue
+        agreeing = 0
+        for key, value in values.items():
+            if keys.get(f"{parent}.{key}") == value:
+                agreeing += 1
+        if agreeing > most:
+            best = stem
+            most = agreeing
     return best.rpartition(".")[2]
 
 
 @cache
 def yamls(group: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the name and values of every yaml of a config group, such as 'switch.criterion'."""
-    files = sorted(CONF.joinpath(*group.split(".")).glob("*.yaml"))
-    loaded = ((file.stem, OmegaConf.to_container(OmegaConf.load(file))) for file in files)
-    return [(stem, dict(leaves(content))) for stem, content in loaded]
+    folder = CONF.joinpath(*group.split("."))
+    found = []
+    for file in sorted(folder.glob("*.yaml")):
+        content = OmegaConf.to_container(OmegaConf.load(file))
+        found.append((file.stem, dict(leaves(content))))
+    return found
 
 
 def telling_settings(all_settings: Sequence[Settings]) -> list[Settings]:
@@ -152,48 +208,75 @@ def telling_settings(all_settings: Sequence[Settings]) -> list[Settings]:
     - A value that the full and the adapter phase share is listed once.
     - A switch, adapter or monitor key is compared only among the rows of one method.
     """
-    told = []
-    for settings in all_settings:
-        found = {k: v for k, v in settings.items() if _tells(k, settings, all_settings)}
-        told.append({k: v for k, v in found.items() if not _told_of_full(k, v, found)})
-        if not found:
-            told[-1] = {CRITERION: settings[CRITERION]}
-    if len({repr(settings) for settings in told}) == len(told):
+    told = [_distinguishing(settings, all_settings) for settings in all_settings]
+    if len(set(map(repr, told))) == len(told):
         return told
-    differ = {k for s in all_settings for k in s if any(o.get(k) != s[k] for o in all_settings)}
-    return [{k: v for k, v in s.items() if k in differ} for s in all_settings]
+    differ: set[str] = set()
+    for settings, other in product(all_settings, repeat=2):
+        for key, value in settings.items():
+            if other.get(key) != value:
+                differ.add(key)
+    return [_subset(settings, differ) for settings in all_settings]
+
+
+def _distinguishing(settings: Settings, all_settings: Sequence[Settings]) -> Settings:
+    telling = [key for key in settings if _tells(key, settings, all_settings)]
+    if not telling:
+        return {CRITERION: settings[CRITERION]}
+    found = _subset(settings, telling)
+    return {key: value for key, value in found.items() if not _repeats_full(key, found)}
+
+
+def _subset(settings: Settings, keys: Collection[str]) -> Settings:
+    return {key: value for key, value in settings.items() if key in keys}
 
 
 def _tells(key: str, settings: Settings, all_settings: Sequence[Settings]) -> bool:
-    if key.startswith(OF_METHODS):
-        all_settings = [o for o in all_settings if o.get(METHOD) == settings.get(METHOD)]
+    """Return whether a key has another value in a row that it can be compared with."""
+    for other in all_settings:
+        if other.get(key) != settings[key] and _comparable(key, settings, other):
+            return True
+    return False
+
+
+def _comparable(key: str, settings: Settings, other: Settings) -> bool:
+    """Return whether ``key`` belongs to the same object in two rows that both use it."""
+    if key.startswith(OF_METHODS) and other.get(METHOD) != settings.get(METHOD):
+        return False
     if key.startswith(UNUSED_BY_FULL_TRAINING) and key != CRITERION:
-        if settings.get(CRITERION) == NEVER:
+        criteria = (settings.get(CRITERION), other.get(CRITERION))
+        if NEVER in criteria:
             return False
-        all_settings = [other for other in all_settings if other.get(CRITERION) != NEVER]
-    parts = key.split(".")
-    parents = [".".join(parts[:depth]) for depth in range(1, len(parts))]
-    alike = (o for o in all_settings if all(o.get(p) == settings.get(p) for p in parents))
-    return any(other.get(key) != settings[key] for other in alike)
+    parent = key.rpartition(".")[0]
+    while parent:
+        if other.get(parent) != settings.get(parent):
+            return False
+        parent = parent.rpartition(".")[0]
+    return True
 
 
-def _told_of_full(key: str, value: Any, found: Settings) -> bool:
+def _repeats_full(key: str, settings: Settings) -> bool:
+    """Return whether a key of the adapter phase has the value that it has in the full phase."""
     twin = key.replace("adapter.", "full.", 1)
-    return key.startswith("adapter.") and twin in found and found[twin] == value
+    is_of_adapter = key.startswith("adapter.")
+    return is_of_adapter and twin in settings and settings[twin] == settings[key]
 
 
 def labels(told: Sequence[Settings]) -> list[str]:
     """Return one label per row: its method and criterion, then short keys with their values."""
-    keys = {key for settings in told for key in settings}
+    keys: set[str] = set().union(*told)
     return [_label(settings, keys) for settings in told]
 
 
 def _label(settings: Settings, keys: set[str]) -> str:
-    criterion = settings.get(CRITERION)
-    words = [settings[METHOD]] if METHOD in settings else []
-    words += [] if criterion is None else [FULL_TRAINING if criterion == NEVER else criterion]
-    others = (key for key in settings if key not in (METHOD, CRITERION))
-    words += [f"{short_key(key, keys)}={value_text(settings[key])}" for key in others]
+    words = []
+    if METHOD in settings:
+        words.append(settings[METHOD])
+    if CRITERION in settings:
+        words.append(criterion_name(settings))
+    for key, value in settings.items():
+        if key not in (METHOD, CRITERION):
+            words.append(f"{short_key(key, keys)}={value_text(value)}")
     return ", ".join(words)
 
 
@@ -201,9 +284,10 @@ def short_key(key: str, keys: set[str]) -> str:
     """Return the last parts of a dotted key, as few as distinguish it from the other ``keys``."""
     parts = key.split(".")
     for depth in range(1, len(parts)):
-        tail = parts[-depth:]
-        if sum(other.split(".")[-depth:] == tail for other in keys) == 1:
-            return ".".join(tail)
+        tail = ".".join(parts[-depth:])
+        alike = [other for other in keys if f".{other}".endswith(f".{tail}")]
+        if alike == [key]:
+            return tail
     return key
 
 
@@ -214,7 +298,16 @@ def value_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(value_text, value))}]"
     if isinstance(value, Mapping):
-        inner = {k: v for k, v in value.items() if k not in ("_target_", "path")}
-        named = str(value.get("path", value.get("_target_", ""))).rpartition(".")[2]
-        return f"{named}({', '.join(f'{k}={value_text(v)}' for k, v in inner.items())})"
+        return _object_text(value)
     return "none" if value is None else str(value)
+
+
+def _object_text(value: Mapping[str, Any]) -> str:
+    """Return the name of an object's class or function, and its arguments."""
+    path = value.get("path", value.get("_target_", ""))
+    name = str(path).rpartition(".")[2]
+    arguments = []
+    for key, argument in value.items():
+        if key not in ("_target_", "path"):
+            arguments.append(f"{key}={value_text(argument)}")
+    return f"{name}({', '.join(arguments)})"

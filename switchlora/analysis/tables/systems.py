@@ -1,10 +1,9 @@
 """The table of systems: one row per method, with accuracy and cost relative to full training."""
 
 from collections.abc import Mapping, Sequence
-from operator import truediv
 from typing import Any
 
-from switchlora.analysis.tables.baseline import References, against, ratio_columns
+from switchlora.analysis.tables.baseline import References, against, ratio, ungrouped_ratios
 from switchlora.analysis.tables.columns import (
     IMAGES,
     Column,
@@ -39,24 +38,24 @@ SWITCHES = ("switch", "stage")
 
 def systems_columns(references: References) -> list[Column]:
     """Return the columns of the table of systems, all in one part."""
-    by_key = {column.key: column for column in ratio_columns(references)}
-    top1, cost = by_key["top1_difference"], by_key["cost_ratio"]
+    ratios = ungrouped_ratios(references)
     images = of_last_phase(IMAGES)
     step = against(references, images, images, lambda mine, theirs: theirs / mine)
-    weights, memory = held("parameters"), held("total")
+    weights = ratio(references, held("parameters"))
+    memory = ratio(references, held("total"))
     return [
         Column("val_top1", "val top1", "%", val_top1, 2),
         Column("test_top1", "test top1", "%", test_top1, 2),
-        Column(top1.key, top1.title, top1.unit, top1.read, top1.digits),
+        ratios["top1_difference"],
         Column("trainable", "trained", "parameters", trainable, 0),
         Column("trainable_share", "trained", "%", trainable_share, 1),
-        Column("weights_ratio", "weights held", "", _ratio(references, weights), 2),
+        Column("weights_ratio", "weights held", "", weights, 2),
         Column("step_ratio", "step ratio", "", step, 2, timed=True),
-        Column("held_ratio", "memory ratio", "", _ratio(references, memory), 2),
+        Column("held_ratio", "memory ratio", "", memory, 2),
         Column("cost_flops", "training cost", "FLOPs", cost_flops, "{:.4g}".format),
-        Column(cost.key, cost.title, cost.unit, cost.read, cost.digits),
+        ratios["cost_ratio"],
         Column("switch_epoch", "switch", "epoch", switch_epoch, 1),
-        Column("changes", "changes", "", changes, 0),
+        Column("changes", "changes", "", count_changes, 0),
     ]
 
 
@@ -75,34 +74,43 @@ def held(part: str) -> Read:
 
 def switch_epoch(record: Record) -> float | None:
     """Return the epoch of the first switch, even when it was taken back later."""
-    found = (change["epoch"] for change in transitions(record) if change["kind"] in SWITCHES)
-    return next(found, record.result["switch"].get("epoch"))
+    for change in transitions(record):
+        if change["kind"] in SWITCHES:
+            return change["epoch"]
+    return _switch(record).get("epoch")
 
 
-def changes(record: Record) -> float | None:
+def count_changes(record: Record) -> int | None:
     """Return how often the trained tensors changed, or None when the run has no record of it."""
     return len(transitions(record)) if "transitions" in record.result else None
 
 
 def transitions(record: Record) -> Sequence[Mapping[str, Any]]:
-    """Return the changes of the trained tensors, in order."""
-    return record.result.get("transitions", ())
+    """Return the changes of the trained tensors, in order; none for a run without a summary."""
+    return (record.summary or {}).get("transitions") or ()
 
 
 def switch_notes(rows: Sequence[Row]) -> list[str]:
     """Return notes on rows in which some run did not switch for good, or not all its targets."""
     notes = []
-    for row in (row for row in rows if not row.trains_in_full):
-        of_all = f"of {len(row.records)} seeds"
-        switched = sum(has_switched(record) for record in row.records)
-        if switched < len(row.records):
-            notes.append(f"{row.label}: {switched} {of_all} switched; the row counts all.")
-        if back := sum(_taken_back(record) for record in row.records):
-            notes.append(f"{row.label}: in {back} {of_all} the guard took the switch back.")
-        if waiting := sum(bool(_switch(record).get("waiting")) for record in row.records):
-            notes.append(
-                f"{row.label}: in {waiting} {of_all} some targets train in full to the end."
-            )
+    for row in rows:
+        if not row.trains_in_full:
+            notes += _notes_on(row)
+    return notes
+
+
+def _notes_on(row: Row) -> list[str]:
+    of_all = f"of {len(row.records)} seeds"
+    switched = sum(map(has_switched, row.records))
+    back = sum(map(_taken_back, row.records))
+    waiting = sum(map(_waits, row.records))
+    notes = []
+    if switched < len(row.records):
+        notes.append(f"{row.label}: {switched} {of_all} switched; the row counts all.")
+    if back:
+        notes.append(f"{row.label}: in {back} {of_all} the guard took the switch back.")
+    if waiting:
+        notes.append(f"{row.label}: in {waiting} {of_all} some targets train in full to the end.")
     return notes
 
 
@@ -116,9 +124,9 @@ def _taken_back(record: Record) -> bool:
     return any(change["kind"] == "take_back" for change in transitions(record))
 
 
+def _waits(record: Record) -> bool:
+    return bool(_switch(record).get("waiting"))
+
+
 def _switch(record: Record) -> Mapping[str, Any]:
     return record.result["switch"]
-
-
-def _ratio(references: References, read: Read) -> Read:
-    return against(references, read, read, truediv)

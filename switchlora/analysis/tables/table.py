@@ -31,6 +31,8 @@ from switchlora.storage import Record, find_records, is_run
 
 STEMS = {"default": "table", "systems": "systems", "prelora": "prelora"}
 """by preset, the name of its files"""
+FORMS = {"md": markdown, "tex": latex, "csv": csv_text}
+"""by ending of a file, the function that formats its table"""
 PUBLISHED = {
     "trainable_share": (10.0,),
     "speed_ratio": (3.0,),
@@ -67,15 +69,17 @@ def run(options: argparse.Namespace) -> list[str]:
     Raise ValueError when no run has finished.
     """
     records = find_records(options.runs)
-    table = make_table(records, options.preset, options.baseline, times=not options.no_times)
+    times = not options.no_times
+    table = make_table(records, options.preset, options.baseline, times)
     if not table.rows:
         raise ValueError(f"no finished run: {'; '.join(unfinished_notes(records))}")
     out = options.out or default_out(options.runs)
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for ending, form in (("md", markdown), ("tex", latex), ("csv", csv_text)):
-        written.append(out / f"{STEMS[options.preset]}.{ending}")
-        written[-1].write_text(form(table), encoding="utf-8")
+    for ending, form in FORMS.items():
+        path = out / f"{STEMS[options.preset]}.{ending}"
+        path.write_text(form(table), encoding="utf-8")
+        written.append(path)
     lines = [markdown(table)]
     if options.preset != "prelora":
         try:
@@ -102,15 +106,20 @@ def make_table(
     Without ``times``, the columns and notes of clocks and memory counters are left out. Raise
     ValueError when no row is named ``baseline``, or when a row cannot be compared with it.
     """
-    rows, duplicates = make_rows([record for record in records if record.finished])
+    finished = [record for record in records if record.finished]
+    rows, duplicates = make_rows(finished)
     comparison = compare_rows(rows, baseline)
     columns = columns_of(preset, comparison)
-    columns = [column for column in columns if times or not column.timed]
-    rows = [replace(row, cells=_cells(columns, row.records)) for row in rows]
+    if not times:
+        columns = [column for column in columns if not column.timed]
+    rows = [_filled(row, columns) for row in rows]
     notes = [*general_notes(preset, times), *comparison.notes, *switch_notes(rows)]
-    notes += [*(time_notes(rows) if times else []), *duplicates, *unfinished_notes(records)]
-    published = [published_row(columns)] if preset == "prelora" and rows else []
-    return Table(tuple(columns), (*rows, *published), tuple(notes))
+    if times:
+        notes += time_notes(rows)
+    notes += [*duplicates, *unfinished_notes(records)]
+    if preset == "prelora" and rows:
+        rows.append(published_row(columns))
+    return Table(tuple(columns), tuple(rows), tuple(notes))
 
 
 def columns_of(preset: str, comparison: Comparison) -> list[Column]:
@@ -124,9 +133,14 @@ def columns_of(preset: str, comparison: Comparison) -> list[Column]:
     return [*run_columns(), *ratio_columns(comparison.references)]
 
 
-def _cells(columns: Sequence[Column], records: Sequence[Record]) -> dict[str, Cell]:
-    made = {column.key: make_cell(column, records) for column in columns}
-    return {key: cell for key, cell in made.items() if cell is not None}
+def _filled(row: Row, columns: Sequence[Column]) -> Row:
+    """Return the row with its cells."""
+    cells = {}
+    for column in columns:
+        cell = make_cell(column, row.records)
+        if cell is not None:
+            cells[column.key] = cell
+    return replace(row, cells=cells)
 
 
 def published_row(columns: Sequence[Column]) -> Row:
