@@ -189,7 +189,10 @@ def measure(cell: Cell, options: argparse.Namespace, result: Result) -> None:
 
 
 def describe(
-    cell: Cell, names: Sequence[str], base: nn.Module, result: Result
+    cell: Cell,
+    names: Sequence[str],
+    base: nn.Module,
+    result: Result,
 ) -> dict[str, Trace]:
     """Write each arm's conditions and parameter counts into ``result``; return traces by arm."""
     conditions = {}
@@ -287,7 +290,10 @@ def predicted_peak(trace: Trace) -> int:
 
 
 def layers_of(
-    base: nn.Module, cell: Cell, machine: Machine, predictions: Mapping[str, Prediction]
+    base: nn.Module,
+    cell: Cell,
+    machine: Machine,
+    predictions: Mapping[str, Prediction],
 ) -> list[dict[str, Any]]:
     """Return one entry per family of targets of one shape.
 
@@ -368,7 +374,10 @@ def measure_memory(cell: Cell, traces: Mapping[str, Trace], result: Result) -> N
 
 
 def measure_times(
-    cell: Cell, options: argparse.Namespace, base: nn.Module, result: Result
+    cell: Cell,
+    options: argparse.Namespace,
+    base: nn.Module,
+    result: Result,
 ) -> None:
     """Time each arm in each round, and write the seconds into ``result``."""
     arms = [make_arm(name, copy.deepcopy(base), cell) for name in options.arms]

@@ -1,6 +1,6 @@
 """The benchmark's picture: relative speed and peak memory of each arm, measured and predicted."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
@@ -28,6 +28,7 @@ BAR_INCHES = 0.24
 TITLE_LETTERS = 52  # on a line
 SPEED = "speed relative to full training (whiskers: quartiles)"
 PEAK = "peak memory, MiB"
+FORMS = {SPEED: "{:.2f}", PEAK: "{:,.0f}"}
 MARKER: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markersize": 4.5}
 USUAL = {
     "accumulation": 1,
@@ -76,12 +77,13 @@ def draw(results: Sequence[Result]) -> Figure | None:
     if not columns:
         return None
 
-    heights = [BAR_INCHES * size + 0.7 for size in _panel_sizes(columns.values())]
-    figure = Figure(figsize=(4.6 * len(columns), sum(heights) + 0.4), layout="constrained")
+    heights = [_panel_height(row) for row in zip(*columns.values(), strict=True)]
+    size = (4.6 * len(columns), sum(heights) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(panels), len(columns), squeeze=False, height_ratios=heights)
-    for column, (label, found) in zip(axes.T, columns.items(), strict=True):
-        for axis, panel_bars in zip(column, found, strict=True):
-            _draw_bars(axis, panel_bars, "{:.2f}" if label == SPEED else "{:,.0f}")
+    for column, label in zip(axes.T, columns, strict=True):
+        for axis, found in zip(column, columns[label], strict=True):
+            _draw_bars(axis, found, FORMS[label])
         column[-1].set_xlabel(label, fontsize=9)
         if label == SPEED:
             _mark_full(column)
@@ -97,12 +99,10 @@ def draw(results: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def _panel_sizes(columns: Iterable[Sequence[Sequence[Bar]]]) -> list[int]:
-    """Return the number of bars that each row of panels has room for; at least 3."""
-    sizes = []
-    for row in zip(*columns, strict=True):
-        sizes.append(max(3, *map(len, row)))
-    return sizes
+def _panel_height(row: Sequence[Sequence[Bar]]) -> float:
+    """Return the inches of a row of panels, with room for at least 3 bars."""
+    most = max(3, *map(len, row))
+    return BAR_INCHES * most + 0.7
 
 
 def _mark_full(column: Sequence[Axes]) -> None:

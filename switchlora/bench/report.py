@@ -231,7 +231,10 @@ def speedup_line(result: Result) -> str:
 
 
 def bandwidth_for(
-    speedup: float, full: Mapping[str, Any], adapter: Mapping[str, Any], all_reduce: float
+    speedup: float,
+    full: Mapping[str, Any],
+    adapter: Mapping[str, Any],
+    all_reduce: float,
 ) -> float:
     """Return the bytes/s of the exchange at which ``adapter`` is ``speedup`` times as fast.
 

@@ -70,7 +70,10 @@ def refuse_difference(sides: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def timed_rounds(
-    arms: Sequence[Arm], rounds: int, warmup: int, label: str
+    arms: Sequence[Arm],
+    rounds: int,
+    warmup: int,
+    label: str,
 ) -> Iterator[dict[str, dict[str, float]]]:
     """Yield the seconds by arm and part of each complete round after the ``warmup`` rounds.
 

@@ -59,7 +59,9 @@ def seconds_of(step: Step, clock: Clock, repeats: int = 1) -> float:
 
 
 def take_turns(
-    laps: Mapping[str, Callable[[], T]], warmup: int, shuffle: bool = False
+    laps: Mapping[str, Callable[[], T]],
+    warmup: int,
+    shuffle: bool = False,
 ) -> Iterator[dict[str, T]]:
     """Yield what each of ``laps`` returns, by name, round after round without end.
 
@@ -86,7 +88,9 @@ def by_name(rounds: Iterable[Mapping[str, T]]) -> dict[str, list[T]]:
 
 
 def interleaved_seconds(
-    steps: Mapping[str, Step], rounds: int, clock: Clock
+    steps: Mapping[str, Step],
+    rounds: int,
+    clock: Clock,
 ) -> dict[str, list[float]]:
     """Time each of ``steps`` in each of ``rounds``; return its seconds, one entry per round.
 
@@ -133,7 +137,11 @@ def measured_gains(
 
 
 def linear_and_factors(
-    inputs: int, outputs: int, rank: int, bias: bool = True, device: torch.device | None = None
+    inputs: int,
+    outputs: int,
+    rank: int,
+    bias: bool = True,
+    device: torch.device | None = None,
 ) -> tuple[nn.Linear, nn.Linear]:
     """Return a fresh dense linear and a fresh factorised one of the same shape; both train."""
     linear = nn.Linear(inputs, outputs, bias, device=device)
@@ -157,7 +165,12 @@ def forward_and_backward(module: nn.Module, x: Tensor, precision: str) -> Step:
 
 
 def _gain(
-    x: Tensor, device: torch.device, outputs: int, rank: int, bias: bool, precision: str
+    x: Tensor,
+    device: torch.device,
+    outputs: int,
+    rank: int,
+    bias: bool,
+    precision: str,
 ) -> float:
     generators = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(generators), torch.enable_grad():
@@ -173,7 +186,10 @@ def _gain(
 
 @torch.no_grad()
 def _inputs_of(
-    model: nn.Module, names: Iterable[str], example_inputs: Tensor, precision: str
+    model: nn.Module,
+    names: Iterable[str],
+    example_inputs: Tensor,
+    precision: str,
 ) -> dict[str, Tensor]:
     """Return the input of each named module, as a tensor without content."""
     found: dict[str, Tensor] = {}

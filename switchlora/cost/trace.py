@@ -105,7 +105,11 @@ class Recorder(TorchDispatchMode):
             module.register_forward_hook(self._leave, always_call=True)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run ``func``, record its flops and bytes, and follow the tensors that it made."""
         kwargs = kwargs or {}
@@ -161,7 +165,10 @@ class Recorder(TorchDispatchMode):
 
 
 def trace_update(
-    model: nn.Module, recipe: Recipe, images: Sequence[int], num_classes: int
+    model: nn.Module,
+    recipe: Recipe,
+    images: Sequence[int],
+    num_classes: int,
 ) -> Trace:
     """Call ``trace_batch`` on images of shape ``images`` = (B, C, H, W), with soft labels."""
     inputs = torch.empty(*images, device="meta")
@@ -170,7 +177,11 @@ def trace_update(
 
 
 def trace_batch(
-    model: nn.Module, recipe: Recipe, inputs: Tensor, labels: Tensor, loss_fn: LossFunction
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: Tensor,
+    labels: Tensor,
+    loss_fn: LossFunction,
 ) -> Trace:
     """Trace one update of the plain ``model`` on one rank's batch.
 
