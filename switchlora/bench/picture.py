@@ -71,9 +71,9 @@ def draw(results: Sequence[Result]) -> Figure | None:
         panels.setdefault(_title(result), []).append(result)
     columns = {}
     for label, bar in ((SPEED, speed_bar), (PEAK, peak_bar)):
-        found = [bars(cells, bar) for cells in panels.values()]
-        if any(found):
-            columns[label] = found
+        column_bars = [bars(cells, bar) for cells in panels.values()]
+        if any(column_bars):
+            columns[label] = column_bars
     if not columns:
         return None
 
