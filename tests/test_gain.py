@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from switchlora.adapters import find_targets
-from switchlora.cost import interleaved_seconds, measured_gains, timing as gain
+from switchlora.cost import measured_gains, timing as gain
 
 
 def gains_of(model, ranks, inputs, precision="fp32"):
@@ -55,11 +55,3 @@ def test_measuring_changes_neither_the_model_nor_the_generator(vit, images, prec
     assert all(torch.equal(before[n], tensor) for n, tensor in vit.state_dict().items())
     assert all(p.grad is None for p in vit.parameters())
     assert not any(module._forward_pre_hooks for module in vit.modules())
-
-
-def test_steps_take_turns():
-    order = []
-    steps = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = interleaved_seconds(steps, rounds=3)
-    changes = sum(one != other for one, other in zip(order, order[1:], strict=False))
-    assert changes == 7 and all(len(found) == 3 for found in seconds.values())

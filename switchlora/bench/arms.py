@@ -1,19 +1,16 @@
 """The arms of the benchmark: a model changed in one way each, with a clock for its updates."""
 
-import random
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
 from switchlora.adapters import (
     DEFAULT_TARGETS,
@@ -27,6 +24,7 @@ from switchlora.adapters import (
     scaling_one,
     train_only,
 )
+from switchlora.cost import clock_of
 from switchlora.errors import check_choice, check_range
 from switchlora.initializers import zero_b
 from switchlora.learner import (
@@ -41,9 +39,9 @@ from switchlora.learner import (
 from switchlora.models import create_model
 from switchlora.process import distributed
 
-T = TypeVar("T")
 ARMS = ("full", "adapter", "adapter-merged", "adapter-split", "adapter-B", "peft", "frozen")
-LEANER = ("adapter-gelu", "adapter-B-blocks")  # with activation checkpointing; on demand only
+LEANER = {"adapter-gelu": "gelu", "adapter-B-blocks": "blocks"}
+"""what these arms recompute in the backward pass (activation checkpointing); on demand only"""
 REFACTORED: dict[str, Callable[[Learner], None]] = {
     "adapter-reflora": RefLoRA(warmup_updates=0),
     "adapter-reflora_s": RefLoRAS(),
@@ -74,8 +72,10 @@ class Cell:
     def __post_init__(self) -> None:
         check_choice("--precision", self.precision, ("fp32", "bf16"))
         check_choice("--residual-dtype", self.residual_dtype, tuple(RESIDUAL_DTYPES))
-        for name in ("batch", "rank", "accumulation", "image_size"):
-            check_range(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        check_range("--batch", self.batch, 1)
+        check_range("--rank", self.rank, 1)
+        check_range("--accumulation", self.accumulation, 1)
+        check_range("--image-size", self.image_size, 1)
         parts = self.accumulation * distributed.world_size()
         if self.batch % parts:
             raise ValueError(
@@ -103,8 +103,9 @@ class Clock:
     """
 
     def __init__(self, learner: Learner, device: torch.device) -> None:
-        self.learner, self.device = learner, device
+        self.learner = learner
         self.loss = nn.CrossEntropyLoss()
+        self._now = clock_of(device)
 
     def time(self, update: Callable[[], None]) -> dict[str, float]:
         """Run ``update`` and return its seconds, 'total' and by part."""
@@ -115,10 +116,12 @@ class Clock:
         total = self._now() - begin
         for hook in hooks:
             hook.remove()
-        return {"total": total, "backward": total - sum(self._seconds.values()), **self._seconds}
+        backward = total - sum(self._seconds.values())
+        return {"total": total, "backward": backward, **self._seconds}
 
     def _hooks(self) -> list[RemovableHandle]:
-        model, optimizer = self.learner.forward, self.learner.optimizer
+        model = self.learner.forward
+        optimizer = self.learner.optimizer
         assert isinstance(model, nn.Module)
         return [
             model.register_forward_pre_hook(self._start),
@@ -126,11 +129,6 @@ class Clock:
             optimizer.register_step_pre_hook(self._start),
             optimizer.register_step_post_hook(partial(self._stop, "optimizer")),
         ]
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def _start(self, *_: Any) -> None:
         self._mark = self._now()
@@ -159,16 +157,17 @@ class Arm:
 
     def lap(self) -> dict[str, float]:
         """Make one more update and return its seconds. Its gradients are dropped afterwards."""
-        seconds = self.clock.time(self._update)
+        seconds = self.clock.time(self.update)
         self.learner.optimizer.zero_grad(set_to_none=True)
         return seconds
 
-    def _update(self) -> None:
-        update = self.learner.update(
+    def update(self) -> None:
+        """Make one more update. Raise ValueError when its loss is not finite."""
+        outcome = self.learner.update(
             self.images, self.labels, self.clock.loss, num_updates=self.num_updates
         )
         self.num_updates += 1
-        if not update.applied:
+        if not outcome.applied:
             raise ValueError(f"arm '{self.name}' makes no update: its loss is not finite")
 
 
@@ -200,7 +199,7 @@ def bench_recipe(cell: Cell, name: str = "full") -> Recipe:
         clip_grad=1.0,
         accumulation=cell.accumulation,
         precision=cell.precision,
-        activation_checkpointing=name.split("-")[-1] if name in LEANER else None,
+        activation_checkpointing=LEANER.get(name),
         refactoring=REFACTORED.get(name),
     )
 
@@ -257,14 +256,18 @@ def add_adapters(model: nn.Module, targets: Mapping[str, Target], rank: int) -> 
 
     The factors train, and so do all parameters except the targets' weights.
     """
-    factors = {n: zero_b(t.weight(model), t.weight(model), rank) for n, t in targets.items()}
+    factors = {}
+    for name, target in targets.items():
+        weight = target.weight(model)
+        factors[name] = zero_b(weight, weight, rank)
     inject(model, targets, factors, scaling_one)
     freeze(model, targets)
 
 
 def freeze(model: nn.Module, targets: Mapping[str, Target]) -> None:
     """Freeze the weights of ``targets``. Factors and all other parameters train."""
-    train_only(model, kept_parameters(model, [t.module for t in targets.values()], EVERYTHING))
+    modules = [target.module for target in targets.values()]
+    train_only(model, kept_parameters(model, modules, EVERYTHING))
 
 
 def add_peft(model: nn.Module, targets: Mapping[str, Target], rank: int) -> None:
@@ -312,11 +315,10 @@ def cast_frozen_weights(model: nn.Module, cell: Cell, dtype: torch.dtype) -> lis
 
     When the model does not run then, restore the weights and return a line that says so.
     """
-    linears = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad
-    ]
+    linears = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            linears.append(module)
     weights = [linear.weight for linear in linears]
     for linear in linears:
         linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
@@ -336,83 +338,3 @@ def probe(model: nn.Module, cell: Cell) -> None:
     with autocast(image.device.type, cell.precision):
         model(image).sum().backward()
     model.zero_grad(set_to_none=True)
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """The conditions that must be equal before times are compared."""
-
-    batch: int
-    precision: str
-    accumulation: int
-    dropout: str
-
-
-def conditions_of(arm: Arm) -> Conditions:
-    """Read the conditions of an arm from its learner, batch and model."""
-    recipe = arm.learner.recipe
-    batch = len(arm.images) * distributed.world_size()
-    return Conditions(batch, recipe.precision, recipe.accumulation, dropout_of(arm.model))
-
-
-def dropout_of(model: nn.Module) -> str:
-    """Describe the active dropout and drop-path modules of ``model`` and their probabilities.
-
-    Return 'none' when nothing is dropped.
-    """
-    found: dict[str, list[float]] = {}
-    for module in model.modules():
-        kind = type(module).__name__
-        chances = [getattr(module, name, 0.0) for name in ("p", "drop_prob", "prob")]
-        if "Drop" in kind and module.training and any(chances):
-            found.setdefault(kind, []).append(max(chances))
-    shown = [f"{len(p)} {kind} up to {max(p):g}" for kind, p in sorted(found.items())]
-    return ", ".join(shown) or "none"
-
-
-def common_conditions(conditions: Mapping[str, Conditions]) -> Conditions:
-    """Return the conditions that all arms share. Raise ValueError with the first difference."""
-    (first, mine), *others = conditions.items()
-    for name, theirs in others:
-        refuse_difference({f"arm '{first}'": asdict(mine), f"arm '{name}'": asdict(theirs)})
-    return mine
-
-
-def refuse_difference(sides: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError when two named sets of conditions differ."""
-    (first, mine), (second, theirs) = sides.items()
-    for key, value in mine.items():
-        if value != theirs.get(key):
-            raise ValueError(
-                f"no comparison: {key} is '{value}' in {first} and '{theirs.get(key)}' in "
-                f"{second}; make them the same"
-            )
-
-
-def timed_rounds(
-    arms: Sequence[Arm], rounds: int, warmup: int, label: str
-) -> Iterator[dict[str, dict[str, float]]]:
-    """Yield the seconds by arm and part of each complete round after the ``warmup`` rounds.
-
-    In a round every arm makes one update. The keys of the dictionary are in the order of the
-    updates.
-    """
-    common_conditions({arm.name: conditions_of(arm) for arm in arms})
-    total = (warmup + rounds) * len(arms)
-    with tqdm(total=total, desc=label, leave=False, disable=not distributed.is_primary()) as bar:
-        for number in range(warmup + rounds):
-            laps = {}
-            for arm in shuffled(arms, number):
-                distributed.total([0.0])  # ranks start together
-                laps[arm.name] = arm.lap()
-                bar.update()
-            if number >= warmup:
-                yield laps
-
-
-def shuffled(arms: Sequence[T], number: int) -> list[T]:
-    """Return the arms in a random order that depends on the round ``number`` alone.
-
-    All ranks get the same order.
-    """
-    return random.Random(number).sample(arms, len(arms))

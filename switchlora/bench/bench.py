@@ -17,7 +17,7 @@ import signal
 import sys
 from ast import literal_eval
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from switchlora.adapters import DEFAULT_TARGETS, count_parameters, find_targets
@@ -34,19 +34,18 @@ from switchlora.bench.arms import (
     ARMS,
     ON_DEMAND,
     RESIDUAL_DTYPES,
+    Arm,
     Cell,
     base_model,
     class_count,
-    common_conditions,
-    conditions_of,
     device_of_benchmark,
     images_shape,
     make_arm,
-    timed_rounds,
 )
 from switchlora.bench.memory import peak_in_fresh_process, refuse_full_memory, refuse_used_gpu
 from switchlora.bench.picture import PICTURE, draw
 from switchlora.bench.report import Result, against_lines, append, arm_line, earlier_cell, tables
+from switchlora.bench.rounds import common_conditions, conditions_of, timed_rounds
 from switchlora.cost import (
     Machine,
     Prediction,
@@ -63,6 +62,8 @@ from switchlora.models import eval_mode
 from switchlora.names import family
 from switchlora.process import distributed
 from switchlora.storage import environment
+
+Shape = tuple[int, int, int]
 
 
 def main() -> None:
@@ -128,16 +129,16 @@ def bench(options: argparse.Namespace) -> None:
         try:
             measure(cell, options, result)
         finally:
-            asked = options.memory or not options.no_time
-            if distributed.is_primary() and any(known(a, asked) for a in result["arms"].values()):
+            if distributed.is_primary() and worth_keeping(result, options):
                 keep(result, options.out)
         release_memory(device)
 
 
 def cells_of(options: argparse.Namespace) -> list[Cell]:
     """Return the checked cells that the options ask for."""
-    return [
-        Cell(
+    cells = []
+    for model, precision, rank in product(options.model, options.precision, options.rank):
+        cell = Cell(
             model=model,
             precision=precision,
             rank=rank,
@@ -147,8 +148,8 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
             residual_dtype=options.residual_dtype,
             options=model_options(options.model_option),
         )
-        for model, precision, rank in product(options.model, options.precision, options.rank)
-    ]
+        cells.append(cell)
+    return cells
 
 
 def model_options(words: Sequence[str]) -> dict[str, Any]:
@@ -175,33 +176,31 @@ def measure(cell: Cell, options: argparse.Namespace, result: Result) -> None:
         cell = replace(cell, batch=largest_batch(cell, base, options.fit))
     say(f"{cell}: batch {cell.batch}")
     traces = describe(cell, options.arms, base, result)
-    earlier = options.against and earlier_cell(options.against, result["conditions"])
-    machine = machine_of(cell.precision)
-    result["machine"] = asdict(machine)
-    predictions = {n: predict(t, machine, distributed.world_size()) for n, t in traces.items()}
-    for name, prediction in predictions.items():
-        result["arms"][name]["predicted"] = plain(prediction, traces[name])
-    if {"full", "adapter"} <= set(predictions):
-        result["speedup"] = speedup_parts(predictions["full"], predictions["adapter"])
-        result["layers"] = layers_of(base, cell, machine, predictions)
+    earlier = None
+    if options.against:
+        earlier = earlier_cell(options.against, result["conditions"])
+    foresee(cell, traces, base, result)
     if options.memory:
         measure_memory(cell, traces, result)
     if not options.no_time:
         measure_times(cell, options, base, result)
-    if earlier:
+    if earlier is not None:
         result["against"] = against_lines(result, earlier)
 
 
 def describe(
-    cell: Cell, names: Sequence[str], base: nn.Module, result: Result
+    cell: Cell,
+    names: Sequence[str],
+    base: nn.Module,
+    result: Result,
 ) -> dict[str, Trace]:
     """Write each arm's conditions and parameter counts into ``result``; return traces by arm."""
-    conditions, traces = {}, {}
+    conditions = {}
+    traces = {}
     for name in names:
         arm = make_arm(name, copy.deepcopy(base), cell)
         conditions[name] = conditions_of(arm)
-        shape = images_shape(cell)
-        traces[name] = trace_update(arm.model, arm.learner.recipe, shape, class_count(base))
+        traces[name] = trace_of(arm, cell)
         result["arms"][name] = {
             "trained": count_parameters(arm.model, trainable=True),
             "notes": arm.notes,
@@ -210,13 +209,36 @@ def describe(
     where["versions"]["peft"] = version_of("peft")
     result["environment"] = where
     result["conditions"] = {
-        **{"model": cell.model, "rank": cell.rank, "image_size": cell.image_size},
+        "model": cell.model,
+        "rank": cell.rank,
+        "image_size": cell.image_size,
         **asdict(common_conditions(conditions)),
-        **{"residual_dtype": cell.residual_dtype, "model_options": dict(cell.options)},
-        **{"device": where["device"], "threads": where["threads"]},
+        "residual_dtype": cell.residual_dtype,
+        "model_options": dict(cell.options),
+        "device": where["device"],
+        "threads": where["threads"],
         "processes": distributed.world_size(),
     }
     return traces
+
+
+def trace_of(arm: Arm, cell: Cell) -> Trace:
+    """Trace one update of ``arm`` on a batch of ``cell``."""
+    recipe = arm.learner.recipe
+    return trace_update(arm.model, recipe, images_shape(cell), class_count(arm.model))
+
+
+def foresee(cell: Cell, traces: Mapping[str, Trace], base: nn.Module, result: Result) -> None:
+    """Measure the machine and write the predictions by arm and by layer into ``result``."""
+    machine = machine_of(cell.precision)
+    result["machine"] = asdict(machine)
+    predictions = {}
+    for name, trace in traces.items():
+        predictions[name] = predict(trace, machine, distributed.world_size())
+        result["arms"][name]["predicted"] = plain(predictions[name], trace)
+    if "full" in predictions and "adapter" in predictions:
+        result["speedup"] = speedup_parts(predictions["full"], predictions["adapter"])
+        result["layers"] = layers_of(base, cell, machine, predictions)
 
 
 def largest_batch(cell: Cell, base: nn.Module, gib: float) -> int:
@@ -228,9 +250,7 @@ def largest_batch(cell: Cell, base: nn.Module, gib: float) -> int:
     arm = make_arm("full", copy.deepcopy(base), replace(cell, batch=step))
 
     def peak(steps: int) -> int:
-        shape = images_shape(replace(cell, batch=steps * step))
-        trace = trace_update(arm.model, arm.learner.recipe, shape, class_count(base))
-        return predicted_peak(trace)
+        return predicted_peak(trace_of(arm, replace(cell, batch=steps * step)))
 
     steps = bisect_right(range(1, 4096), gib * 2**30, key=peak)
     if not steps:
@@ -247,9 +267,15 @@ def machine_of(precision: str) -> Machine:
 
 def plain(prediction: Prediction, trace: Trace) -> dict[str, float]:
     """Return the predicted seconds and bytes as bench.json stores them."""
-    parts = ("forward", "backward", "optimizer", "communication", "total")
-    seconds = {part: getattr(prediction, part) for part in parts}
-    return {**seconds, "peak_bytes": predicted_peak(trace), **trace.memory}
+    return {
+        "forward": prediction.forward,
+        "backward": prediction.backward,
+        "optimizer": prediction.optimizer,
+        "communication": prediction.communication,
+        "total": prediction.total,
+        "peak_bytes": predicted_peak(trace),
+        **trace.memory,
+    }
 
 
 def predicted_peak(trace: Trace) -> int:
@@ -264,50 +290,69 @@ def predicted_peak(trace: Trace) -> int:
 
 
 def layers_of(
-    base: nn.Module, cell: Cell, machine: Machine, predictions: dict[str, Prediction]
+    base: nn.Module,
+    cell: Cell,
+    machine: Machine,
+    predictions: Mapping[str, Prediction],
 ) -> list[dict[str, Any]]:
     """Return one entry per family of targets of one shape.
 
     It holds the shape (tokens, in, out), the predicted seconds in each arm, and the break-even
     ranks with A and B trained and with B alone.
     """
-    groups: dict[tuple[str, tuple[int, int, int]], list[str]] = {}
-    tokens, found = tokens_of(base, cell), []
+    tokens = tokens_of(base, cell)
+    groups: dict[tuple[str, Shape], list[str]] = {}
     for name in find_targets(base, DEFAULT_TARGETS):
         linear = base.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         shape = (tokens[name], linear.in_features, linear.out_features)
         groups.setdefault((family(name), shape), []).append(name)
+    layers = []
     for (shared, shape), names in groups.items():
-        size = (PRECISIONS[cell.precision] or torch.float32).itemsize
-        ranks = [
-            break_even_rank(*shape, size, machine, factors, distributed.world_size())
-            for factors in (("A", "B"), ("B",))
-        ]
-        seconds = {
-            arm: sum(predictions[arm].modules.get(name, 0.0) for name in names)
-            for arm in ("full", "adapter", "adapter-B")
-            if arm in predictions
+        layer = {
+            "family": shared,
+            "shape": shape,
+            "seconds": seconds_of_modules(names, predictions),
+            "break_even_ranks": break_even_ranks(shape, cell.precision, machine),
         }
-        found.append(
-            {"family": shared, "shape": shape, "seconds": seconds, "break_even_ranks": ranks}
-        )
+        layers.append(layer)
+    return layers
+
+
+def seconds_of_modules(
+    names: Sequence[str], predictions: Mapping[str, Prediction]
+) -> dict[str, float]:
+    """Return, by arm, the predicted seconds of the modules ``names`` together."""
+    found = {}
+    for arm in ("full", "adapter", "adapter-B"):
+        if arm in predictions:
+            modules = predictions[arm].modules
+            found[arm] = sum(modules.get(name, 0.0) for name in names)
     return found
+
+
+def break_even_ranks(shape: Shape, precision: str, machine: Machine) -> list[int]:
+    """Return the break-even ranks with A and B trained, and with B alone."""
+    dtype = PRECISIONS[precision] or torch.float32
+    ranks = distributed.world_size()
+    both = break_even_rank(*shape, dtype.itemsize, machine, ("A", "B"), ranks)
+    alone = break_even_rank(*shape, dtype.itemsize, machine, ("B",), ranks)
+    return [both, alone]
 
 
 @torch.no_grad()
 def tokens_of(base: nn.Module, cell: Cell) -> dict[str, int]:
     """Return, by name of a linear, the number of tokens that it sees in one micro-batch."""
-    images, tokens = cell.share // cell.accumulation, {}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda _, inputs, name=name: tokens.update(
-                {name: images * inputs[0].shape[:-1].numel()}
-            )
-        )
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+    images = cell.share // cell.accumulation
+    tokens: dict[str, int] = {}
+
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        tokens[name] = images * inputs[0].shape[:-1].numel()
+
+    hooks = []
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(partial(note, name)))
     with eval_mode(base):
         base(torch.zeros(1, *images_shape(cell)[1:], device=device_of_benchmark()))
     for hook in hooks:
@@ -315,7 +360,7 @@ def tokens_of(base: nn.Module, cell: Cell) -> dict[str, int]:
     return tokens
 
 
-def measure_memory(cell: Cell, traces: dict[str, Trace], result: Result) -> None:
+def measure_memory(cell: Cell, traces: Mapping[str, Trace], result: Result) -> None:
     """Measure the peak memory of each arm in fresh processes, and write it into ``result``."""
 
     def peak(name: str) -> int:
@@ -329,7 +374,10 @@ def measure_memory(cell: Cell, traces: dict[str, Trace], result: Result) -> None
 
 
 def measure_times(
-    cell: Cell, options: argparse.Namespace, base: nn.Module, result: Result
+    cell: Cell,
+    options: argparse.Namespace,
+    base: nn.Module,
+    result: Result,
 ) -> None:
     """Time each arm in each round, and write the seconds into ``result``."""
     arms = [make_arm(name, copy.deepcopy(base), cell) for name in options.arms]
@@ -349,19 +397,21 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def known(arm: dict[str, Any], measured: bool) -> bool:
-    """Return whether an arm has a result to keep.
-
-    With ``measured`` that is a time or a peak, otherwise a prediction.
-    """
-    return bool(({"seconds", "peak_bytes"} if measured else {"predicted"}) & set(arm))
+def worth_keeping(result: Result, options: argparse.Namespace) -> bool:
+    """Return whether an arm has a time or a peak, or a prediction if neither was asked for."""
+    wanted = {"predicted"}
+    if options.memory or not options.no_time:
+        wanted = {"seconds", "peak_bytes"}
+    return any(wanted & set(arm) for arm in result["arms"].values())
 
 
 def keep(result: Result, folder: Path) -> None:
     """Add the result to those in ``folder``, redraw the picture, and print the new result."""
-    if (picture := draw(append(folder, result))) is not None:
+    picture = draw(append(folder, result))
+    if picture is not None:
         picture.savefig(folder / PICTURE, dpi=150)
-    say("\n\n".join([*tables(result), *result.get("against", []), f"written to {folder}", ""]))
+    paragraphs = [*tables(result), *result.get("against", []), f"written to {folder}", ""]
+    say("\n\n".join(paragraphs))
 
 
 def version_of(package: str) -> str | None:

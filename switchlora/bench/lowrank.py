@@ -11,18 +11,22 @@ results are written to ``speed.json`` and ``speed.md``.
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import timer as synchronised_clock
 from tqdm import tqdm
 
-from switchlora.cost import forward_and_backward, interleaved_seconds, linear_and_factors
+from switchlora.cost import (
+    forward_and_backward,
+    interleaved_seconds,
+    linear_and_factors,
+    work_clock_of,
+)
 from switchlora.errors import check_range, check_share
 from switchlora.learner import autocast
 from switchlora.storage import environment
@@ -42,11 +46,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"switchlora-bench lowrank: {error}")
     record = measure(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = page(record)
-    (options.out / "speed.md").write_text(text)
-    print(text, end="")
+    publish(record, page(record), options.out)
 
 
 def parse() -> argparse.Namespace:
@@ -65,39 +65,57 @@ def parse() -> argparse.Namespace:
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Time all layers; return the seconds, the settings, the clock and the environment."""
     torch.manual_seed(0)
-    shapes = {"fc1": (1, 4), "fc2": (4, 1)}
-    layers = [
-        {"width": width, "layer": name, "in": width * i, "out": width * o}
-        for width in options.widths
-        for name, (i, o) in shapes.items()
-    ]
-    found = [{**layer, "arms": _timed(layer, options, device)} for layer in tqdm(layers)]
-    settings = {key: getattr(options, key) for key in ("tokens", "precision", "rounds")}
-    clock = "processor" if device.type == "cpu" else "wall"
-    return {**settings, "clock": clock, "layers": found, "environment": environment(device, 0)}
+    clock_name, clock = work_clock_of(device)
+    layers: list[dict[str, Any]] = []
+    for width in options.widths:
+        wide = 4 * width
+        layers.append({"width": width, "layer": "fc1", "in": width, "out": wide})
+        layers.append({"width": width, "layer": "fc2", "in": wide, "out": width})
+    for layer in tqdm(layers):
+        layer["arms"] = _timed(layer, options, device, clock)
+    return {
+        "tokens": options.tokens,
+        "precision": options.precision,
+        "rounds": options.rounds,
+        "clock": clock_name,
+        "layers": layers,
+        "environment": environment(device, 0),
+    }
 
 
 def _timed(
-    layer: Mapping[str, Any], options: argparse.Namespace, device: torch.device
+    layer: Mapping[str, Any],
+    options: argparse.Namespace,
+    device: torch.device,
+    clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """Time the arms of one layer; return each arm's parameter share, rank and seconds by pass."""
     inputs, outputs = layer["in"], layer["out"]
     x = torch.randn(options.tokens, inputs, device=device)
-    full = inputs * outputs / (inputs + outputs)
-    factorised = [ratio for ratio in options.ratios if ratio < DENSE]
-    ranks = {DENSE: None, **{ratio: max(1, round(ratio * full)) for ratio in factorised}}
     steps: dict[str, Callable[[], object]] = {}
+    ranks = _ranks(layer, options.ratios)
     for ratio, rank in ranks.items():
         dense, factors = linear_and_factors(inputs, outputs, rank or 1, device=device)
         module = dense if rank is None else factors
         steps[f"forward {ratio}"] = _forward(module, x, options.precision)
         steps[f"forward and backward {ratio}"] = forward_and_backward(module, x, options.precision)
-    clock = time.process_time if device.type == "cpu" else synchronised_clock
     seconds = interleaved_seconds(steps, options.rounds, clock)
-    return [
-        {"ratio": ratio, "rank": rank, **{part: seconds[f"{part} {ratio}"] for part in PASSES}}
-        for ratio, rank in ranks.items()
-    ]
+    arms = []
+    for ratio, rank in ranks.items():
+        by_pass = {part: seconds[f"{part} {ratio}"] for part in PASSES}
+        arms.append({"ratio": ratio, "rank": rank, **by_pass})
+    return arms
+
+
+def _ranks(layer: Mapping[str, Any], ratios: Sequence[float]) -> dict[float, int | None]:
+    """Return, by share of the parameters, the rank that keeps it; None for the dense layer."""
+    inputs, outputs = layer["in"], layer["out"]
+    full = inputs * outputs / (inputs + outputs)
+    ranks: dict[float, int | None] = {DENSE: None}
+    for ratio in ratios:
+        if ratio < DENSE:
+            ranks[ratio] = max(1, round(ratio * full))
+    return ranks
 
 
 def _forward(module: nn.Module, x: Tensor, precision: str) -> Callable[[], object]:
@@ -108,6 +126,14 @@ def _forward(module: nn.Module, x: Tensor, precision: str) -> Callable[[], objec
     return step
 
 
+def publish(record: Mapping[str, Any], text: str, folder: Path) -> None:
+    """Write the record and the text as ``speed.json`` and ``speed.md``, and print the text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "speed.md").write_text(text)
+    print(text, end="")
+
+
 def page(record: Mapping[str, Any]) -> str:
     """Return the table as Markdown, with command, commit and hardware below it."""
     where = record["environment"]
@@ -115,7 +141,11 @@ def page(record: Mapping[str, Any]) -> str:
         "| width | layer | parameters | rank | forward, ms | times faster | forward and backward, "
         "ms | times faster |",
         "|---|---|---|---|---|---|---|---|",
-        *(_row(layer, arm) for layer in record["layers"] for arm in layer["arms"]),
+    ]
+    for layer in record["layers"]:
+        for arm in layer["arms"]:
+            lines.append(_row(layer, arm))
+    lines += [
         "",
         f"Medians of {record['rounds']} rounds in which the arms take turns, quartiles in "
         f"brackets; {record['tokens']} tokens, {record['precision']}, {record['clock']} seconds, "
@@ -128,12 +158,22 @@ def page(record: Mapping[str, Any]) -> str:
 
 def _row(layer: Mapping[str, Any], arm: Mapping[str, Any]) -> str:
     dense = layer["arms"][0]
-    cells = [layer["width"], layer["layer"], f"{100 * arm['ratio']:.4g} %", arm["rank"] or "dense"]
+    share = f"{100 * arm['ratio']:.4g} %"
+    cells = [layer["width"], layer["layer"], share, arm["rank"] or "dense"]
     for part in PASSES:
-        cells.append(spread([1000 * s for s in arm[part]], digits=1))
-        ratios = [d / s for d, s in zip(dense[part], arm[part], strict=True)]
-        cells.append("" if arm is dense else spread(ratios, digits=2))
-    return "| " + " | ".join(map(str, cells)) + " |"
+        cells.append(milliseconds(arm[part]))
+        cells.append("" if arm is dense else ratios(dense[part], arm[part]))
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    """Return median and quartiles of ``seconds`` in milliseconds."""
+    return spread([1000 * each for each in seconds], digits=1)
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> str:
+    """Return median and quartiles of the ratios of two lists with one entry per round."""
+    return spread(list(map(truediv, numerators, denominators)), digits=2)
 
 
 def spread(values: Sequence[float], digits: int) -> str:

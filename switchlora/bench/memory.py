@@ -18,8 +18,8 @@ from switchlora.bench.arms import UPDATES_FOR_PEAK, Cell, base_model, device_of_
 from switchlora.learner import STATUS, peak_memory, reset_peak_memory
 from switchlora.process import distributed
 
-FOREIGN_LIMIT = 256 * 2**20  # most bytes that other processes may hold on a GPU
 MIB = 2**20
+FOREIGN_LIMIT = 256 * MIB  # most bytes that other processes may hold on a GPU
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 TINY = {"depth": 1, "embed_dim": 32, "num_heads": 1, "num_classes": 2}
@@ -34,7 +34,8 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     distributed.join()
     torch.set_num_threads(request["threads"])
-    peaks = distributed.gather(peak_of_arm(request["arm"], Cell(**request["cell"])))
+    cell = Cell(**request["cell"])
+    peaks = distributed.gather(peak_of_arm(request["arm"], cell))
     if distributed.is_primary():
         print(json.dumps({"peak_bytes": max(peaks)}))
     distributed.leave()
@@ -44,14 +45,10 @@ def peak_of_arm(name: str, cell: Cell) -> int:
     """Return the peak bytes of this rank over ``UPDATES_FOR_PEAK`` updates.
 
     - On CUDA: the allocated bytes.
-    - On a CPU: the resident bytes beyond those that torch itself takes. A tiny model makes one
-      update first, so that they are known.
+    - On a CPU: the resident bytes beyond those that torch itself takes.
     """
     device = device_of_benchmark()
-    tiny = Cell("vit_tiny_patch16_224", cell.precision, 1, cell.batch, image_size=32, options=TINY)
-    make_arm(name, base_model(tiny), tiny).lap()
-    gc.collect()
-    before = 0 if device.type == "cuda" else proc_bytes(STATUS, "VmRSS")
+    before = bytes_of_torch(name, cell)
     arm = make_arm(name, base_model(cell), cell)
     gc.collect()
     reset_peak_memory(device)
@@ -60,6 +57,19 @@ def peak_of_arm(name: str, cell: Cell) -> int:
     peak = peak_memory(device)
     assert peak is not None
     return peak - before
+
+
+def bytes_of_torch(name: str, cell: Cell) -> int:
+    """Return the resident bytes that torch itself takes on a CPU; 0 on CUDA.
+
+    The arm ``name`` of a tiny model makes one update first, so that torch has loaded everything.
+    """
+    tiny = Cell("vit_tiny_patch16_224", cell.precision, 1, cell.batch, image_size=32, options=TINY)
+    make_arm(name, base_model(tiny), tiny).lap()
+    gc.collect()
+    if device_of_benchmark().type == "cuda":
+        return 0
+    return proc_bytes(STATUS, "VmRSS")
 
 
 def peak_in_fresh_process(name: str, cell: Cell) -> int:
@@ -72,14 +82,25 @@ def peak_in_fresh_process(name: str, cell: Cell) -> int:
     Raise ValueError when the process fails.
     """
     threads = torch.get_num_threads()
-    request = json.dumps({"arm": name, "cell": asdict(cell), "threads": threads})
-    command = [*_launcher(), str(Path(__file__)), request]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHED)} | ALLOCATOR
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    request = {"arm": name, "cell": asdict(cell), "threads": threads}
+    command = [*_launcher(), str(Path(__file__)), json.dumps(request)]
+    done = subprocess.run(
+        command, env=_fresh_environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
-        raise ValueError(f"the process that measures the memory of '{name}' failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+        said = done.stderr.strip().splitlines() or ["it was killed"]
+        raise ValueError(f"the process that measures the memory of '{name}' failed: {said[-1]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return answer["peak_bytes"]
+
+
+def _fresh_environment() -> dict[str, str]:
+    """Return this process's environment with ``ALLOCATOR``, and without torchrun's variables."""
+    found = {}
+    for name, value in os.environ.items():
+        if not name.startswith(LAUNCHED):
+            found[name] = value
+    return found | ALLOCATOR
 
 
 def _launcher() -> Sequence[str]:
@@ -88,8 +109,8 @@ def _launcher() -> Sequence[str]:
         return [sys.executable]
     if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks):
         raise ValueError("--memory works with the processes of one machine: leave it out")
-    run = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    return [sys.executable, *run]
+    processes = f"--nproc-per-node={ranks}"
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", processes]
 
 
 def refuse_full_memory(name: str, predicted: int) -> None:
@@ -111,7 +132,8 @@ def refuse_used_gpu(device: torch.device) -> None:
     free, total = torch.cuda.mem_get_info(device)
     asked = [sys.executable, "-c", ASK_GPU.format(device.index)]
     answer = subprocess.run(asked, capture_output=True, text=True, check=True)
-    used_by_both = total - int(answer.stdout.split()[0])
+    free_beside_both = int(answer.stdout.split()[0])
+    used_by_both = total - free_beside_both
     held = held_by_others(total - free, used_by_both)
     if held > FOREIGN_LIMIT:
         raise ValueError(
@@ -134,7 +156,8 @@ def held_by_others(used: int, used_by_both: int) -> int:
 def proc_bytes(path: str, key: str) -> int:
     """Return the value in bytes of a line of a Linux status file, such as 'VmRSS:  1234 kB'."""
     lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
-    return int(lines[key].split()[0]) * 1024
+    kibibytes, _ = lines[key].split()
+    return int(kibibytes) * 1024
 
 
 if __name__ == "__main__":

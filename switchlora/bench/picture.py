@@ -8,21 +8,27 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from switchlora.bench.arms import ARMS, LEANER
-from switchlora.bench.report import MIB, Result, predicted_ratio, ratio_to
+from switchlora.bench.arms import ARMS, ON_DEMAND
+from switchlora.bench.memory import MIB
+from switchlora.bench.report import Result, predicted_ratio, ratio_to
 
 PICTURE = "bench.png"
-RANKLESS = ("full", "frozen")
+RANKLESS = {"full": "full", "frozen": "frozen limit"}
+"""labels of the arms without a rank"""
 COLORS = {"full": "#999999", "adapter": "#56b4e9", "peft": "#e69f00", "frozen": "#eeeeee"}
 HATCHES = {
-    **{"adapter-merged": "//", "adapter-split": "..", "adapter-B": "xx"},
-    **{"adapter-gelu": "--", "adapter-B-blocks": "++"},
+    "adapter-merged": "//",
+    "adapter-split": "..",
+    "adapter-B": "xx",
+    "adapter-gelu": "--",
+    "adapter-B-blocks": "++",
 }
-ORDER = (*ARMS, *LEANER)
+ORDER = (*ARMS, *ON_DEMAND)
 BAR_INCHES = 0.24
 TITLE_LETTERS = 52  # on a line
 SPEED = "speed relative to full training (whiskers: quartiles)"
 PEAK = "peak memory, MiB"
+FORMS = {SPEED: "{:.2f}", PEAK: "{:,.0f}"}
 MARKER: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markersize": 4.5}
 USUAL = {
     "accumulation": 1,
@@ -49,8 +55,9 @@ class Bar:
     @property
     def label(self) -> str:
         """The name of the arm, with its rank if it has one."""
-        name = "frozen limit" if self.arm == "frozen" else self.arm
-        return name if self.arm in RANKLESS else f"{name} r{self.rank}"
+        if self.arm in RANKLESS:
+            return RANKLESS[self.arm]
+        return f"{self.arm} r{self.rank}"
 
 
 def draw(results: Sequence[Result]) -> Figure | None:
@@ -62,34 +69,40 @@ def draw(results: Sequence[Result]) -> Figure | None:
     panels: dict[str, list[Result]] = {}
     for result in results:
         panels.setdefault(_title(result), []).append(result)
-    columns = {
-        label: found
-        for label, bar in ((SPEED, speed_bar), (PEAK, peak_bar))
-        if any((found := {title: bars(cells, bar) for title, cells in panels.items()}).values())
-    }
+    columns = {}
+    for label, bar in ((SPEED, speed_bar), (PEAK, peak_bar)):
+        column_bars = [bars(cells, bar) for cells in panels.values()]
+        if any(column_bars):
+            columns[label] = column_bars
     if not columns:
         return None
-    sizes = [max(3, *(len(found[title]) for found in columns.values())) for title in panels]
-    heights = [size * BAR_INCHES + 0.7 for size in sizes]
-    figure = Figure(figsize=(4.6 * len(columns), sum(heights) + 0.4), layout="constrained")
+
+    heights = [_panel_height(row) for row in zip(*columns.values(), strict=True)]
+    size = (4.6 * len(columns), sum(heights) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(panels), len(columns), squeeze=False, height_ratios=heights)
-    for column, (label, found) in zip(axes.T, columns.items(), strict=True):
-        for axis, title in zip(column, panels, strict=True):
-            _draw_bars(axis, found[title], "{:.2f}" if label == SPEED else "{:,.0f}")
+    for column, label in zip(axes.T, columns, strict=True):
+        for axis, found in zip(column, columns[label], strict=True):
+            _draw_bars(axis, found, FORMS[label])
         column[-1].set_xlabel(label, fontsize=9)
         if label == SPEED:
             _mark_full(column)
     for axis, title in zip(axes[:, 0], panels, strict=True):
         axis.set_title(fill(title, TITLE_LETTERS), fontsize=9, loc="left")
-    marker = axes[0][0].plot([], [], "D", **MARKER)
     figure.legend(
-        marker,
+        axes[0][0].plot([], [], "D", **MARKER),
         ["predicted by the cost model"],
         loc="outside lower right",
         fontsize=8,
         frameon=False,
     )
     return figure
+
+
+def _panel_height(row: Sequence[Sequence[Bar]]) -> float:
+    """Return the inches of a row of panels, with room for at least 3 bars."""
+    most = max(3, *map(len, row))
+    return BAR_INCHES * most + 0.7
 
 
 def _mark_full(column: Sequence[Axes]) -> None:
@@ -106,10 +119,16 @@ def bars(cells: Sequence[Result], bar: Callable[[Result, str], Bar | None]) -> l
     Of several results for one arm and rank, the latest counts.
     """
     found: dict[str, Bar] = {}
-    for made in (bar(cell, name) for cell in cells for name in cell["arms"]):
-        if made is not None:
-            found[made.label] = made
-    return sorted(found.values(), key=lambda each: (ORDER.index(each.arm), each.rank))
+    for cell in cells:
+        for name in cell["arms"]:
+            made = bar(cell, name)
+            if made is not None:
+                found[made.label] = made
+    return sorted(found.values(), key=_place)
+
+
+def _place(bar: Bar) -> tuple[int, int]:
+    return ORDER.index(bar.arm), bar.rank
 
 
 def speed_bar(result: Result, name: str) -> Bar | None:
@@ -127,9 +146,10 @@ def peak_bar(result: Result, name: str) -> Bar | None:
     arm = result["arms"][name]
     if "peak_bytes" not in arm:
         return None
-    peak, predicted = arm["peak_bytes"] / MIB, arm.get("predicted", {}).get("peak_bytes")
+    peak = arm["peak_bytes"] / MIB
+    predicted = arm["predicted"]["peak_bytes"] / MIB if "predicted" in arm else None
     rank = result["conditions"]["rank"]
-    return Bar(name, rank, peak, peak, peak, predicted and predicted / MIB)
+    return Bar(name, rank, peak, peak, peak, predicted)
 
 
 def _title(result: Result) -> str:
@@ -138,31 +158,36 @@ def _title(result: Result) -> str:
     Results with the same title share a panel. Their ranks may differ.
     """
     c = result["conditions"]
-    title = f"{c['model']}, {c['precision']}, batch {c['batch']}"
-    extra = [
-        f"{key.replace('_', ' ')} {c[key]}" for key, usual in USUAL.items() if c[key] != usual
-    ]
-    return ", ".join([title, *extra])
+    parts = [c["model"], c["precision"], f"batch {c['batch']}"]
+    for key, usual in USUAL.items():
+        if c[key] != usual:
+            parts.append(f"{key.replace('_', ' ')} {c[key]}")
+    return ", ".join(parts)
 
 
 def _draw_bars(axis: Axes, found: Sequence[Bar], form: str) -> None:
     """Draw horizontal bars from top to bottom, with the value beside each."""
     style: dict[str, Any] = {"height": 0.72, "edgecolor": "black", "linewidth": 0.6}
     for place, bar in enumerate(found):
-        color, hatch = COLORS[bar.arm.split("-")[0]], HATCHES.get(bar.arm, "")
+        color = COLORS[bar.arm.split("-")[0]]
+        hatch = HATCHES.get(bar.arm, "")
         axis.barh(place, bar.value, color=color, hatch=hatch, **style)
         if bar.low < bar.high:
-            spread = [[max(0.0, bar.value - bar.low)], [max(0.0, bar.high - bar.value)]]
-            axis.errorbar(bar.value, place, xerr=spread, color="black", capsize=2.5)
+            below = max(0.0, bar.value - bar.low)
+            above = max(0.0, bar.high - bar.value)
+            axis.errorbar(bar.value, place, xerr=[[below], [above]], color="black", capsize=2.5)
         if bar.predicted is not None:
             axis.plot(bar.predicted, place, "D", zorder=4, **MARKER)
         end = max(bar.value, bar.high, bar.predicted or 0)
-        text: dict[str, Any] = {"fontsize": 8, "va": "center", "textcoords": "offset points"}
-        axis.annotate(form.format(bar.value), (end, place), (7, 0), **text)
+        value = form.format(bar.value)
+        axis.annotate(
+            value, (end, place), (7, 0), textcoords="offset points", va="center", fontsize=8
+        )
     if not found:
         axis.text(0.04, 0.5, "not measured", fontsize=8, transform=axis.transAxes)
         axis.set_xticks([])
-    axis.set_yticks(range(len(found)), [bar.label for bar in found], fontsize=8)
+    labels = [bar.label for bar in found]
+    axis.set_yticks(range(len(found)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.16)
     axis.set_xlim(left=0)

@@ -4,16 +4,18 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, prod
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 from switchlora.analysis.formats import markdown
-from switchlora.bench.arms import UPDATES_FOR_PEAK, refuse_difference
+from switchlora.bench.arms import UPDATES_FOR_PEAK
+from switchlora.bench.memory import MIB
+from switchlora.bench.rounds import refuse_difference
 
 IMAGENET_IMAGES = 1_281_167
-MIB = 2**20
 PRELORA_SPEEDUP = 3.0  # reported for ViT-Large (arXiv 2509.21619)
 RESULTS, TABLES = "bench.json", "bench.md"
 PARTS = ("forward", "backward", "optimizer")
@@ -48,9 +50,12 @@ def paired_ratio(reference: Sequence[float], seconds: Sequence[float]) -> Ratio:
 
     Both lists hold one entry per round.
     """
-    rounds = [slow / fast for slow, fast in zip(reference, seconds, strict=True)]
-    low, _, high = quantiles(rounds, n=4, method="inclusive") if rounds[1:] else rounds * 3
-    return Ratio(median(reference) / median(seconds), low, high)
+    value = median(reference) / median(seconds)
+    ratios = [slow / fast for slow, fast in zip(reference, seconds, strict=True)]
+    if len(ratios) == 1:
+        return Ratio(value, ratios[0], ratios[0])
+    low, _, high = quantiles(ratios, n=4, method="inclusive")
+    return Ratio(value, low, high)
 
 
 def ratio_to(result: Result, reference: str, name: str) -> Ratio | None:
@@ -58,7 +63,8 @@ def ratio_to(result: Result, reference: str, name: str) -> Ratio | None:
 
     Return None when either was not timed.
     """
-    slow, fast = times(result, reference), times(result, name)
+    slow = times(result, reference)
+    fast = times(result, name)
     return paired_ratio(slow, fast) if slow and fast else None
 
 
@@ -69,7 +75,8 @@ def times(result: Result, name: str, part: str = "total") -> list[float]:
 
 def predicted_ratio(result: Result, name: str) -> float | None:
     """Return the predicted speed of an arm relative to full training, or None if unknown."""
-    full, arm = (result["arms"].get(each, {}).get("predicted") for each in ("full", name))
+    full = result["arms"].get("full", {}).get("predicted")
+    arm = result["arms"].get(name, {}).get("predicted")
     return full["total"] / arm["total"] if full and arm else None
 
 
@@ -78,7 +85,8 @@ def append(folder: Path, result: Result) -> list[Result]:
     folder.mkdir(parents=True, exist_ok=True)
     results = [*read(folder / RESULTS), result]
     _replace(folder / RESULTS, json.dumps({"cells": results}, indent=1) + "\n")
-    _replace(folder / TABLES, "\n\n".join(["# Benchmark", *map(section, results)]) + "\n")
+    sections = ["# Benchmark", *map(section, results)]
+    _replace(folder / TABLES, "\n\n".join(sections) + "\n")
     return results
 
 
@@ -101,29 +109,37 @@ def earlier_cell(path: Path, conditions: Mapping[str, Any]) -> Result:
     cells = read(path)
     if not cells:
         raise ValueError(f"--against {path} holds no results: give the bench.json of a run")
-    alike = [sum(c["conditions"].get(k) == v for k, v in conditions.items()) for c in cells]
-    nearest = max(range(len(cells)), key=lambda number: (alike[number], number))
-    refuse_difference({"this run": conditions, path.name: cells[nearest]["conditions"]})
-    return cells[nearest]
+    nearest = max(reversed(cells), key=partial(_alike, conditions))
+    refuse_difference({"this run": conditions, path.name: nearest["conditions"]})
+    return nearest
+
+
+def _alike(conditions: Mapping[str, Any], cell: Result) -> int:
+    """Count the ``conditions`` that ``cell`` shares."""
+    return sum(cell["conditions"].get(key) == value for key, value in conditions.items())
 
 
 def against_lines(result: Result, earlier: Result) -> list[str]:
     """Return a line per arm: its speed relative to an ``earlier`` cell of the same conditions."""
     git = earlier["environment"]["git"]
-    return [
-        f"{name}: {median(times(earlier, name)) / median(times(result, name)):.2f}x the speed it "
-        f"had at {git}, in another process: the machine's own drift is in it"
-        for name in result["arms"]
-        if times(earlier, name) and times(result, name)
-    ]
+    lines = []
+    for name in result["arms"]:
+        before, now = times(earlier, name), times(result, name)
+        if before and now:
+            lines.append(
+                f"{name}: {median(before) / median(now):.2f}x the speed it had at {git}, in "
+                "another process: the machine's own drift is in it"
+            )
+    return lines
 
 
 def arm_line(result: Result, name: str) -> str:
     """Return one line about an arm of a cell, for the terminal."""
-    arm, parts = result["arms"][name], []
+    arm = result["arms"][name]
+    parts = []
     if times(result, name):
-        shown = ", ".join(f"{part} {_milliseconds(result, name, part)}" for part in PARTS)
-        parts.append(f"{_milliseconds(result, name, 'total')} ms an update ({shown})")
+        shown = ", ".join(f"{part} {_median_milliseconds(result, name, part)}" for part in PARTS)
+        parts.append(f"{_median_milliseconds(result, name, 'total')} ms an update ({shown})")
     if "peak_bytes" in arm:
         parts.append(f"peak {_mebibytes(arm['peak_bytes'])} MiB")
     return f"{name}: {', '.join(parts)}"
@@ -131,34 +147,50 @@ def arm_line(result: Result, name: str) -> str:
 
 def section(result: Result) -> str:
     """Return one cell as Markdown: conditions, tables, remarks, and the environment."""
-    c, environment = result["conditions"], result["environment"]
-    notes = [f"{name}: {note}" for name, arm in result["arms"].items() for note in arm["notes"]]
+    c = result["conditions"]
+    residual = c["residual_dtype"].replace("none", "float32")
     head = (
         f"## {c['model']}, {c['precision']}, rank {c['rank']}\n\n"
         f"Batch {c['batch']} over {c['processes']} process(es) in {c['accumulation']} "
         f"micro-batch(es), {c['image_size']} pixels, dropout {c['dropout']}, frozen weights in "
-        f"{c['residual_dtype'].replace('none', 'float32')}; model options {c['model_options']}."
+        f"{residual}; model options {c['model_options']}."
     )
+    remarks = [*_remarks(result), _provenance(result["environment"])]
+    listed = "\n".join(f"- {remark}" for remark in remarks)
+    return "\n\n".join([head, *tables(result), listed])
+
+
+def _remarks(result: Result) -> list[str]:
+    """Return the notes of the arms, how peaks were measured, and the comparison with earlier."""
+    remarks = []
+    for name, arm in result["arms"].items():
+        for note in arm["notes"]:
+            remarks.append(f"{name}: {note}")
     if any("peak_bytes" in arm for arm in result["arms"].values()):
-        notes.append(MEASURED)
-    lines = [*notes, *result.get("against", []), _provenance(environment)]
-    return "\n\n".join([head, *tables(result), "\n".join(f"- {line}" for line in lines)])
+        remarks.append(MEASURED)
+    return remarks + result.get("against", [])
 
 
 def _provenance(environment: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{k} {environment['versions'][k]}" for k in ("torch", "timm", "peft"))
+    versions = environment["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "peft"))
     return (
         f"{environment['device']}, {environment['threads']} thread(s), Python "
-        f"{environment['python']}, {versions}, commit {environment['git']}: "
+        f"{environment['python']}, {packages}, commit {environment['git']}: "
         f"`{environment['command']}`"
     )
 
 
 def tables(result: Result) -> list[str]:
     """Return the tables of a cell: speed if it was timed, cost, and the predictions by layer."""
-    timed = any(times(result, name) for name in result["arms"])
-    foreseen = [layer_table(result), speedup_line(result)] if "layers" in result else []
-    return [*([speed_table(result)] if timed else []), cost_table(result), *foreseen]
+    found = []
+    if any(times(result, name) for name in result["arms"]):
+        found.append(speed_table(result))
+    found.append(cost_table(result))
+    if "layers" in result:
+        found.append(layer_table(result))
+        found.append(speedup_line(result))
+    return found
 
 
 def layer_table(result: Result) -> str:
@@ -166,14 +198,16 @@ def layer_table(result: Result) -> str:
 
     Up to its break-even rank an adapter is predicted to save time.
     """
-    arms = list(result["layers"][0]["seconds"])
-    head = ("layers", "tokens, in, out", *(f"{arm} ms, predicted" for arm in arms))
-    rows = []
+    arms = result["layers"][0]["seconds"]
+    predicted = [f"{arm} ms, predicted" for arm in arms]
+    head = ["layers", "tokens, in, out", *predicted, "break-even rank", "break-even rank, B alone"]
+    rows = [head]
     for layer in result["layers"]:
-        seconds = [f"{1000 * layer['seconds'][arm]:,.1f}" for arm in arms]
-        ranks = [str(rank) for rank in layer["break_even_ranks"]]
-        rows.append([layer["family"], ", ".join(map(str, layer["shape"])), *seconds, *ranks])
-    return markdown([[*head, "break-even rank", "break-even rank, B alone"], *rows])
+        shape = ", ".join(map(str, layer["shape"]))
+        seconds = map(_milliseconds, layer["seconds"].values())
+        ranks = map(str, layer["break_even_ranks"])
+        rows.append([layer["family"], shape, *seconds, *ranks])
+    return markdown(rows)
 
 
 def speedup_line(result: Result) -> str:
@@ -181,12 +215,14 @@ def speedup_line(result: Result) -> str:
 
     With several processes the line adds the bandwidth needed for ``PRELORA_SPEEDUP``.
     """
-    whole = prod(result["speedup"].values())
-    parts = " x ".join(f"{name} {ratio:.2f}" for name, ratio in result["speedup"].items())
+    speedup = result["speedup"]
+    whole = prod(speedup.values())
+    parts = " x ".join(f"{name} {ratio:.2f}" for name, ratio in speedup.items())
     line = f"Predicted speed of the adapter's update: {whole:.2f} = {parts}"
     if result["conditions"]["processes"] == 1:
         return line
-    here, arms = result["machine"]["all_reduce"], result["arms"]
+    here = result["machine"]["all_reduce"]
+    arms = result["arms"]
     wanted = bandwidth_for(PRELORA_SPEEDUP, arms["full"], arms["adapter"], here)
     return (
         f"{line}. Gradients are averaged at {here / 1e6:,.0f} MB/s here; at "
@@ -195,7 +231,10 @@ def speedup_line(result: Result) -> str:
 
 
 def bandwidth_for(
-    speedup: float, full: Mapping[str, Any], adapter: Mapping[str, Any], all_reduce: float
+    speedup: float,
+    full: Mapping[str, Any],
+    adapter: Mapping[str, Any],
+    all_reduce: float,
 ) -> float:
     """Return the bytes/s of the exchange at which ``adapter`` is ``speedup`` times as fast.
 
@@ -204,13 +243,18 @@ def bandwidth_for(
     the bandwidth, in bytes/s, that the predictions used. Return inf when the adapter is predicted
     that fast without any exchange.
     """
-    seconds, sizes = [], []
-    for arm in (full, adapter):
-        exchange = arm["predicted"]["communication"]
-        seconds.append(arm["predicted"]["total"] - exchange)
-        sizes.append(exchange * all_reduce)
-    missing = speedup * seconds[1] - seconds[0]
-    return (sizes[0] - speedup * sizes[1]) / missing if missing > 0 else inf
+    full_seconds, full_bytes = _without_exchange(full["predicted"], all_reduce)
+    adapter_seconds, adapter_bytes = _without_exchange(adapter["predicted"], all_reduce)
+    missing = speedup * adapter_seconds - full_seconds
+    if missing <= 0:
+        return inf
+    return (full_bytes - speedup * adapter_bytes) / missing
+
+
+def _without_exchange(predicted: Mapping[str, float], all_reduce: float) -> tuple[float, float]:
+    """Return the seconds of an update without its exchange, and the bytes that it exchanges."""
+    exchange = predicted["communication"]
+    return predicted["total"] - exchange, exchange * all_reduce
 
 
 def speed_table(result: Result) -> str:
@@ -219,15 +263,25 @@ def speed_table(result: Result) -> str:
     Throughput and parts are medians over the rounds.
     """
     rounds = max(len(times(result, name)) for name in result["arms"])
-    head = ["arm", "images/s", *REFERENCES.values(), *(f"{part} ms" for part in PARTS)]
-    rows = []
-    for name in (name for name in result["arms"] if times(result, name)):
-        speed = result["conditions"]["batch"] / median(times(result, name))
-        ratios = [ratio_to(result, reference, name) for reference in REFERENCES]
-        parts = [_milliseconds(result, name, part) for part in PARTS]
-        epoch = f"{IMAGENET_IMAGES / speed:,.0f}"
-        rows.append([name, f"{speed:.1f}", *(_shown(r) for r in ratios), *parts, epoch])
-    return markdown([[*head, f"s per ImageNet-1k epoch ({rounds} rounds)"], *rows])
+    parts = [f"{part} ms" for part in PARTS]
+    epoch = f"s per ImageNet-1k epoch ({rounds} rounds)"
+    rows = [["arm", "images/s", *REFERENCES.values(), *parts, epoch]]
+    for name in result["arms"]:
+        if times(result, name):
+            rows.append(_speed_row(result, name))
+    return markdown(rows)
+
+
+def _speed_row(result: Result, name: str) -> list[str]:
+    speed = result["conditions"]["batch"] / median(times(result, name))
+    row = [name, f"{speed:.1f}"]
+    for reference in REFERENCES:
+        ratio = ratio_to(result, reference, name)
+        row.append("-" if ratio is None else str(ratio))
+    for part in PARTS:
+        row.append(_median_milliseconds(result, name, part))
+    row.append(f"{IMAGENET_IMAGES / speed:,.0f}")
+    return row
 
 
 def cost_table(result: Result) -> str:
@@ -235,18 +289,28 @@ def cost_table(result: Result) -> str:
 
     The deviation of a prediction from the measurement stands beside it.
     """
-    head = ("arm", "trained parameters", "peak MiB", "of full", "predicted MiB", "predicted speed")
-    full, rows = result["arms"].get("full", {}).get("peak_bytes"), []
-    for name, arm in result["arms"].items():
-        peak, ratio = arm.get("peak_bytes"), ratio_to(result, "full", name)
-        share = f"{100 * peak / full:.0f} %" if peak and full else "-"
-        bytes_told = arm.get("predicted", {}).get("peak_bytes")
-        predicted = _beside(bytes_told, peak, _mebibytes)
-        faster = None if ratio is None else ratio.value
-        speed = _beside(predicted_ratio(result, name), faster, "{:.2f}".format)
-        trained = f"{arm['trained']:,}"
-        rows.append([name, trained, _mebibytes(peak) if peak else "-", share, predicted, speed])
-    return markdown([head, *rows])
+    head = ["arm", "trained parameters", "peak MiB", "of full", "predicted MiB", "predicted speed"]
+    rows = [head]
+    for name in result["arms"]:
+        rows.append(_cost_row(result, name))
+    return markdown(rows)
+
+
+def _cost_row(result: Result, name: str) -> list[str]:
+    arm = result["arms"][name]
+    peak = arm.get("peak_bytes")
+    full_peak = result["arms"].get("full", {}).get("peak_bytes")
+    predicted_peak = arm.get("predicted", {}).get("peak_bytes")
+    ratio = ratio_to(result, "full", name)
+    speed = None if ratio is None else ratio.value
+    return [
+        name,
+        f"{arm['trained']:,}",
+        _mebibytes(peak) if peak else "-",
+        f"{100 * peak / full_peak:.0f} %" if peak and full_peak else "-",
+        _beside(predicted_peak, peak, _mebibytes),
+        _beside(predicted_ratio(result, name), speed, "{:.2f}".format),
+    ]
 
 
 def _beside(predicted: float | None, measured: float | None, form: Any) -> str:
@@ -258,12 +322,12 @@ def _beside(predicted: float | None, measured: float | None, form: Any) -> str:
     return f"{form(predicted)} ({100 * (predicted / measured - 1):+.0f} %)"
 
 
-def _shown(value: Ratio | None) -> str:
-    return "-" if value is None else str(value)
+def _median_milliseconds(result: Result, name: str, part: str) -> str:
+    return _milliseconds(median(times(result, name, part)))
 
 
-def _milliseconds(result: Result, name: str, part: str) -> str:
-    return f"{1000 * median(times(result, name, part)):,.1f}"
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f}"
 
 
 def _mebibytes(size: float) -> str:

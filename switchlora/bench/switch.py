@@ -12,14 +12,12 @@ import argparse
 import gc
 import json
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
+from torch import nn
 from tqdm import tqdm
 
 from switchlora.bench.arms import (
@@ -30,18 +28,17 @@ from switchlora.bench.arms import (
     device_of_benchmark,
     make_arm,
 )
-from switchlora.bench.memory import TINY, proc_bytes
+from switchlora.bench.memory import MIB, bytes_of_torch
+from switchlora.cost import clock_of, seconds_of
 from switchlora.criteria import at_start
 from switchlora.errors import check_range
 from switchlora.initializers import UpdateSVD
-from switchlora.learner import STATUS, build_learner, peak_memory, reset_peak_memory
+from switchlora.learner import Learner, build_learner, peak_memory, reset_peak_memory
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.ranks import Fixed
 from switchlora.storage import environment
 from switchlora.switching import Scene, switch
-
-MIB = 2**20
 
 
 def main() -> None:
@@ -77,70 +74,67 @@ def parse() -> argparse.Namespace:
 def measure(cell: Cell, updates: int, window: int) -> dict[str, Any]:
     """Return the seconds and peak bytes of updates, of a measurement and of the switch."""
     device = device_of_benchmark()
-    tiny = Cell("vit_tiny_patch16_224", cell.precision, 1, image_size=32, options=TINY)
-    make_arm("full", base_model(tiny), tiny).lap()
-    gc.collect()
-    before = 0 if device.type == "cuda" else proc_bytes(STATUS, "VmRSS")
+    clock = clock_of(device)
+    before = bytes_of_torch("full", cell)
     arm = make_arm("full", base_model(cell), cell)
     policy = SwitchPolicy(at_start, Fixed(cell.rank), UpdateSVD())
     monitor = UpdateMonitor(arm.model, policy.find_targets(arm.model), window)
+
     reset_peak_memory(device)
     laps = [arm.lap()["total"] for _ in tqdm(range(updates), desc=f"{cell} updates", leave=False)]
     training_peak = peak_memory(device)
-    arm._update()
+    update_seconds = laps[1:]
+
+    arm.update()
     measured = partial(monitor.measure, num_updates=window, epoch=1.0)
-    first, *later = [seconds(measured, device) for _ in range(4)]
-    restart = seconds(partial(monitor.start_window, window), device)
+    first_measurement, *measurements = [seconds_of(measured, clock) for _ in range(4)]
+    new_window = seconds_of(partial(monitor.start_window, window), clock)
+    monitor_seconds = median(measurements) + new_window
     history = [measured()]
-    arm._update()
+
+    arm.update()
     gc.collect()
     reset_peak_memory(device)
 
-    def rebuild(model):
+    def rebuild(model: nn.Module) -> Learner:
         return build_learner(model, bench_recipe(cell), TOTAL_UPDATES)
 
     scene = Scene(arm.learner, policy, monitor, arm.images[:8], rebuild)
-    begin = time.perf_counter()
-    _, report = switch(scene, history)
-    switch_seconds, switch_peak = time.perf_counter() - begin, peak_memory(device)
+    begin = clock()
+    _, outcome = switch(scene, history)
+    switch_seconds = clock() - begin
+    switch_peak = peak_memory(device)
     assert training_peak is not None and switch_peak is not None
     return {
         "cell": {**vars(cell), "options": dict(cell.options)},
-        "targets": len(report.ranks),
-        "update_seconds": laps[1:],
-        "measurement_seconds": later,
-        "first_measurement_seconds": first,
-        "new_window_seconds": restart,
-        "monitor_share": (median(later) + restart) / (window * median(laps[1:])),
+        "targets": len(outcome.ranks),
+        "update_seconds": update_seconds,
+        "measurement_seconds": measurements,
+        "first_measurement_seconds": first_measurement,
+        "new_window_seconds": new_window,
+        "monitor_share": monitor_seconds / (window * median(update_seconds)),
         "window": window,
         "switch_seconds": switch_seconds,
         "training_peak_bytes": training_peak - before,
         "switch_peak_bytes": switch_peak - before,
-        "drift": report.drift,
+        "drift": outcome.drift,
         "environment": environment(device, seed=0),
     }
-
-
-def seconds(act: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that ``act`` takes, including the work that it queues on the GPU."""
-    begin = time.perf_counter()
-    act()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
 
 
 def lines(cell: Cell, record: dict[str, Any]) -> list[str]:
     """Return three lines on the costs of an update, of the monitor and of the switch."""
     update = median(record["update_seconds"])
-    switched, peaks = record["switch_seconds"], ("training_peak_bytes", "switch_peak_bytes")
-    training, switching = (record[key] / MIB for key in peaks)
+    measurement = median(record["measurement_seconds"])
+    switched = record["switch_seconds"]
+    training_peak = record["training_peak_bytes"] / MIB
+    switch_peak = record["switch_peak_bytes"] / MIB
     return [
         f"{cell}, batch {cell.batch}: an update takes {update:.2f} s",
-        f"monitor: {median(record['measurement_seconds']):.2f} s a measurement of "
+        f"monitor: {measurement:.2f} s a measurement of "
         f"{record['targets']} targets, {record['monitor_share']:.2%} of the training time with a "
         f"window of {record['window']} updates",
         f"switch: {switched:.1f} s, as long as {switched / update:.1f} updates; peak memory "
-        f"{switching:,.0f} MiB, {switching / training:.2f} of training's; drift "
+        f"{switch_peak:,.0f} MiB, {switch_peak / training_peak:.2f} of training's; drift "
         f"{record['drift']:.1e}",
     ]

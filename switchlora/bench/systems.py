@@ -9,10 +9,8 @@ with it. The results are written to speed.json and speed.md.
 """
 
 import argparse
-import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -21,11 +19,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.benchmark import timer as synchronised_clock
 from tqdm import tqdm
 
-from switchlora.bench.lowrank import spread
-from switchlora.cost import interleaved_seconds
+from switchlora.bench.lowrank import milliseconds, publish, ratios
+from switchlora.cost import interleaved_seconds, work_clock_of
 from switchlora.errors import check_range
 from switchlora.process import USER_ERRORS, one_line
 from switchlora.run import prepare
@@ -51,11 +48,7 @@ def main() -> None:
         record = measure(one_of_each(find_records(options.runs)), options.rounds)
     except USER_ERRORS as error:
         sys.exit(f"switchlora-bench systems: {one_line(error)}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = page(record)
-    (options.out / "speed.md").write_text(text)
-    print(text, end="")
+    publish(record, page(record), options.out)
 
 
 def one_of_each(records: Sequence[Record]) -> dict[str, Record]:
@@ -63,35 +56,36 @@ def one_of_each(records: Sequence[Record]) -> dict[str, Record]:
 
     Raise ValueError without a run of full training, or when runs differ in data, model or epochs.
     """
-    finished = [r for r in records if r.finished and r.config["method"]]
+    finished = [record for record in records if record.finished and record.config["method"]]
     found: dict[str, Record] = {}
-    for record in sorted(
-        finished, key=lambda r: (r.config["method"] != BASELINE, r.config["seed"])
-    ):
+    for record in sorted(finished, key=_baseline_first):
         found.setdefault(record.config["method"], record)
     if BASELINE not in found:
         raise ValueError(
             "no finished run of method=full is among them: there is nothing to compare with"
         )
-    check_alike([*found.values()], ("data", "model", "epochs"), "runs of one experiment")
+    check_alike(list(found.values()), ("data", "model", "epochs"), "runs of one experiment")
     return found
+
+
+def _baseline_first(record: Record) -> tuple[bool, int]:
+    return record.config["method"] != BASELINE, record.config["seed"]
 
 
 def measure(records: Mapping[str, Record], rounds: int) -> dict[str, Any]:
     """Time ``rounds`` updates of each method; return the seconds, clock and environment."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock_name, clock = work_clock_of(device)
+    steps = {}
     with TemporaryDirectory() as folder:
-        steps = {
-            method: step_of(record, Path(folder) / method)
-            for method, record in tqdm(records.items(), desc="prepare", leave=False)
-        }
-        on_cpu = not torch.cuda.is_available()
-        clock = time.process_time if on_cpu else synchronised_clock
+        for method, record in tqdm(records.items(), desc="prepare", leave=False):
+            steps[method] = step_of(record, Path(folder) / method)
         seconds = interleaved_seconds(steps, rounds, clock)
     return {
         "rounds": rounds,
-        "clock": "processor" if on_cpu else "wall",
+        "clock": clock_name,
         "seconds": seconds,
-        "environment": environment(torch.device("cpu" if on_cpu else "cuda"), 0),
+        "environment": environment(device, 0),
     }
 
 
@@ -112,16 +106,16 @@ def step_of(record: Record, folder: Path) -> Callable[[], object]:
 
 def page(record: Mapping[str, Any]) -> str:
     """Return the table as Markdown, with command, commit and hardware below it."""
-    where, seconds = record["environment"], record["seconds"]
-    rows = [
-        f"| `{method}` | {spread([1000 * s for s in mine], digits=1)} | "
-        f"{spread([s / b for s, b in zip(mine, seconds[BASELINE], strict=True)], digits=2)} |"
-        for method, mine in seconds.items()
-    ]
+    where = record["environment"]
+    seconds = record["seconds"]
     lines = [
         "| last phase of | update, ms | over full training's |",
         "|---|---|---|",
-        *rows,
+    ]
+    for method, mine in seconds.items():
+        share = ratios(mine, seconds[BASELINE])
+        lines.append(f"| `{method}` | {milliseconds(mine)} | {share} |")
+    lines += [
         "",
         f"Medians of {record['rounds']} rounds in which the methods take turns, quartiles in "
         f"brackets; below 1 is faster; {record['clock']} seconds, {where['threads']} thread(s). "

@@ -13,10 +13,15 @@ from switchlora.cost.predict import (
     warning as warning,
 )
 from switchlora.cost.timing import (
+    by_name as by_name,
+    clock_of as clock_of,
     forward_and_backward as forward_and_backward,
     interleaved_seconds as interleaved_seconds,
     linear_and_factors as linear_and_factors,
     measured_gains as measured_gains,
+    seconds_of as seconds_of,
+    take_turns as take_turns,
+    work_clock_of as work_clock_of,
 )
 from switchlora.cost.trace import (
     Trace as Trace,

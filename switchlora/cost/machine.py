@@ -1,9 +1,10 @@
 """Measure the speed of a device with short products and element-wise operations."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from statistics import median
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from switchlora.cost.timing import Step, by_name, clock_of, seconds_of, take_turns
 from switchlora.cost.trace import Operation, Recorder
 from switchlora.learner import PRECISIONS
 from switchlora.process import world_size
 
-Trial = Callable[[], object]
 ROUNDS = 5
 MEASURED_SECONDS = 0.8
 
@@ -85,27 +86,28 @@ class _Counts(NamedTuple):
     operations: int
 
 
-def _counts(trial: Trial, device: torch.device) -> _Counts:
+def _counts(trial: Step, device: torch.device) -> _Counts:
+    """Count the operations of ``trial`` that move bytes; this call also warms it up."""
     with Recorder(nn.Module(), device) as recorder:
         trial()
     done = [operation for operation in recorder.operations if operation.bytes]
-    return _Counts(sum(op.flops for op in done), sum(op.bytes for op in done), len(done))
+    flops = sum(operation.flops for operation in done)
+    moved = sum(operation.bytes for operation in done)
+    return _Counts(flops, moved, len(done))
 
 
-def _median_seconds(trials: Mapping[str, Trial], device: torch.device) -> dict[str, float]:
-    laps: dict[str, list[float]] = {name: [] for name in trials}
-    while len(laps["tiny"]) < ROUNDS or sum(map(sum, laps.values())) < MEASURED_SECONDS:
-        for name, trial in trials.items():
-            laps[name].append(_seconds(trial, device))
-    return {name: median(found) for name, found in laps.items()}
-
-
-def _seconds(act: Trial, device: torch.device) -> float:
-    start = perf_counter()
-    act()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return perf_counter() - start
+def _median_seconds(trials: Mapping[str, Step], device: torch.device) -> dict[str, float]:
+    """Time at least ``ROUNDS`` rounds, and rounds for at least ``MEASURED_SECONDS``."""
+    clock = clock_of(device)
+    laps = {name: partial(seconds_of, trial, clock) for name, trial in trials.items()}
+    rounds = []
+    spent = 0.0
+    for found in take_turns(laps, warmup=0):
+        rounds.append(found)
+        spent += sum(found.values())
+        if len(rounds) >= ROUNDS and spent >= MEASURED_SECONDS:
+            break
+    return {name: median(seconds) for name, seconds in by_name(rounds).items()}
 
 
 def _all_reduce_speed(device: torch.device) -> float | None:
@@ -116,37 +118,45 @@ def _all_reduce_speed(device: torch.device) -> float | None:
     if world_size() == 1:
         return None
     bucket = torch.zeros(25 * 2**18, device=device)
-    laps = [_seconds(lambda: dist.all_reduce(bucket), device) for _ in range(1 + ROUNDS)]
-    return bucket.nbytes / median(laps[1:])
+    average = partial(seconds_of, partial(dist.all_reduce, bucket), clock_of(device))
+    rounds = islice(take_turns({"average": average}, warmup=1), ROUNDS)
+    return bucket.nbytes / median(by_name(rounds)["average"])
 
 
-def _product_trial(device: torch.device, dtype: torch.dtype, scale: int) -> Trial:
+def _product_trial(device: torch.device, dtype: torch.dtype, scale: int) -> Step:
     left = torch.ones(1024 * scale, 768, device=device, dtype=dtype)
     right = torch.ones(768, 1536 * scale, device=device, dtype=dtype)
     return lambda: left @ right
 
 
-def _attention_trial(device: torch.device, dtype: torch.dtype, scale: int) -> Trial:
+def _attention_trial(device: torch.device, dtype: torch.dtype, scale: int) -> Step:
     shape = (8 * scale, 6, 197, 64)
-    q, k, v = (torch.ones(shape, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
-    grad = q.detach()
-    return lambda: torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), [q, k, v], grad)
-
-
-def _mixed_trial(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> Trial:
-    x = torch.ones(tokens, width, device=device, requires_grad=True)
-    hidden = torch.ones(tokens, 4 * width, device=device, dtype=dtype, requires_grad=True)
-    bias = torch.ones(4 * width, device=device, dtype=dtype, requires_grad=True)
-    outputs = [x.detach(), hidden.detach()]
+    ones = partial(torch.ones, shape, device=device, dtype=dtype, requires_grad=True)
+    q, k, v = ones(), ones(), ones()
+    gradient = q.detach()
 
     def trial() -> object:
-        block = [x + F.layer_norm(x, (width,)), F.gelu(hidden + bias)]
-        return torch.autograd.grad(block, [x, hidden, bias], outputs)
+        output = F.scaled_dot_product_attention(q, k, v)
+        return torch.autograd.grad(output, [q, k, v], gradient)
 
     return trial
 
 
-def _update_trial(device: torch.device) -> Trial:
+def _mixed_trial(device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> Step:
+    x = torch.ones(tokens, width, device=device, requires_grad=True)
+    hidden = torch.ones(tokens, 4 * width, device=device, dtype=dtype, requires_grad=True)
+    bias = torch.ones(4 * width, device=device, dtype=dtype, requires_grad=True)
+    gradients = [x.detach(), hidden.detach()]
+
+    def trial() -> object:
+        normed = x + F.layer_norm(x, (width,))
+        activated = F.gelu(hidden + bias)
+        return torch.autograd.grad([normed, activated], [x, hidden, bias], gradients)
+
+    return trial
+
+
+def _update_trial(device: torch.device) -> Step:
     weights = [torch.ones(1024, 1024, device=device, requires_grad=True) for _ in range(4)]
     for weight in weights:
         weight.grad = torch.ones_like(weight)

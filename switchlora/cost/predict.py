@@ -7,7 +7,6 @@ roofline model (Williams, Waterman & Patterson, 2009, doi 10.1145/1498765.149878
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from switchlora.adapters import FACTORS
 from switchlora.cost.machine import Machine
@@ -75,19 +74,24 @@ def break_even_rank(
     is 0 when no rank pays, and min(in, out) when every rank does.
     """
     linear = _Linear(tokens, in_features, out_features, itemsize)
+    sizes = {"A": in_features, "B": out_features}
+    numbers_per_rank = sum(sizes[factor] for factor in train_factors)
+    trains_A = "A" in train_factors
 
-    def seconds(operations: Sequence[Operation], trained: int) -> float:
-        update = Operation("update", "", "optimizer", 0, ADAMW_BYTES * trained)
+    def seconds(passes: Sequence[Operation], trained: int) -> float:
+        step = Operation("update", "", "optimizer", 0, ADAMW_BYTES * trained)
         exchange = _exchange_seconds(4 * trained, machine, world_size)
-        return sum(map(machine.seconds, [*operations, update])) + exchange
+        return sum(map(machine.seconds, [*passes, step])) + exchange
 
-    def adapted(rank: int) -> float:
-        trained = rank * sum({"A": in_features, "B": out_features}[f] for f in train_factors)
-        forms = (linear.merged, linear.split)
-        return min(seconds(form(rank, "A" in train_factors), trained) for form in forms)
+    def adapter_seconds(rank: int) -> float:
+        trained = rank * numbers_per_rank
+        merged = seconds(linear.merged(rank, trains_A), trained)
+        split = seconds(linear.split(rank, trains_A), trained)
+        return min(merged, split)
 
+    full_seconds = seconds(linear.full(), in_features * out_features)
     ranks = range(1, min(in_features, out_features) + 1)
-    return bisect_right(ranks, seconds(linear.full(), in_features * out_features), key=adapted)
+    return bisect_right(ranks, full_seconds, key=adapter_seconds)
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,16 @@ class _Linear:
 
         In reduced precision the casts of the weight and of its gradient come in addition.
         """
-        dense = self._product(self.outer, self.tokens, self.inner)
-        return [*self._plain(), dense, *self._casts(), self._moves(self.tokens * self.outer)]
+        weight_gradient = self._product(self.outer, self.tokens, self.inner)
+        column_sums = self._moves(self.tokens * self.outer)
+        return [*self._plain(), weight_gradient, *self._casts(), column_sums]
 
     def merged(self, rank: int, trains_A: bool) -> list[Operation]:
         """Return the operations of the merged form: W + s B A is formed anew in each pass."""
-        size = self.inner * self.outer
-        formed = [self._product(self.outer, rank, self.inner, itemsize=4), self._moves(size, 12)]
-        return [*self._plain(), *self._casts(), *formed * 2, *self._factors(rank, trains_A)]
+        product = self._product(self.outer, rank, self.inner, itemsize=4)
+        addition = self._moves(self.inner * self.outer, 12)
+        formed = [product, addition, product, addition]
+        return [*self._plain(), *self._casts(), *formed, *self._factors(rank, trains_A)]
 
     def split(self, rank: int, trains_A: bool) -> list[Operation]:
         """Return the operations of the split form: X W^T + s (X A^T) B^T and G W + s (G B) A."""
@@ -126,7 +132,8 @@ class _Linear:
 
     def _plain(self) -> list[Operation]:
         forward = self._product(self.tokens, self.inner, self.outer)
-        return [forward, self._product(self.tokens, self.outer, self.inner)]
+        backward = self._product(self.tokens, self.outer, self.inner)
+        return [forward, backward]
 
     def _factors(self, rank: int, trains_A: bool) -> list[Operation]:
         """Return the operations on the factors that both forms need.
@@ -148,8 +155,10 @@ class _Linear:
         return found
 
     def _casts(self) -> list[Operation]:
-        casts = [self._moves(self.inner * self.outer, 4 + self.itemsize)] * 2
-        return casts if self.itemsize < 4 else []
+        if self.itemsize >= 4:
+            return []
+        cast = self._moves(self.inner * self.outer, 4 + self.itemsize)
+        return [cast, cast]
 
     def _product(self, m: int, k: int, n: int, itemsize: int | None = None) -> Operation:
         moved = (m * k + k * n + m * n) * (itemsize or self.itemsize)
@@ -166,11 +175,14 @@ def speedup_parts(full: Prediction, adapter: Prediction) -> dict[str, float]:
     - 'optimizer': the factor by which this ratio changes when the optimizer is counted too.
     - 'communication': the factor by which it changes when the exchange is counted as well.
     """
-    passes = [p.forward + p.backward for p in (full, adapter)]
-    stepped = [p.total - p.communication for p in (full, adapter)]
-    ratios = [1.0, *(a / b for a, b in (passes, stepped, (full.total, adapter.total)))]
-    names = ("arithmetic", "optimizer", "communication")
-    return {n: after / before for n, (before, after) in zip(names, pairwise(ratios), strict=True)}
+    passes = (full.forward + full.backward) / (adapter.forward + adapter.backward)
+    steps = (full.total - full.communication) / (adapter.total - adapter.communication)
+    whole = full.total / adapter.total
+    return {
+        "arithmetic": passes,
+        "optimizer": steps / passes,
+        "communication": whole / steps,
+    }
 
 
 def warning(full: Prediction, adapter: Prediction) -> str | None:

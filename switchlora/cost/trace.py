@@ -9,7 +9,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -35,7 +36,11 @@ from switchlora.learner import (
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 PARTS = ("forward", "backward", "optimizer")
 MOVES_NOTHING = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
     "_unsafe_view",
 }
 ONLY_WRITES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
@@ -85,28 +90,42 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.operations: list[Operation] = []
         self.part = "forward"
-        self.live = self.peak = 0
+        self.live = 0
+        self.peak = 0
         self._device = device
         self._held = WeakIdKeyDictionary()
         self._inside = [""]
         self._marks = [(0, "")]
-        self._owners = {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
+        self._owners: dict[int, str] = {}
+        for name, parameter in model.named_parameters():
+            module_name, _, _ = name.rpartition(".")
+            self._owners[id(parameter)] = module_name
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
-            module.register_forward_hook(lambda *_: self._leave(), always_call=True)
+            module.register_forward_pre_hook(partial(self._enter, name))
+            module.register_forward_hook(self._leave, always_call=True)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run ``func``, record its flops and bytes, and follow the tensors that it made."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace != "prim":
-            flops = flops_of(func, args, kwargs, result)
-            moved = _bytes_moved(func, _tensors((args, kwargs)), _tensors(result))
-            name = str(func.overloadpacket)
-            self.operations.append(Operation(name, self._module(), self.part, flops, moved))
-            self.hold(_tensors(result))
+        if func.namespace == "prim":
+            return result
+        made = _tensors(result)
+        operation = Operation(
+            name=str(func.overloadpacket),
+            module=self._module(),
+            part=self.part,
+            flops=flops_of(func, args, kwargs, result),
+            bytes=_bytes_moved(func, _tensors((args, kwargs)), made),
+        )
+        self.operations.append(operation)
+        self.hold(made)
         return result
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
@@ -122,11 +141,11 @@ class Recorder(TorchDispatchMode):
     def _release(self, size: int) -> None:
         self.live -= size
 
-    def _enter(self, name: str) -> None:
+    def _enter(self, name: str, *_: Any) -> None:
         self._inside.append(name)
         self._mark()
 
-    def _leave(self) -> None:
+    def _leave(self, *_: Any) -> None:
         self._inside.pop()
         self._mark()
 
@@ -137,26 +156,36 @@ class Recorder(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is None or len(self._inside) > 1:  # a checkpoint recomputes inside a module
             return self._inside[-1]
-        if (variable := getattr(node, "variable", None)) is not None:
+        variable = getattr(node, "variable", None)
+        if variable is not None:
             return self._owners.get(id(variable), "")
-        last = bisect_right(self._marks, node._sequence_nr(), key=lambda mark: mark[0]) - 1
-        return self._marks[last][1]
+        later = bisect_right(self._marks, node._sequence_nr(), key=itemgetter(0))
+        _, name = self._marks[later - 1]
+        return name
 
 
 def trace_update(
-    model: nn.Module, recipe: Recipe, images: Sequence[int], num_classes: int
+    model: nn.Module,
+    recipe: Recipe,
+    images: Sequence[int],
+    num_classes: int,
 ) -> Trace:
     """Call ``trace_batch`` on images of shape ``images`` = (B, C, H, W), with soft labels."""
-    batch = torch.empty(*images, device="meta"), torch.empty(images[0], num_classes, device="meta")
-    return trace_batch(model, recipe, *batch, F.cross_entropy)
+    inputs = torch.empty(*images, device="meta")
+    labels = torch.empty(images[0], num_classes, device="meta")
+    return trace_batch(model, recipe, inputs, labels, F.cross_entropy)
 
 
 def trace_batch(
-    model: nn.Module, recipe: Recipe, inputs: Tensor, targets: Tensor, loss_fn: LossFunction
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: Tensor,
+    labels: Tensor,
+    loss_fn: LossFunction,
 ) -> Trace:
     """Trace one update of the plain ``model`` on one rank's batch.
 
-    Only the shapes and types of ``inputs`` and ``targets`` are read. The batch is split into
+    Only the shapes and types of ``inputs`` and ``labels`` are read. The batch is split into
     ``recipe.accumulation`` micro-batches. Nothing is computed or allocated: the model, its
     gradients and all random generators stay as they are. A compiled model is traced as an eager
     one, with its setting of activation checkpointing. The loss scaling of fp16 is left out.
@@ -165,13 +194,13 @@ def trace_batch(
     with without_content(model, device) as model:
         optimizer = stepped(model, recipe)
         recorder = Recorder(model, device)
-        state = [v for s in optimizer.state.values() for v in _tensors(s)]
+        state = _tensors(list(optimizer.state.values()))
         recorder.hold([*model.parameters(), *model.buffers(), *state])
         with recorder, operands_within_update(model, recipe):
-            activations = _passes(model, recipe, (inputs, targets), loss_fn, recorder)
+            activations = _passes(model, recipe, inputs, labels, loss_fn, recorder)
             recorder.part = "optimizer"
             _step(model, recipe, optimizer)
-    gradients = held_bytes(p.grad for p in model.parameters() if p.grad is not None)
+    gradients = held_bytes(_gradients(model))
     memory = {
         "parameters": held_bytes([*model.parameters(), *model.buffers()]),
         "gradients": gradients,
@@ -186,12 +215,12 @@ def without_content(model: nn.Module, device: torch.device) -> Iterator[nn.Modul
     """Yield a copy of ``model`` on fake tensors; tensors made inside the context are fake too."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        hollow: dict[int, Tensor] = {
-            id(tensor): torch.empty_like(tensor, device=device) for tensor in model.buffers()
-        }
-        for tensor in model.parameters():
-            empty = torch.empty_like(tensor, device=device)
-            hollow[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        hollow: dict[int, Tensor] = {}
+        for buffer in model.buffers():
+            hollow[id(buffer)] = torch.empty_like(buffer, device=device)
+        for parameter in model.parameters():
+            empty = torch.empty_like(parameter, device=device)
+            hollow[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     with FakeCopyMode(fake):
         model = copy.deepcopy(model, hollow)
     with fake:
@@ -211,32 +240,41 @@ def stepped(model: nn.Module, recipe: Recipe) -> Optimizer:
 def _passes(
     model: nn.Module,
     recipe: Recipe,
-    batch: tuple[Tensor, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
     loss_fn: LossFunction,
     recorder: Recorder,
 ) -> int:
     """Run the passes of all micro-batches; return the bytes that the first one's graph keeps."""
     device = next(model.parameters()).device
-    inputs, targets = (torch.empty_like(tensor, device="cpu") for tensor in batch)
-    parts, labels = inputs.chunk(recipe.accumulation), targets.chunk(recipe.accumulation)
+    inputs = torch.empty_like(inputs, device="cpu")
+    labels = torch.empty_like(labels, device="cpu")
+    parts = zip(inputs.chunk(recipe.accumulation), labels.chunk(recipe.accumulation), strict=True)
     activations = None
-    for part, label in zip(parts, labels, strict=True):
-        recorder.part, saved = "forward", SavedTensors()
+    for inputs_part, labels_part in parts:
+        recorder.part = "forward"
+        saved = SavedTensors()
         with autocast(device.type, recipe.precision), saved:
-            loss = loss_fn(model(part.to(device)), label.to(device))
+            loss = loss_fn(model(inputs_part.to(device)), labels_part.to(device))
         if activations is None:
             activations = saved.bytes_beside(model)
         recorder.part = "backward"
-        (loss * (len(part) / len(inputs))).backward()
-    return activations or 0
+        (loss * (len(inputs_part) / len(inputs))).backward()
+    assert activations is not None
+    return activations
 
 
 def _step(model: nn.Module, recipe: Recipe, optimizer: Optimizer) -> None:
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+    gradients = _gradients(model)
+    norm = get_total_norm(gradients)
     if recipe.clip_grad is not None:
+        trained = [p for p in model.parameters() if p.grad is not None]
         clip_grads_with_norm_(trained, recipe.clip_grad, norm)
     optimizer.step()
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -246,13 +284,19 @@ def _tensors(values: Any) -> list[Tensor]:
 def _bytes_moved(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
     """Return the bytes of the tensors that ``func`` reads and writes; 0 for a view."""
     name = func.overloadpacket.__name__
-    written = sum(map(_extent, outputs))
     if name in MOVES_NOTHING or func.is_view:
         return 0
-    return written if name in ONLY_WRITES else written + sum(map(_extent, inputs))
+    written = sum(map(_extent, outputs))
+    if name in ONLY_WRITES:
+        return written
+    return written + sum(map(_extent, inputs))
 
 
 def _extent(tensor: Tensor) -> int:
     """Return the bytes of the distinct elements of ``tensor``: expanded ones count once."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.element_size() * prod(n for n, stride in sizes if stride or n == 0)
+    extent = tensor.element_size()
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        expanded = stride == 0 and length > 0
+        if not expanded:
+            extent *= length
+    return extent
