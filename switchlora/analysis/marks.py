@@ -1,6 +1,7 @@
 """Marks on pictures over optimizer updates: shades for phases, lines for changes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -11,9 +12,18 @@ from switchlora.analysis.timeline import Change, Span, Timeline
 
 SHADES = {"full": "#dfe7f1", "joint": "#dfeedd", "staged": "#ebe2f1", "adapter": "#f6e6d3"}
 """the background colour of each phase"""
-ORANGE, GREY = "#d55e00", "#555555"
+BLUE = "#0072b2"
+ORANGE = "#d55e00"
+GREY = "#555555"
 NAMES = {"settle": "weights frozen", "grow": "ranks grow", "take_back": "taken back"}
 ROOM = 0.045  # share of the axis that a name along a line needs
+AT_THE_TOP: dict[str, Any] = {
+    "xycoords": ("data", "axes fraction"),
+    "textcoords": "offset points",
+    "va": "top",
+    "color": ORANGE,
+}
+"""how a text is placed at an update, below the upper edge of an axis"""
 TICK = 0.04  # height of a tick, as a share of the axis
 
 
@@ -35,13 +45,16 @@ def mark_changes(axis: Axes, changes: Sequence[Change], last: int) -> None:
     """
     named = -float("inf")
     for kind, update in changes:
-        if kind == "restart" and update <= last:
+        if update > last:
+            continue
+        if kind == "restart":
             tick(axis, update)
-        elif update <= last:
-            axis.axvline(update, color=ORANGE, linestyle="--", linewidth=0.8)
-            if update - named > ROOM * last:
-                _name(axis, update, NAMES.get(kind, kind), inside=update > ROOM * last)
-                named = update
+            continue
+        axis.axvline(update, color=ORANGE, linestyle="--", linewidth=0.8)
+        if update - named > ROOM * last:
+            inside = update > ROOM * last
+            _name(axis, update, NAMES.get(kind, kind), inside)
+            named = update
 
 
 def tick(axis: Axes, update: int, color: str = ORANGE) -> None:
@@ -52,45 +65,34 @@ def tick(axis: Axes, update: int, color: str = ORANGE) -> None:
 
 def keys(course: Timeline, last: int) -> list[Artist]:
     """Return legend entries for the shades and the ticks until update ``last``."""
-    phases = dict.fromkeys(span.phase for span in course.spans if span.begin < last)
-    patches = [Patch(color=SHADES[phase], label=f"{phase} phase") for phase in phases]
-    return [*patches, *restart_key(course.changes, last)]
+    begun = [span.phase for span in course.spans if span.begin < last]
+    found: list[Artist] = []
+    for phase in dict.fromkeys(begun):
+        found.append(Patch(color=SHADES[phase], label=f"{phase} phase"))
+    return found + restart_key(course.changes, last)
 
 
 def restart_key(changes: Sequence[Change], last: int) -> list[Artist]:
     """Return the legend entry for restarts, if there are any until update ``last``."""
-    if not any(kind == "restart" and update <= last for kind, update in changes):
-        return []
-    return [Line2D([], [], label="restart", marker="|", linestyle="", color=ORANGE, markersize=7)]
+    for kind, update in changes:
+        if kind == "restart" and update <= last:
+            return [
+                Line2D([], [], label=kind, marker="|", linestyle="", color=ORANGE, markersize=7)
+            ]
+    return []
 
 
 def mark_end(axis: Axes, switch: int | None) -> None:
     """Draw a line at the ``switch``, if there is one, on a picture whose curves end there."""
     if switch is not None:
         axis.axvline(switch, color=ORANGE, linestyle="--", linewidth=1.2)
-        axis.annotate(
-            "switch",
-            (switch, 1),
-            xytext=(-3, -2),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=ORANGE,
-        )
+        axis.annotate("switch", (switch, 1), xytext=(-3, -2), ha="right", fontsize=8, **AT_THE_TOP)
 
 
 def _name(axis: Axes, update: int, name: str, inside: bool) -> None:
-    axis.annotate(
-        name,
-        (update, 1),
-        xytext=(-1 if inside else 1, -2),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right" if inside else "left",
-        va="top",
-        rotation=90,
-        fontsize=7,
-        color=ORANGE,
-    )
+    """Write ``name`` along the line at ``update``: on its left when there is room ``inside``."""
+    look = {**AT_THE_TOP, "rotation": 90, "fontsize": 7}
+    if inside:
+        axis.annotate(name, (update, 1), xytext=(-1, -2), ha="right", **look)
+    else:
+        axis.annotate(name, (update, 1), xytext=(1, -2), ha="left", **look)
