@@ -31,6 +31,7 @@ from switchlora.analysis.marks import (
     tick,
 )
 from switchlora.analysis.timeline import (
+    UPDATE_NORM,
     Event,
     Timeline,
     Window,
@@ -49,7 +50,7 @@ RUN_COLORS = (BLUE, ORANGE, "#000000", "#cc79a7", "#009e73", "#e69f00", "#56b4e9
 RUN_DASHES = ("-", "--", "-.", (0, (1, 1.2)))
 RUN_MARKERS = ("o", "s", "^", "D", "v")
 STATISTICS = {
-    "update_norms": ("relative_update_norm", "relative update norm, %", 100.0),
+    "update_norms": (UPDATE_NORM, "relative update norm, %", 100.0),
     "stable_ranks": ("update_stable_rank", "stable rank of the update", 1.0),
     "weight_stable_ranks": ("weight_stable_rank", "stable rank of the weight", 1.0),
 }
@@ -89,7 +90,7 @@ def statistics_figures(course: Timeline) -> dict[str, Figure]:
     pictures = {}
     for name, (key, label, unit) in STATISTICS.items():
         pictures[name] = small_multiples(course, key, label, unit)
-    pictures["update_norm_map"] = heat_map(course, "relative_update_norm")
+    pictures["update_norm_map"] = heat_map(course, UPDATE_NORM)
     return pictures
 
 

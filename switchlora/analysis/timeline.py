@@ -21,7 +21,7 @@ CHANGES = (*BEGINS_PHASE, "restart", "grow")
 PHASE_BEFORE = {"settle": "joint", "switch": "staged"}
 """the phase that must have come before a change"""
 RANK = "switch/rank/"
-UPDATE_NORM = "relative_update_norm/"
+UPDATE_NORM = "relative_update_norm"
 
 
 class Span(NamedTuple):
@@ -206,7 +206,7 @@ def _windows(events: Sequence[Event]) -> tuple[Window, ...]:
     starts = _window_starts(events)
     found = []
     for event in events:
-        if event["event"] in MEASURED and _names_after(UPDATE_NORM, event):
+        if event["event"] in MEASURED and _names_after(f"{UPDATE_NORM}/", event):
             end = event["num_updates"]
             found.append(Window(_last_before(end, starts), end, event))
     return tuple(found)
