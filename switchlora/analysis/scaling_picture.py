@@ -28,7 +28,7 @@ def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
     for (label, law), style in zip(laws.items(), run_styles(len(laws)), strict=True):
         members = [point for point in points if point.label == label]
         curved = [point for point in members if point.curve]
-        for _, alike in groupby(curved, lambda point: (point.width, len(point.curve))):
+        for _, alike in groupby(curved, _width_and_length):
             draw_curve(way, list(alike), style)
         draw_ends(end, members, label, law, style)
     way.set_title("training loss on the way, mean over seeds", fontsize=10)
@@ -41,9 +41,15 @@ def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
     return figure
 
 
+def _width_and_length(point: Any) -> tuple[int, int]:
+    """Return what the points of runs have in common whose curves can be averaged."""
+    return point.width, len(point.curve)
+
+
 def draw_curve(axis: Axes, runs: Sequence[Any], style: Mapping[str, Any]) -> None:
     """Draw the mean training loss of alike ``runs`` over their FLOPs, without the first tenth."""
-    flops, losses = np.mean([run.curve for run in runs], axis=0).T
+    curves = [run.curve for run in runs]
+    flops, losses = np.mean(curves, axis=0).T
     shown = flops >= SHOWN_FROM * runs[0].flops
     look = {"color": style["color"], "linestyle": style["linestyle"]}
     axis.plot(flops[shown], losses[shown], linewidth=0.9, alpha=0.8, **look)
@@ -54,22 +60,14 @@ def draw_ends(
 ) -> None:
     """Draw the runs of one kind and the line fitted to them, with its exponent in the legend."""
     flops = [point.flops for point in members]
-    axis.plot(
-        flops,
-        [point.loss for point in members],
-        style["marker"],
-        color=style["color"],
-        markersize=5,
-        markerfacecolor="none",
-    )
-    told = f"{label}: b = {law.exponent:.3f} [{law.low:.3f}, {law.high:.3f}], n = {law.runs}"
+    losses = [point.loss for point in members]
+    open_marker = {"markersize": 5, "markerfacecolor": "none"}
+    axis.plot(flops, losses, style["marker"], color=style["color"], **open_marker)
+    interval = f"[{law.low:.3f}, {law.high:.3f}]"
+    told = f"{label}: b = {law.exponent:.3f} {interval}, n = {law.runs}"
     ends = np.geomspace(min(flops), max(flops), 2)
-    look: dict[str, Any] = {
-        "markersize": 5,
-        "markerfacecolor": "none",
-        "markevery": [],  # the legend alone has a marker
-    }
-    axis.plot(ends, law(ends), label=told, **look, **style)
+    # without markers, but for the one in the legend
+    axis.plot(ends, law(ends), label=told, markevery=[], **open_marker, **style)
 
 
 def tidy_logarithms(axis: Axes) -> None:
