@@ -24,6 +24,9 @@ NO_CODE = {
     tokenize.ENDMARKER,
 }
 Arrows = dict[str, set[str]]
+"""the rooms that each room imports"""
+Floors = dict[str, int]
+Arrow = tuple[str, str]
 
 
 def room_of(package: Path, path: Path) -> str:
@@ -54,10 +57,10 @@ def imported(node: ast.ImportFrom) -> set[str]:
     return {alias.name for alias in node.names}
 
 
-def floors(arrows: Arrows) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def floors(arrows: Arrows) -> tuple[Floors, list[Arrow]]:
     """Return the floor of each room, and the arrows that run back to a room which imports this."""
-    levels: dict[str, int] = {}
-    backwards: list[tuple[str, str]] = []
+    levels: Floors = {}
+    backwards: list[Arrow] = []
 
     def visit(room: str, path: tuple[str, ...]) -> int:
         if room in levels:
@@ -80,7 +83,8 @@ def lengths_of_functions(tree: ast.AST) -> Iterator[int]:
     """Yield the length of each function in lines, with its docstring."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield (node.end_lineno or node.lineno) - node.lineno + 1
+            last = node.end_lineno or node.lineno
+            yield last - node.lineno + 1
 
 
 def count_comprehensions(tree: ast.AST) -> int:
@@ -126,7 +130,8 @@ def measure(checkout: Path) -> dict[str, str]:
 
 def measure_rooms(package: Path, files: list[Path]) -> dict[str, str]:
     """Return the numbers of rooms, floors and arrows."""
-    rooms = arrows_of(package, [path for path in files if path != package / "__init__.py"])
+    in_rooms = [path for path in files if path != package / "__init__.py"]
+    rooms = arrows_of(package, in_rooms)
     levels, backwards = floors(rooms)
     return {
         "rooms": str(len(rooms)),
@@ -170,11 +175,12 @@ def main() -> None:
     parser.add_argument(
         "checkouts", type=Path, nargs="*", metavar="CHECKOUT", help="default: this"
     )
-    checkouts = parser.parse_args().checkouts or [Path(__file__).parents[1]]
+    this = Path(__file__).parents[1]
+    checkouts = parser.parse_args().checkouts or [this]
     for checkout in checkouts:
         if not (checkout / "switchlora").is_dir():
             parser.error(f"{checkout} holds no switchlora: give the folder of a checkout")
-    columns = [measure(checkout) for checkout in checkouts]
+    columns = list(map(measure, checkouts))
     for name in columns[0]:
         values = [f"{column[name]:>12}" for column in columns]
         print(f"{name:<36}" + "".join(values))

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+Outcomes = dict[str, str]
+"""'passed', 'failed' or 'skipped' for each test"""
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 QUIET = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -80,7 +82,8 @@ def run(condition: Condition, report: Path, words: list[str]) -> float:
     with ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory(prefix="home-"))
         environment = {**os.environ, **ONE_THREAD, **QUIET, **condition.environment}
-        command = [sys.executable, "-m", "pytest", *TWO_PROCESSES, *condition.words, *words]
+        command = [sys.executable, "-m", "pytest", *TWO_PROCESSES]
+        command += [*condition.words, *words]
         command += [f"--junitxml={report}", "-p", "no:cacheprovider"]
         if condition.other_user:
             environment |= {"HOME": home, "XDG_CACHE_HOME": f"{home}/cache", "USER": "nobody"}
@@ -93,13 +96,14 @@ def run(condition: Condition, report: Path, words: list[str]) -> float:
         return time.monotonic() - start
 
 
-def outcomes(report: Path) -> dict[str, str]:
+def outcomes(report: Path) -> Outcomes:
     """Map each test of a report to 'passed', 'failed' or 'skipped'; empty without a report."""
-    found: dict[str, str] = {}
+    found: Outcomes = {}
     if not report.exists():
         return found
     for case in ElementTree.parse(report).iter("testcase"):
-        found[f"{case.get('classname')}::{case.get('name')}"] = outcome(case)
+        test = f"{case.get('classname')}::{case.get('name')}"
+        found[test] = outcome(case)
     return found
 
 
@@ -111,14 +115,14 @@ def outcome(case: ElementTree.Element) -> str:
     return "skipped" if "skipped" in kinds else "passed"
 
 
-def run_line(found: dict[str, str], seconds: float) -> str:
+def run_line(found: Outcomes, seconds: float) -> str:
     """Return one line on a run."""
     counts = Counter(found.values())
     passed = f"{counts['passed']} passed, {counts['failed']} failed"
     return f"{passed}, {counts['skipped']} skipped in {seconds:.0f} s"
 
 
-def failures(runs: dict[str, dict[str, str]]) -> list[str]:
+def failures(runs: dict[str, Outcomes]) -> list[str]:
     """Return lines on the tests that failed: in which runs, and of how many."""
     failed = defaultdict(list)
     for name, found in runs.items():
@@ -127,7 +131,8 @@ def failures(runs: dict[str, dict[str, str]]) -> list[str]:
                 failed[test].append(name)
     lines = []
     for test, where in sorted(failed.items()):
-        lines.append(f"{test}: failed in {len(where)} of {len(runs)} runs ({', '.join(where)})")
+        names = ", ".join(where)
+        lines.append(f"{test}: failed in {len(where)} of {len(runs)} runs ({names})")
     return lines
 
 

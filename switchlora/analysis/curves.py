@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from switchlora.analysis.figures import (
     ABOVE,
     STATISTICS,
+    Style,
     family_panels,
     heat_map,
     results_folder,
@@ -187,11 +188,18 @@ def windows(runs: Sequence[Curves]) -> list[str]:
 
 
 def draw_line(
-    axis: Axes, run: Curves, updates: Sequence[int], values: np.ndarray, style: dict[str, Any]
+    axis: Axes, run: Curves, updates: Sequence[int], values: np.ndarray, style: Style
 ) -> None:
     """Draw median and quartiles of ``values`` (windows, layers) over the run's updates."""
     low, median, high = quartiles(values)
-    axis.fill_between(updates, low, high, color=style["color"], alpha=0.13, linewidth=0)
+    axis.fill_between(
+        updates,
+        low,
+        high,
+        color=style["color"],
+        alpha=0.13,
+        linewidth=0,
+    )
     every = max(len(updates) // 6, 1)
     axis.plot(
         updates,
@@ -207,7 +215,7 @@ def draw_line(
 
 
 def mark_run(
-    axis: Axes, run: Curves, updates: np.ndarray, medians: np.ndarray, style: dict[str, Any]
+    axis: Axes, run: Curves, updates: np.ndarray, medians: np.ndarray, style: Style
 ) -> None:
     """Mark the changes of a run, and its switch or stages on the line of its ``medians``."""
     color = style["color"]

@@ -55,6 +55,8 @@ STATISTICS = {
     "weight_stable_ranks": ("weight_stable_rank", "stable rank of the weight", 1.0),
 }
 """by picture: the key of the events, the label, and the factor for the values"""
+Style = dict[str, Any]
+"""colour, linestyle and marker of a line, for matplotlib"""
 ABOVE: dict[str, Any] = {"loc": "outside upper center", "fontsize": 8, "frameon": False}
 """how the legend of a whole figure is drawn"""
 Points = tuple[list[int], list[float]]
@@ -112,7 +114,8 @@ def small_multiples(course: Timeline, key: str, label: str, unit: float = 1.0) -
     _label_blocks(figure, axes, len(names) // len(families))
     figure.supylabel(label, fontsize=10)
     note = window_note(course.windows)
-    figure.supxlabel("\n".join(["optimizer updates", *note]), fontsize=10)
+    lines = ["optimizer updates", *note]
+    figure.supxlabel("\n".join(lines), fontsize=10)
     return figure
 
 
@@ -123,7 +126,8 @@ def _draw_layers(
     last = max(len(members) - 1, 1)
     for place, member in enumerate(members):
         updates, values = series(course.windows, [f"{key}/{member}"], unit)
-        axis.plot(updates, values[:, 0], color=shades(0.9 * place / last), linewidth=1.4)
+        color = shades(0.9 * place / last)
+        axis.plot(updates, values[:, 0], color=color, linewidth=1.4)
 
 
 def window_note(windows: Iterable[Window]) -> list[str]:
@@ -142,7 +146,8 @@ def family_panels(families: Sequence[str]) -> tuple[Figure, np.ndarray]:
     """Create a figure with one titled panel per family, in two columns with common axes."""
     columns = min(len(families), 2)
     rows = math.ceil(len(families) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
+    size = (4.2 * columns, 2.6 * rows)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, name in zip(axes.flat, families, strict=False):
         axis.set_title(name, fontsize=10)
@@ -152,13 +157,13 @@ def family_panels(families: Sequence[str]) -> tuple[Figure, np.ndarray]:
     return figure, axes
 
 
-def run_styles(count: int) -> list[dict[str, Any]]:
+def run_styles(count: int) -> list[Style]:
     """Return the colour, dashes and marker of each of ``count`` runs.
 
     Up to 20 runs differ in dashes or marker, so that they can be told apart in grey.
     """
     kinds = zip(cycle(RUN_COLORS), cycle(RUN_DASHES), cycle(RUN_MARKERS), strict=False)
-    styles = []
+    styles: list[Style] = []
     for color, dashes, marker in islice(kinds, count):
         styles.append({"color": color, "linestyle": dashes, "marker": marker})
     return styles
@@ -185,13 +190,21 @@ def heat_map(course: Timeline, key: str) -> Figure:
     """Draw a map of layers by time: each target's relative update norm, and where it switched."""
     names = sorted(measured_targets(course, key), key=_family_and_depth)
     updates, values = series(course.windows, [f"{key}/{name}" for name in names], 100)
-    figure = Figure(figsize=(7.2, 1.2 + 0.16 * len(names)), layout="constrained")
+    height = 1.2 + 0.16 * len(names)
+    figure = Figure(figsize=(7.2, height), layout="constrained")
     axis = figure.subplots()
     axis.set_facecolor(UNMEASURED)
     edges = [course.windows[0].begin, *updates]
     rows = np.arange(len(names) + 1)
-    mesh = axis.pcolormesh(edges, rows, values.T, vmin=0, cmap="viridis", rasterized=True)
-    axis.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=6)
+    mesh = axis.pcolormesh(
+        edges,
+        rows,
+        values.T,
+        vmin=0,
+        cmap="viridis",
+        rasterized=True,
+    )
+    axis.set_yticks(rows[:-1] + 0.5, names, fontsize=6)
     axis.set_ylim(len(names), 0)
     axis.set_xlabel("optimizer updates")
     axis.set_title(_mark_map(axis, course, names), fontsize=10)

@@ -17,13 +17,6 @@ ORANGE = "#d55e00"
 GREY = "#555555"
 NAMES = {"settle": "weights frozen", "grow": "ranks grow", "take_back": "taken back"}
 ROOM = 0.045  # share of the axis that a name along a line needs
-AT_THE_TOP: dict[str, Any] = {
-    "xycoords": ("data", "axes fraction"),
-    "textcoords": "offset points",
-    "va": "top",
-    "color": ORANGE,
-}
-"""how a text is placed at an update, below the upper edge of an axis"""
 TICK = 0.04  # height of a tick, as a share of the axis
 
 
@@ -50,10 +43,10 @@ def mark_changes(axis: Axes, changes: Sequence[Change], last: int) -> None:
         if kind == "restart":
             tick(axis, update)
             continue
-        axis.axvline(update, color=ORANGE, linestyle="--", linewidth=0.8)
+        _draw_upright(axis, update, 0.8)
         if update - named > ROOM * last:
-            inside = update > ROOM * last
-            _name(axis, update, NAMES.get(kind, kind), inside)
+            shift = -1 if update > ROOM * last else 1
+            _name(axis, update, NAMES.get(kind, kind), shift, rotation=90, fontsize=7)
             named = update
 
 
@@ -74,25 +67,37 @@ def keys(course: Timeline, last: int) -> list[Artist]:
 
 def restart_key(changes: Sequence[Change], last: int) -> list[Artist]:
     """Return the legend entry for restarts, if there are any until update ``last``."""
-    for kind, update in changes:
-        if kind == "restart" and update <= last:
-            return [
-                Line2D([], [], label=kind, marker="|", linestyle="", color=ORANGE, markersize=7)
-            ]
-    return []
+    restarts = [change for change in changes if change.kind == "restart"]
+    if not restarts or restarts[0].num_updates > last:
+        return []
+    look = {"marker": "|", "linestyle": "", "color": ORANGE, "markersize": 7}
+    return [Line2D([], [], label="restart", **look)]
 
 
 def mark_end(axis: Axes, switch: int | None) -> None:
     """Draw a line at the ``switch``, if there is one, on a picture whose curves end there."""
     if switch is not None:
-        axis.axvline(switch, color=ORANGE, linestyle="--", linewidth=1.2)
-        axis.annotate("switch", (switch, 1), xytext=(-3, -2), ha="right", fontsize=8, **AT_THE_TOP)
+        _draw_upright(axis, switch, 1.2)
+        _name(axis, switch, "switch", -3, fontsize=8)
 
 
-def _name(axis: Axes, update: int, name: str, inside: bool) -> None:
-    """Write ``name`` along the line at ``update``: on its left when there is room ``inside``."""
-    look = {**AT_THE_TOP, "rotation": 90, "fontsize": 7}
-    if inside:
-        axis.annotate(name, (update, 1), xytext=(-1, -2), ha="right", **look)
-    else:
-        axis.annotate(name, (update, 1), xytext=(1, -2), ha="left", **look)
+def _draw_upright(axis: Axes, update: int, width: float) -> None:
+    axis.axvline(update, color=ORANGE, linestyle="--", linewidth=width)
+
+
+def _name(axis: Axes, update: int, name: str, shift: float, **look: Any) -> None:
+    """Write ``name`` at the top of the line at ``update``.
+
+    The text ends (``shift`` < 0) or begins so many points beside the line.
+    """
+    axis.annotate(
+        name,
+        (update, 1),
+        xytext=(shift, -2),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="right" if shift < 0 else "left",
+        va="top",
+        color=ORANGE,
+        **look,
+    )

@@ -22,6 +22,8 @@ from switchlora.storage import Record, check_alike, find_records
 DENSE = "dense"
 KINDS = {"factorized_linear": "low rank", "guided_linear": "self-guided"}
 CURVE_POINTS = 10
+Laws = Mapping[str, PowerLaw]
+"""the power law of each label"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def label_of(record: Record) -> str:
     if switch["criterion"].get("path", "").endswith(".never"):
         return DENSE
     adapter = switch.get("adapter", {})
-    made_by = adapter.get("path", adapter.get("_target_", "")).rpartition(".")[2]
+    maker = adapter.get("path", adapter.get("_target_", ""))
+    _, _, made_by = maker.rpartition(".")
     by_parameters = switch["rank"]["_target_"].endswith(".ParameterRatio")
     if made_by not in KINDS or not by_parameters:
         raise ValueError(
@@ -174,7 +177,7 @@ def fit(points: Sequence[Point]) -> dict[str, PowerLaw]:
     return laws
 
 
-def sentences(laws: Mapping[str, PowerLaw]) -> list[str]:
+def sentences(laws: Laws) -> list[str]:
     """Return a sentence for each label other than dense: whether it is steeper than dense."""
     if DENSE not in laws:
         return ["There are no dense runs to compare with."]
@@ -185,20 +188,21 @@ def sentences(laws: Mapping[str, PowerLaw]) -> list[str]:
     return found or ["There are no low-rank runs to compare with."]
 
 
-def write(points: Sequence[Point], laws: Mapping[str, PowerLaw], folder: Path) -> None:
+def write(points: Sequence[Point], laws: Laws, folder: Path) -> None:
     """Write scaling.json, scaling.md and scaling.png into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {
         "fits": {label: asdict(law) for label, law in laws.items()},
         "verdict": sentences(laws),
-        "runs": [asdict(point) for point in points],
+        "runs": list(map(asdict, points)),
     }
     (folder / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "scaling.md").write_text("\n".join(report(points, laws)) + "\n")
+    text = "\n".join(report(points, laws))
+    (folder / "scaling.md").write_text(text + "\n")
     draw(points, laws).savefig(folder / "scaling.png", dpi=150)
 
 
-def report(points: Sequence[Point], laws: Mapping[str, PowerLaw]) -> list[str]:
+def report(points: Sequence[Point], laws: Laws) -> list[str]:
     """Return lines of Markdown with the fits, the sentences about them, and all runs."""
     lines = ["L = a C^-b: L is the last validation loss in nats, C the training FLOPs.", ""]
     lines += ["| | b | 95 % interval | runs |", "|:--|--:|--:|--:|"]

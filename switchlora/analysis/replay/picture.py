@@ -8,7 +8,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from switchlora.analysis.figures import ABOVE, run_styles, tidy
+from switchlora.analysis.figures import ABOVE, Style, run_styles, tidy
 from switchlora.analysis.marks import GREY
 
 TOLD_APART = 3  # most outcomes named one by one above a row; more are summed up
@@ -50,7 +50,7 @@ def _size(rows: int, runs: int) -> tuple[float, float]:
     return 7.2, height * rows + 0.6 + legend_height
 
 
-def _samples(axis: Axes, styles: Mapping[str, dict[str, Any]]) -> list[Artist]:
+def _samples(axis: Axes, styles: Mapping[str, Style]) -> list[Artist]:
     """Return the legend entries: each run's style, a filled and an open marker."""
     handles: list[Artist] = []
     for run, style in styles.items():
@@ -63,7 +63,7 @@ def _samples(axis: Axes, styles: Mapping[str, dict[str, Any]]) -> list[Artist]:
 
 
 def _draw_row(
-    axis: Axes, setting: str, answers: Sequence[Any], styles: Mapping[str, dict[str, Any]]
+    axis: Axes, setting: str, answers: Sequence[Any], styles: Mapping[str, Style]
 ) -> None:
     margins: list[float] = []
     for answer in answers:
@@ -80,7 +80,7 @@ def _draw_row(
     tidy(axis)
 
 
-def _draw_end(axis: Axes, answer: Any, style: Mapping[str, Any]) -> None:
+def _draw_end(axis: Axes, answer: Any, style: Style) -> None:
     """Draw the marker where an answer fires or its history ends."""
     fires = answer.fires_at is not None
     update = answer.fires_at if fires else answer.measured_until

@@ -40,7 +40,9 @@ def parsed(words: Sequence[str]) -> list[Override]:
 
 def labels(settings: Sequence[Setting]) -> list[str]:
     """Return short names of settings: the overrides that differ between them, shortened."""
-    shared = set.intersection(*map(set, settings)) if len(settings) > 1 else set()
+    shared: set[str] = set()
+    if len(settings) > 1:
+        shared = set.intersection(*map(set, settings))
     names = []
     short_names = []
     for setting in settings:
@@ -119,7 +121,8 @@ def base_of(record: Record, overrides: Sequence[Override]) -> str:
     The parts that an override chooses anew are replaced by entries in a defaults list. Runs that
     differ only in seed or name give the same JSON.
     """
-    config = json.loads(json.dumps({**record.config, "seed": None, "name": None}))
+    own = {**record.config, "seed": None, "name": None}
+    config = json.loads(json.dumps(own))  # a deep copy of plain values
     defaults: list[Any] = ["_self_"]
     for choice in outer_choices(overrides):
         remove(path_of(choice), config)
