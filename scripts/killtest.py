@@ -41,7 +41,8 @@ SWITCH = "at the switch"
 EPOCH = "epoch end"
 START = "start-up"
 KINDS = (FULL, ADAPTER, WRITE, SWITCH, EPOCH, START)
-DELAYS = {FULL: 0.1, ADAPTER: 0.1, WRITE: 0.06, SWITCH: 0.3, EPOCH: 0.4}  # longest, in seconds
+DELAYS = {FULL: 0.1, ADAPTER: 0.1, WRITE: 0.06, SWITCH: 0.3, EPOCH: 0.4}
+"""the longest delay of each kind, in seconds"""
 RUN = (
     "data=digits",
     "model=digits",
@@ -140,7 +141,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/killtest.json"))
     parser.add_argument("--folder", type=Path, help="for the runs; by default a temporary one")
     options = parser.parse_args()
-    folder = (options.folder or Path(tempfile.mkdtemp(prefix="killtest-"))).resolve()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="killtest-"))
+    folder = folder.resolve()
     if folder.is_dir() and any(folder.iterdir()):
         sys.exit(f"killtest: {folder} is not empty")
     try:

@@ -116,7 +116,8 @@ def places_of_docstrings(tree: ast.AST) -> set[tuple[int, int]]:
 def measure(checkout: Path) -> dict[str, str]:
     """Return what is told of a checkout, by name."""
     package = checkout / "switchlora"
-    files = [path for path in sorted(package.rglob("*.py")) if path.name != "__main__.py"]
+    modules = sorted(package.rglob("*.py"))
+    files = [path for path in modules if path.name != "__main__.py"]
     scripts = sorted((checkout / "scripts").glob("*.py"))
     readme = (checkout / "README.md").read_text()
     return {

@@ -144,7 +144,8 @@ def same(first: Any, second: Any) -> bool:
 
 def bits(tensor: Tensor) -> Tensor:
     """Return the bytes of a tensor as a flat uint8 tensor on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8)
 
 
 def shown(first: Any, second: Any) -> str:

@@ -67,7 +67,8 @@ def draw_figures(folder: Path) -> list[Path]:
     """Draw the measurements of the run in ``folder`` into ``folder/figures``; return the files."""
     events = list(read_events(folder))
     pictures = layer_figures(events)
-    if any(event["event"] in ("train", "eval") for event in events):
+    kinds = {event["event"] for event in events}
+    if "train" in kinds or "eval" in kinds:
         pictures["training"] = training_curves(events)
     paths = []
     for name, figure in pictures.items():
@@ -113,8 +114,7 @@ def small_multiples(course: Timeline, key: str, label: str, unit: float = 1.0) -
         figure.legend(handles=handles, ncols=5, **ABOVE)
     _label_blocks(figure, axes, len(names) // len(families))
     figure.supylabel(label, fontsize=10)
-    note = window_note(course.windows)
-    lines = ["optimizer updates", *note]
+    lines = ["optimizer updates", *window_note(course.windows)]
     figure.supxlabel("\n".join(lines), fontsize=10)
     return figure
 
@@ -189,7 +189,8 @@ def results_folder(runs: Sequence[Path], name: str) -> Path:
 def heat_map(course: Timeline, key: str) -> Figure:
     """Draw a map of layers by time: each target's relative update norm, and where it switched."""
     names = sorted(measured_targets(course, key), key=_family_and_depth)
-    updates, values = series(course.windows, [f"{key}/{name}" for name in names], 100)
+    columns = [f"{key}/{name}" for name in names]
+    updates, values = series(course.windows, columns, 100)
     height = 1.2 + 0.16 * len(names)
     figure = Figure(figsize=(7.2, height), layout="constrained")
     axis = figure.subplots()
@@ -225,7 +226,8 @@ def _mark_map(axis: Axes, course: Timeline, names: Sequence[str]) -> str:
     for name, update in course.switched:
         if name in names and update <= course.last_measured:
             row = names.index(name)
-            axis.plot([update, update], [row, row + 1], color=ORANGE, linewidth=2, clip_on=False)
+            edges = [row, row + 1]
+            axis.plot([update, update], edges, color=ORANGE, linewidth=2, clip_on=False)
     return "; ".join(["orange: a target switches", *_mark_other_changes(axis, course)])
 
 

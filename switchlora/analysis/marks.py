@@ -26,7 +26,8 @@ def shade(axis: Axes, spans: Sequence[Span], last: int) -> None:
     for phase, begin, end in spans:
         if begin < last:
             label = None if phase in told else f"{phase} phase"
-            axis.axvspan(begin, min(end, last), color=SHADES[phase], label=label)
+            until = min(end, last)
+            axis.axvspan(begin, until, color=SHADES[phase], label=label)
             told.add(phase)
     axis.set_xlim(0, last)
 
@@ -45,8 +46,9 @@ def mark_changes(axis: Axes, changes: Sequence[Change], last: int) -> None:
             continue
         _draw_upright(axis, update, 0.8)
         if update - named > ROOM * last:
+            name = NAMES.get(kind, kind)
             shift = -1 if update > ROOM * last else 1
-            _name(axis, update, NAMES.get(kind, kind), shift, rotation=90, fontsize=7)
+            _name(axis, update, name, shift, rotation=90, fontsize=7)
             named = update
 
 

@@ -188,7 +188,12 @@ def _grid(runset: "Runset", plots: Sequence["LinePlot"]) -> "PanelGrid":
     across = COLUMNS // width
     for place, plot in enumerate(plots):
         row, column = divmod(place, across)
-        plot.layout = wr.Layout(x=width * column, y=HEIGHT * row, w=width, h=HEIGHT)
+        plot.layout = wr.Layout(
+            x=width * column,
+            y=HEIGHT * row,
+            w=width,
+            h=HEIGHT,
+        )
     return wr.PanelGrid(runsets=[runset], panels=list(plots))
 
 

@@ -31,8 +31,10 @@ def draw(answers: Sequence[Any]) -> Figure:
         rows.setdefault(answer.setting, []).append(answer)
     runs = list(dict.fromkeys(answer.run for answer in answers))
     styles = dict(zip(runs, run_styles(len(runs)), strict=True))
-    figure = Figure(figsize=_size(len(rows), len(runs)), layout="constrained")
-    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    size = _size(len(rows), len(runs))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), 1, sharex=True, squeeze=False)
+    axes = grid[:, 0]
     for axis, (setting, found) in zip(axes, rows.items(), strict=True):
         _draw_row(axis, setting, found, styles)
     axes[-1].set_xlim(left=0)
