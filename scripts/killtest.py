@@ -24,24 +24,41 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from switchlora.analysis.compare import differences, told
-from switchlora.storage import FOLDER, METRICS, environment, find_all
+from switchlora.analysis.compare import differences, first_difference
+from switchlora.storage import FOLDER, METRICS, environment, find_all, read_events
 
-FULL, ADAPTER, WRITE = "full phase", "adapter phase", "inside a checkpoint write"
-SWITCH, EPOCH, START = "at the switch", "epoch end", "start-up"
+FULL = "full phase"
+ADAPTER = "adapter phase"
+WRITE = "inside a checkpoint write"
+SWITCH = "at the switch"
+EPOCH = "epoch end"
+START = "start-up"
 KINDS = (FULL, ADAPTER, WRITE, SWITCH, EPOCH, START)
-DELAYS = {FULL: 0.1, ADAPTER: 0.1, WRITE: 0.06, SWITCH: 0.3, EPOCH: 0.4}  # longest, in seconds
+DELAYS = {FULL: 0.1, ADAPTER: 0.1, WRITE: 0.06, SWITCH: 0.3, EPOCH: 0.4}
+"""the longest delay of each kind, in seconds"""
 RUN = (
-    *("data=digits", "model=digits", "log=quiet", "log.figures=false", "log.every=1"),
-    *("monitor.window=10", "full.scheduler.warmup_t=10", "full.accumulation=2", "ema=0.9"),
-    *("switch/criterion=at_epoch", "data.mixup_alpha=0.2", "+model.drop_path_rate=0.2"),
-    *("checkpoint.every_updates=7", "system.threads=1", "resume=auto"),
+    "data=digits",
+    "model=digits",
+    "log=quiet",
+    "log.figures=false",
+    "log.every=1",
+    "monitor.window=10",
+    "full.scheduler.warmup_t=10",
+    "full.accumulation=2",
+    "ema=0.9",
+    "switch/criterion=at_epoch",
+    "data.mixup_alpha=0.2",
+    "+model.drop_path_rate=0.2",
+    "checkpoint.every_updates=7",
+    "system.threads=1",
+    "resume=auto",
 )
 LONG = ("epochs=4", "switch.criterion.epoch=2.3", "log.wandb.mode=offline")
 PIPELINES = {
@@ -124,7 +141,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/killtest.json"))
     parser.add_argument("--folder", type=Path, help="for the runs; by default a temporary one")
     options = parser.parse_args()
-    folder = (options.folder or Path(tempfile.mkdtemp(prefix="killtest-"))).resolve()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="killtest-"))
+    folder = folder.resolve()
     if folder.is_dir() and any(folder.iterdir()):
         sys.exit(f"killtest: {folder} is not empty")
     try:
@@ -206,14 +224,13 @@ def killtest(
         moments = plan(next_kinds(kills, number), references[name], chance)
         killed, trouble = one_round(rounds, name, folder, command, moments, start, len(kills))
         kills += killed
-        troubles += [trouble] if trouble else []
+        if trouble:
+            troubles.append(trouble)
         if not killed:
             troubles.append(f"round-{rounds} ended before it could be killed")
             break
     return {
-        "total": total_line(kills),
-        "inside_writes": sum(kill.unfinished_write is not None for kill in kills),
-        "between_switch_checkpoints": sum(kill.between_switch_checkpoints for kill in kills),
+        **counts(kills),
         "rounds": rounds,
         "seconds": round(time.perf_counter() - begin),
         "troubles": troubles,
@@ -221,22 +238,39 @@ def killtest(
         "run": ["switchlora", *RUN, *words],
         "pipelines": {name: list(pipelines[name]) for name in references},
         "environment": environment(torch.device("cpu"), seed),
-        "kills": [asdict(kill) for kill in kills],
+        "kills": list(map(asdict, kills)),
+    }
+
+
+def counts(kills: Sequence[Kill]) -> dict[str, Any]:
+    """Return the line on all kills, and how many met one of the two rare situations."""
+    inside_writes = [kill for kill in kills if kill.unfinished_write is not None]
+    between = [kill for kill in kills if kill.between_switch_checkpoints]
+    return {
+        "total": total_line(kills),
+        "inside_writes": len(inside_writes),
+        "between_switch_checkpoints": len(between),
     }
 
 
 def total_line(kills: Sequence[Kill]) -> str:
     """Return a line with the number of recovered kills and the number of kills of each kind."""
-    recovered = sum(kill.recovered for kill in kills)
-    counts = Counter(kill.kind for kill in kills)
-    kinds = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
-    return f"{recovered} of {len(kills)} kills recovered bit-equal ({kinds})"
+    recovered = [kill for kill in kills if kill.recovered]
+    made = kinds_of(kills)
+    kinds = ", ".join(f"{made[kind]} {kind}" for kind in KINDS if made[kind])
+    return f"{len(recovered)} of {len(kills)} kills recovered bit-equal ({kinds})"
 
 
 def next_kinds(kills: Sequence[Kill], number: int) -> list[str]:
     """Return the kinds of the next round, the rarest so far first."""
-    counts = Counter(kill.kind for kill in kills)
-    return sorted(KINDS, key=lambda kind: counts[kind])[: number - len(kills)]
+    made = kinds_of(kills)
+    rarest_first = sorted(KINDS, key=made.__getitem__)
+    return rarest_first[: number - len(kills)]
+
+
+def kinds_of(kills: Sequence[Kill]) -> Counter[str]:
+    """Return the number of kills of each kind."""
+    return Counter(kill.kind for kill in kills)
 
 
 def plan(kinds: Sequence[str], marks: Marks, chance: random.Random) -> list[Moment]:
@@ -250,28 +284,33 @@ def plan(kinds: Sequence[str], marks: Marks, chance: random.Random) -> list[Mome
         START: range(marks.last),
     }
     delays = {**DELAYS, START: marks.start_seconds}
-    moments = [
-        Moment(kind, chance.choice(updates[kind]), round(chance.uniform(0, delays[kind]), 4))
-        for kind in kinds
-    ]
-    return sorted(moments, key=lambda moment: moment.update)
+    moments = []
+    for kind in kinds:
+        update = chance.choice(updates[kind])
+        delay = round(chance.uniform(0, delays[kind]), 4)
+        moments.append(Moment(kind, update, delay))
+    return sorted(moments, key=attrgetter("update"))
 
 
 def reference(folder: Path, command: Sequence[str], start: Starter) -> Marks:
     """Make the uninterrupted run in ``folder``, and return its marks."""
-    begin, output = time.perf_counter(), folder.with_name(f"{folder.name}.log")
+    begin = time.perf_counter()
+    output = folder.with_name(f"{folder.name}.log")
     watch = Watch(folder, output)
     child = start([*command, f"hydra.run.dir={folder}"], output)
     wait(child, output, lambda: watch.num_updates() > 0)
     start_seconds = time.perf_counter() - begin
     wait(child, output)
-    events = complete_events(folder)
-    by_kind = {
-        kind: [event["num_updates"] for event in events if event["event"] == kind]
-        for kind in ("switch", "eval", "test")
-    }
+    updates: dict[str, list[int]] = {}
+    for event in events_of(folder):
+        updates.setdefault(event["event"], []).append(event["num_updates"])
     print(f"{folder.name}: uninterrupted in {time.perf_counter() - begin:.0f} s", flush=True)
-    return Marks(by_kind["switch"][0], by_kind["eval"], by_kind["test"][0], start_seconds)
+    return Marks(
+        switch=updates["switch"][0],
+        epochs=updates["eval"],
+        last=updates["test"][0],
+        start_seconds=start_seconds,
+    )
 
 
 def one_round(
@@ -297,20 +336,21 @@ def one_round(
             watch = Watch(place, output)
             child = start(command, output)
             until = partial(watch.reached, moment) if moment else None
-            killed = wait(child, output, until) and moment and stop(child, output, moment.delay)
+            reached = wait(child, output, until)
+            killed = reached and moment is not None and stop(child, output, moment.delay)
             note_resume(kills, watch)
             if not killed or moment is None:
                 break
             kills.append(watch.found(number, pipeline, moment))
             print(f"{before + len(kills):3} {kill_line(kills[-1])}", flush=True)
-        trouble = told(differences(folder / pipeline, place))
+        trouble = first_difference(differences(folder / pipeline, place))
     except Trouble as error:
         trouble = str(error)
     for each in kills:
         each.recovered = trouble is None
     resumed = ", ".join(str(each.resumed_from) for each in kills)
     print(f"{place.name}: {trouble or 'bit-equal'}; resumed from {resumed}", flush=True)
-    return kills, trouble and f"{place.name}: {trouble}"
+    return kills, f"{place.name}: {trouble}" if trouble else None
 
 
 def wait(child: Child, output: Path, until: Callable[[], bool] | None = None) -> bool:
@@ -332,9 +372,14 @@ def wait(child: Child, output: Path, until: Callable[[], bool] | None = None) ->
         kill(child)
         raise
     if code != 0:
-        said = output.read_text().strip().splitlines() if output.exists() else []
-        raise Trouble(f"{output.name}: ended with status {code}: {said[-1] if said else ''}")
+        lines = said_in(output).strip().splitlines()
+        raise Trouble(f"{output.name}: ended with status {code}: {lines[-1] if lines else ''}")
     return False
+
+
+def said_in(output: Path) -> str:
+    """Return what a child has written so far."""
+    return output.read_text() if output.exists() else ""
 
 
 def stop(child: Child, output: Path, delay: float) -> bool:
@@ -363,7 +408,8 @@ def session_of(leader: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            _, _, after_name = path.read_text().rpartition(")")
+            state, _, _, session, *_ = after_name.split()
             if int(session) == leader and state not in "ZX":
                 found.append(int(path.parent.name))
     return found
@@ -373,12 +419,14 @@ class Watch:
     """Observes from outside what a child in ``folder`` has done since this object was made."""
 
     def __init__(self, folder: Path, output: Path) -> None:
-        self.folder, self.output = folder, output
+        self.folder = folder
+        self.output = output
         self._size = self._metrics_size()
         self._old_writes = set(self._writes())
         self._old_checkpoints = set(find_all(folder))
         self._begun = False
-        self._last: tuple[int, int] = (-1, 0)
+        self._last_size = -1
+        self._last_update = 0
 
     def reached(self, moment: Moment) -> bool:
         """Return whether the moment has come, not counting its delay.
@@ -391,8 +439,7 @@ class Watch:
         if moment.kind == START:
             return True
         if moment.kind == WRITE:
-            new = set(self._writes()) - self._old_writes
-            return any(int(name.split("-")[1]) >= moment.update for name, _ in new)
+            return any(update_of(name) >= moment.update for name in self._new_writes())
         if moment.kind == SWITCH:
             return bool(self._new_checkpoints_at(moment.update))
         return self.num_updates() >= moment.update
@@ -402,8 +449,8 @@ class Watch:
 
         Return 'the start' when there was no checkpoint, and None when it is not known yet.
         """
-        said = self.output.read_text() if self.output.exists() else ""
-        if match := re.search(r"resumed from \S*/(\S+):", said):
+        match = re.search(r"resumed from \S*/(\S+):", said_in(self.output))
+        if match:
             return match[1]
         return "the start" if not self._old_checkpoints and self._has_begun() else None
 
@@ -414,29 +461,43 @@ class Watch:
         """
         if not self._has_begun():
             return 0
-        if (size := self._metrics_size()) != self._last[0]:
-            events = complete_events(self.folder)
-            self._last = size, events[-1]["num_updates"] if events else 0
-        return self._last[1]
+        size = self._metrics_size()
+        if size != self._last_size:
+            events = events_of(self.folder)
+            self._last_size = size
+            self._last_update = events[-1]["num_updates"] if events else 0
+        return self._last_update
 
     def found(self, number: int, pipeline: str, moment: Moment) -> Kill:
         """Return the record of a kill, from what the folder holds after it."""
-        events = complete_events(self.folder)
-        phases = [event["train/phase"] for event in events if "train/phase" in event]
-        switched = any(event["event"] == "switch" for event in events)
-        new = [self.folder / FOLDER / name for name, _ in set(self._writes()) - self._old_writes]
-        files = {path.name: path.stat().st_size for place in new for path in place.iterdir()}
+        events = events_of(self.folder)
+        last = events[-1] if events else {"num_updates": 0, "event": None}
         checkpoints = find_all(self.folder)
         between = moment.kind == SWITCH and len(self._new_checkpoints_at(moment.update)) == 1
         return Kill(
-            *(number, pipeline, moment.kind, moment.update, moment.delay),
-            phase="adapter" if switched else phases[-1] if phases else "full",
-            num_updates=events[-1]["num_updates"] if events else 0,
-            last_event=events[-1]["event"] if events else None,
+            round=number,
+            pipeline=pipeline,
+            kind=moment.kind,
+            aimed_at=moment.update,
+            delay=moment.delay,
+            phase=phase_after(events),
+            num_updates=last["num_updates"],
+            last_event=last["event"],
             newest_checkpoint=checkpoints[0].name if checkpoints else None,
-            unfinished_write=files if new else None,
+            unfinished_write=self._unfinished_write(),
             between_switch_checkpoints=between,
         )
+
+    def _unfinished_write(self) -> dict[str, int] | None:
+        """Return the bytes of each file of a checkpoint that the child was writing, if it was."""
+        new = self._new_writes()
+        if not new:
+            return None
+        files = {}
+        for name in new:
+            for path in (self.folder / FOLDER / name).iterdir():
+                files[path.name] = path.stat().st_size
+        return files
 
     def _has_begun(self) -> bool:
         if not self._begun:
@@ -458,9 +519,29 @@ class Watch:
                 if entry.name.startswith(".writing-"):
                     yield entry.name, entry.stat().st_mtime_ns
 
+    def _new_writes(self) -> set[str]:
+        """Return the folders of checkpoints that the child was seen to write."""
+        new = set(self._writes()) - self._old_writes
+        return {name for name, _ in new}
+
     def _new_checkpoints_at(self, update: int) -> list[Path]:
         new = set(find_all(self.folder)) - self._old_checkpoints
         return [path for path in new if path.name.startswith(f"update-{update:08d}")]
+
+
+def update_of(name: str) -> int:
+    """Return the update of a checkpoint that is being written, from its folder's name."""
+    return int(name.split("-")[1])
+
+
+def phase_after(events: Sequence[Mapping[str, Any]]) -> str:
+    """Return the phase in which a run is after ``events``."""
+    phase = "full"
+    for event in events:
+        if event["event"] == "switch":
+            return "adapter"
+        phase = event.get("train/phase", phase)
+    return phase
 
 
 def kill_line(kill: Kill) -> str:
@@ -477,11 +558,9 @@ def note_resume(kills: Sequence[Kill], watch: Watch) -> None:
         kill.resumed_from = kill.resumed_from or watch.resumed_from()
 
 
-def complete_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the events of metrics.jsonl, without an incomplete last line."""
-    path = folder / METRICS
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the events of a run so far, none before it has begun its log."""
+    return list(read_events(folder)) if (folder / METRICS).exists() else []
 
 
 if __name__ == "__main__":

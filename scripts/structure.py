@@ -5,49 +5,62 @@ highest room that it imports; an arrow is an import of one room by another, and 
 circle runs back up. Code lines hold a token that is no comment and no docstring.
 """
 
+import argparse
 import ast
 import io
-import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
-NO_CODE |= {tokenize.ENCODING, tokenize.ENDMARKER}
+NO_CODE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENCODING,
+    tokenize.ENDMARKER,
+}
 Arrows = dict[str, set[str]]
+"""the rooms that each room imports"""
+Floors = dict[str, int]
+Arrow = tuple[str, str]
 
 
 def room_of(package: Path, path: Path) -> str:
-    """The folder or file of the package's top level that holds a file."""
+    """Return the folder or file of the package's top level that holds a file."""
     return path.relative_to(package).parts[0].removesuffix(".py")
 
 
 def arrows_of(package: Path, files: list[Path]) -> Arrows:
-    """Which rooms each room imports."""
-    rooms = {room_of(package, path) for path in files}
-    found: Arrows = {room: set() for room in rooms}
+    """Return which rooms each room imports."""
+    found: Arrows = {room_of(package, path): set() for path in files}
     for path in files:
         here = room_of(package, path)
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module is not None:
-                found[here] |= imported(node) & rooms - {here}
+            if isinstance(node, ast.ImportFrom):
+                found[here] |= imported(node) & found.keys()
+    for room, others in found.items():
+        others.discard(room)
     return found
 
 
 def imported(node: ast.ImportFrom) -> set[str]:
-    """The rooms that one import statement names."""
+    """Return the rooms that one import statement names."""
     package, _, rest = (node.module or "").partition(".")
     if package != "switchlora":
         return set()
-    return {rest.split(".")[0]} if rest else {alias.name for alias in node.names}
+    if rest:
+        return {rest.split(".")[0]}
+    return {alias.name for alias in node.names}
 
 
-def floors(arrows: Arrows) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The floor of each room, and the arrows that run back to a room which stands on this one."""
-    levels: dict[str, int] = {}
-    backwards: list[tuple[str, str]] = []
+def floors(arrows: Arrows) -> tuple[Floors, list[Arrow]]:
+    """Return the floor of each room, and the arrows that run back to a room which imports this."""
+    levels: Floors = {}
+    backwards: list[Arrow] = []
 
     def visit(room: str, path: tuple[str, ...]) -> int:
         if room in levels:
@@ -66,63 +79,112 @@ def floors(arrows: Arrows) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return levels, backwards
 
 
-def functions(tree: ast.AST) -> Iterator[int]:
-    """The length of each function in lines, its docstring included."""
+def lengths_of_functions(tree: ast.AST) -> Iterator[int]:
+    """Yield the length of each function in lines, with its docstring."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield (node.end_lineno or node.lineno) - node.lineno + 1
+            last = node.end_lineno or node.lineno
+            yield last - node.lineno + 1
+
+
+def count_comprehensions(tree: ast.AST) -> int:
+    """Return the number of comprehensions and generator expressions."""
+    return sum(isinstance(node, COMPREHENSIONS) for node in ast.walk(tree))
 
 
 def code(text: str) -> tuple[int, int]:
-    """Tokens, and the lines that they stand on, without comments and docstrings."""
-    strings = {
-        (node.value.lineno, node.value.col_offset)
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    }
-    kept = [
-        token
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type not in NO_CODE and token.start not in strings
-    ]
-    return len(kept), len({token.start[0] for token in kept})
+    """Return the number of tokens and of their lines, without comments and docstrings."""
+    docstrings = places_of_docstrings(ast.parse(text))
+    tokens = 0
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in NO_CODE and token.start not in docstrings:
+            tokens += 1
+            lines.add(token.start[0])
+    return tokens, len(lines)
+
+
+def places_of_docstrings(tree: ast.AST) -> set[tuple[int, int]]:
+    """Return line and column of each constant that stands alone, as docstrings do."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            found.add((node.value.lineno, node.value.col_offset))
+    return found
 
 
 def measure(checkout: Path) -> dict[str, str]:
-    """What is told of a checkout, by name."""
+    """Return what is told of a checkout, by name."""
     package = checkout / "switchlora"
-    files = [path for path in sorted(package.rglob("*.py")) if path.name != "__main__.py"]
-    rooms = arrows_of(package, [path for path in files if path != package / "__init__.py"])
-    levels, backwards = floors(rooms)
+    modules = sorted(package.rglob("*.py"))
+    files = [path for path in modules if path.name != "__main__.py"]
     scripts = sorted((checkout / "scripts").glob("*.py"))
-    texts = [path.read_text() for path in [*files, *scripts]]
-    trees = [ast.parse(text) for text in texts]
-    lengths = [length for tree in trees for length in functions(tree)]
-    counts = [code(text) for text in texts]
-    tokens, lines = (sum(column) for column in zip(*counts, strict=True))
-    made = sum(isinstance(node, COMPREHENSIONS) for tree in trees for node in ast.walk(tree))
+    readme = (checkout / "README.md").read_text()
+    return {
+        **measure_rooms(package, files),
+        "lines, package and scripts": f"{count_lines([*files, *scripts]):,}",
+        "lines, scripts alone": f"{count_lines(scripts):,}",
+        **measure_prose([*files, *scripts]),
+        "README, words": f"{len(readme.split()):,}",
+    }
+
+
+def measure_rooms(package: Path, files: list[Path]) -> dict[str, str]:
+    """Return the numbers of rooms, floors and arrows."""
+    in_rooms = [path for path in files if path != package / "__init__.py"]
+    rooms = arrows_of(package, in_rooms)
+    levels, backwards = floors(rooms)
     return {
         "rooms": str(len(rooms)),
         "floors": str(max(levels.values())),
         "arrows": str(sum(map(len, rooms.values()))),
         "arrows that run back up": str(len(backwards)),
-        "lines, package and scripts": f"{sum(text.count(chr(10)) for text in texts):,}",
-        "lines, scripts alone": f"{sum(p.read_text().count(chr(10)) for p in scripts):,}",
+    }
+
+
+def count_lines(files: list[Path]) -> int:
+    """Return the number of lines of ``files`` in all."""
+    return sum(path.read_text().count("\n") for path in files)
+
+
+def measure_prose(files: list[Path]) -> dict[str, str]:
+    """Return how long functions are and how dense the code is."""
+    lengths: list[int] = []
+    tokens = 0
+    lines = 0
+    comprehensions = 0
+    for path in files:
+        text = path.read_text()
+        tree = ast.parse(text)
+        lengths += lengths_of_functions(tree)
+        comprehensions += count_comprehensions(tree)
+        own_tokens, own_lines = code(text)
+        tokens += own_tokens
+        lines += own_lines
+    return {
         "functions": str(len(lengths)),
         "median function, lines": f"{median(lengths):g}",
         "longest function, lines": str(max(lengths)),
         "tokens a code line": f"{tokens / lines:.1f}",
-        "comprehensions per 100 code lines": f"{100 * made / lines:.1f}",
-        "README, words": f"{len((checkout / 'README.md').read_text().split()):,}",
+        "comprehensions per 100 code lines": f"{100 * comprehensions / lines:.1f}",
     }
 
 
 def main() -> None:
-    """Print a table with a column for each checkout."""
-    checkouts = [Path(word) for word in sys.argv[1:]] or [Path(__file__).parents[1]]
-    columns = [measure(checkout) for checkout in checkouts]
+    """Print a table with a column for each checkout. Exit with one line for a wrong folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "checkouts", type=Path, nargs="*", metavar="CHECKOUT", help="default: this"
+    )
+    this = Path(__file__).parents[1]
+    checkouts = parser.parse_args().checkouts or [this]
+    for checkout in checkouts:
+        if not (checkout / "switchlora").is_dir():
+            parser.error(f"{checkout} holds no switchlora: give the folder of a checkout")
+    columns = list(map(measure, checkouts))
     for name in columns[0]:
-        print(f"{name:<36}" + "".join(f"{column[name]:>12}" for column in columns))
+        values = [f"{column[name]:>12}" for column in columns]
+        print(f"{name:<36}" + "".join(values))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+Outcomes = dict[str, str]
+"""'passed', 'failed' or 'skipped' for each test"""
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 QUIET = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -50,15 +52,18 @@ CONDITIONS = {
 
 
 def combined(name: str) -> Condition:
-    """The condition of a name; of several names joined by '+', all of them at once."""
-    parts = [CONDITIONS[part] for part in name.split("+")]
+    """Return the condition of a name. Several names joined by '+' are all of them at once."""
     environment: dict[str, str] = {}
     words: list[str] = []
-    for part in parts:
-        environment |= part.environment
-        words += part.words
-    busy = any(part.busy for part in parts)
-    return Condition(environment, tuple(words), busy, any(part.other_user for part in parts))
+    busy = False
+    other_user = False
+    for part in name.split("+"):
+        condition = CONDITIONS[part]
+        environment |= condition.environment
+        words += condition.words
+        busy = busy or condition.busy
+        other_user = other_user or condition.other_user
+    return Condition(environment, tuple(words), busy, other_user)
 
 
 @contextmanager
@@ -73,11 +78,12 @@ def both_cores_busy():
 
 
 def run(condition: Condition, report: Path, words: list[str]) -> float:
-    """Run the suite once; leave ``report`` and a log beside it; return the seconds it took."""
+    """Run the suite once, write ``report`` and a log beside it, and return the seconds it took."""
     with ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory(prefix="home-"))
         environment = {**os.environ, **ONE_THREAD, **QUIET, **condition.environment}
-        command = [sys.executable, "-m", "pytest", *TWO_PROCESSES, *condition.words, *words]
+        command = [sys.executable, "-m", "pytest", *TWO_PROCESSES]
+        command += [*condition.words, *words]
         command += [f"--junitxml={report}", "-p", "no:cacheprovider"]
         if condition.other_user:
             environment |= {"HOME": home, "XDG_CACHE_HOME": f"{home}/cache", "USER": "nobody"}
@@ -90,41 +96,48 @@ def run(condition: Condition, report: Path, words: list[str]) -> float:
         return time.monotonic() - start
 
 
-def outcomes(report: Path) -> dict[str, str]:
+def outcomes(report: Path) -> Outcomes:
     """Map each test of a report to 'passed', 'failed' or 'skipped'; empty without a report."""
-    found = {}
+    found: Outcomes = {}
     if not report.exists():
         return found
     for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        failed = kinds & {"failure", "error"}
-        outcome = "failed" if failed else "skipped" if "skipped" in kinds else "passed"
-        found[f"{case.get('classname')}::{case.get('name')}"] = outcome
+        test = f"{case.get('classname')}::{case.get('name')}"
+        found[test] = outcome(case)
     return found
 
 
-def told(found: dict[str, str], seconds: float) -> str:
-    """One line on a run."""
-    counts = [f"{list(found.values()).count(kind)} {kind}" for kind in ("passed", "failed")]
-    skipped = list(found.values()).count("skipped")
-    return f"{', '.join(counts)}, {skipped} skipped in {seconds:.0f} s"
+def outcome(case: ElementTree.Element) -> str:
+    """Return 'passed', 'failed' or 'skipped' for one test of a report."""
+    kinds = {child.tag for child in case}
+    if "failure" in kinds or "error" in kinds:
+        return "failed"
+    return "skipped" if "skipped" in kinds else "passed"
 
 
-def failures(runs: dict[str, dict[str, str]]) -> list[str]:
-    """Lines on the tests that failed: in which runs, and of how many."""
+def run_line(found: Outcomes, seconds: float) -> str:
+    """Return one line on a run."""
+    counts = Counter(found.values())
+    passed = f"{counts['passed']} passed, {counts['failed']} failed"
+    return f"{passed}, {counts['skipped']} skipped in {seconds:.0f} s"
+
+
+def failures(runs: dict[str, Outcomes]) -> list[str]:
+    """Return lines on the tests that failed: in which runs, and of how many."""
     failed = defaultdict(list)
     for name, found in runs.items():
-        for test, outcome in found.items():
-            if outcome == "failed":
+        for test, result in found.items():
+            if result == "failed":
                 failed[test].append(name)
-    return [
-        f"{test}: failed in {len(where)} of {len(runs)} runs ({', '.join(where)})"
-        for test, where in sorted(failed.items())
-    ]
+    lines = []
+    for test, where in sorted(failed.items()):
+        names = ", ".join(where)
+        lines.append(f"{test}: failed in {len(where)} of {len(runs)} runs ({names})")
+    return lines
 
 
 def parse(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Read the command line; what it does not know goes to pytest."""
+    """Parse the command line. What it does not know goes to pytest."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=1, help="runs of each condition")
     parser.add_argument("--only", nargs="+", default=list(CONDITIONS), metavar="CONDITION")
@@ -137,7 +150,7 @@ def parse(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]
 
 
 def main() -> None:
-    """Run every condition, tell each run as it ends, and what differs at the end."""
+    """Run every condition, print a line on each run, and at the end the tests that failed."""
     given, words = parse()
     given.out.mkdir(parents=True, exist_ok=True)
     runs = {}
@@ -148,10 +161,11 @@ def main() -> None:
             seconds = run(combined(name), report, words)
             found = outcomes(report)
             runs[f"{name}.{time_number}"] = found
-            print(f"{name}, time {time_number}: {told(found, seconds)}", flush=True)
+            print(f"{name}, time {time_number}: {run_line(found, seconds)}", flush=True)
     lines = failures(runs)
-    incomplete = [name for name, found in runs.items() if not found]
-    lines += [f"{name}: no report; see {given.out / name}.log" for name in incomplete]
+    for name, found in runs.items():
+        if not found:
+            lines.append(f"{name}: no report; see {given.out / name}.log")
     print("\n".join(lines or ["no test failed in any run"]))
     sys.exit(bool(lines))
 

@@ -37,7 +37,7 @@ def write_run(folder, window=10, windows=4, switch=True, depth=5, targets=TARGET
 
 
 def read(*folders):
-    return curves.read(find_records(folders))
+    return curves.read_curves(find_records(folders))
 
 
 def overlay(runs):

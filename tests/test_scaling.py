@@ -92,7 +92,7 @@ def test_runs_give_back_the_exponents_they_were_made_with_and_a_plain_verdict(tm
     words = (NEVER, low_rank(), low_rank(0.32))
     for arm, exponent in zip(words, made.values(), strict=True):
         write_law(tmp_path / "sweep", arm, exponent)
-    points = scaling.read(find_records([tmp_path / "sweep"]))
+    points = scaling.read_points(find_records([tmp_path / "sweep"]))
     laws = scaling.fit(points)
     assert list(laws) == ["dense", "low rank, 32 %", "low rank, 63 %"]
     for label, exponent in made.items():
@@ -109,11 +109,25 @@ def test_runs_give_back_the_exponents_they_were_made_with_and_a_plain_verdict(tm
 
 def test_a_curve_counts_the_flops_of_each_phase_and_ends_where_the_run_does(tmp_path):
     write_run(tmp_path / "run", low_rank(), 32, loss=2.0, flops=6e9)
-    (point,) = scaling.read(find_records([tmp_path / "run"]))
+    (point,) = scaling.read_points(find_records([tmp_path / "run"]))
     flops, losses = zip(*point.curve, strict=True)
     assert len(flops) == 10 and flops[-1] == pytest.approx(6e9)
     assert flops[4] == pytest.approx(4e9)  # half of the updates, at twice the work
     assert losses[0] == pytest.approx(2 + (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+
+
+def test_a_curve_ends_at_the_total_of_the_summary_where_an_update_cost_less_than_its_phase_says(
+    tmp_path,
+):
+    folder = tmp_path / "run"
+    write_run(folder, low_rank(adapter="guided"), 32, loss=2.0, flops=6e9)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["cost"]["train_flops"] = 4.5e9  # guided layers skipped a quarter
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (point,) = scaling.read_points(find_records([folder]))
+    flops = [each for each, _ in point.curve]
+    assert flops[-1] == pytest.approx(4.5e9) and flops[4] == pytest.approx(3e9)
+    assert flops == sorted(flops)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +135,7 @@ def test_a_curve_counts_the_flops_of_each_phase_and_ends_where_the_run_does(tmp_
 )
 def test_a_run_is_named_by_what_stands_for_its_weights(adapter, label, tmp_path):
     write_run(tmp_path / "run", low_rank(0.5, adapter), 32, loss=2.0)
-    (point,) = scaling.read(find_records([tmp_path / "run"]))
+    (point,) = scaling.read_points(find_records([tmp_path / "run"]))
     assert (point.label, point.width) == (label, 32)
 
 
@@ -146,4 +160,4 @@ def test_runs_that_go_on_are_nothing_to_fit(tmp_path):
     write_run(tmp_path / "run", NEVER, 64, loss=2.0)
     (tmp_path / "run/summary.json").unlink()
     with pytest.raises(ValueError, match="none of 1 run.s. has finished"):
-        scaling.read(find_records([tmp_path / "run"]))
+        scaling.read_points(find_records([tmp_path / "run"]))

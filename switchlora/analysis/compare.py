@@ -23,27 +23,43 @@ from torch import Tensor
 from switchlora.storage import METRICS, SUMMARY, find_all, read
 
 TIMED = {
-    *(
-        "config",
-        "stopwatch",
-        "log",
-        "seconds",
-        *(f"{kind}/seconds" for kind in ("switch", "settle", "restart", "grow", "take_back")),
-        "monitor/time_share",
-        "time_share",
-    ),
-    *("train_seconds", "trunk", "reused", "branched_from"),
-    *("images_per_second", "images_per_second_quartiles", "train/images_per_second"),
-    *("speedup/arithmetic", "speedup/optimizer", "speedup/communication", "predicted_speedup"),
-    *("epoch_seconds", "train/epoch_seconds", "peak_memory_bytes", "memory/peak_bytes"),
+    "config",
+    "stopwatch",
+    "log",
+    "seconds",
+    "train_seconds",
+    "switch/seconds",
+    "settle/seconds",
+    "restart/seconds",
+    "grow/seconds",
+    "take_back/seconds",
+    "epoch_seconds",
+    "train/epoch_seconds",
+    "time_share",
+    "monitor/time_share",
+    "images_per_second",
+    "images_per_second_quartiles",
+    "train/images_per_second",
+    "speedup/arithmetic",
+    "speedup/optimizer",
+    "speedup/communication",
+    "predicted_speedup",
+    "peak_memory_bytes",
+    "memory/peak_bytes",
+    "trunk",
+    "reused",
+    "branched_from",
 }
+"""keys that may differ: times, memory, configuration, and what came from a trunk"""
 
 
 def main() -> None:
     """Compare two runs. Exit with the first difference, if any."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs=2)
-    if (difference := told(differences(*parser.parse_args().runs))) is not None:
+    first, second = parser.parse_args().runs
+    difference = first_difference(differences(first, second))
+    if difference is not None:
         sys.exit(difference)
     print("bit-equal, but for times and configuration")
 
@@ -53,61 +69,67 @@ def differences(first: Path, second: Path) -> list[str]:
 
     Values are compared bit for bit.
     """
-    contents = [content(folder) for folder in (first, second)]
+    one = content(first)
+    other = content(second)
     found = []
-    for what in contents[0].keys() | contents[1].keys():
-        parts = [dict(leaves(each.get(what, {}))) for each in contents]
-        for name in sorted(parts[0].keys() | parts[1].keys()):
-            if not all(name in part for part in parts):
-                which = first.name if name in parts[0] else second.name
-                found.append(f"{what}: only {which} has {name}")
-            elif not same(parts[0][name], parts[1][name]):
-                found.append(f"{what}: {name} differs{shown(parts[0][name], parts[1][name])}")
+    for what in one.keys() | other.keys():
+        mine = dict(compared_leaves(one.get(what, {})))
+        theirs = dict(compared_leaves(other.get(what, {})))
+        for name in mine.keys() | theirs.keys():
+            if name not in theirs:
+                found.append(f"{what}: only {first.name} has {name}")
+            elif name not in mine:
+                found.append(f"{what}: only {second.name} has {name}")
+            elif not same(mine[name], theirs[name]):
+                found.append(f"{what}: {name} differs{shown(mine[name], theirs[name])}")
     return sorted(found)
 
 
-def told(found: Sequence[str]) -> str | None:
+def first_difference(found: Sequence[str]) -> str | None:
     """Return one line with the first difference and how many more there are, or None for none."""
-    more = f", and {len(found) - 1} more differences" if len(found) > 1 else ""
-    return f"{found[0]}{more}" if found else None
+    if not found:
+        return None
+    if len(found) == 1:
+        return found[0]
+    return f"{found[0]}, and {len(found) - 1} more differences"
 
 
 def content(folder: Path) -> dict[str, Any]:
     """Return everything of a finished run that is compared, by file."""
-    return {
-        **{
-            str(path.relative_to(folder)): load_file(path)
-            for path in folder.rglob("*.safetensors")
-        },
+    summary = json.loads((folder / SUMMARY).read_text())
+    summary.pop("environment", None)
+    found: dict[str, Any] = {
         "the last checkpoint": read(find_all(folder)[0]),
-        METRICS: {f"line {number:03}": event for number, event in lines_of(folder / METRICS)},
-        SUMMARY: {
-            key: value
-            for key, value in json.loads((folder / SUMMARY).read_text()).items()
-            if key != "environment"
-        },
+        METRICS: lines_of(folder / METRICS),
+        SUMMARY: summary,
         "wandb": {"offline runs": len(list(folder.glob("wandb/offline-run-*")))},
     }
+    for path in folder.rglob("*.safetensors"):
+        found[str(path.relative_to(folder))] = load_file(path)
+    return found
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the event of each line. A line that is not JSON is given as text."""
+def lines_of(path: Path) -> dict[str, Any]:
+    """Return the event on each line. A line that is not JSON is given as text."""
+    found = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            yield number, json.loads(line)
+            event = json.loads(line)
         except ValueError:
-            yield number, line
+            event = line
+        found[f"line {number:03}"] = event
+    return found
 
 
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def compared_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield path and value of each leaf of nested dicts and lists, without keys in ``TIMED``."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             if key not in TIMED:
-                yield from leaves(value, f"{path} {key}".strip())
+                yield from compared_leaves(value, f"{path} {key}".strip())
     elif isinstance(tree, list | tuple) and tree:
         for number, value in enumerate(tree):
-            yield from leaves(value, f"{path} {number}")
+            yield from compared_leaves(value, f"{path} {number}")
     else:
         yield path, tree
 
@@ -122,7 +144,8 @@ def same(first: Any, second: Any) -> bool:
 
 def bits(tensor: Tensor) -> Tensor:
     """Return the bytes of a tensor as a flat uint8 tensor on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8)
 
 
 def shown(first: Any, second: Any) -> str:

@@ -20,18 +20,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from switchlora.analysis.figures import (
+    ABOVE,
     STATISTICS,
+    Style,
     family_panels,
     heat_map,
+    results_folder,
     run_labels,
     run_styles,
     statistics_figures,
     window_note,
 )
 from switchlora.analysis.marks import tick
-from switchlora.analysis.timeline import Timeline, measured_targets, read_timeline, series
+from switchlora.analysis.timeline import (
+    UPDATE_NORM,
+    Timeline,
+    Window,
+    by_family,
+    measured_targets,
+    read_timeline,
+    series,
+)
 from switchlora.config import leaves
-from switchlora.names import family
 from switchlora.process import USER_ERRORS, one_line
 from switchlora.storage import Record, find_records
 
@@ -61,14 +71,12 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, help="curves/ in the run or sweep by default")
     options = parser.parse_args()
-    folder = options.out or (options.runs[0] if len(options.runs) == 1 else Path()) / "curves"
+    folder = options.out or results_folder(options.runs, "curves")
+    written = []
     try:
-        records = find_records(options.runs)
-        runs, silent = read(records)
-        pictures = draw(runs)
-        written = [
-            path for name, figure in pictures.items() for path in save(figure, folder, name)
-        ]
+        runs, silent = read_curves(find_records(options.runs))
+        for name, figure in draw(runs).items():
+            written += save(figure, folder, name)
     except USER_ERRORS as error:
         sys.exit(f"curves: {one_line(error)}")
     if silent:
@@ -76,37 +84,45 @@ def main() -> None:
     print(f"written to {folder}: {' '.join(path.name for path in written)}")
 
 
-def read(records: Sequence[Record]) -> tuple[list[Curves], list[str]]:
+def read_curves(records: Sequence[Record]) -> tuple[list[Curves], list[str]]:
     """Return the curves of runs, and the names of the runs that measured nothing.
 
     Raise ValueError when no run measured anything, or when the runs trained different models.
     """
     labels = run_labels([record.folder for record in records])
-    curves = [
-        Curves(label, read_timeline(list(record.events())))
-        for label, record in zip(labels, records, strict=True)
-    ]
-    told = [(c, record) for c, record in zip(curves, records, strict=True) if c.course.windows]
-    if not told:
+    measured: list[tuple[Curves, Record]] = []
+    silent = []
+    for label, record in zip(labels, records, strict=True):
+        course = read_timeline(list(record.events()))
+        if course.windows:
+            measured.append((Curves(label, course), record))
+        else:
+            silent.append(label)
+    if not measured:
         raise ValueError(f"nothing was measured in {', '.join(labels)}: there is nothing to draw")
-    for other, record in told[1:]:
-        refuse_other_model(told[0], (other, record))
-    return [c for c, _ in told], [c.label for c in curves if not c.course.windows]
+    for other in measured[1:]:
+        refuse_other_model(measured[0], other)
+    return [curves for curves, _ in measured], silent
 
 
 def refuse_other_model(first: tuple[Curves, Record], other: tuple[Curves, Record]) -> None:
     """Raise ValueError unless both runs trained the same model and measured the same targets."""
-    models = [dict(leaves(record.config["model"])) for _, record in (first, other)]
-    names = f"{first[0].label} and {other[0].label}"
-    for key in sorted(models[0].keys() | models[1].keys()):
-        one, two = (model.get(key) for model in models)
+    curves, record = first
+    other_curves, other_record = other
+    names = f"{curves.label} and {other_curves.label}"
+    model = dict(leaves(record.config["model"]))
+    other_model = dict(leaves(other_record.config["model"]))
+    for key in sorted(model.keys() | other_model.keys()):
+        one = model.get(key)
+        two = other_model.get(key)
         if one != two:
             raise ValueError(
                 f"{names} are of different models, model.{key} is {one} and {two}: draw them apart"
             )
-    key = STATISTICS["update_norms"][0]
-    targets = [set(measured_targets(curves.course, key)) for curves, _ in (first, other)]
-    if alone := sorted(targets[0] ^ targets[1]):
+    targets = set(measured_targets(curves.course, UPDATE_NORM))
+    other_targets = set(measured_targets(other_curves.course, UPDATE_NORM))
+    alone = sorted(targets ^ other_targets)
+    if alone:
         raise ValueError(
             f"{names} measured different targets, only one has {alone[0]}: draw them apart"
         )
@@ -124,14 +140,13 @@ def draw(runs: Sequence[Curves]) -> dict[str, Figure]:
         return statistics_figures(runs[0].course)
     if len(runs) > MOST_RUNS:
         raise ValueError(f"{len(runs)} runs cannot be told apart: give at most {MOST_RUNS}")
-    together = {
-        name: overlay(runs, key, label, unit) for name, (key, label, unit) in STATISTICS.items()
-    }
-    key = STATISTICS["update_norms"][0]
-    maps = {
-        f"update_norm_map-{run.label.replace('/', '-')}": heat_map(run.course, key) for run in runs
-    }
-    return together | maps
+    pictures = {}
+    for name, (key, label, unit) in STATISTICS.items():
+        pictures[name] = overlay(runs, key, label, unit)
+    for run in runs:
+        name = run.label.replace("/", "-")
+        pictures[f"update_norm_map-{name}"] = heat_map(run.course, UPDATE_NORM)
+    return pictures
 
 
 def overlay(runs: Sequence[Curves], key: str, label: str, unit: float = 1.0) -> Figure:
@@ -140,59 +155,85 @@ def overlay(runs: Sequence[Curves], key: str, label: str, unit: float = 1.0) -> 
     The line is the median of the run's layers, the band their quartiles. A larger marker on a line
     is a switch or a stage of its run.
     """
-    names = measured_targets(runs[0].course, key)
-    families = list(dict.fromkeys(family(name) for name in names))
-    figure, axes = family_panels(families)
+    families = by_family(measured_targets(runs[0].course, key))
+    figure, axes = family_panels(list(families))
     for run, style in zip(runs, run_styles(len(runs)), strict=True):
-        for name, axis in zip(families, axes.flat, strict=False):
-            members = [f"{key}/{n}" for n in names if family(n) == name]
-            draw_line(axis, run, *series(run.course.windows, members, unit), style)
+        for members, axis in zip(families.values(), axes.flat, strict=False):
+            keys = [f"{key}/{name}" for name in members]
+            updates, values = series(run.course.windows, keys, unit)
+            draw_line(axis, run, updates, values, style)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside upper center",
-        ncols=LEGEND_COLUMNS,
-        fontsize=8,
-        frameon=False,
-    )
+    figure.legend(handles, labels, ncols=LEGEND_COLUMNS, **ABOVE)
     figure.supylabel(label, fontsize=10)
-    figure.supxlabel("\n".join(["optimizer updates", key_of(runs), *windows(runs)]), fontsize=9)
+    notes = ["optimizer updates", key_of(runs), *windows(runs)]
+    figure.supxlabel("\n".join(notes), fontsize=9)
     return figure
 
 
 def key_of(runs: Sequence[Curves]) -> str:
     """Return a line that says what lines, bands and markers mean."""
-    kinds = {kind for run in runs for kind, _ in run.course.changes}
-    return f"{LAYERS}; {SWITCH if kinds <= {'switch'} else CHANGES}"
+    kinds = set()
+    for run in runs:
+        kinds |= {change.kind for change in run.course.changes}
+    marks = SWITCH if kinds <= {"switch"} else CHANGES
+    return f"{LAYERS}; {marks}"
 
 
 def windows(runs: Sequence[Curves]) -> list[str]:
     """Return a line of warning when the runs' windows differ in length; else an empty list."""
-    return window_note({w.end - w.begin for run in runs for w in run.course.windows})
+    found: list[Window] = []
+    for run in runs:
+        found += run.course.windows
+    return window_note(found)
 
 
 def draw_line(
-    axis: Axes, run: Curves, updates: Sequence[int], values: np.ndarray, style: dict[str, Any]
+    axis: Axes, run: Curves, updates: Sequence[int], values: np.ndarray, style: Style
 ) -> None:
     """Draw median and quartiles of ``values`` (windows, layers) over the run's updates."""
     low, median, high = quartiles(values)
-    axis.fill_between(updates, low, high, color=style["color"], alpha=0.13, linewidth=0)
+    axis.fill_between(
+        updates,
+        low,
+        high,
+        color=style["color"],
+        alpha=0.13,
+        linewidth=0,
+    )
     every = max(len(updates) // 6, 1)
     axis.plot(
-        updates, median, markersize=3.5, markevery=every, linewidth=1.4, label=run.label, **style
+        updates,
+        median,
+        label=run.label,
+        linewidth=1.4,
+        markersize=3.5,
+        markevery=every,
+        **style,
     )
     seen = np.isfinite(median)
-    measured = np.array(updates)[seen]
+    mark_run(axis, run, np.array(updates)[seen], median[seen], style)
+
+
+def mark_run(
+    axis: Axes, run: Curves, updates: np.ndarray, medians: np.ndarray, style: Style
+) -> None:
+    """Mark the changes of a run, and its switch or stages on the line of its ``medians``."""
+    color = style["color"]
     for kind, update in run.course.changes:
         if kind == "restart":
-            tick(axis, update, style["color"])
+            tick(axis, update, color)
             continue
-        axis.axvline(update, color=style["color"], linestyle=style["linestyle"], linewidth=0.7)
-        if kind in ("switch", "stage") and update <= max(measured, default=0):
-            marker = {"marker": style["marker"], "color": style["color"], "markersize": 7}
-            height = np.interp(update, measured, median[seen])
-            axis.plot(update, height, markeredgecolor="black", zorder=3, **marker)
+        axis.axvline(update, color=color, linestyle=style["linestyle"], linewidth=0.7)
+        if kind in ("switch", "stage") and update <= max(updates, default=0):
+            axis.plot(
+                update,
+                np.interp(update, updates, medians),
+                marker=style["marker"],
+                color=color,
+                markersize=7,
+                markeredgecolor="black",
+                zorder=3,
+            )
 
 
 def quartiles(values: np.ndarray) -> np.ndarray:
@@ -206,6 +247,9 @@ def quartiles(values: np.ndarray) -> np.ndarray:
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write a figure in each format, and return the files."""
     folder.mkdir(parents=True, exist_ok=True)
+    paths = []
     for ending, options in FORMATS.items():
-        figure.savefig(folder / f"{name}.{ending}", **options)
-    return [folder / f"{name}.{ending}" for ending in FORMATS]
+        path = folder / f"{name}.{ending}"
+        figure.savefig(path, **options)
+        paths.append(path)
+    return paths

@@ -6,7 +6,7 @@ The styles and labels that pictures of several runs share are here too.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from switchlora.analysis.marks import (
+    BLUE,
     GREY,
     NAMES,
     ORANGE,
@@ -30,8 +31,11 @@ from switchlora.analysis.marks import (
     tick,
 )
 from switchlora.analysis.timeline import (
+    UPDATE_NORM,
     Event,
     Timeline,
+    Window,
+    by_family,
     measured_targets,
     number,
     read_timeline,
@@ -40,33 +44,39 @@ from switchlora.analysis.timeline import (
 from switchlora.names import family
 from switchlora.storage import read_events
 
-BLUE = "#0072b2"
 UNMEASURED = "#eeeeee"
-RUN_COLORS = ("#0072b2", "#d55e00", "#000000", "#cc79a7", "#009e73", "#e69f00", "#56b4e9")
+RUN_COLORS = (BLUE, ORANGE, "#000000", "#cc79a7", "#009e73", "#e69f00", "#56b4e9")
 """the colour-blind-safe palette of Okabe and Ito"""
 RUN_DASHES = ("-", "--", "-.", (0, (1, 1.2)))
 RUN_MARKERS = ("o", "s", "^", "D", "v")
 STATISTICS = {
-    "update_norms": ("relative_update_norm", "relative update norm, %", 100.0),
+    "update_norms": (UPDATE_NORM, "relative update norm, %", 100.0),
     "stable_ranks": ("update_stable_rank", "stable rank of the update", 1.0),
     "weight_stable_ranks": ("weight_stable_rank", "stable rank of the weight", 1.0),
 }
 """by picture: the key of the events, the label, and the factor for the values"""
-ABOVE: dict[str, Any] = {
-    "loc": "outside upper center",
-    "ncols": 5,
-    "fontsize": 8,
-    "frameon": False,
-}
+Style = dict[str, Any]
+"""colour, linestyle and marker of a line, for matplotlib"""
+ABOVE: dict[str, Any] = {"loc": "outside upper center", "fontsize": 8, "frameon": False}
+"""how the legend of a whole figure is drawn"""
+Points = tuple[list[int], list[float]]
+"""updates and values"""
 
 
 def draw_figures(folder: Path) -> list[Path]:
     """Draw the measurements of the run in ``folder`` into ``folder/figures``; return the files."""
     events = list(read_events(folder))
     pictures = layer_figures(events)
-    if any(e["event"] in ("train", "eval") for e in events):
+    kinds = {event["event"] for event in events}
+    if "train" in kinds or "eval" in kinds:
         pictures["training"] = training_curves(events)
-    return [_save(figure, folder / "figures" / f"{name}.png") for name, figure in pictures.items()]
+    paths = []
+    for name, figure in pictures.items():
+        path = folder / "figures" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=150)
+        paths.append(path)
+    return paths
 
 
 def layer_figures(events: Sequence[Event]) -> dict[str, Figure]:
@@ -80,11 +90,11 @@ def layer_figures(events: Sequence[Event]) -> dict[str, Figure]:
 
 def statistics_figures(course: Timeline) -> dict[str, Figure]:
     """Return, by name, a picture of each statistic and the map of layers by time."""
-    pictures = {
-        name: small_multiples(course, key, label, unit)
-        for name, (key, label, unit) in STATISTICS.items()
-    }
-    return pictures | {"update_norm_map": heat_map(course, "relative_update_norm")}
+    pictures = {}
+    for name, (key, label, unit) in STATISTICS.items():
+        pictures[name] = small_multiples(course, key, label, unit)
+    pictures["update_norm_map"] = heat_map(course, UPDATE_NORM)
+    return pictures
 
 
 def small_multiples(course: Timeline, key: str, label: str, unit: float = 1.0) -> Figure:
@@ -94,32 +104,41 @@ def small_multiples(course: Timeline, key: str, label: str, unit: float = 1.0) -
     layer switches, unless the layer is measured between restarts.
     """
     names = measured_targets(course, key)
-    families = list(dict.fromkeys(family(name) for name in names))
-    figure, axes = family_panels(families)
-    for name, axis in zip(families, axes.flat, strict=False):
-        members = [n for n in names if family(n) == name]
-        for place, member in enumerate(members):
-            color = colormaps["viridis"](0.9 * place / max(len(members) - 1, 1))
-            updates, values = series(course.windows, [f"{key}/{member}"], unit)
-            axis.plot(updates, values[:, 0], color=color, linewidth=1.4)
+    families = by_family(names)
+    figure, axes = family_panels(list(families))
+    for members, axis in zip(families.values(), axes.flat, strict=False):
+        _draw_layers(axis, course, key, members, unit)
         _mark(axis, course)
     if not course.ends_at_switch:
-        figure.legend(handles=keys(course, course.last_measured), **ABOVE)
+        handles = keys(course, course.last_measured)
+        figure.legend(handles=handles, ncols=5, **ABOVE)
     _label_blocks(figure, axes, len(names) // len(families))
     figure.supylabel(label, fontsize=10)
-    note = window_note({window.end - window.begin for window in course.windows})
-    figure.supxlabel("\n".join(["optimizer updates", *note]), fontsize=10)
+    lines = ["optimizer updates", *window_note(course.windows)]
+    figure.supxlabel("\n".join(lines), fontsize=10)
     return figure
 
 
-def window_note(lengths: Collection[int]) -> list[str]:
+def _draw_layers(
+    axis: Axes, course: Timeline, key: str, members: Sequence[str], unit: float
+) -> None:
+    shades = colormaps["viridis"]
+    last = max(len(members) - 1, 1)
+    for place, member in enumerate(members):
+        updates, values = series(course.windows, [f"{key}/{member}"], unit)
+        color = shades(0.9 * place / last)
+        axis.plot(updates, values[:, 0], color=color, linewidth=1.4)
+
+
+def window_note(windows: Iterable[Window]) -> list[str]:
     """Return a line of warning when windows have several lengths; otherwise an empty list.
 
     Updates over windows of different lengths cannot be compared.
     """
+    lengths = sorted({window.length for window in windows})
     if len(lengths) < 2:
         return []
-    told = " and ".join(map(str, sorted(lengths)))
+    told = " and ".join(map(str, lengths))
     return [f"windows of {told} updates: a longer one holds a larger update"]
 
 
@@ -127,7 +146,8 @@ def family_panels(families: Sequence[str]) -> tuple[Figure, np.ndarray]:
     """Create a figure with one titled panel per family, in two columns with common axes."""
     columns = min(len(families), 2)
     rows = math.ceil(len(families) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
+    size = (4.2 * columns, 2.6 * rows)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, name in zip(axes.flat, families, strict=False):
         axis.set_title(name, fontsize=10)
@@ -137,40 +157,55 @@ def family_panels(families: Sequence[str]) -> tuple[Figure, np.ndarray]:
     return figure, axes
 
 
-def run_styles(count: int) -> list[dict[str, Any]]:
+def run_styles(count: int) -> list[Style]:
     """Return the colour, dashes and marker of each of ``count`` runs.
 
     Up to 20 runs differ in dashes or marker, so that they can be told apart in grey.
     """
     kinds = zip(cycle(RUN_COLORS), cycle(RUN_DASHES), cycle(RUN_MARKERS), strict=False)
-    return [
-        {"color": color, "linestyle": dashes, "marker": marker}
-        for color, dashes, marker in islice(kinds, count)
-    ]
+    styles: list[Style] = []
+    for color, dashes, marker in islice(kinds, count):
+        styles.append({"color": color, "linestyle": dashes, "marker": marker})
+    return styles
 
 
 def run_labels(folders: Sequence[Path]) -> list[str]:
     """Return the names of run folders, with as much of their path as makes them distinct."""
     parts = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(map(len, parts), default=1) + 1):
+    longest = max(map(len, parts), default=1)
+    for depth in range(1, longest + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             break
     return names
 
 
+def results_folder(runs: Sequence[Path], name: str) -> Path:
+    """Return the folder ``name`` for results: in the only run or sweep, or here for several."""
+    place = runs[0] if len(runs) == 1 else Path()
+    return place / name
+
+
 def heat_map(course: Timeline, key: str) -> Figure:
     """Draw a map of layers by time: each target's relative update norm, and where it switched."""
-    names = sorted(measured_targets(course, key), key=lambda n: (family(n), _depth(n)))
-    updates, values = series(course.windows, [f"{key}/{n}" for n in names], 100)
-    figure = Figure(figsize=(7.2, 1.2 + 0.16 * len(names)), layout="constrained")
+    names = sorted(measured_targets(course, key), key=_family_and_depth)
+    columns = [f"{key}/{name}" for name in names]
+    updates, values = series(course.windows, columns, 100)
+    height = 1.2 + 0.16 * len(names)
+    figure = Figure(figsize=(7.2, height), layout="constrained")
     axis = figure.subplots()
     axis.set_facecolor(UNMEASURED)
     edges = [course.windows[0].begin, *updates]
+    rows = np.arange(len(names) + 1)
     mesh = axis.pcolormesh(
-        edges, np.arange(len(names) + 1), values.T, vmin=0, cmap="viridis", rasterized=True
+        edges,
+        rows,
+        values.T,
+        vmin=0,
+        cmap="viridis",
+        rasterized=True,
     )
-    axis.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=6)
+    axis.set_yticks(rows[:-1] + 0.5, names, fontsize=6)
     axis.set_ylim(len(names), 0)
     axis.set_xlabel("optimizer updates")
     axis.set_title(_mark_map(axis, course, names), fontsize=10)
@@ -178,56 +213,89 @@ def heat_map(course: Timeline, key: str) -> Figure:
     return figure
 
 
+def _family_and_depth(name: str) -> tuple[str, list[int]]:
+    """Return what orders the rows of a map: the family of a target, then its numbers."""
+    numbers = filter(str.isdigit, name.split("."))
+    return family(name), list(map(int, numbers))
+
+
 def _mark_map(axis: Axes, course: Timeline, names: Sequence[str]) -> str:
     """Mark the changes of the run on a map of layers, and return what the marks mean."""
     if course.ends_at_switch:
         return "" if course.switch is None else f"until the switch at update {course.switch:,}"
-    seen = [change for change in course.changes if change.num_updates <= course.last_measured]
     for name, update in course.switched:
         if name in names and update <= course.last_measured:
             row = names.index(name)
-            axis.plot([update, update], [row, row + 1], color=ORANGE, linewidth=2, clip_on=False)
-    for kind, update in seen:
+            edges = [row, row + 1]
+            axis.plot([update, update], edges, color=ORANGE, linewidth=2, clip_on=False)
+    return "; ".join(["orange: a target switches", *_mark_other_changes(axis, course)])
+
+
+def _mark_other_changes(axis: Axes, course: Timeline) -> list[str]:
+    """Mark restarts and named changes on a map of layers, and return what the marks mean."""
+    restarted = False
+    lines: dict[str, None] = {}
+    for kind, update in course.changes:
+        if update > course.last_measured:
+            continue
         if kind == "restart":
             tick(axis, update)
+            restarted = True
         elif kind in NAMES:
             axis.axvline(update, color=GREY, linestyle="--", linewidth=1.2)
-    told = ["orange: a target switches"]
-    told += ["ticks: restarts"] if any(kind == "restart" for kind, _ in seen) else []
-    lines = dict.fromkeys(NAMES[kind] for kind, _ in seen if kind in NAMES)
-    return "; ".join([*told, *([f"grey: {', '.join(lines)}"] if lines else [])])
+            lines[NAMES[kind]] = None
+    told = ["ticks: restarts"] if restarted else []
+    if lines:
+        told.append(f"grey: {', '.join(lines)}")
+    return told
 
 
 def training_curves(events: Sequence[Event]) -> Figure:
     """Draw train and validation loss, and top1, with the phases shaded."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     loss, top1 = figure.subplots(1, 2)
-    course, last = read_timeline(events), max(e["num_updates"] for e in events)
-    points = _points(events)
-    loss.plot(*points("train", "train/loss"), color=GREY, linewidth=0.6, label="train")
-    loss.plot(*points("eval", "val/loss"), "o-", color=BLUE, markersize=3, label="validation")
-    top1.plot(*points("eval", "val/top1"), "o-", color=BLUE, markersize=3, label="validation")
-    updates, averaged = points("eval", "val/ema_top1")
-    if updates:
-        top1.plot(updates, averaged, "o-", color=ORANGE, markersize=3, label="validation, EMA")
-    for axis, name in ((loss, "loss"), (top1, "top1, %")):
-        shade(axis, course.spans, last)
-        if len(course.changes) > 1:
-            mark_changes(axis, course.changes, last)
-        axis.set_xlabel("optimizer updates")
-        axis.set_title(name, fontsize=10)
-        handles = [*axis.get_legend_handles_labels()[0], *restart_key(course.changes, last)]
-        axis.legend(handles=handles, fontsize=8, framealpha=1, edgecolor="none")
-        tidy(axis)
+    updates, losses = _points(events, "train", "train/loss")
+    loss.plot(updates, losses, color=GREY, linewidth=0.6, label="train")
+    _draw_validation(loss, _points(events, "eval", "val/loss"))
+    _draw_validation(top1, _points(events, "eval", "val/top1"))
+    averaged = _points(events, "eval", "val/ema_top1")
+    if averaged[0]:
+        _draw_validation(top1, averaged, ORANGE, "validation, EMA")
+    course = read_timeline(events)
+    last = max(event["num_updates"] for event in events)
+    _finish_panel(loss, "loss", course, last)
+    _finish_panel(top1, "top1, %", course, last)
     return figure
 
 
-def _points(events: Sequence[Event]) -> Callable[[str, str], tuple[list[int], list[float]]]:
-    def points(event: str, key: str) -> tuple[list[int], list[float]]:
-        found = [(e["num_updates"], e[key]) for e in events if e["event"] == event and key in e]
-        return [n for n, _ in found], [number(value) for _, value in found]
+def _points(events: Sequence[Event], kind: str, key: str) -> Points:
+    """Return the updates and the values of ``key`` in events of a ``kind`` that have it."""
+    updates = []
+    values = []
+    for event in events:
+        if event["event"] == kind and key in event:
+            updates.append(event["num_updates"])
+            values.append(number(event[key]))
+    return updates, values
 
-    return points
+
+def _draw_validation(
+    axis: Axes, points: Points, color: str = BLUE, label: str = "validation"
+) -> None:
+    axis.plot(*points, "o-", color=color, markersize=3, label=label)
+
+
+def _finish_panel(axis: Axes, title: str, course: Timeline, last: int) -> None:
+    """Shade the phases until update ``last``, mark several changes, and add title and legend."""
+    shade(axis, course.spans, last)
+    if len(course.changes) > 1:
+        mark_changes(axis, course.changes, last)
+    axis.set_xlabel("optimizer updates")
+    axis.set_title(title, fontsize=10)
+    handles, _ = axis.get_legend_handles_labels()
+    handles += restart_key(course.changes, last)
+    axis.legend(handles=handles, fontsize=8, framealpha=1, edgecolor="none")
+    tidy(axis)
 
 
 def _mark(axis: Axes, course: Timeline) -> None:
@@ -248,20 +316,10 @@ def _label_blocks(figure: Figure, axes: np.ndarray, layers: int) -> None:
         shown.set_label("block")
 
 
-def _depth(name: str) -> list[int]:
-    return [int(part) for part in name.split(".") if part.isdigit()]
-
-
 def tidy(axis: Axes) -> None:
     """Remove the frame on top and right, and make the tick labels small."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
 
 
 def main() -> None:

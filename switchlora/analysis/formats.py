@@ -9,6 +9,10 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     The first row is the header.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)] for row in rows]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+    rules = ["-" * width for width in widths]
+    header, *others = rows
+    lines = []
+    for row in (header, rules, *others):
+        cells = map(str.ljust, row, widths)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Marks on pictures over optimizer updates: shades for phases, lines for changes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -11,7 +12,9 @@ from switchlora.analysis.timeline import Change, Span, Timeline
 
 SHADES = {"full": "#dfe7f1", "joint": "#dfeedd", "staged": "#ebe2f1", "adapter": "#f6e6d3"}
 """the background colour of each phase"""
-ORANGE, GREY = "#d55e00", "#555555"
+BLUE = "#0072b2"
+ORANGE = "#d55e00"
+GREY = "#555555"
 NAMES = {"settle": "weights frozen", "grow": "ranks grow", "take_back": "taken back"}
 ROOM = 0.045  # share of the axis that a name along a line needs
 TICK = 0.04  # height of a tick, as a share of the axis
@@ -23,7 +26,8 @@ def shade(axis: Axes, spans: Sequence[Span], last: int) -> None:
     for phase, begin, end in spans:
         if begin < last:
             label = None if phase in told else f"{phase} phase"
-            axis.axvspan(begin, min(end, last), color=SHADES[phase], label=label)
+            until = min(end, last)
+            axis.axvspan(begin, until, color=SHADES[phase], label=label)
             told.add(phase)
     axis.set_xlim(0, last)
 
@@ -35,13 +39,17 @@ def mark_changes(axis: Axes, changes: Sequence[Change], last: int) -> None:
     """
     named = -float("inf")
     for kind, update in changes:
-        if kind == "restart" and update <= last:
+        if update > last:
+            continue
+        if kind == "restart":
             tick(axis, update)
-        elif update <= last:
-            axis.axvline(update, color=ORANGE, linestyle="--", linewidth=0.8)
-            if update - named > ROOM * last:
-                _name(axis, update, NAMES.get(kind, kind), inside=update > ROOM * last)
-                named = update
+            continue
+        _draw_upright(axis, update, 0.8)
+        if update - named > ROOM * last:
+            name = NAMES.get(kind, kind)
+            shift = -1 if update > ROOM * last else 1
+            _name(axis, update, name, shift, rotation=90, fontsize=7)
+            named = update
 
 
 def tick(axis: Axes, update: int, color: str = ORANGE) -> None:
@@ -52,45 +60,46 @@ def tick(axis: Axes, update: int, color: str = ORANGE) -> None:
 
 def keys(course: Timeline, last: int) -> list[Artist]:
     """Return legend entries for the shades and the ticks until update ``last``."""
-    phases = dict.fromkeys(span.phase for span in course.spans if span.begin < last)
-    patches = [Patch(color=SHADES[phase], label=f"{phase} phase") for phase in phases]
-    return [*patches, *restart_key(course.changes, last)]
+    begun = [span.phase for span in course.spans if span.begin < last]
+    found: list[Artist] = []
+    for phase in dict.fromkeys(begun):
+        found.append(Patch(color=SHADES[phase], label=f"{phase} phase"))
+    return found + restart_key(course.changes, last)
 
 
 def restart_key(changes: Sequence[Change], last: int) -> list[Artist]:
     """Return the legend entry for restarts, if there are any until update ``last``."""
-    if not any(kind == "restart" and update <= last for kind, update in changes):
+    restarts = [change for change in changes if change.kind == "restart"]
+    if not restarts or restarts[0].num_updates > last:
         return []
-    return [Line2D([], [], label="restart", marker="|", linestyle="", color=ORANGE, markersize=7)]
+    look = {"marker": "|", "linestyle": "", "color": ORANGE, "markersize": 7}
+    return [Line2D([], [], label="restart", **look)]
 
 
 def mark_end(axis: Axes, switch: int | None) -> None:
     """Draw a line at the ``switch``, if there is one, on a picture whose curves end there."""
     if switch is not None:
-        axis.axvline(switch, color=ORANGE, linestyle="--", linewidth=1.2)
-        axis.annotate(
-            "switch",
-            (switch, 1),
-            xytext=(-3, -2),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=ORANGE,
-        )
+        _draw_upright(axis, switch, 1.2)
+        _name(axis, switch, "switch", -3, fontsize=8)
 
 
-def _name(axis: Axes, update: int, name: str, inside: bool) -> None:
+def _draw_upright(axis: Axes, update: int, width: float) -> None:
+    axis.axvline(update, color=ORANGE, linestyle="--", linewidth=width)
+
+
+def _name(axis: Axes, update: int, name: str, shift: float, **look: Any) -> None:
+    """Write ``name`` at the top of the line at ``update``.
+
+    The text ends (``shift`` < 0) or begins so many points beside the line.
+    """
     axis.annotate(
         name,
         (update, 1),
-        xytext=(-1 if inside else 1, -2),
+        xytext=(shift, -2),
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
-        ha="right" if inside else "left",
+        ha="right" if shift < 0 else "left",
         va="top",
-        rotation=90,
-        fontsize=7,
         color=ORANGE,
+        **look,
     )

@@ -9,7 +9,7 @@ scaling.json, scaling.md and scaling.png.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from switchlora.storage import Record, check_alike, find_records
 DENSE = "dense"
 KINDS = {"factorized_linear": "low rank", "guided_linear": "self-guided"}
 CURVE_POINTS = 10
+Laws = Mapping[str, PowerLaw]
+"""the power law of each label"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         records = find_records(options.runs)
-        points = read(records)
+        points = read_points(records)
         laws = fit(points)
         write(points, laws, options.out)
     except USER_ERRORS as error:
@@ -59,7 +61,7 @@ def main() -> None:
     print(f"written to {options.out}: scaling.json scaling.md scaling.png")
 
 
-def read(records: Sequence[Record]) -> list[Point]:
+def read_points(records: Sequence[Record]) -> list[Point]:
     """Return the points of the finished runs, dense ones first.
 
     Raise ValueError when none has finished, or when they differ in data or epochs.
@@ -68,8 +70,12 @@ def read(records: Sequence[Record]) -> list[Point]:
     if not finished:
         raise ValueError(f"none of {len(records)} run(s) has finished: there is nothing to fit")
     check_alike(finished, ("data", "epochs"), "runs that saw the same data")
-    points = [point_of(record) for record in finished]
-    return sorted(points, key=lambda p: (p.label != DENSE, p.label, p.width, p.seed))
+    return sorted(map(point_of, finished), key=_sort_key)
+
+
+def _sort_key(point: Point) -> tuple[bool, str, int, int]:
+    """Return what orders points: dense ones first, then by label, width and seed."""
+    return point.label != DENSE, point.label, point.width, point.seed
 
 
 def point_of(record: Record) -> Point:
@@ -77,7 +83,8 @@ def point_of(record: Record) -> Point:
 
     Raise ValueError when its FLOPs are unknown or its model has no width.
     """
-    summary, model = record.result, record.config["model"]
+    summary = record.result
+    model = record.config["model"]
     flops = summary["cost"]["train_flops"]
     if flops is None:
         raise ValueError(f"{record.folder}: its FLOPs are not known, as with torch.compile")
@@ -89,7 +96,7 @@ def point_of(record: Record) -> Point:
         seed=record.config["seed"],
         flops=flops,
         loss=summary["val"]["loss"],
-        curve=list(curve_of(record)),
+        curve=curve_of(record),
     )
 
 
@@ -102,7 +109,8 @@ def label_of(record: Record) -> str:
     if switch["criterion"].get("path", "").endswith(".never"):
         return DENSE
     adapter = switch.get("adapter", {})
-    made_by = adapter.get("path", adapter.get("_target_", "")).rpartition(".")[2]
+    maker = adapter.get("path", adapter.get("_target_", ""))
+    _, _, made_by = maker.rpartition(".")
     by_parameters = switch["rank"]["_target_"].endswith(".ParameterRatio")
     if made_by not in KINDS or not by_parameters:
         raise ValueError(
@@ -114,24 +122,37 @@ def label_of(record: Record) -> str:
     return f"{KINDS[made_by]}, {100 * switch['rank']['ratio']:.4g} %"
 
 
-def curve_of(record: Record) -> Iterator[tuple[float, float]]:
-    """Yield about ten points (FLOPs, mean training loss) along a run."""
+def curve_of(record: Record) -> list[tuple[float, float]]:
+    """Return about ten points (FLOPs, mean training loss) along a run."""
     events = [event for event in record.events("train") if event["train/loss"] is not None]
     size = max(len(events) // CURVE_POINTS, 1)
-    for last in range(size, len(events) + 1, size):
-        losses = [event["train/loss"] for event in events[last - size : last]]
-        flops = flops_until(events[last - 1]["num_updates"], record.result["phases"])
-        yield flops, sum(losses) / size
+    curve = []
+    for end in range(size, len(events) + 1, size):
+        part = events[end - size : end]
+        mean = sum(event["train/loss"] for event in part) / size
+        flops = flops_until(part[-1]["num_updates"], record.result)
+        curve.append((flops, mean))
+    return curve
 
 
-def flops_until(num_updates: int, phases: Mapping[str, Mapping[str, Any]]) -> float:
-    """Return the FLOPs of the first ``num_updates`` updates. ``phases`` are in run order."""
-    flops, left = 0.0, num_updates
-    for phase in phases.values():
+def flops_until(num_updates: int, summary: Mapping[str, Any]) -> float:
+    """Return the FLOPs of the first ``num_updates`` updates of a run.
+
+    The summary tells the FLOPs of the whole training only. A point on the way gets its share of
+    them: the updates until there, each at the FLOPs of an update of its phase, over all updates.
+    What guided layers skipped is thereby spread over the run.
+    """
+    total = summary["cost"]["train_flops"]
+    until = 0.0
+    whole = 0.0
+    left = num_updates
+    for phase in summary["phases"].values():  # in run order
+        each = phase["flops_per_update"] or 0
         made = min(left, phase["num_updates"])
-        flops += made * (phase["flops_per_update"] or 0)
+        until += made * each
+        whole += phase["num_updates"] * each
         left -= made
-    return flops
+    return until * (total / whole)
 
 
 def fit(points: Sequence[Point]) -> dict[str, PowerLaw]:
@@ -139,51 +160,58 @@ def fit(points: Sequence[Point]) -> dict[str, PowerLaw]:
 
     Raise ValueError for a label with fewer than ``LEAST_RUNS`` runs or with only one width.
     """
+    by_label: dict[str, list[Point]] = {}
+    for point in points:
+        by_label.setdefault(point.label, []).append(point)
     laws = {}
-    for label in dict.fromkeys(point.label for point in points):
-        members = [point for point in points if point.label == label]
+    for label, members in by_label.items():
         widths = sorted({point.width for point in members})
         if len(widths) < 2 or len(members) < LEAST_RUNS:
             raise ValueError(
                 f"{label}: {len(members)} run(s) of width {', '.join(map(str, widths))} give no "
                 f"exponent: give at least {LEAST_RUNS} runs, of two widths or more"
             )
-        laws[label] = fit_power_law([p.flops for p in members], [p.loss for p in members])
+        flops = [point.flops for point in members]
+        losses = [point.loss for point in members]
+        laws[label] = fit_power_law(flops, losses)
     return laws
 
 
-def sentences(laws: Mapping[str, PowerLaw]) -> list[str]:
+def sentences(laws: Laws) -> list[str]:
     """Return a sentence for each label other than dense: whether it is steeper than dense."""
     if DENSE not in laws:
         return ["There are no dense runs to compare with."]
-    others = [label for label in laws if label != DENSE]
-    found = [verdict(label, laws[label], DENSE, laws[DENSE]) for label in others]
+    found = []
+    for label, law in laws.items():
+        if label != DENSE:
+            found.append(verdict(label, law, DENSE, laws[DENSE]))
     return found or ["There are no low-rank runs to compare with."]
 
 
-def write(points: Sequence[Point], laws: Mapping[str, PowerLaw], folder: Path) -> None:
+def write(points: Sequence[Point], laws: Laws, folder: Path) -> None:
     """Write scaling.json, scaling.md and scaling.png into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {
         "fits": {label: asdict(law) for label, law in laws.items()},
         "verdict": sentences(laws),
-        "runs": [asdict(point) for point in points],
+        "runs": list(map(asdict, points)),
     }
     (folder / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "scaling.md").write_text("\n".join(report(points, laws)) + "\n")
+    text = "\n".join(report(points, laws))
+    (folder / "scaling.md").write_text(text + "\n")
     draw(points, laws).savefig(folder / "scaling.png", dpi=150)
 
 
-def report(points: Sequence[Point], laws: Mapping[str, PowerLaw]) -> list[str]:
+def report(points: Sequence[Point], laws: Laws) -> list[str]:
     """Return lines of Markdown with the fits, the sentences about them, and all runs."""
-    fits = [
-        f"| {label} | {law.exponent:.3f} | {law.low:.3f} to {law.high:.3f} | {law.runs} |"
-        for label, law in laws.items()
-    ]
-    runs = [f"| {p.label} | {p.width} | {p.seed} | {p.flops:.3g} | {p.loss:.4f} |" for p in points]
-    return [
-        "L = a C^-b: L is the last validation loss in nats, C the training FLOPs.",
-        *("", "| | b | 95 % interval | runs |", "|:--|--:|--:|--:|", *fits),
-        *("", *sentences(laws)),
-        *("", "| | width | seed | FLOPs | loss |", "|:--|--:|--:|--:|--:|", *runs),
-    ]
+    lines = ["L = a C^-b: L is the last validation loss in nats, C the training FLOPs.", ""]
+    lines += ["| | b | 95 % interval | runs |", "|:--|--:|--:|--:|"]
+    for label, law in laws.items():
+        interval = f"{law.low:.3f} to {law.high:.3f}"
+        lines.append(f"| {label} | {law.exponent:.3f} | {interval} | {law.runs} |")
+    lines += ["", *sentences(laws), ""]
+    lines += ["| | width | seed | FLOPs | loss |", "|:--|--:|--:|--:|--:|"]
+    for point in points:
+        run = f"{point.label} | {point.width} | {point.seed}"
+        lines.append(f"| {run} | {point.flops:.3g} | {point.loss:.4f} |")
+    return lines

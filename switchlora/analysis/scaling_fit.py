@@ -37,8 +37,10 @@ class PowerLaw:
         The interval is Welch's. Its half width is sqrt(s1^2 + s2^2) times Student's t quantile for
         Satterthwaite's degrees of freedom.
         """
-        mine, theirs = self.stderr**2, other.stderr**2
-        freedom = (mine + theirs) ** 2 / (mine**2 / (self.runs - 2) + theirs**2 / (other.runs - 2))
+        mine = self.stderr**2
+        theirs = other.stderr**2
+        spread = mine**2 / (self.runs - 2) + theirs**2 / (other.runs - 2)
+        freedom = (mine + theirs) ** 2 / spread
         difference = self.exponent - other.exponent
         margin = quantile(freedom) * math.sqrt(mine + theirs)
         return difference, difference - margin, difference + margin
@@ -58,10 +60,15 @@ def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
     """
     assert len(flops) >= LEAST_RUNS
     line = linregress(np.log(flops), np.log(losses))
-    margin = quantile(len(flops) - 2) * float(line.stderr)
     exponent = -float(line.slope)
-    amplitude = math.exp(line.intercept)
-    return PowerLaw(amplitude, exponent, exponent - margin, exponent + margin, len(flops))
+    margin = quantile(len(flops) - 2) * float(line.stderr)
+    return PowerLaw(
+        amplitude=math.exp(line.intercept),
+        exponent=exponent,
+        low=exponent - margin,
+        high=exponent + margin,
+        runs=len(flops),
+    )
 
 
 def verdict(name: str, law: PowerLaw, baseline_name: str, baseline: PowerLaw) -> str:
@@ -73,4 +80,5 @@ def verdict(name: str, law: PowerLaw, baseline_name: str, baseline: PowerLaw) ->
     )
     if low <= 0 <= high:
         return f"{name} is not seen to be steeper than {baseline_name}: {told}."
-    return f"{name} is {'steeper' if difference > 0 else 'flatter'} than {baseline_name}: {told}."
+    how = "steeper" if difference > 0 else "flatter"
+    return f"{name} is {how} than {baseline_name}: {told}."

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from switchlora.analysis.figures import run_styles, tidy
+from switchlora.analysis.figures import Style, run_styles, tidy
 from switchlora.analysis.scaling_fit import PowerLaw
 
 SHOWN_FROM = 0.1  # share of a run; earlier losses, of the warm-up, would flatten the rest
@@ -25,10 +25,11 @@ def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
     """
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
     way, end = figure.subplots(1, 2)
-    for (label, law), style in zip(laws.items(), run_styles(len(laws)), strict=True):
+    styles = run_styles(len(laws))
+    for (label, law), style in zip(laws.items(), styles, strict=True):
         members = [point for point in points if point.label == label]
         curved = [point for point in members if point.curve]
-        for _, alike in groupby(curved, lambda point: (point.width, len(point.curve))):
+        for _, alike in groupby(curved, _width_and_length):
             draw_curve(way, list(alike), style)
         draw_ends(end, members, label, law, style)
     way.set_title("training loss on the way, mean over seeds", fontsize=10)
@@ -41,35 +42,38 @@ def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
     return figure
 
 
-def draw_curve(axis: Axes, runs: Sequence[Any], style: Mapping[str, Any]) -> None:
+def _width_and_length(point: Any) -> tuple[int, int]:
+    """Return what the points of runs have in common whose curves can be averaged."""
+    return point.width, len(point.curve)
+
+
+def draw_curve(axis: Axes, runs: Sequence[Any], style: Style) -> None:
     """Draw the mean training loss of alike ``runs`` over their FLOPs, without the first tenth."""
-    flops, losses = np.mean([run.curve for run in runs], axis=0).T
+    curve = np.mean([run.curve for run in runs], axis=0)
+    flops, losses = curve.T
     shown = flops >= SHOWN_FROM * runs[0].flops
     look = {"color": style["color"], "linestyle": style["linestyle"]}
     axis.plot(flops[shown], losses[shown], linewidth=0.9, alpha=0.8, **look)
 
 
-def draw_ends(
-    axis: Axes, members: Sequence[Any], label: str, law: PowerLaw, style: Mapping[str, Any]
-) -> None:
+def draw_ends(axis: Axes, members: Sequence[Any], label: str, law: PowerLaw, style: Style) -> None:
     """Draw the runs of one kind and the line fitted to them, with its exponent in the legend."""
     flops = [point.flops for point in members]
-    axis.plot(
-        flops,
-        [point.loss for point in members],
-        style["marker"],
-        color=style["color"],
-        markersize=5,
-        markerfacecolor="none",
-    )
-    told = f"{label}: b = {law.exponent:.3f} [{law.low:.3f}, {law.high:.3f}], n = {law.runs}"
+    losses = [point.loss for point in members]
+    open_marker = {"markersize": 5, "markerfacecolor": "none"}
+    axis.plot(flops, losses, style["marker"], color=style["color"], **open_marker)
+    interval = f"[{law.low:.3f}, {law.high:.3f}]"
+    told = f"{label}: b = {law.exponent:.3f} {interval}, n = {law.runs}"
     ends = np.geomspace(min(flops), max(flops), 2)
-    look: dict[str, Any] = {
-        "markersize": 5,
-        "markerfacecolor": "none",
-        "markevery": [],  # the legend alone has a marker
-    }
-    axis.plot(ends, law(ends), label=told, **look, **style)
+    # without markers, but for the one in the legend
+    axis.plot(
+        ends,
+        law(ends),
+        label=told,
+        markevery=[],
+        **open_marker,
+        **style,
+    )
 
 
 def tidy_logarithms(axis: Axes) -> None:

@@ -5,18 +5,23 @@ Nothing is drawn here.
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from switchlora.names import family
+
 Event = Mapping[str, Any]
 MEASURED = ("measure", "window")
 BEGINS_PHASE = ("switch", "settle", "take_back")
+BEGINS_WINDOW = (*MEASURED, *BEGINS_PHASE, "restart")
 CHANGES = (*BEGINS_PHASE, "restart", "grow")
+PHASE_BEFORE = {"settle": "joint", "switch": "staged"}
+"""the phase that must have come before a change"""
 RANK = "switch/rank/"
-UPDATE_NORM = "relative_update_norm/"
+UPDATE_NORM = "relative_update_norm"
 
 
 class Span(NamedTuple):
@@ -42,6 +47,11 @@ class Window(NamedTuple):
     end: int
     event: Event
 
+    @property
+    def length(self) -> int:
+        """Number of updates."""
+        return self.end - self.begin
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -56,7 +66,10 @@ class Timeline:
     @property
     def switch(self) -> int | None:
         """The update after which the first target switched."""
-        return next((c.num_updates for c in self.changes if c.kind in ("switch", "stage")), None)
+        for change in self.changes:
+            if change.kind in ("switch", "stage"):
+                return change.num_updates
+        return None
 
     @property
     def last_measured(self) -> int:
@@ -71,35 +84,29 @@ class Timeline:
 
 def read_timeline(events: Sequence[Event]) -> Timeline:
     """Return the course of the run that logged ``events``."""
-    phases = [
-        (place, _phase_after(events, place))
-        for place, event in enumerate(events)
-        if event["event"] in BEGINS_PHASE
-    ]
+    phases = _begun_phases(events)
     return Timeline(
-        _spans([(events[place]["num_updates"], phase) for place, phase in phases], events),
-        _changes(events, dict(phases)),
-        tuple(
-            (key.removeprefix(RANK), event["num_updates"])
-            for event in events
-            if event["event"] == "switch"
-            for key in event
-            if key.startswith(RANK)
-        ),
-        _windows(events),
+        spans=_spans(events, phases),
+        changes=_changes(events, phases),
+        switched=_switched(events),
+        windows=_windows(events),
     )
-
-
-def targets_of(event: Event, key: str) -> list[str]:
-    """Return the targets for which an event holds the statistic ``key``."""
-    return [name.removeprefix(f"{key}/") for name in event if name.startswith(f"{key}/")]
 
 
 def measured_targets(course: Timeline, key: str) -> list[str]:
     """Return all targets for which ``key`` was measured at any time."""
-    return list(
-        dict.fromkeys(n for window in course.windows for n in targets_of(window.event, key))
-    )
+    found: dict[str, None] = {}
+    for window in course.windows:
+        found |= dict.fromkeys(_names_after(f"{key}/", window.event))
+    return list(found)
+
+
+def by_family(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the targets of each family, in the order in which they come."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(family(name), []).append(name)
+    return families
 
 
 def series(
@@ -126,6 +133,21 @@ def number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
+def _names_after(prefix: str, event: Event) -> list[str]:
+    """Return what follows ``prefix`` in those keys of an event that begin with it."""
+    keys = [key for key in event if key.startswith(prefix)]
+    return [key.removeprefix(prefix) for key in keys]
+
+
+def _begun_phases(events: Sequence[Event]) -> dict[int, str]:
+    """Return the phases that changes begin, by the place of the change among the events."""
+    phases = {}
+    for place, event in enumerate(events):
+        if event["event"] in BEGINS_PHASE:
+            phases[place] = _phase_after(events, place)
+    return phases
+
+
 def _phase_after(events: Sequence[Event], place: int) -> str:
     """Return the phase that the change at ``place`` begins.
 
@@ -136,36 +158,70 @@ def _phase_after(events: Sequence[Event], place: int) -> str:
         if "train/phase" in event:
             return event["train/phase"]
         if event["event"] in BEGINS_PHASE:
-            return {"settle": "joint", "switch": "staged"}.get(event["event"], after)
+            return PHASE_BEFORE.get(event["event"], after)
     return after
 
 
-def _spans(begins: Sequence[tuple[int, str]], events: Sequence[Event]) -> tuple[Span, ...]:
-    last = max((event["num_updates"] for event in events), default=0)
-    found: list[Span] = []
-    begin, phase = 0, "full"
-    for update, following in [*begins, (last, "")]:
+def _spans(events: Sequence[Event], phases: Mapping[int, str]) -> tuple[Span, ...]:
+    found = []
+    phase = "full"
+    begin = 0
+    for place, following in phases.items():
+        update = events[place]["num_updates"]
         if following != phase:
-            found += [Span(phase, begin, update)] if update > begin else []
-            begin, phase = update, following
+            if update > begin:
+                found.append(Span(phase, begin, update))
+            phase = following
+            begin = update
+    last = max((event["num_updates"] for event in events), default=0)
+    if last > begin:
+        found.append(Span(phase, begin, last))
     return tuple(found)
 
 
 def _changes(events: Sequence[Event], phases: Mapping[int, str]) -> tuple[Change, ...]:
-    found, phase = [], "full"
+    found = []
+    phase = "full"
     for place, event in enumerate(events):
-        if event["event"] in CHANGES:
-            before, phase = phase, phases.get(place, phase)
-            staged = event["event"] == "switch" and "staged" in (before, phase)
-            found.append(Change("stage" if staged else event["event"], event["num_updates"]))
+        kind = event["event"]
+        if kind in CHANGES:
+            before = phase
+            phase = phases.get(place, phase)
+            if kind == "switch" and "staged" in (before, phase):
+                kind = "stage"
+            found.append(Change(kind, event["num_updates"]))
+    return tuple(found)
+
+
+def _switched(events: Sequence[Event]) -> tuple[tuple[str, int], ...]:
+    found = []
+    for event in events:
+        if event["event"] == "switch":
+            for name in _names_after(RANK, event):
+                found.append((name, event["num_updates"]))
     return tuple(found)
 
 
 def _windows(events: Sequence[Event]) -> tuple[Window, ...]:
-    begins = (*MEASURED, *BEGINS_PHASE, "restart")
-    starts = sorted({0, *(e["num_updates"] for e in events if e["event"] in begins)})
-    return tuple(
-        Window(starts[max(bisect_left(starts, e["num_updates"]) - 1, 0)], e["num_updates"], e)
-        for e in events
-        if e["event"] in MEASURED and any(key.startswith(UPDATE_NORM) for key in e)
-    )
+    starts = _window_starts(events)
+    found = []
+    for event in events:
+        if event["event"] in MEASURED and _names_after(f"{UPDATE_NORM}/", event):
+            end = event["num_updates"]
+            found.append(Window(_last_before(end, starts), end, event))
+    return tuple(found)
+
+
+def _window_starts(events: Sequence[Event]) -> list[int]:
+    """Return the updates after which a window begins, in order."""
+    starts = {0}
+    for event in events:
+        if event["event"] in BEGINS_WINDOW:
+            starts.add(event["num_updates"])
+    return sorted(starts)
+
+
+def _last_before(update: int, starts: Sequence[int]) -> int:
+    """Return the last of sorted ``starts`` before ``update``, or the first if none is before."""
+    place = bisect_left(starts, update) - 1
+    return starts[max(place, 0)]

@@ -9,7 +9,7 @@ then written to ``--out`` as JSON, which W&B's own package makes from it.
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +28,23 @@ if TYPE_CHECKING:
 
 
 AXIS = "num_updates"
-STATISTICS = {
+HEADINGS = {
     "relative_update_norm": "Update norm, relative to the weight's",
     "update_stable_rank": "Stable rank of the update",
     "weight_stable_rank": "Stable rank of the weight",
     "switch/margin": "Margin to the criterion's threshold (fires where all are positive)",
 }
+"""the heading over the plots of each statistic"""
 TRAINING = {
     "val/top1": "Validation top1, %",
     "val/loss": "Validation loss",
     "params/trainable": "Trained parameters: they drop at the switch",
 }
+"""the title of the plot of each metric"""
 RANKS = "switch/ranks"
-COLUMNS, HEIGHT = 24, 8  # columns of W&B's grid, height of a panel
+COLUMNS = 24  # of W&B's grid
+HEIGHT = 8  # of a panel
+MOST_ACROSS = 3  # most plots beside each other
 Spec = dict[str, Any]
 
 
@@ -49,7 +53,8 @@ def main() -> None:
     options = parse(sys.argv[1:])
     try:
         records = find_records(options.runs)
-        report = build_report(records, options.entity if options.publish else "", options.project)
+        entity = options.entity if options.publish else ""
+        report = build_report(records, entity, options.project)
         if options.publish:
             print(publish(report))
         else:
@@ -79,23 +84,25 @@ def build_report(records: Sequence[Record], entity: str, project: str | None) ->
     Raise ValueError when the package is missing or a run folder holds no W&B run.
     """
     wr = _package()
-    ids = {wandb_id(record): record for record in records}
+    ids = list(dict.fromkeys(map(wandb_id, records)))
     project = project or records[0].config["log"]["wandb"]["project"]
-    runset = _runset(ids, entity, project)
+    runset = _runset(ids, records, entity, project)
+    training = [_plot(title, [key]) for key, title in TRAINING.items()]
     blocks = [
         wr.H1("When the runs switched"),
-        wr.UnorderedList([_told(record) for record in records]),
+        wr.UnorderedList(list(map(_switch_line, records))),
         wr.H1("Training"),
-        _grid(runset, [_plot(title, [key]) for key, title in TRAINING.items()]),
+        _grid(runset, training),
         wr.H1("Ranks"),
         wr.PanelGrid(runsets=[runset], panels=[_rank_table()]),
     ]
-    for statistic, title in STATISTICS.items():
+    for statistic, heading in HEADINGS.items():
         families = metrics_by_family(records, statistic)
         if families:
             plots = [_plot(name, keys) for name, keys in families.items()]
-            blocks += [wr.H1(title), _grid(runset, plots)]
-    title = f"Switching in {len(records)} run{'s' if len(records) > 1 else ''}"
+            blocks += [wr.H1(heading), _grid(runset, plots)]
+    plural = "s" if len(records) > 1 else ""
+    title = f"Switching in {len(records)} run{plural}"
     return wr.Report(project, entity, title, blocks=blocks, width="fluid")
 
 
@@ -131,12 +138,15 @@ def wandb_id(record: Record) -> str:
 def metrics_by_family(records: Sequence[Record], statistic: str) -> dict[str, list[str]]:
     """Return the logged keys of a statistic by family of targets, over all runs."""
     start = f"{statistic}/"
-    families: dict[str, list[str]] = {}
+    logged: dict[str, None] = {}
     for record in records:
-        for key in dict.fromkeys(key for event in record.events("measure") for key in event):
-            if key.startswith(start) and key != f"{start}{LOSS}":
-                keys = families.setdefault(family(key.removeprefix(start)), [])
-                keys.extend([key] if key not in keys else [])
+        for event in record.events("measure"):
+            logged |= dict.fromkeys(event)
+    families: dict[str, list[str]] = {}
+    for key in logged:
+        if key.startswith(start) and key != f"{start}{LOSS}":
+            name = family(key.removeprefix(start))
+            families.setdefault(name, []).append(key)
     return families
 
 
@@ -148,15 +158,15 @@ def _package() -> Any:
     return wr
 
 
-def _runset(ids: Mapping[str, Record], entity: str, project: str) -> "Runset":
+def _runset(ids: Sequence[str], records: Sequence[Record], entity: str, project: str) -> "Runset":
     from wandb_workspaces import expr
 
-    grouped = any(record.config["log"]["wandb"].get("group") for record in ids.values())
+    grouped = any(record.config["log"]["wandb"].get("group") for record in records)
     return _package().Runset(
         entity,
         project,
         "Runs",
-        filters=expr.And(expr.Metric("ID").isin(list(ids))),
+        filters=expr.And(expr.Metric("ID").isin(ids)),
         groupby=["group"] if grouped else [],
     )
 
@@ -174,11 +184,16 @@ def _plot(title: str, keys: Sequence[str]) -> "LinePlot":
 
 def _grid(runset: "Runset", plots: Sequence["LinePlot"]) -> "PanelGrid":
     wr = _package()
-    width = COLUMNS // min(len(plots), 3)
+    width = COLUMNS // min(len(plots), MOST_ACROSS)
     across = COLUMNS // width
     for place, plot in enumerate(plots):
-        x, y = width * (place % across), HEIGHT * (place // across)
-        plot.layout = wr.Layout(x=x, y=y, w=width, h=HEIGHT)
+        row, column = divmod(place, across)
+        plot.layout = wr.Layout(
+            x=width * column,
+            y=HEIGHT * row,
+            w=width,
+            h=HEIGHT,
+        )
     return wr.PanelGrid(runsets=[runset], panels=list(plots))
 
 
@@ -188,7 +203,7 @@ def _rank_table() -> "WeavePanelSummaryTable":
     return wr.WeavePanelSummaryTable(table_name=RANKS, layout=layout)
 
 
-def _told(record: Record) -> str:
+def _switch_line(record: Record) -> str:
     switch = next(record.events("switch"), None)
     if switch is None:
         return f"{record.folder.name}: did not switch"

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from switchlora.analysis.figures import run_styles, tidy
+from switchlora.analysis.figures import ABOVE, Style, run_styles, tidy
 from switchlora.analysis.marks import GREY
 
 TOLD_APART = 3  # most outcomes named one by one above a row; more are summed up
@@ -28,58 +29,80 @@ def draw(answers: Sequence[Any]) -> Figure:
     rows: dict[str, list[Any]] = {}
     for answer in answers:
         rows.setdefault(answer.setting, []).append(answer)
-    runs = list(dict.fromkeys(a.run for a in answers))
+    runs = list(dict.fromkeys(answer.run for answer in answers))
     styles = dict(zip(runs, run_styles(len(runs)), strict=True))
-    height = 1.15 if len(rows) <= FEW_SETTINGS else 0.72
-    legend_height = 0.22 * (1 + len(runs) // LEGEND_COLUMNS)
-    size = (7.2, height * len(rows) + 0.6 + legend_height)
+    size = _size(len(rows), len(runs))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    grid = figure.subplots(len(rows), 1, sharex=True, squeeze=False)
+    axes = grid[:, 0]
     for axis, (setting, found) in zip(axes, rows.items(), strict=True):
         _draw_row(axis, setting, found, styles)
     axes[-1].set_xlim(left=0)
     axes[-1].set_xlabel("optimizer updates", fontsize=9)
     figure.supylabel("margin of the deciding target, in the criterion's unit", fontsize=9)
-    handles = [axes[0].plot([], [], markersize=5, **style)[0] for style in styles.values()]
-    handles += [
-        _sample(axes[0], GREY, "fires"),
-        _sample(axes[0], "none", "the history ends without"),
-    ]
-    figure.legend(
-        handles,
-        [*runs, *(handle.get_label() for handle in handles[-2:])],
-        loc="outside upper center",
-        ncols=LEGEND_COLUMNS,
-        fontsize=8,
-        frameon=False,
-    )
+    handles = _samples(axes[0], styles)
+    figure.legend(handles=handles, ncols=LEGEND_COLUMNS, **ABOVE)
     return figure
 
 
+def _size(rows: int, runs: int) -> tuple[float, float]:
+    """Return width and height of the figure in inches."""
+    height = 1.15 if rows <= FEW_SETTINGS else 0.72
+    legend_height = 0.22 * (1 + runs // LEGEND_COLUMNS)
+    return 7.2, height * rows + 0.6 + legend_height
+
+
+def _samples(axis: Axes, styles: Mapping[str, Style]) -> list[Artist]:
+    """Return the legend entries: each run's style, a filled and an open marker."""
+    handles: list[Artist] = []
+    for run, style in styles.items():
+        handles += axis.plot([], [], markersize=5, label=run, **style)
+    marker = {"linestyle": "none", "marker": "o", "color": GREY}
+    handles += axis.plot([], [], markerfacecolor=GREY, label="fires", **marker)
+    end = "the history ends without"
+    handles += axis.plot([], [], markerfacecolor="none", label=end, **marker)
+    return handles
+
+
 def _draw_row(
-    axis: Axes, setting: str, answers: Sequence[Any], styles: Mapping[str, dict[str, Any]]
+    axis: Axes, setting: str, answers: Sequence[Any], styles: Mapping[str, Style]
 ) -> None:
+    margins: list[float] = []
     for answer in answers:
         style = styles[answer.run]
-        updates, margins = zip(*answer.curve, strict=True) if answer.curve else ((), ())
-        line = {key: style[key] for key in ("color", "linestyle")}
-        axis.plot(updates, margins, linewidth=1.3, **line)
-        fires = answer.fires_at is not None
-        axis.plot(
-            answer.fires_at if fires else answer.measured_until,
-            margins[-1] if margins else 0.0,
-            marker=style["marker"],
-            markersize=6,
-            color=style["color"],
-            markerfacecolor=style["color"] if fires else "white",
-            transform=axis.transData if margins else axis.get_xaxis_transform(),
-            clip_on=False,
-            zorder=3,
-        )
-    _scale(axis, [m for answer in answers for _, m in answer.curve])
+        if answer.curve:
+            updates, own = zip(*answer.curve, strict=True)
+            color = style["color"]
+            axis.plot(updates, own, color=color, linestyle=style["linestyle"], linewidth=1.3)
+            margins += own
+        _draw_end(axis, answer, style)
+    _scale(axis, margins)
     axis.set_title(setting, fontsize=9, loc="left")
     axis.set_title(_outcomes(answers), fontsize=8, loc="right", color=GREY)
     tidy(axis)
+
+
+def _draw_end(axis: Axes, answer: Any, style: Style) -> None:
+    """Draw the marker where an answer fires or its history ends."""
+    fires = answer.fires_at is not None
+    update = answer.fires_at if fires else answer.measured_until
+    if answer.curve:
+        _, height = answer.curve[-1]
+        place = axis.transData
+    else:
+        height = 0.0
+        place = axis.get_xaxis_transform()
+    axis.plot(
+        update,
+        height,
+        marker=style["marker"],
+        markersize=6,
+        color=style["color"],
+        markerfacecolor=style["color"] if fires else "white",
+        transform=place,
+        clip_on=False,
+        zorder=3,
+    )
 
 
 def _scale(axis: Axes, margins: Sequence[float]) -> None:
@@ -98,19 +121,15 @@ def _scale(axis: Axes, margins: Sequence[float]) -> None:
 
 def _outcomes(answers: Sequence[Any]) -> str:
     if len(answers) <= TOLD_APART:
-        return "; ".join(_outcome(answer) for answer in answers)
-    fired = [a.fires_at for a in answers if a.fires_at is not None]
+        return "; ".join(map(_outcome, answers))
+    fired = [answer.fires_at for answer in answers if answer.fires_at is not None]
     if not fired:
         return f"fires in none of {len(answers)} runs"
-    span = f"{min(fired)} to {max(fired)}" if min(fired) < max(fired) else str(fired[0])
+    first = min(fired)
+    last = max(fired)
+    span = f"{first} to {last}" if first < last else str(first)
     return f"fires in {len(fired)} of {len(answers)} runs, at {span}"
 
 
 def _outcome(answer: Any) -> str:
     return f"fires at {answer.outcome}" if answer.fires_at is not None else answer.outcome
-
-
-def _sample(axis: Axes, face: str, label: str) -> Any:
-    return axis.plot(
-        [], [], linestyle="none", marker="o", color=GREY, markerfacecolor=face, label=label
-    )[0]

@@ -11,15 +11,15 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from hydra import initialize_config_dir
 
 from switchlora.adapters import Target
-from switchlora.analysis.figures import run_labels
+from switchlora.analysis.figures import results_folder, run_labels
 from switchlora.analysis.formats import markdown
 from switchlora.analysis.replay.picture import draw
 from switchlora.analysis.replay.settings import labels, policy_of, split
@@ -69,7 +69,7 @@ def main() -> None:
     try:
         records = find_records(options.runs)
         answers = replay(records, options.overrides, options.config_dir)
-        folder = options.out or default_folder(options.runs)
+        folder = options.out or results_folder(options.runs, "replay")
         text = report(records, options.overrides, answers)
         written = write(folder, records, options.overrides, answers, text)
     except USER_ERRORS as error:
@@ -85,16 +85,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="replay/ in the run or sweep by default")
     parser.add_argument("--config-dir", type=Path, help="a folder with yamls of your own")
     options = parser.parse_intermixed_args(words)
-    options.runs = [Path(w) for w in options.words if "=" not in w or Path(w).exists()]
-    options.overrides = [w for w in options.words if "=" in w and not Path(w).exists()]
+    options.runs = []
+    options.overrides = []
+    for word in options.words:
+        if "=" in word and not Path(word).exists():
+            options.overrides.append(word)
+        else:
+            options.runs.append(Path(word))
     if not options.runs:
         parser.error("give the folder of a run or of a sweep")
     return options
-
-
-def default_folder(runs: Sequence[Path]) -> Path:
-    """Return the folder for results: in the only run or sweep, or here if there are several."""
-    return (runs[0] if len(runs) == 1 else Path()) / "replay"
 
 
 def replay(
@@ -110,11 +110,12 @@ def replay(
         settings = split(words)
         histories = [record.history() for record in records]
         names = run_labels([record.folder for record in records])
-        return [
-            ask(policy_of(record, setting, config_dir), record, history, (label, name))
-            for setting, label in zip(settings, labels(settings), strict=True)
-            for record, history, name in zip(records, histories, names, strict=True)
-        ]
+        answers = []
+        for setting, label in zip(settings, labels(settings), strict=True):
+            for record, history, name in zip(records, histories, names, strict=True):
+                policy = policy_of(record, setting, config_dir)
+                answers.append(ask(policy, record, history, (label, name)))
+        return answers
 
 
 def ask(
@@ -131,12 +132,16 @@ def ask(
         target, margin = deciding(decision.verdict, quorum)
         if margin is not None:
             curve.append((decision.num_updates, margin))
-    done, fired = decision.num_updates, decision.verdict.fires or bool(decision.chosen)
+    fires_at = None
+    epoch = None
+    if decision.verdict.fires or decision.chosen:
+        fires_at = decision.num_updates
+        epoch = epoch_at(fires_at, history)
     return Answer(
         setting=setting,
         run=run,
-        fires_at=done if fired else None,
-        epoch=next((m.epoch for m in history if m.num_updates == done), 0.0) if fired else None,
+        fires_at=fires_at,
+        epoch=epoch,
         measured_until=history[-1].num_updates if history else 0,
         history_ends=history_ends(record),
         target=target,
@@ -146,6 +151,14 @@ def ask(
     )
 
 
+def epoch_at(num_updates: int, history: Sequence[Measurement]) -> float:
+    """Return the epoch of the measurement after ``num_updates`` updates, or 0 without one."""
+    for measurement in history:
+        if measurement.num_updates == num_updates:
+            return measurement.epoch
+    return 0.0
+
+
 def asked(
     policy: SwitchPolicy, record: Record, history: Sequence[Measurement]
 ) -> Iterator[Decision]:
@@ -153,8 +166,9 @@ def asked(
 
     Raise ValueError when the history lacks statistics that the criterion reads.
     """
-    names = history[-1].layers if history else ()
-    targets = {name: Target(name, SLICE.sub("", name), slice(None)) for name in names}
+    targets = {}
+    for name in history[-1].layers if history else ():
+        targets[name] = Target(name, SLICE.sub("", name), slice(None))
     try:
         yield from decisions(policy, history, targets)
     except (TypeError, IndexError) as error:
@@ -172,32 +186,36 @@ def deciding(verdict: Verdict, quorum: float) -> tuple[str | None, float | None]
     The share ``quorum`` of all targets must have margins at least as large. With quorum 1 the
     deciding margin is the smallest.
     """
-    ranked = sorted(verdict.margins.items(), key=lambda item: item[1], reverse=True)
-    return ranked[math.ceil(quorum * len(ranked)) - 1] if ranked else (None, None)
+    if not verdict.margins:
+        return None, None
+    ranked = sorted(verdict.margins.items(), key=itemgetter(1), reverse=True)
+    needed = math.ceil(quorum * len(ranked))
+    return ranked[needed - 1]
 
 
 def history_ends(record: Record) -> str | None:
     """Return why a run was not measured to the end of its training, or None if it was."""
-    if any(True for _ in record.events("switch")):
+    if next(record.events("switch"), None) is not None:
         return "where it switched"
     return None if record.finished else "the run is not finished"
 
 
 def report(records: Sequence[Record], words: Sequence[str], answers: Sequence[Answer]) -> str:
     """Return Markdown with a heading, a line per run, the table, and notes on its columns."""
-    head = ["setting", "run", "fires at update", "epoch", "margin", "of, or why not"]
-    rows = [
-        [
-            *(a.setting, a.run, a.outcome),
-            "-" if a.epoch is None else f"{a.epoch:.2f}",
-            "-" if a.margin is None else f"{a.margin:.3g}",
-            a.target or a.reason,
-        ]
-        for a in answers
-    ]
-    lines = [run_line(*pair) for pair in zip(records, answers[: len(records)], strict=True)]
-    given = f"Given: {' '.join(words) or 'nothing, so the settings of the runs'}"
-    return "\n\n".join(["# Replay", given, "\n".join(lines), markdown([head, *rows]), NOTES])
+    lines = map(run_line, records, answers)
+    given = " ".join(words) or "nothing, so the settings of the runs"
+    rows = [["setting", "run", "fires at update", "epoch", "margin", "of, or why not"]]
+    rows += map(table_row, answers)
+    parts = ["# Replay", f"Given: {given}", "\n".join(lines), markdown(rows), NOTES]
+    return "\n\n".join(parts)
+
+
+def table_row(answer: Answer) -> list[str]:
+    """Return the cells of an answer's row."""
+    epoch = "-" if answer.epoch is None else f"{answer.epoch:.2f}"
+    margin = "-" if answer.margin is None else f"{answer.margin:.3g}"
+    why = answer.target or answer.reason
+    return [answer.setting, answer.run, answer.outcome, epoch, margin, why]
 
 
 NOTES = """\
@@ -227,13 +245,15 @@ def write(
 ) -> list[Path]:
     """Write the answers as JSON, Markdown and a picture; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"replay.{ending}" for ending in ("json", "md", "png")]
-    content: Mapping[str, Any] = {
+    content = {
         "overrides": list(words),
         "runs": [str(record.folder) for record in records],
-        "answers": [{**asdict(a), "outcome": a.outcome} for a in answers],
+        "answers": [{**asdict(answer), "outcome": answer.outcome} for answer in answers],
     }
-    paths[0].write_text(json.dumps(content, indent=1) + "\n")
-    paths[1].write_text(text + "\n")
-    draw(answers).savefig(paths[2], dpi=150)
-    return paths
+    as_json = folder / "replay.json"
+    as_markdown = folder / "replay.md"
+    picture = folder / "replay.png"
+    as_json.write_text(json.dumps(content, indent=1) + "\n")
+    as_markdown.write_text(text + "\n")
+    draw(answers).savefig(picture, dpi=150)
+    return [as_json, as_markdown, picture]

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -20,13 +21,15 @@ from switchlora.storage import Record
 REPLAYED = ("switch", "adapter")
 """parts of a configuration that do not affect the full phase"""
 BASE = "replayed_run"
+AS_CONFIGURED = "as configured"
 Setting = tuple[str, ...]  # overrides with one value each, not a sweep of values
 
 
 def split(words: Sequence[str]) -> list[Setting]:
     """Return every combination of the swept values, as ``switchlora -m`` would make runs."""
     overrides = parsed(words)
-    return [tuple(each) for each in BasicSweeper.split_arguments(overrides, None)[0]]
+    (combinations,) = BasicSweeper.split_arguments(overrides, None)
+    return list(map(tuple, combinations))
 
 
 def parsed(words: Sequence[str]) -> list[Override]:
@@ -37,11 +40,17 @@ def parsed(words: Sequence[str]) -> list[Override]:
 
 def labels(settings: Sequence[Setting]) -> list[str]:
     """Return short names of settings: the overrides that differ between them, shortened."""
-    shared = set.intersection(*map(set, settings)) if len(settings) > 1 else set()
-    names = [", ".join(short(w) for w in each if w not in shared) for each in settings]
-    if len(set(names)) < len(names):
-        names = [", ".join(w for w in each if w not in shared) for each in settings]
-    return [name or "as configured" for name in names]
+    shared: set[str] = set()
+    if len(settings) > 1:
+        shared = set.intersection(*map(set, settings))
+    names = []
+    short_names = []
+    for setting in settings:
+        own = [word for word in setting if word not in shared]
+        names.append(", ".join(own) or AS_CONFIGURED)
+        short_names.append(", ".join(map(short, own)) or AS_CONFIGURED)
+    distinct = len(set(short_names)) == len(short_names)
+    return short_names if distinct else names
 
 
 def short(word: str) -> str:
@@ -73,8 +82,10 @@ def policy_of(record: Record, setting: Setting, config_dir: Path | None) -> Swit
 
 def hint(overrides: Sequence[Override]) -> str:
     """Return a hint for an override of a criterion's value that names no criterion, or ''."""
-    keys = [path_of(override) for override in overrides]
-    if {"switch", "switch.criterion"} & set(keys) or not any(".criterion." in k for k in keys):
+    keys = set(map(path_of, overrides))
+    if "switch" in keys or "switch.criterion" in keys:
+        return ""
+    if not any(".criterion." in key for key in keys):
         return ""
     return "; without switch/criterion=... it is the run's own criterion that is replayed"
 
@@ -83,18 +94,19 @@ def refuse_other_full_phase(record: Record, overrides: Sequence[Override]) -> No
     """Raise ValueError for the first override that would have changed the history itself."""
     trained = dict(leaves(record.config))
     for override in overrides:
-        key, word = path_of(override), override.input_line
+        key = path_of(override)
         same = key in trained and trained[key] == override.value()
         if key.split(".")[0] in REPLAYED or same or is_free(key):
             continue
+        refused = f"{override.input_line} cannot be replayed"
         if key == "monitor.window":
             raise ValueError(
-                f"{word} cannot be replayed: {record.folder.name} measured windows of "
-                f"{trained[key]}, from which others cannot be made; train a run with it"
+                f"{refused}: {record.folder.name} measured windows of {trained[key]}, from which "
+                "others cannot be made; train a run with it"
             )
         raise ValueError(
-            f"{word} cannot be replayed: it would change the full phase, of which there is only "
-            f"the logged history; give {' and '.join(f'{part}.*' for part in REPLAYED)} only"
+            f"{refused}: it would change the full phase, of which there is only the logged "
+            "history; give switch.* and adapter.* only"
         )
 
 
@@ -109,14 +121,31 @@ def base_of(record: Record, overrides: Sequence[Override]) -> str:
     The parts that an override chooses anew are replaced by entries in a defaults list. Runs that
     differ only in seed or name give the same JSON.
     """
-    config = json.loads(json.dumps({**record.config, "seed": None, "name": None}))
-    choices = [override for override in overrides if is_choice(override)]
-    outer = [o for o in choices if not any(below(o, other) for other in choices)]
-    for choice in outer:
-        *parents, last = path_of(choice).split(".")
-        reduce(lambda node, part: node.get(part, {}), parents, config).pop(last, None)
-    defaults = ["_self_", *({o.get_key_element(): o.value()} for o in outer)]
+    own = {**record.config, "seed": None, "name": None}
+    config = json.loads(json.dumps(own))  # a deep copy of plain values
+    defaults: list[Any] = ["_self_"]
+    for choice in outer_choices(overrides):
+        remove(path_of(choice), config)
+        defaults.append({choice.get_key_element(): choice.value()})
     return json.dumps({"defaults": defaults, **config})
+
+
+def outer_choices(overrides: Sequence[Override]) -> list[Override]:
+    """Return the overrides that choose a yaml, without those inside a place that is chosen."""
+    choices = list(filter(is_choice, overrides))
+    outer = []
+    for choice in choices:
+        if not any(below(choice, other) for other in choices):
+            outer.append(choice)
+    return outer
+
+
+def remove(key: str, config: dict[str, Any]) -> None:
+    """Remove the dotted ``key`` from nested dictionaries, if it is there."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        config = config.get(parent, {})
+    config.pop(last, None)
 
 
 @cache
