@@ -15,7 +15,7 @@ from switchlora.data import Data
 from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_learner
 from switchlora.models import load_weights
 from switchlora.monitor import UpdateMonitor
-from switchlora.process import Interruption, distributed
+from switchlora.process import Interruption, distributed, known_keys
 from switchlora.run.checks import check_config, check_recipes, rehearse_switch
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import restore, restore_parts
@@ -92,6 +92,11 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
         trunk=trunk,
     )
     run.log.line(machine_line(device))
+    if config.monitor.window not in (window, "epoch"):
+        run.log.line(
+            f"monitor.window: {window} updates, a tenth of the run, which has fewer than "
+            f"{config.monitor.window}"
+        )
     if loaded:
         run.log.line(f"starts from {loaded}")
     if unused:
@@ -154,6 +159,8 @@ def _window(window: int | str, updates_per_epoch: int, total_updates: int) -> in
     if not isinstance(updates, int) or updates < 1:
         raise ValueError(f"monitor.window is {window!r}: give a number of updates or 'epoch'")
     if updates > total_updates:
+        if updates == known_keys()["monitor.window"].value:  # the default, which nobody gave
+            return max(1, total_updates // 10)
         raise ValueError(
             f"monitor.window of {updates} updates is longer than the run, which has "
             f"{total_updates}: shorten it or raise epochs"
