@@ -192,6 +192,7 @@ def unpack(folder: Path, raw: Path) -> None:
 
     Each is checked before it gets its final name. ValueError for one that lacks items.
     """
+    raw.mkdir(parents=True, exist_ok=True)
     for name, shape in FILES.items():
         part = raw / f"{name}.part{os.getpid()}"
         try:

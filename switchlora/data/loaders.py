@@ -143,8 +143,9 @@ def build_data(
         views = transformed(parts, in_chans, common, train_transform or {}, eval_transform or {})
     for view in views:
         check_labels(view.targets, num_classes)
+    loss = build_loss(mixup, label_smoothing)
     loaders = make_loaders(views, sampler, workers, pin_memory)
-    return Data(*loaders, mixup, build_loss(mixup, label_smoothing))
+    return Data(loaders[0], loaders[1], loaders[2], mixup, loss)
 
 
 def make_loaders(

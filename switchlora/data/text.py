@@ -80,7 +80,7 @@ def build_text(
         raise ValueError(f"data.train_size={size}, but the text has {len(train)} windows to train")
     sampler = EpochSampler(size, batch_size, seed, rank, world_size, items="windows")
     loaders = make_loaders((train, val, test), sampler, workers, pin_memory)
-    return Data(*loaders, mixup=None, loss=TokenCrossEntropy())
+    return Data(loaders[0], loaders[1], loaders[2], mixup=None, loss=TokenCrossEntropy())
 
 
 def windows_of(
