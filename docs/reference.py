@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchlora.config import folder_of
-from switchlora.process.words import groups, prefix_of
+from switchlora.process.words import BASE, groups, prefix_of
 
 CONF = folder_of("conf")
 INTRODUCTION = """# Configuration
@@ -71,9 +71,13 @@ def section(conf: Path, group: str, notes: Mapping[str, str]) -> Iterator[str]:
     """Yield the heading of a group, its choices, and the keys of each."""
     files = sorted((conf / group).glob("*.yaml"))
     yield f"## {group}\n"
-    yield "Choices: " + ", ".join(f"`{path.stem}`" for path in files) + ".\n"
+    choices = [f"`{path.stem}`" for path in files if path.stem != BASE]
+    yield "Choices: " + ", ".join(choices) + ".\n"
     for path in files:
-        yield f"### {group}={path.stem}\n"
+        title = f"{group}={path.stem}"
+        if path.stem == BASE:
+            title = f"{group}: `{BASE}`, which is no choice"
+        yield f"### {title}\n"
         if note := head(path):
             yield f"{note}\n"
         if base := built_on(path):

@@ -24,6 +24,11 @@ FREE = (
 )
 """groups and keys of a configuration that change no result"""
 DIGITS = 10
+WANTED = {
+    "data.num_classes": "N, the number of class folders",
+    "model.name": "NAME, any of timm.list_models(), such as swin_tiny_patch4_window7_224",
+}
+"""what to give for the keys that have no value until a user gives one"""
 
 
 def shaping(config: Config) -> dict[str, Any]:
@@ -68,7 +73,13 @@ build = partial(instantiate, _convert_="all")
 
 
 def as_plain(config: DictConfig) -> dict[str, Any]:
-    """Return a config as plain dicts and lists, with interpolations resolved."""
+    """Return a config as plain dicts and lists, with interpolations resolved.
+
+    ValueError for a key that has no value yet.
+    """
+    for key, value in leaves(OmegaConf.to_container(config)):
+        if value == "???":
+            raise ValueError(f"{key} has no value: give {key}={WANTED.get(key, 'VALUE')}")
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from conf_yamls import CONF, composed
 from switchlora.cli import main
+from switchlora.config import as_plain
 from switchlora.process import checked
 from switchlora.process.words import explained
 
@@ -49,6 +50,7 @@ def test_help_begins_with_what_the_program_does_and_names_groups_and_choices(mon
     shown = said(monkeypatch, capsys, "--help")
     assert shown.startswith("switchlora trains a Vision Transformer in full and switches")
     assert "switch/criterion: all_of, any_of," in shown and "powered by Hydra" not in shown
+    assert "\ndata: bytes, cifar10," in shown and not re.search(r"\bbase\b", shown)
 
 
 def test_the_version_is_that_of_the_program(monkeypatch, capsys):
@@ -61,6 +63,7 @@ def test_the_version_is_that_of_the_program(monkeypatch, capsys):
     [
         ("switch/criterion=update", "switch/criterion=update_norm"),
         ("switch/cri", "switch/criterion="),
+        ("data=b", "data=bytes"),
         ("full.optimizer.l", "full.optimizer.lr="),
     ],
 )
@@ -82,6 +85,8 @@ MISTAKES = {
     "adapter.refactoring=reflora": "is a group: write adapter/refactoring=CHOICE",
     "switch/guards=full": "there is no group 'switch/guards'; near names: .*switch/guard",
     "data=cifar": "data=cifar: choose one of .*cifar10",
+    "data=base": "data=base: choose one of bytes, cifar10",
+    "recipe@full=base": "recipe@full=base: choose one of adam, adamw, adapter, lion, sgd$",
     "+methods=lora": "there is no key 'methods'; near names: .*method",
     "+lr=1e-3": "there is no key 'lr'; near names: full.optimizer.lr",
     "--epochs": "'--epochs' is no option: write epochs=VALUE without dashes",
@@ -105,6 +110,7 @@ KEYS_THAT_ARE_NOT = {
     "dataset": "there is no key 'dataset'; n",
     "full.optimizer": "write recipe@full=sgd",
     "adapter.optimizer.lr": "follows full.optimizer: set full.optimizer.lr; adapter.lr_scale",
+    "data.hflip": "data.hflip belongs to another choice of data",
     "switch.criterion.tau": "switch.criterion.tau belongs to switch/criterion=prelora",
 }
 
@@ -112,6 +118,18 @@ KEYS_THAT_ARE_NOT = {
 @pytest.mark.parametrize(("key", "line"), KEYS_THAT_ARE_NOT.items(), ids=KEYS_THAT_ARE_NOT)
 def test_hydras_error_on_a_missing_key_becomes_the_line_that_helps(key, line):
     assert re.search(line, explained(f"Could not override '{key}'.\nTo append use +{key}=1"))
+
+
+@pytest.mark.parametrize(
+    "choice,line",
+    [
+        ("data=imagefolder", "data.num_classes has no value: give data.num_classes=N, the number"),
+        ("model=timm", "model.name has no value: give .*any of timm.list_models()"),
+    ],
+)
+def test_a_key_without_a_value_is_told_with_what_to_give(choice, line):
+    with pytest.raises(ValueError, match=line):
+        as_plain(composed(choice))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import inspect
 import random
+import re
 import socket
 import struct
 import time
@@ -13,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -22,7 +25,14 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData
 
-from switchlora.data import build_data, crop_and_flip, decode, images as datasets
+from switchlora.data import (
+    build_data,
+    crop_and_flip,
+    decode,
+    images as datasets,
+    torchvision_data,
+)
+from switchlora.process import one_line
 
 CONF = Path(__file__).parents[1] / "conf"
 YAMLS = sorted({path.stem for path in (CONF / "data").glob("*.yaml")} - {"base", "bytes"})
@@ -318,6 +328,81 @@ def test_folders_of_images_of_any_size_are_resized_and_augmented(name, tmp_path)
     assert torch.cat([targets for _, targets in data.test]).tolist() == [0, 0, 1, 1]
 
 
+class Hosted(Numbered):
+    """A data set that is there once it was downloaded, as those of torchvision are."""
+
+    url = "https://host/numbered.tar.gz"
+    filename = "numbered.tar.gz"
+
+    def __init__(self, root, train=True, download=False):
+        super().__init__(60 if train else 20)
+        if download:
+            print("downloads")
+            (root / "numbers").touch()
+        if not (root / "numbers").exists():
+            raise RuntimeError("not there")
+
+
+def test_a_download_is_told_before_it_begins_and_what_is_there_is_read_without_a_word(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Hosted)
+    root = tmp_path / "nonexistent"
+    assert len(torchvision_data("CIFAR10", root, train=True)) == 60
+    told = f"Hosted: downloading from {Hosted.url} into {root}, a new folder\ndownloads\n"
+    assert capsys.readouterr().out == told
+    assert len(torchvision_data("CIFAR10", root, train=False)) == 20
+    assert capsys.readouterr().out == ""
+
+
+def mistake(name, *overrides):
+    """The one line on data that cannot be built."""
+    with pytest.raises(InstantiationException) as caught:
+        build(compose_data(name, *overrides).data)
+    return one_line(caught.value)
+
+
+def test_without_a_network_it_is_told_which_file_to_put_where(tmp_path, monkeypatch):
+    url = "http://127.0.0.1:9/cifar-10-python.tar.gz"
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
+    said = mistake("cifar10", f"data.root={tmp_path}")
+    assert said.startswith(
+        f"CIFAR10 is not under {tmp_path} and could not be downloaded from {url}"
+    )
+    assert f"put cifar-10-python.tar.gz from there into {tmp_path}" in said
+
+
+def test_a_file_that_a_user_put_there_is_unpacked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Hosted)
+    (tmp_path / "numbered.tar.gz").touch()
+    torchvision_data("CIFAR10", tmp_path, train=True)
+    assert "Hosted: unpacking numbered.tar.gz" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cifar10", "fashion_mnist"])
+def test_a_root_that_cannot_be_made_is_told(name, tmp_path):
+    (tmp_path / "file").touch()
+    said = mistake(name, f"data.root={tmp_path}/file/data")
+    assert said.startswith(f"data.root: {tmp_path}/file/data") and "cannot be made" in said
+
+
+def test_a_data_set_that_torchvision_lacks_is_told_with_its_neighbours(tmp_path):
+    said = mistake("cifar10", "data.train.name=CIFAR11", f"data.root={tmp_path}")
+    assert re.match("torchvision has no data set 'CIFAR11'; near names: .*CIFAR100", said)
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "imagenet"])
+def test_folders_without_images_are_refused_with_what_they_must_hold(name, tmp_path):
+    words = (f"data.root={tmp_path}", "data.num_classes=2")
+    assert "has no folder train/: it must hold train/ and val/" in mistake(name, *words)
+    (tmp_path / "train").mkdir()
+    assert f"{tmp_path}, folder train/: Couldn't find any class folder" in mistake(name, *words)
+    (tmp_path / "train" / "cat").mkdir()
+    assert "Found no valid file for the classes cat" in mistake(name, *words)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "0.png")
+    assert "has no folder val/" in mistake(name, *words)
+
+
 # Fashion-MNIST: the files below have its true sizes, and images of zeros.
 
 
@@ -369,8 +454,12 @@ def test_the_default_data_are_fashion_mnist_with_the_official_split(fashion_root
 def test_fashion_mnist_comes_from_an_installed_package(package, closed, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "DEBIAN_FOLDER", package)
     assert len(datasets.fashion_mnist(str(closed / "data"), train=False)) == 10_000
-    assert capsys.readouterr().out.count("\n") == 1
     raw = closed / "data" / "FashionMNIST" / "raw"
+    assert capsys.readouterr().out.splitlines() == [
+        f"Fashion-MNIST: downloading from {datasets.FashionMNIST.mirrors[0]} into {raw}, "
+        "a new folder",
+        f"Fashion-MNIST: downloading from Debian's package dataset-fashion-mnist into {raw}",
+    ]
     assert sorted(path.name for path in raw.iterdir()) == sorted(datasets.FILES)
 
 

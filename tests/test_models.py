@@ -57,6 +57,24 @@ def equal(one, other, but=()):
     return all(torch.equal(mine[key], theirs[key]) for key in kept)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "tiny_vit_5m_224", "davit_tiny", "pvt_v2_b0", "hieradet_small"),
+        *("caformer_s18", "nextvit_small", "xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224"),
+    ],
+)
+def test_a_family_builds_whether_or_not_it_takes_the_size_of_the_images(name):
+    with torch.device("meta"):
+        model = create_model(name, img_size=224, in_chans=1, num_classes=7)
+        assert model(torch.zeros(2, 1, 224, 224)).shape == (2, 7)
+
+
+def test_a_family_without_a_size_of_images_refuses_other_unknown_options():
+    with torch.device("meta"), pytest.raises(ValueError, match="'resnet18' refuses.*hidden"):
+        create_model("resnet18", img_size=224, hidden=3)
+
+
 def test_a_pretrained_model_of_its_own_size_is_what_timm_loads(pretrained):
     options = {"img_size": 518, "num_classes": 0}
     model = create_model(VIT_S, **options)

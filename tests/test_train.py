@@ -313,6 +313,15 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, arguments, words):
     assert said.startswith("switchlora: ") and "\n" not in said
 
 
+def test_the_default_window_shrinks_to_a_run_that_is_shorter(tmp_path, capsys):
+    words = ("model.depth=1", "epochs=2", "switch/criterion=never")
+    assert train(composed(*DIGITS, *words), tmp_path)["status"] == "finished"
+    shown = capsys.readouterr().out
+    assert "monitor.window: 4 updates, a tenth of the run, which has fewer than 100" in shown
+    measured = [event["num_updates"] for event in read_events(tmp_path, "measure")]
+    assert measured == list(range(4, 41, 4))
+
+
 def test_an_unwritable_folder_gets_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     said = command(monkeypatch, tmp_path / "file" / "run")

@@ -7,6 +7,8 @@ from switchlora.data.batches import (
 from switchlora.data.images import (
     Digits as Digits,
     fashion_mnist as fashion_mnist,
+    image_folder as image_folder,
+    torchvision_data as torchvision_data,
 )
 from switchlora.data.loaders import (
     Data as Data,

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import timm.data
@@ -27,16 +27,37 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets: images (B, C, H, W) float32
 class EpochSampler(Sampler[Key]):
     """This process's rows and draws of each batch of ``epoch``, from batch ``start`` on.
 
-    A batch has ``batch_size`` items. Process ``rank`` of ``world_size`` gets an equal, contiguous
-    share of them. An incomplete last batch is left out. The length is that of a whole epoch.
+    A batch has ``batch_size`` of ``size`` items. Process ``rank`` of ``world_size`` gets ``share``
+    of them, which are contiguous. An incomplete last batch is left out. The length is that of a
+    whole epoch. ValueError if no batch can be made, or shared equally; the message calls the items
+    ``items``.
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        items: str = "images",
     ) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.share = rank, batch_size // world_size
-        self.epoch = self.start = 0
+        if not 0 < batch_size <= size:
+            raise ValueError(
+                f"data.batch_size={batch_size} must lie between 1 and the {size} training {items}"
+            )
+        if batch_size % world_size:
+            raise ValueError(
+                f"data.batch_size={batch_size} cannot be shared equally by {world_size} processes"
+            )
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.share = batch_size // world_size
+        self.epoch = 0
+        self.start = 0
 
     def __iter__(self) -> Iterator[Key]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
@@ -61,9 +82,11 @@ def eval_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1)
         raise ValueError(f"{size} items cannot be shared by {world_size} processes")
     rows = torch.arange(size)[rank::world_size]
     if world_size == 1:
-        return [(part, None) for part in rows.split(batch_size)]
-    number = min(math.ceil(size / (world_size * batch_size)), size // world_size)
-    return [(part, None) for part in rows.tensor_split(number)]
+        parts = rows.split(batch_size)
+    else:
+        fewest = math.ceil(size / (world_size * batch_size))
+        parts = rows.tensor_split(min(fewest, size // world_size))
+    return [(part, None) for part in parts]
 
 
 class InMemory(Dataset[Batch]):
@@ -84,8 +107,10 @@ class InMemory(Dataset[Batch]):
         hflip: float = 0.0,
     ) -> None:
         self.images, self.targets = decode(dataset, rows, shape)
-        self.mean, self.std = (torch.tensor(list(x)).view(-1, 1, 1) for x in (mean, std))
-        self.crop_padding, self.hflip = crop_padding, hflip
+        self.mean = of_channels(mean)
+        self.std = of_channels(std)
+        self.crop_padding = crop_padding
+        self.hflip = hflip
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -95,11 +120,12 @@ class InMemory(Dataset[Batch]):
         images = self.images[rows]
         if draws is not None:
             images = crop_and_flip(images, draws, self.crop_padding, self.hflip)
-        return images.float().div_(255).sub_(self.mean).div_(self.std), self.targets[rows]
+        shares = images.float().div_(255)
+        return shares.sub_(self.mean).div_(self.std), self.targets[rows]
 
     def digest(self) -> str:
         """Return a digest of all pixels and classes."""
-        return _digest(self.images.numpy().data, self.targets.numpy().data)
+        return digest_of(self.images.numpy().data, self.targets.numpy().data)
 
 
 class Transformed(Dataset[Batch]):
@@ -112,8 +138,11 @@ class Transformed(Dataset[Batch]):
     def __init__(
         self, dataset: Dataset, rows: Tensor, in_chans: int, transform: Callable[[Any], Tensor]
     ) -> None:
-        self.dataset, self.rows, self.transform = dataset, rows, transform
-        channels = len(dataset[int(rows[0])][0].getbands())
+        self.dataset = dataset
+        self.rows = rows
+        self.transform = transform
+        first, _ = dataset[int(rows[0])]
+        channels = len(first.getbands())
         if channels != in_chans:
             raise ValueError(f"images have {channels} channels, but data.in_chans={in_chans}")
 
@@ -121,19 +150,25 @@ class Transformed(Dataset[Batch]):
     def targets(self) -> Tensor | None:
         """The class of every row; None if the data set knows it only by decoding images."""
         known = getattr(self.dataset, "targets", None)
-        return None if known is None else torch.as_tensor(known)[self.rows]
+        if known is None:
+            return None
+        return torch.as_tensor(known)[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: Key) -> Batch:
         rows, draws = key
+        images: list[Tensor] = []
+        targets: list[int] = []
         with generators_kept():
-            items = [
-                self.read(row, None if draws is None else int(draws[i]))
-                for i, row in enumerate(self.rows[rows].tolist())
-            ]
-        return torch.stack([image for image, _ in items]), torch.tensor([t for _, t in items])
+            for place, row in enumerate(self.rows[rows].tolist()):
+                if draws is not None:
+                    seed_generators(int(draws[place]))
+                image, target = self.dataset[row]
+                images.append(self.transform(image))
+                targets.append(int(target))
+        return torch.stack(images), torch.tensor(targets)
 
     def digest(self) -> str:
         """Return a digest of the rows and of what the data set knows without decoding.
@@ -142,14 +177,7 @@ class Transformed(Dataset[Batch]):
         """
         known = [getattr(self.dataset, name, None) for name in ("root", "samples", "targets")]
         pixels = np.asarray(getattr(self.dataset, "data", ()))
-        return _digest(self.rows.numpy().data, repr(known).encode(), pixels.tobytes())
-
-    def read(self, row: int, draw: int | None) -> tuple[Tensor, int]:
-        """Return the transformed image of a row of the data set, and its class."""
-        if draw is not None:
-            seed_generators(draw)
-        image, target = self.dataset[row]
-        return self.transform(image), int(target)
+        return digest_of(self.rows.numpy().data, repr(known).encode(), pixels.tobytes())
 
 
 class EpochMixup(timm.data.Mixup):
@@ -160,7 +188,9 @@ class EpochMixup(timm.data.Mixup):
 
     def __init__(self, seed: int, **options: Any) -> None:
         super().__init__(**options)
-        self.seed, self.epoch, self.calls = seed, 0, 0
+        self.seed = seed
+        self.epoch = 0
+        self.calls = 0
 
     def __call__(self, images: Tensor, targets: Tensor) -> Batch:
         """Return the images, mixed in place, and soft targets."""
@@ -170,7 +200,13 @@ class EpochMixup(timm.data.Mixup):
             return super().__call__(images, targets)
 
 
-def _digest(*parts: bytes | memoryview) -> str:
+def of_channels(numbers: Sequence[float]) -> Tensor:
+    """Return one number a channel as (C, 1, 1), to go with images."""
+    return torch.tensor(list(numbers)).view(-1, 1, 1)
+
+
+def digest_of(*parts: bytes | memoryview) -> str:
+    """Return the SHA-256 of the parts, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -185,28 +221,42 @@ def decode(dataset: Dataset, rows: Tensor, shape: tuple[int, int, int]) -> Batch
     channels, height, width = shape
     images = np.empty((len(rows), height, width, channels), dtype=np.uint8)
     targets = np.empty(len(rows), dtype=np.int64)
-    for i, (image, target) in enumerate(items(dataset, rows)):
+    for place, (image, target) in enumerate(items(dataset, rows)):
         pixels = np.asarray(image)
-        found = (*pixels.shape, 1)[:3]
-        if found != images.shape[1:]:
+        if pixels.ndim == 2:  # grey
+            pixels = pixels[:, :, np.newaxis]
+        if pixels.shape != (height, width, channels):
+            found = pixels.shape
             raise ValueError(
                 f"an image has {found[2]} channels of {found[0]} x {found[1]} pixels, but "
                 f"data.in_chans={channels} and data.image_size={height}; change these, or let "
                 "data.eval_transform={} resize"
             )
-        images[i], targets[i] = pixels.reshape(found), int(target)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(targets)
+        images[place] = pixels
+        targets[place] = int(target)
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return channels_first.contiguous(), torch.from_numpy(targets)
 
 
 def items(dataset: Dataset, rows: Tensor) -> Iterable[tuple[Any, Any]]:
-    """Return (image, class) of each row.
+    """Yield (image, class) of each row.
 
     For the MNIST and CIFAR families they come from the arrays at once.
     """
-    plain = type(dataset).__getitem__ in (MNIST.__getitem__, CIFAR10.__getitem__)
-    if plain and isinstance(dataset, MNIST | CIFAR10) and dataset.transforms is None:
-        return zip(np.asarray(dataset.data)[rows], np.asarray(dataset.targets)[rows], strict=True)
-    return (dataset[row] for row in rows.tolist())
+    if in_arrays(dataset):
+        images = np.asarray(dataset.data)[rows]
+        targets = np.asarray(dataset.targets)[rows]
+        yield from zip(images, targets, strict=True)
+    else:
+        for row in rows.tolist():
+            yield dataset[row]
+
+
+def in_arrays(dataset: Dataset) -> TypeGuard[MNIST | CIFAR10]:
+    """Return whether all images lie in arrays, and are given out as they are."""
+    if not isinstance(dataset, MNIST | CIFAR10) or dataset.transforms is not None:
+        return False
+    return type(dataset).__getitem__ in (MNIST.__getitem__, CIFAR10.__getitem__)
 
 
 def crop_and_flip(images: Tensor, draws: Tensor, padding: int, hflip: float) -> Tensor:
@@ -219,21 +269,29 @@ def crop_and_flip(images: Tensor, draws: Tensor, padding: int, hflip: float) -> 
     - 32-47: whether to flip. They are compared with ``hflip``, the probability of a horizontal
       flip.
     """
-    low, middle, high = (draws >> shift & 0xFFFF for shift in (0, 16, 32))
     if hflip:
-        flipped = (high < hflip * 2**16).view(-1, 1, 1, 1)
-        images = torch.where(flipped, images.flip(-1), images)
+        flipped = bits(draws, 32) < hflip * 2**16
+        images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
     if padding:
-        top, left = low % (2 * padding + 1), middle % (2 * padding + 1)
+        places = 2 * padding + 1
+        top = bits(draws, 0) % places
+        left = bits(draws, 16) % places
         height, width = images.shape[2:]
-        windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+        padded = F.pad(images, [padding] * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         images = windows[torch.arange(len(images)), :, top, left]
     return images
 
 
+def bits(draws: Tensor, first: int) -> Tensor:
+    """Return 16 bits of each draw, from bit ``first`` on, as a number."""
+    return draws >> first & 0xFFFF
+
+
 def seed_of(*numbers: int) -> int:
     """Return one 63-bit seed from several non-negative integers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+    (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return int(state) >> 1
 
 
 def seed_generators(seed: int) -> None:
@@ -246,10 +304,12 @@ def seed_generators(seed: int) -> None:
 @contextmanager
 def generators_kept() -> Iterator[None]:
     """Restore the generators of random, numpy and torch on the CPU afterwards."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    of_python = random.getstate()
+    of_numpy = np.random.get_state()
+    of_torch = torch.get_rng_state()
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)

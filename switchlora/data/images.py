@@ -1,4 +1,4 @@
-"""Data sets beyond torchvision: Digits, and Fashion-MNIST from several sources."""
+"""Data sets of images: Digits, folders, those of torchvision, Fashion-MNIST from two sources."""
 
 import gzip
 import os
@@ -9,14 +9,21 @@ import subprocess
 import threading
 import urllib.request
 import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.client import HTTPException
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import FashionMNIST
+from torchvision import datasets
+from torchvision.datasets import FashionMNIST, ImageFolder
+
+from switchlora.names import near
+from switchlora.process import is_primary
 
 FILES: dict[str, tuple[int, ...]] = {
     "train-images-idx3-ubyte": (60_000, 28, 28),
@@ -51,14 +58,65 @@ class Digits(Dataset):
 
         images, targets = load_digits(return_X_y=True)
         pixels = (images.reshape(-1, 8, 8) * 255 / 16).round().astype("uint8")
-        parts = train_test_split(pixels, targets, test_size=0.2, random_state=0, stratify=targets)
-        self.images, self.targets = (parts[0], parts[2]) if train else (parts[1], parts[3])
+        fit, held, of_fit, of_held = train_test_split(
+            pixels, targets, test_size=0.2, random_state=0, stratify=targets
+        )
+        self.images = fit if train else held
+        self.targets = of_fit if train else of_held
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]), int(self.targets[index])
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+def image_folder(root: str, split: str) -> ImageFolder:
+    """Return the images of ``root/split/CLASS/``; ValueError if there are none."""
+    if not Path(root, split).expanduser().is_dir():
+        raise ValueError(
+            f"data.root={root} has no folder {split}/: it must hold train/ and val/, with a "
+            "folder of images for each class in both; set data.root, or SWITCHLORA_DATA"
+        )
+    try:
+        return ImageFolder(f"{root}/{split}")
+    except FileNotFoundError as error:
+        raise ValueError(f"data.root={root}, folder {split}/: {first_line(error)}") from error
+
+
+def torchvision_data(name: str, root: str, **options: Any) -> Dataset:
+    """Return a data set of torchvision by its name; download it if it is not under ``root``.
+
+    ValueError if it cannot be downloaded.
+    """
+    if name not in datasets.__all__:
+        raise ValueError(f"torchvision has no data set '{name}'; {near(name, datasets.__all__)}")
+    kind = getattr(datasets, name)
+    try:
+        return kind(root, **options)
+    except RuntimeError:  # not there, or not whole
+        return downloaded(kind, root, options)
+
+
+def downloaded(kind: type[Dataset], root: str, options: Mapping[str, Any]) -> Dataset:
+    """Say what is downloaded into ``root``, do it, and return the data set."""
+    name = kind.__name__
+    mirrors = getattr(kind, "mirrors", ["torchvision's host"])
+    source = getattr(kind, "url", mirrors[0])
+    archive = getattr(kind, "filename", "its files")
+    folder = Path(root).expanduser()
+    if (folder / archive).is_file():
+        make_folder(folder, f"{name}: unpacking {archive}")
+    else:
+        make_folder(folder, f"{name}: downloading from {source}")
+    try:
+        with patience():
+            return kind(root, download=True, **options)
+    except FAILURES as error:
+        raise ValueError(
+            f"{name} is not under {root} and could not be downloaded from {source} "
+            f"({first_line(error)}); put {archive} from there into {root}, or use data=digits"
+        ) from error
 
 
 def fashion_mnist(root: str, train: bool) -> FashionMNIST:
@@ -68,10 +126,24 @@ def fashion_mnist(root: str, train: bool) -> FashionMNIST:
     ``dataset-fashion-mnist``, which is unpacked without being installed. ValueError if neither
     works. Several processes may call this at the same time: files appear whole or not at all.
     """
-    raw = Path(root) / "FashionMNIST" / "raw"
+    raw = Path(root).expanduser() / "FashionMNIST" / "raw"
     if any(problem(raw / name, shape) for name, shape in FILES.items()):
         fetch(raw)
     return FashionMNIST(root, train=train)
+
+
+def make_folder(folder: Path, purpose: str) -> None:
+    """Make the folder of the data, and say what goes into it; ValueError if it cannot be made."""
+    new = "" if folder.is_dir() else ", a new folder"
+    if is_primary():
+        print(f"{purpose} into {folder}{new}", flush=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.root: {folder} cannot be made ({error.strerror}); give a folder that you can "
+            "write to by data.root, or SWITCHLORA_DATA"
+        ) from error
 
 
 def problem(path: Path, shape: tuple[int, ...]) -> str | None:
@@ -80,23 +152,27 @@ def problem(path: Path, shape: tuple[int, ...]) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
     with path.open("rb") as file:
-        whole = file.read(len(header)) == header
-    if not whole or path.stat().st_size != len(header) + prod(shape):
+        begin = file.read(len(header))
+    if begin != header or path.stat().st_size != len(header) + prod(shape):
         return f"{path.name} is damaged"
     return None
 
 
 def fetch(raw: Path) -> None:
-    """Fill ``raw`` from the first source that works, and print which one it was.
+    """Fill ``raw`` from the first source that works; say before which one is tried.
 
     ValueError if no source works.
     """
     failures = []
-    for source, bring in (("torchvision", from_torchvision), ("Debian's package", from_debian)):
+    sources = {
+        FashionMNIST.mirrors[0]: from_torchvision,
+        f"Debian's package {DEBIAN_PACKAGE}": from_debian,
+    }
+    for source, bring in sources.items():
+        make_folder(raw, f"Fashion-MNIST: downloading from {source}")
         try:
             with TemporaryDirectory() as scratch:
                 unpack(bring(Path(scratch)), raw)
-            print(f"Fashion-MNIST: fetched from {source} into {raw}", flush=True)
             return
         except FAILURES as error:
             failures.append(f"{source}: {first_line(error)}")
@@ -134,13 +210,20 @@ def from_torchvision(scratch: Path) -> Path:
 
     First ask briefly whether one of its hosts answers. OSError if none does.
     """
-    name = FashionMNIST.resources[0][0]
+    name, _ = FashionMNIST.resources[0]
     if not any(answers(mirror + name) for mirror in FashionMNIST.mirrors):
         raise OSError("its hosts do not answer")
+    with patience():
+        return Path(FashionMNIST(scratch, download=True).raw_folder)
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Give up a connection after ``PATIENCE`` seconds of silence."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
-        return Path(FashionMNIST(scratch, download=True).raw_folder)
+        yield
     finally:
         socket.setdefaulttimeout(before)
 
@@ -175,7 +258,7 @@ def from_debian(scratch: Path) -> Path:
     try:
         call(command, scratch)
     except RuntimeError:
-        if os.geteuid() != 0:
+        if os.geteuid() != 0:  # only root may update the lists
             raise
         call(["apt-get", "update"], scratch)
         call(command, scratch)

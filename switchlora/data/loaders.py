@@ -55,8 +55,9 @@ class Data:
 
         Images that are decoded anew for each batch may count by their names and classes only.
         """
-        views = [loader.dataset.digest() for loader in (self.train, self.val)]  # type: ignore[attr-defined]
-        return hashlib.sha256("".join(views).encode()).hexdigest()
+        train, val = self.train.dataset, self.val.dataset
+        both = train.digest() + val.digest()  # type: ignore[attr-defined]
+        return hashlib.sha256(both.encode()).hexdigest()
 
     def example(self, count: int) -> Batch:
         """Return ``count`` inputs and targets, as the loss gets them, without their contents.
@@ -66,18 +67,22 @@ class Data:
         inputs, targets = self.val.dataset[torch.zeros(1, dtype=torch.long), None]
         if self.mixup is not None:
             targets = torch.empty(1, self.mixup.num_classes)
-        of_inputs, of_targets = ((count, *tensor.shape[1:]) for tensor in (inputs, targets))
-        return (
-            inputs.new_empty(of_inputs, device="meta"),
-            targets.new_empty(of_targets, device="meta"),
-        )
+        return on_meta(inputs, count), on_meta(targets, count)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Make the next pass over ``train`` that of ``epoch``, from its batch ``start`` on."""
-        assert isinstance(self.train.sampler, EpochSampler)
-        self.train.sampler.epoch, self.train.sampler.start = epoch, start
+        sampler = self.train.sampler
+        assert isinstance(sampler, EpochSampler)
+        sampler.epoch = epoch
+        sampler.start = start
         if self.mixup is not None:
-            self.mixup.epoch, self.mixup.calls = epoch, start
+            self.mixup.epoch = epoch
+            self.mixup.calls = start
+
+
+def on_meta(tensor: Tensor, count: int) -> Tensor:
+    """Return a tensor like ``tensor``, with ``count`` rows, on the meta device."""
+    return tensor.new_empty((count, *tensor.shape[1:]), device="meta")
 
 
 def build_data(
@@ -121,14 +126,15 @@ def build_data(
     ValueError if sizes, channels, labels or options do not fit together.
     """
     fit, val = split(length(train), val_fraction, train_size)
-    val, held_out = limited(val, eval_size), limited(torch.arange(length(test)), eval_size)
-    parts = [(train, fit), (train, val), (test, held_out)]
-    share = share_of(batch_size, len(fit), world_size)
-    mixup = build_mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes, seed, share)
+    held_out = limited(torch.arange(length(test)), eval_size)
+    parts = [(train, fit), (train, limited(val, eval_size)), (test, held_out)]
+    sampler = EpochSampler(len(fit), batch_size, seed, rank, world_size)
+    mixup = build_mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes, sampler)
     if not len(mean) == len(std) == in_chans:
         raise ValueError(f"data.mean and data.std need {in_chans} numbers each, one a channel")
     if train_transform is None and eval_transform is None:
-        shape, workers = (in_chans, image_size, image_size), 0
+        workers = 0
+        shape = (in_chans, image_size, image_size)
         views = in_memory(parts, shape, mean, std, crop_padding, hflip)
     elif crop_padding or hflip:
         raise ValueError("with data.train_transform, data.crop_padding and data.hflip must be 0")
@@ -137,13 +143,34 @@ def build_data(
         views = transformed(parts, in_chans, common, train_transform or {}, eval_transform or {})
     for view in views:
         check_labels(view.targets, num_classes)
-    orders: list[Iterable[Key]] = [
-        EpochSampler(len(fit), batch_size, seed, rank, world_size),
-        *(eval_batches(len(view), share, rank, world_size) for view in views[1:]),
-    ]
-    loaders = [load(*pair, seed, workers, pin_memory) for pair in zip(views, orders, strict=True)]
     loss = build_loss(mixup, label_smoothing)
+    loaders = make_loaders(views, sampler, workers, pin_memory)
     return Data(loaders[0], loaders[1], loaders[2], mixup, loss)
+
+
+def make_loaders(
+    views: Sequence[Dataset], sampler: EpochSampler, workers: int, pin_memory: bool
+) -> list[Loader]:
+    """Return the loaders of three views: to train, to validate and to test on.
+
+    ``sampler`` gives the batches to train on. Workers for training outlive an epoch.
+    """
+    orders: list[Iterable[Key]] = [sampler]
+    for view in views[1:]:
+        size = length(view)
+        orders.append(eval_batches(size, sampler.share, sampler.rank, sampler.world_size))
+    loaders = []
+    for view, order in zip(views, orders, strict=True):
+        loader = Loader(
+            view,
+            sampler=order,
+            num_workers=workers,
+            persistent_workers=workers > 0 and order is sampler,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(sampler.seed),  # torch's own stays as it is
+        )
+        loaders.append(loader)
+    return loaders
 
 
 def length(dataset: Dataset) -> int:
@@ -182,21 +209,8 @@ def limited(rows: Tensor, size: int | None) -> Tensor:
         return rows
     check_range("data.eval_size", size, 1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    return rows[order[:size].sort().values]
-
-
-def share_of(batch_size: int, train_size: int, world_size: int, items: str = "images") -> int:
-    """Return how many items of a batch each process gets; ValueError if no batch can be made."""
-    if not 0 < batch_size <= train_size:
-        raise ValueError(
-            f"data.batch_size={batch_size} must lie between 1 and the {train_size} "
-            f"training {items}"
-        )
-    if batch_size % world_size:
-        raise ValueError(
-            f"data.batch_size={batch_size} cannot be shared equally by {world_size} processes"
-        )
-    return batch_size // world_size
+    chosen, _ = order[:size].sort()
+    return rows[chosen]
 
 
 def in_memory(
@@ -213,8 +227,10 @@ def in_memory(
     probability of a flip.
     """
     (train, fit), *plain = parts
-    augmented = InMemory(train, fit, shape, mean, std, crop_padding, hflip)
-    return [augmented, *(InMemory(dataset, rows, shape, mean, std) for dataset, rows in plain)]
+    views: list[View] = [InMemory(train, fit, shape, mean, std, crop_padding, hflip)]
+    for dataset, rows in plain:
+        views.append(InMemory(dataset, rows, shape, mean, std))
+    return views
 
 
 def transformed(
@@ -230,30 +246,20 @@ def transformed(
         keep = create_transform(**common, **eval_options)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"data.train_transform or data.eval_transform: {error}") from error
-    augmented = Transformed(train, fit, in_chans, augment)
-    return [augmented, *(Transformed(dataset, rows, in_chans, keep) for dataset, rows in plain)]
-
-
-def load(view: Dataset, order: Iterable[Key], seed: int, workers: int, pin_memory: bool) -> Loader:
-    """Return a loader of the batches that ``order`` names.
-
-    Workers for training outlive an epoch.
-    """
-    return Loader(
-        view,
-        sampler=order,
-        num_workers=workers,
-        persistent_workers=workers > 0 and isinstance(order, EpochSampler),
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),  # leaves torch's own generator alone
-    )
+    views: list[View] = [Transformed(train, fit, in_chans, augment)]
+    for dataset, rows in plain:
+        views.append(Transformed(dataset, rows, in_chans, keep))
+    return views
 
 
 def check_labels(targets: Tensor | None, num_classes: int) -> None:
     """Raise ValueError if a known label is not a class number."""
-    if targets is not None and not 0 <= targets.min() <= targets.max() < num_classes:
+    if targets is None:
+        return
+    lowest, highest = targets.min(), targets.max()
+    if lowest < 0 or highest >= num_classes:
         raise ValueError(
-            f"labels run from {targets.min()} to {targets.max()}, but "
+            f"labels run from {lowest} to {highest}, but "
             f"data.num_classes={num_classes} allows 0 to {num_classes - 1}"
         )
 
@@ -263,19 +269,20 @@ def build_mixup(
     cutmix_alpha: float,
     label_smoothing: float,
     num_classes: int,
-    seed: int,
-    share: int,
+    sampler: EpochSampler,
 ) -> EpochMixup | None:
-    """Return Mixup and CutMix with these alphas, or None if both are 0.
+    """Return Mixup and CutMix with these alphas for the sampler's batches, or None if both are 0.
 
     ValueError if each process gets an odd number of images, which timm cannot pair.
     """
     if mixup_alpha == cutmix_alpha == 0:
         return None
-    if share % 2:
-        raise ValueError(f"mixup needs an even batch, but a process gets {share} images of it")
+    if sampler.share % 2:
+        raise ValueError(
+            f"mixup needs an even batch, but a process gets {sampler.share} images of it"
+        )
     return EpochMixup(
-        seed,
+        sampler.seed,
         mixup_alpha=mixup_alpha,
         cutmix_alpha=cutmix_alpha,
         label_smoothing=label_smoothing,

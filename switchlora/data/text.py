@@ -3,8 +3,6 @@
 Sampler, loaders and resume treat a window as they treat an image.
 """
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -13,11 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from switchlora.data.batches import Batch, EpochSampler, Key, eval_batches
-from switchlora.data.loaders import Data, load, share_of
+from switchlora.data.batches import Batch, EpochSampler, Key, digest_of
+from switchlora.data.loaders import Data, make_loaders
 from switchlora.errors import check_range
-
-VOCABULARY = 256
 
 
 class Windows(Dataset[Batch]):
@@ -29,19 +25,21 @@ class Windows(Dataset[Batch]):
     """
 
     def __init__(self, text: Tensor, context: int) -> None:
-        self.text, self.context = text, context
+        self.text = text
+        self.context = context
 
     def __len__(self) -> int:
         return (len(self.text) - 1) // self.context
 
     def __getitem__(self, key: Key) -> Batch:
         rows, _ = key
-        places = rows.unsqueeze(1) * self.context + torch.arange(self.context)
+        firsts = rows.unsqueeze(1) * self.context
+        places = firsts + torch.arange(self.context)
         return self.text[places].long(), self.text[places + 1].long()
 
     def digest(self) -> str:
         """Return a digest of all bytes, and of where windows begin."""
-        return hashlib.sha256(self.text.numpy().tobytes() + b"%d" % self.context).hexdigest()
+        return digest_of(self.text.numpy().tobytes(), b"%d" % self.context)
 
 
 class TokenCrossEntropy(nn.Module):
@@ -76,24 +74,28 @@ def build_text(
     ValueError if the text is too short for that. OSError if it cannot be read.
     """
     check_range("data.context", context, 1)
-    pieces = cut(read(path), val_fraction, test_fraction)
-    train, val, test = (Windows(piece, context) for piece in pieces)
-    if not min(map(len, (train, val, test))):
-        raise ValueError(
-            f"data.context={context} leaves no window in {' + '.join(str(len(p)) for p in pieces)}"
-            " bytes to train, validate and test on: shorten it, or give a longer data.path"
-        )
+    train, val, test = windows_of(read(path), context, val_fraction, test_fraction)
     size = len(train) if train_size is None else train_size
     if not 0 < size <= len(train):
         raise ValueError(f"data.train_size={size}, but the text has {len(train)} windows to train")
-    share = share_of(batch_size, size, world_size, "windows")
-    orders: list[Iterable[Key]] = [
-        EpochSampler(size, batch_size, seed, rank, world_size),
-        *(eval_batches(len(view), share, rank, world_size) for view in (val, test)),
-    ]
-    views = zip((train, val, test), orders, strict=True)
-    loaders = [load(view, order, seed, workers, pin_memory) for view, order in views]
+    sampler = EpochSampler(size, batch_size, seed, rank, world_size, items="windows")
+    loaders = make_loaders((train, val, test), sampler, workers, pin_memory)
     return Data(loaders[0], loaders[1], loaders[2], mixup=None, loss=TokenCrossEntropy())
+
+
+def windows_of(
+    text: Tensor, context: int, val_fraction: float, test_fraction: float
+) -> list[Windows]:
+    """Return the windows to train, validate and test on; ValueError if a piece has none."""
+    pieces = cut(text, val_fraction, test_fraction)
+    views = [Windows(piece, context) for piece in pieces]
+    if min(map(len, views)) == 0:
+        sizes = " + ".join(str(len(piece)) for piece in pieces)
+        raise ValueError(
+            f"data.context={context} leaves no window in {sizes} bytes to train, validate and "
+            "test on: shorten it, or give a longer data.path"
+        )
+    return views
 
 
 def read(path: str | None) -> Tensor:
@@ -101,8 +103,11 @@ def read(path: str | None) -> Tensor:
 
     The reference changes with Python's version. OSError if the file cannot be read.
     """
-    text = "\n".join(topics.values()).encode() if path is None else Path(path).read_bytes()
-    return torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)
+    if path is None:
+        text = "\n".join(topics.values()).encode()
+    else:
+        text = Path(path).read_bytes() or b"\0"
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def cut(text: Tensor, val_fraction: float, test_fraction: float) -> tuple[Tensor, ...]:
@@ -117,5 +122,6 @@ def cut(text: Tensor, val_fraction: float, test_fraction: float) -> tuple[Tensor
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} must both "
             "be positive and leave something to train on"
         )
-    val, test = (round(len(text) * fraction) for fraction in (val_fraction, test_fraction))
+    val = round(len(text) * val_fraction)
+    test = round(len(text) * test_fraction)
     return text.split([len(text) - val - test, val, test])

@@ -22,7 +22,8 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor, **_: object) -> Tensor:
         """Map (B, T, dim) to (B, T, dim); masks that timm's block passes on are not read."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, dim)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -53,16 +54,16 @@ class CausalTransformer(nn.Module):
         self.grad_checkpointing = False
         self.token_embed = nn.Embedding(vocabulary, embed_dim)
         self.pos_embed = nn.Parameter(torch.empty(1, context, embed_dim))
-        self.blocks = nn.Sequential(
-            *(causal_block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        )
+        blocks = [causal_block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, vocabulary)
         self.init_weights()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, T) int64, T at most ``context``, to logits (B, T, vocabulary)."""
-        x = self.token_embed(tokens) + self.pos_embed[:, : tokens.shape[1]]
+        positions = self.pos_embed[:, : tokens.shape[1]]
+        x = self.token_embed(tokens) + positions
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.head(self.norm(x))
 
@@ -73,7 +74,8 @@ class CausalTransformer(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 ends_branch = name.endswith(("attn.proj", "mlp.fc2"))
-                nn.init.normal_(module.weight, std=branch_std if ends_branch else INIT_STD)
+                std = branch_std if ends_branch else INIT_STD
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 

@@ -22,5 +22,6 @@ from switchlora.process.signals import Interruption as Interruption
 from switchlora.process.words import (
     check_kinds as check_kinds,
     checked as checked,
+    known_keys as known_keys,
     prepare_words as prepare_words,
 )

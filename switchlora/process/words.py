@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from hydra._internal.config_repository import ConfigRepository
 
 from switchlora.config import folder_of, leaves
 from switchlora.names import near
@@ -28,6 +29,8 @@ MEANT = {"optimizer": "recipe@full=sgd", "full.optimizer": "recipe@full=sgd"}
 """what sets a thing that is no key of its own"""
 WITHOUT_DEFAULT = ("method", "experiments")
 """groups of which a run has no choice by itself; Hydra wants a plus before them"""
+BASE = "base"
+"""the yaml of a group that its others begin with; it is no choice"""
 NUMBERS_OR_WORDS = ("monitor.window",)
 """keys that take a number or a word"""
 
@@ -120,7 +123,7 @@ def is_plain(value: str) -> bool:
 @cache
 def choices_of(group: str, places: tuple[Path, ...]) -> tuple[str, ...]:
     """Return the choices of a group over all folders, () where none knows it."""
-    found = {path.stem for place in places for path in (place / group).glob("*.yaml")}
+    found = {path.stem for place in places for path in (place / group).glob("*.yaml")} - {BASE}
     nested = {
         f"{path.parent.name}/{path.stem}"
         for place in places
@@ -152,6 +155,8 @@ def known_keys() -> dict[str, Known]:
         for path in sorted((conf / group).glob("*.yaml")):
             if not path.read_text().startswith("# @package _global_"):
                 choice = f"{group}={path.stem}"
+                if path.stem == BASE:
+                    choice = f"another choice of {group}"
                 for key, value in leaves(load(path)):
                     found.setdefault(prefix_of(group, path.stem) + key, Known(choice, value))
     return found
@@ -224,6 +229,18 @@ def explained(message: str) -> str | None:
     return f"there is no key '{key}'; {near_keys(key)}"
 
 
+@cache
+def hide_bases() -> None:
+    """Leave the bases out of Hydra's own lists of choices: help, completion, messages."""
+    listed = ConfigRepository.get_group_options
+
+    def without_base(*arguments: Any, **options: Any) -> list[str]:
+        return [choice for choice in listed(*arguments, **options) if choice != BASE]
+
+    ConfigRepository.get_group_options = without_base  # type: ignore[method-assign]
+
+
 def prepare_words() -> None:
     """Check the words of this process's command line and put them as Hydra wants them."""
+    hide_bases()
     sys.argv[1:] = checked(sys.argv[1:])

@@ -16,7 +16,7 @@ from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_lear
 from switchlora.models import load_weights
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
-from switchlora.process import Interruption, distributed
+from switchlora.process import Interruption, distributed, known_keys
 from switchlora.run.checks import check_config, check_recipes, rehearse_switch
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import restore, restore_parts
@@ -159,6 +159,11 @@ def begin(
         trunk=trunk,
     )
     run.log.line(machine_line(parts.device))
+    if config.monitor.window not in (parts.window, "epoch"):
+        run.log.line(
+            f"monitor.window: {parts.window} updates, a tenth of the run, which has fewer than "
+            f"{config.monitor.window}"
+        )
     if unused:
         run.log.line(f"frozen, since no gradient reaches them: {', '.join(unused)}")
     return run
@@ -224,6 +229,8 @@ def _window(window: int | str, updates_per_epoch: int, total_updates: int) -> in
     if not isinstance(updates, int) or updates < 1:
         raise ValueError(f"monitor.window is {window!r}: give a number of updates or 'epoch'")
     if updates > total_updates:
+        if updates == known_keys()["monitor.window"].value:  # the default, which nobody gave
+            return max(1, total_updates // 10)
         raise ValueError(
             f"monitor.window of {updates} updates is longer than the run, which has "
             f"{total_updates}: shorten it or raise epochs"
