@@ -107,7 +107,7 @@ def check_goes_with_fsdp(recipe: Recipe) -> None:
     """Raise ValueError for a recipe that needs whole factors, or DDP."""
     for name in ("refactoring", "frobenius_decay", "unreduced"):
         if getattr(recipe, name):
-            raise ValueError(f"{name} does not go with system.parallel=fsdp: use ddp")
+            raise ValueError(f"adapter.{name} does not go with system.parallel=fsdp: use ddp")
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
