@@ -26,6 +26,14 @@ def start_time() -> datetime:
     return distributed.from_primary(datetime.now)
 
 
+def leaves_of(key: str, *, _root_: DictConfig, _parent_: DictConfig) -> DictConfig:
+    """Return a section with the keys of section ``key``; each refers to its value there."""
+    followed = OmegaConf.select(_root_, key)
+    leaves = {name: f"${{{key}.{name}}}" for name in followed}
+    return OmegaConf.create(leaves, parent=_parent_)
+
+
+OmegaConf.register_new_resolver("switchlora_leaves", leaves_of)
 OmegaConf.register_new_resolver("switchlora_root", lambda: str(folder_of("experiments").parent))
 OmegaConf.register_new_resolver("switchlora_job", job_folder)
 OmegaConf.register_new_resolver("switchlora_start", lambda form: start_time().strftime(form))

@@ -47,21 +47,23 @@ def identity(keys: Mapping[str, Any]) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return the keys that shape results and differ, as 'key: old there, new here'."""
-    before, after = shaping(old), shaping(new)
-    return [
-        f"{key}: {before.get(key)} there, {after.get(key)} here"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
+    before = shaping(old)
+    after = shaping(new)
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        there, here = before.get(key), after.get(key)
+        if there != here:
+            found.append(f"{key}: {there} there, {here} here")
+    return found
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted key and the value of everything in nested mappings; lists are values."""
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
+    if not isinstance(config, Mapping):
         yield prefix, config
+        return
+    for key, value in config.items():
+        yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def is_free(key: str) -> bool:
@@ -86,11 +88,13 @@ def as_plain(config: DictConfig) -> dict[str, Any]:
 def check_whole(config: DictConfig, key: str, least: int) -> None:
     """Raise ValueError unless ``key`` holds a whole number of at least ``least``."""
     value = OmegaConf.select(config, key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < least:
         raise ValueError(f"{key} is {value!r}: give a whole number of at least {least}")
 
 
 def folder_of(name: str) -> Path:
     """Return the folder ``conf`` or ``experiments``, in the package or beside it in a checkout."""
-    beside = Path(__file__).resolve().parent
-    return next(p for p in (beside / name, beside.parent / name) if p.is_dir())
+    package = Path(__file__).resolve().parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name

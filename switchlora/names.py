@@ -29,13 +29,13 @@ def matching(
     ``kind``.
     """
     names = list(names)
-    matched = set()
+    matched: set[str] = set()
     for pattern in patterns:
-        found = {name for name in names if match(pattern, name)}
+        found = [name for name in names if match(pattern, name)]
         if not found:
-            families = {family(name) for name in names} | set(names)
-            raise ValueError(f"{what} '{pattern}' matches no {kind}; {near(pattern, families)}")
-        matched |= found
+            hint = near(pattern, [*names, *map(family, names)])
+            raise ValueError(f"{what} '{pattern}' matches no {kind}; {hint}")
+        matched.update(found)
     return [name for name in names if name in matched]
 
 
@@ -50,5 +50,6 @@ def near(name: str, candidates: Iterable[str]) -> str:
     'near names: epochs'
     """
     names = sorted(set(candidates))
-    close = names if len(names) <= 5 else get_close_matches(name, names, n=5, cutoff=0.4)
-    return f"near names: {', '.join(close)}" if close else "no near name"
+    if len(names) > 5:
+        names = get_close_matches(name, names, n=5, cutoff=0.4)
+    return f"near names: {', '.join(names)}" if names else "no near name"

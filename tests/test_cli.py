@@ -94,6 +94,8 @@ MISTAKES = {
     "train": "'train' sets nothing",
     "demo": r"'demo' sets nothing: write \+experiments=demo",
     "lora": r"'lora' sets nothing: write \+method=lora",
+    "full.compile={mode:": r"not every { has its }; quote the whole argument, such as '.*'",
+    "switch.keep=[norm,": r"not every \[ has its \]; quote the whole argument",
 }
 
 
@@ -109,8 +111,9 @@ KEYS_THAT_ARE_NOT = {
     "epoch": "there is no key 'epoch'; near names: .*switch.criterion.epoch",
     "dataset": "there is no key 'dataset'; n",
     "full.optimizer": "write recipe@full=sgd",
-    "adapter.optimizer.lr": "follows full.optimizer: set full.optimizer.lr; adapter.lr_scale",
     "data.hflip": "data.hflip belongs to another choice of data",
+    "adapter.optimizer.lrr": "there is no key 'adapter.optimizer.lrr'; near names: .*optimizer.lr",
+    "adapter.optimizer.momentum": "belongs to recipe@full=sgd",
     "switch.criterion.tau": "switch.criterion.tau belongs to switch/criterion=prelora",
 }
 
@@ -145,11 +148,18 @@ def test_a_plugin_that_is_not_installed_is_named_by_its_package(choice, package)
     assert said.endswith(f"pip install {package}")
 
 
+def test_hydras_error_on_a_value_that_it_cannot_read_says_to_quote():
+    with pytest.raises(Exception, match="input") as unreadable:
+        composed("full.compile={mode: default")
+    assert explained(str(unreadable.value)).endswith("'full.compile={mode: default}'")
+
+
 def test_words_that_are_right_stay_as_they_are():
     words = ["-m", "data=cifar10", "recipe@full=lion", "switch/rank=energy,fixed", "seed=0,1"]
     words += ["+method=lora", "full.optimizer.lr=1e-3", "switch.guard={act: warn}", "~trunk"]
     words += ["hydra.run.dir=x", "+model.drop_path_rate=0.1", "switch.keep=[norm]", "--cfg", "job"]
     words += ["--config-dir", "conf", "+launch=joblib", "method=mine", "switch.stages=null"]
+    words += ["full.compile={mode: default}", r"switch.targets=['attn\.(qkv']", r"name=a\(b"]
     words += ["-sc", "install=bash", "--info", "--hydra-help", "--cfg=job"]
     assert checked(words) == words
 

@@ -1,17 +1,25 @@
 """Every yaml composes and builds; the same through the installed command's search path."""
 
+import dataclasses
+import inspect
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
+import yaml
+from hydra.utils import get_object
+from omegaconf import OmegaConf
 from torch import nn
 
 from conf_yamls import CONF, build, composed, names
 from switchlora.adapters import DEFAULT_TARGETS
-from switchlora.learner import Recipe
+from switchlora.config import as_plain
+from switchlora.learner import Recipe, build_learner
 from switchlora.policy import SwitchPolicy
+from switchlora.process import check_kinds, checked
 
 
 @pytest.mark.parametrize("part", ["criterion", "rank", "init", "scaling"])
@@ -43,8 +51,6 @@ def test_every_model_config_names_a_model_that_timm_has(model):
 
 @pytest.mark.parametrize("model,data", [("small", "fashion_mnist"), ("digits", "digits")])
 def test_small_models_build_and_fit_their_data(model, data):
-    import torch
-
     config = composed(f"model={model}", f"data={data}")
     net = build(config.model)
     shape = (2, config.data.in_chans, config.data.image_size, config.data.image_size)
@@ -78,3 +84,120 @@ def test_the_documented_files_of_ones_own_train_and_switch_from_a_folder_of_ones
         text=True,
     )
     assert "all targets are still" in shown.stdout + shown.stderr
+
+
+def built_here(content, group, name):
+    """(where, class or function, its arguments) of all that a yaml builds of this package."""
+    if isinstance(content, dict):
+        target = content.get("_target_", "")
+        if target.startswith("switchlora."):
+            yield f"{group}={name}", get_object(target), content
+        for value in content.values():
+            yield from built_here(value, group, name)
+    if isinstance(content, list):
+        for value in content:
+            yield from built_here(value, group, name)
+
+
+def all_that_yamls_build():
+    for path in sorted(CONF.rglob("*.yaml")):
+        group = path.parent.relative_to(CONF).as_posix()
+        yield from built_here(yaml.safe_load(path.read_text()), group, path.stem)
+
+
+MEANT_TO_DIFFER = {
+    "recipe=adapter": {"factor_lr_scale"},  # the full phase has no factors
+    "switch/criterion=cuttlefish": {"epsilon", "relaxed", "integer"},  # published constants
+    "switch/rank=cuttlefish": {"of", "scaled", "lowest"},  # published constants
+    "switch/guard=warn": {"act"},  # the name of the choice
+    "switch/restart=update_svd": {"init"},  # the name of the choice
+}
+
+
+def test_a_default_of_the_code_is_that_of_the_yaml():
+    differ = {}
+    for where, made, given in all_that_yamls_build():
+        for name, parameter in inspect.signature(made).parameters.items():
+            default = parameter.default
+            if name not in given or default is parameter.empty or "$" in str(given[name]):
+                continue
+            default = list(default) if isinstance(default, tuple) else default
+            if default != given[name]:
+                differ.setdefault(where, set()).add(name)
+    assert differ == MEANT_TO_DIFFER
+
+
+@pytest.mark.parametrize("name", ["base", "adapter"])
+def test_every_field_of_a_recipe_is_a_key_with_a_comment(name):
+    text = (CONF / f"recipe/{name}.yaml").read_text()
+    commented = set(re.findall(r"^(\w+):.*(?:#|\$\{full)", text, re.M))
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert fields - commented <= {"optimizer", "scheduler"}
+
+
+@pytest.mark.parametrize(
+    "key", ["switch.guard", "switch.stages", "switch.restart", "adapter.refactoring"]
+)
+def test_an_empty_group_is_shown_as_null(key):
+    section, name = key.split(".")
+    assert f"{name}: null" in OmegaConf.to_yaml(composed()[section])
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "sgd"])
+def test_each_key_of_the_adapters_optimizer_and_schedule_is_set_by_itself_or_follows(recipe):
+    words = ["full.optimizer.lr=0.5", "full.scheduler.lr_min=0.25", f"recipe@full={recipe}"]
+    both = composed(*words)
+    assert both.adapter.optimizer == both.full.optimizer
+    assert both.adapter.scheduler == both.full.scheduler
+    own = composed("adapter.optimizer.lr=1e-4", "adapter.scheduler.warmup_t=7", *words)
+    assert own.full == both.full
+    assert own.adapter.optimizer == {**both.full.optimizer, "lr": 1e-4}
+    assert own.adapter.scheduler == {**both.full.scheduler, "warmup_t": 7}
+
+
+def test_the_adapters_own_rate_is_that_of_its_optimizer():
+    adapter = build(composed("adapter.optimizer.lr=1e-4").adapter)
+    optimizer = adapter.optimizer([nn.Parameter(torch.zeros(1))])
+    assert optimizer.param_groups[0]["lr"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["+full.optimizer.eps=1e-6"], ["++full.optimizer.eps=1e-6"], ["~full.optimizer.betas"]],
+    ids=" ".join,
+)
+def test_a_key_that_the_command_line_adds_or_deletes_is_followed(words):
+    config = composed(*checked(words))
+    assert config.adapter.optimizer == config.full.optimizer
+    assert ("eps" in config.adapter.optimizer) == ("eps" in words[0])
+
+
+def test_an_added_key_that_the_adapter_phase_would_not_follow_is_refused():
+    config = as_plain(composed("+full.optimizer.eps=1e-6"))
+    with pytest.raises(ValueError, match="does not follow full.optimizer.eps.*adapter.optimizer"):
+        check_kinds(config)
+    check_kinds(as_plain(composed("+full.optimizer.eps=1e-6", "recipe@adapter=sgd")))
+
+
+@pytest.mark.parametrize(
+    "value,options", [("true", {}), ("{backend:eager}", {"backend": "eager"}), ("{}", {})]
+)
+def test_the_model_is_compiled_when_the_recipe_says_so(monkeypatch, value, options):
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: given.append(options) or model)
+    recipe = build(composed(f"full.compile={value}").full)
+    assert recipe.compiles and build_learner(nn.Linear(2, 2), recipe, 10)
+    assert given == [options]
+
+
+@pytest.mark.parametrize("value", ["false", "null"])
+def test_the_model_is_not_compiled_when_the_recipe_does_not_say_so(monkeypatch, value):
+    monkeypatch.delattr(torch, "compile")
+    recipe = build(composed(f"full.compile={value}").full)
+    assert not recipe.compiles and build_learner(nn.Linear(2, 2), recipe, 10)
+
+
+def test_options_that_torch_compile_does_not_have_are_told_by_their_key():
+    recipe = build(composed("full.compile={mood: default}").full)
+    with pytest.raises(ValueError, match="full.compile is {'mood': 'default'}: torch says .*mood"):
+        build_learner(nn.Linear(2, 2), recipe, 10)

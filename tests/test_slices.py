@@ -266,7 +266,7 @@ def test_a_slice_that_is_frozen_outright_waits_for_no_other():
 def test_a_front_that_stands_still_ends_before_a_linear_with_slices_that_train():
     trial = trained()
     waiting = trial.switch(["blocks.1.attn.qkv.q"]).waiting
-    policy = dataclasses.replace(trial.policy, stages=Stages(still=0.5))
+    policy = dataclasses.replace(trial.policy, stages=Stages(interval=0, still=0.5))
     known, margins = trial.monitor.known, dict.fromkeys(waiting, 1.0)
     policy = with_frozen_front(trial.model, policy, known, margins, waiting, trial.probe)
     frozen = {pattern.replace("\\", "").strip("^$") for pattern in policy.freeze}

@@ -1,6 +1,6 @@
 """Count what an update costs: FLOPs, and the bytes that autograd keeps for it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,17 @@ SAME_FORMULA = {
         "_scaled_dot_product_flash_attention_backward"
     ),
 }
-aten = torch.ops.aten
-FORMULAS = flop_registry | {
-    getattr(aten, name): flop_registry[getattr(aten, like)] for name, like in SAME_FORMULA.items()
-}
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    aten = torch.ops.aten
+    found = dict(flop_registry)
+    for name, like in SAME_FORMULA.items():
+        found[getattr(aten, name)] = flop_registry[getattr(aten, like)]
+    return found
+
+
+FORMULAS = _formulas()
 
 
 def flops_of(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
@@ -63,8 +70,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def held_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of the storages of ``tensors`` on this rank, each storage once."""
-    found = (local(tensor).untyped_storage() for tensor in tensors)
-    return sum(storage.nbytes() for storage in {id(s): s for s in found}.values())
+    storages = {}
+    for tensor in tensors:
+        storage = local(tensor).untyped_storage()
+        storages[id(storage)] = storage
+    return sum(map(torch.UntypedStorage.nbytes, storages.values()))
 
 
 class SavedTensors(saved_tensors_hooks):
@@ -84,8 +94,9 @@ class SavedTensors(saved_tensors_hooks):
         Parameters that a sharded model gathered and has freed again count as 0 bytes.
         """
         for tensor in (*model.parameters(), *model.buffers()):
-            self._storages.pop(local(tensor).untyped_storage(), None)
-        return sum(storage.nbytes() for storage in self._storages)
+            storage = local(tensor).untyped_storage()
+            self._storages.pop(storage, None)
+        return sum(map(torch.UntypedStorage.nbytes, self._storages))
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage: torch.UntypedStorage = tensor.untyped_storage()

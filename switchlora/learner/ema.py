@@ -26,18 +26,21 @@ class WeightEMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average toward the effective weights of ``model``."""
-        new = 1 - self.decay
-        present, adapted = model.state_dict(), adapted_modules(model)
-        residual = {n: m for n, m in adapted.items() if m.kind == AdaptedLinear.kind}
-        present |= {f"{n}.weight": adapted[n].merged() for n in adapted.keys() - residual.keys()}
-        present |= {f"{n}.weight": m.residual() for n, m in residual.items()}
+        present = model.state_dict()
+        with_residual = {}
+        for name, module in adapted_modules(model).items():
+            if module.kind == AdaptedLinear.kind:
+                present[f"{name}.weight"] = module.residual()
+                with_residual[name] = module
+            else:
+                present[f"{name}.weight"] = module.merged()
         for name, average in self.model.state_dict().items():
             if average.is_floating_point():
-                average.lerp_(present[name].to(average), new)
+                average.lerp_(present[name].to(average), 1 - self.decay)
             else:
                 average.copy_(present[name])
-        for name, module in residual.items():
-            self._add_adapters(f"{name}.weight", module, new)
+        for name, module in with_residual.items():
+            self._add_adapters(f"{name}.weight", module)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averaged weights."""
@@ -47,8 +50,8 @@ class WeightEMA:
         """Continue from the averaged weights of a ``state_dict``."""
         self.model.load_state_dict(state)
 
-    def _add_adapters(self, name: str, module: AdaptedLinear, new: float) -> None:
+    def _add_adapters(self, name: str, module: AdaptedLinear) -> None:
         average = self.model.get_parameter(name)
-        for adapter in module.adapters().values():
-            rows = average[adapter.rows]
-            rows.addmm_(adapter.B.to(rows), adapter.A.to(rows), alpha=new * adapter.scaling)
+        for A, B, rows, s in module.adapters().values():
+            part = average[rows]
+            part.addmm_(B.to(part), A.to(part), alpha=(1 - self.decay) * s)

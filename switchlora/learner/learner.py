@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import cast
@@ -62,6 +62,8 @@ class Learner:
     """scales the loss in fp16; None in other precisions"""
     bones: nn.Module | None = field(default=None, repr=False)
     """the ``skeleton`` of a sharded model, from which ``plain`` makes a plain copy"""
+    used: bool = False
+    """whether it has made an update"""
     activation_bytes: int | None = None
     """bytes that autograd kept for the backward pass of the first micro-batch, without parameters;
     None before that, and with torch.compile"""
@@ -82,24 +84,37 @@ class Learner:
         """
         lr = self.set_lr(num_updates)
         self.optimizer.zero_grad(set_to_none=True)
-        with operands_within_update(self.model, self.recipe), self._flops_counted():
+        operands = operands_within_update(self.model, self.recipe)
+        with operands, self._flops_counted(), self._strides_not_warned_of():
             loss = self._accumulate(inputs, labels, loss_fn)
+        self.used = True
         return self._step(loss, lr)
 
     def _accumulate(self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
-        device = next(self.model.parameters()).device
-        loss = torch.zeros((), device=device)
-        parts = inputs.chunk(self.recipe.accumulation)
+        """Return the batch's mean loss; its gradients are those of the trained parameters."""
+        loss = torch.zeros((), device=self._device)
+        input_parts = inputs.chunk(self.recipe.accumulation)
         label_parts = labels.chunk(self.recipe.accumulation)
-        for number, (part, label) in enumerate(zip(parts, label_parts, strict=True), start=1):
-            with self._exchange(number == len(parts)):
-                with autocast(device.type, self.recipe.precision), self._activations_counted():
-                    output = self.forward(part.to(device, non_blocking=True))
-                    share = loss_fn(output, label.to(device, non_blocking=True))
-                share = share * (len(part) / len(inputs))
-                (share if self.scaler is None else self.scaler.scale(share)).backward()
-            loss += share.detach()
+        last = input_parts[-1]
+        for part, label in zip(input_parts, label_parts, strict=True):
+            with self._exchange(now=part is last):
+                part_loss = self._loss(part, label, loss_fn)
+                weighted = part_loss * (len(part) / len(inputs))
+                self._scaled(weighted).backward()
+            loss += weighted.detach()
         return loss
+
+    def _loss(self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
+        with autocast(self._device.type, self.recipe.precision), self._activations_counted():
+            outputs = self.forward(inputs.to(self._device, non_blocking=True))
+            return loss_fn(outputs, labels.to(self._device, non_blocking=True))
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def set_lr(self, num_updates: int) -> float:
         """Set and return the learning rate of this update, a function of the update counter alone.
@@ -109,9 +124,10 @@ class Learner:
         self.scheduler.step_update(num_updates)
         self.since = num_updates - self.start
         ramp = min(1.0, (self.since + 1) / max(1, self.recipe.rewarmup_updates))
-        for group in self.optimizer.param_groups:
+        groups = self.optimizer.param_groups
+        for group in groups:
             group["lr"] *= ramp * self.recipe.lr_scale
-        return self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["lr_scale"]
+        return groups[0]["lr"] / groups[0]["lr_scale"]
 
     def decay(self, lr: float) -> float:
         """Return lr * weight decay of one update; 0 if the optimizer's decay is not decoupled."""
@@ -123,7 +139,7 @@ class Learner:
 
     @contextmanager
     def _activations_counted(self) -> Iterator[None]:
-        if self.activation_bytes is not None or self.recipe.compile is not None:
+        if self.activation_bytes is not None or self.recipe.compiles:
             yield
             return
         saved = SavedTensors()
@@ -133,40 +149,53 @@ class Learner:
 
     @contextmanager
     def _flops_counted(self) -> Iterator[None]:
-        if self.flops is not None or self.recipe.compile is not None:
+        if self.flops is not None or self.recipe.compiles:
             yield
             return
         with FlopCounter() as counter:
             yield
         self.flops = counter.total
 
+    @contextmanager
+    def _strides_not_warned_of(self) -> Iterator[None]:
+        """Silence what DDP says, at its first update, of gradients that it has to copy."""
+        if self.used or self._ddp() is None:
+            yield
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            yield
+
     def _exchange(self, now: bool) -> AbstractContextManager:
         if is_sharded(self.model):
             self.model.set_requires_gradient_sync(now)  # type: ignore[operator]
-        wrapped = getattr(self.forward, "_orig_mod", self.forward)
-        if now or not isinstance(wrapped, DistributedDataParallel):
-            return nullcontext()
-        return wrapped.no_sync()
+        ddp = self._ddp()
+        return nullcontext() if now or ddp is None else ddp.no_sync()
+
+    def _ddp(self) -> DistributedDataParallel | None:
+        wrapper = getattr(self.forward, "_orig_mod", self.forward)
+        return wrapper if isinstance(wrapper, DistributedDataParallel) else None
 
     def _step(self, loss: Tensor, lr: float) -> StepOutcome:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.recipe.frobenius_decay:
             add_frobenius_decay(trained_adapters(self.model), self.recipe.frobenius_decay)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = full(get_total_norm(p.grad for p in parameters if p.grad is not None))
-        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
-        (loss_value,) = (value / world_size() for value in total([loss_value]))
-        applied = math.isfinite(loss_value) and math.isfinite(norm_value)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = full(get_total_norm(gradients))
+        own_loss, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
+        mean_loss = total([own_loss])[0] / world_size()
+        finite_loss = math.isfinite(mean_loss)
+        applied = finite_loss and math.isfinite(norm_value)
         if applied:
             if self.recipe.clip_grad is not None:
-                clip_grads_with_norm_(parameters, self.recipe.clip_grad, norm)
+                clip_grads_with_norm_(self.model.parameters(), self.recipe.clip_grad, norm)
             self.optimizer.step()
         overflow = False
         if self.scaler is not None:
             self.scaler.update()
-            overflow = not applied and math.isfinite(loss_value) and self.scaler.get_scale() > 1
-        return StepOutcome(loss_value, norm_value, lr, applied, overflow)
+            overflow = finite_loss and not applied and self.scaler.get_scale() > 1
+        return StepOutcome(mean_loss, norm_value, lr, applied, overflow)
 
 
 def operands_within_update(model: nn.Module, recipe: Recipe) -> AbstractContextManager:
@@ -203,27 +232,38 @@ def build_learner(
         bones = skeleton(model)
         model = shard(model)
     optimizer = recipe.optimizer(parameter_groups(model, recipe))
-    scheduler = recipe.scheduler(optimizer, t_initial=total_updates)
-    learner = Learner(model, _wrapped(model, recipe), optimizer, scheduler, recipe, start)
-    learner.bones, learner.scaler = bones, _scaler(model, recipe)
-    if learner.scaler is not None and scaler is not None:
-        learner.scaler.load_state_dict(scaler.state_dict())
+    learner = Learner(
+        model,
+        forward=_compiled(_wrapped(model, recipe), recipe),
+        optimizer=optimizer,
+        scheduler=recipe.scheduler(optimizer, t_initial=total_updates),
+        recipe=recipe,
+        start=start,
+        scaler=_scaler(model, recipe, scaler),
+        bones=bones,
+    )
     if recipe.refactoring is not None:
         recipe.refactoring(learner)
     return learner
 
 
-def _wrapped(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
-    forward = model
-    if world_size() > 1 and not is_sharded(model):
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        if recipe.before_ddp is not None:
-            recipe.before_ddp(model)
-        forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if recipe.compile is None:
+def _wrapped(model: nn.Module, recipe: Recipe) -> nn.Module:
+    if world_size() == 1 or is_sharded(model):
+        return model
+    if recipe.before_ddp is not None:
+        recipe.before_ddp(model)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def _compiled(forward: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    if not recipe.compiles:
         return forward
+    options = recipe.compile if isinstance(recipe.compile, Mapping) else {}
     torch.compiler.reset()
-    return cast(Callable, torch.compile(forward, **recipe.compile))
+    try:
+        return cast(Callable, torch.compile(forward, **options))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"full.compile is {dict(options)}: torch says {error}") from error
 
 
 def set_checkpointing(model: nn.Module, what: str | None) -> None:
@@ -239,14 +279,17 @@ def set_checkpointing(model: nn.Module, what: str | None) -> None:
     except (AttributeError, AssertionError) as error:
         if what == "blocks":
             raise ValueError(
-                f"activation_checkpointing=blocks: {type(model).__name__} knows no checkpointing "
-                "of its blocks, as most of timm's models do"
+                f"full.activation_checkpointing=blocks: {type(model).__name__} knows no "
+                "checkpointing of its blocks, as most of timm's models do"
             ) from error
 
 
-def _scaler(model: nn.Module, recipe: Recipe) -> GradScaler | None:
+def _scaler(model: nn.Module, recipe: Recipe, earlier: GradScaler | None) -> GradScaler | None:
     if recipe.precision != "fp16":
         return None
     if is_sharded(model):
-        raise ValueError("precision=fp16 does not go with system.parallel=fsdp: use bf16")
-    return GradScaler(next(model.parameters()).device.type)
+        raise ValueError("full.precision=fp16 does not go with system.parallel=fsdp: use bf16")
+    scaler = GradScaler(next(model.parameters()).device.type)
+    if earlier is not None:
+        scaler.load_state_dict(earlier.state_dict())
+    return scaler

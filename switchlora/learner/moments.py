@@ -11,7 +11,8 @@ from switchlora.adapters import Adapter, is_factor
 from switchlora.errors import check_choice, check_share
 from switchlora.process import like
 
-Moments = Mapping[str, Mapping[str, Any]]  # optimizer state by parameter name
+State = Mapping[str, Any]  # an optimizer's state of one parameter
+Moments = Mapping[str, State]  # by parameter name
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SECOND_MOMENTS = ("exp_avg_sq",)
 POWERS = {
@@ -24,7 +25,11 @@ PRUNINGS = ("random", "magnitude", "zero")
 
 def moments_of(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     """Return the optimizer's state of each tensor it has stepped, by name; nothing is copied."""
-    return {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter in optimizer.state:
+            found[name] = optimizer.state[parameter]
+    return found
 
 
 def load_moments(model: nn.Module, optimizer: Optimizer, moments: Moments) -> int:
@@ -32,17 +37,25 @@ def load_moments(model: nn.Module, optimizer: Optimizer, moments: Moments) -> in
 
     A state is shared, unless it has to move to another device or be sharded first.
     """
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    found = {n: p for n, p in model.named_parameters() if n in moments and id(p) in groups}
-    for name, parameter in found.items():
-        on_device = any(groups[id(parameter)].get(key) for key in ("fused", "capturable"))
-        optimizer.state[parameter] = {
-            key: like(value, parameter)
-            if isinstance(value, Tensor) and (value.ndim or on_device)
-            else value
-            for key, value in moments[name].items()
-        }
-    return len(found)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    loaded = 0
+    for group in optimizer.param_groups:
+        counts_on_device = bool(group.get("fused") or group.get("capturable"))
+        for parameter in group["params"]:
+            state = moments.get(names.get(parameter, ""))
+            if state is not None:
+                optimizer.state[parameter] = _placed(state, parameter, counts_on_device)
+                loaded += 1
+    return loaded
+
+
+def _placed(state: State, parameter: Tensor, counts_on_device: bool) -> dict[str, Any]:
+    """Return ``state`` on the device of ``parameter``; its counters too if they are kept there."""
+    placed = dict(state)
+    for key, value in state.items():
+        if isinstance(value, Tensor) and (value.ndim or counts_on_device):
+            placed[key] = like(value, parameter)
+    return placed
 
 
 @torch.no_grad()
@@ -61,21 +74,30 @@ def factor_moments(
 
     Factors whose projected moments would be zero (B = 0) are left out and keep a fresh state.
     """
-    projected = {}
+    projected: dict[str, dict[str, Any]] = {}
     for name, parts in adapters.items():
-        for part, (A, B, rows, s) in parts.items():
-            state = moments.get(f"{name}.weight", {})
-            if alone := moments.get(f"{name}.dense.{part}"):
-                state, rows = alone, slice(None)
-            if state and A.any() and B.any():
-                end = f".{part}" if part else ""
-                projected[f"{name}.lora_A{end}"] = {
-                    k: _project_A(k, v, B, rows, s) for k, v in state.items()
-                }
-                projected[f"{name}.lora_B{end}"] = {
-                    k: _project_B(k, v, A, rows, s) for k, v in state.items()
-                }
+        for part, adapter in parts.items():
+            end = f".{part}" if part else ""
+            state = _replaced_state(moments, name, part, adapter.rows)
+            if state and adapter.A.any() and adapter.B.any():
+                of_A = {key: _project_A(key, value, adapter) for key, value in state.items()}
+                of_B = {key: _project_B(key, value, adapter) for key, value in state.items()}
+                projected[f"{name}.lora_A{end}"] = of_A
+                projected[f"{name}.lora_B{end}"] = of_B
     return projected
+
+
+def _replaced_state(moments: Moments, name: str, part: str, rows: slice) -> State:
+    """Return the state of the weight, or of its rows, that an adapter replaces; maybe empty."""
+    alone = moments.get(f"{name}.dense.{part}")
+    if alone:
+        return alone
+    state = moments.get(f"{name}.weight", {})
+    return {key: value[rows] if _is_moment(key) else value for key, value in state.items()}
+
+
+def _is_moment(key: str) -> bool:
+    return key in FIRST_MOMENTS or key in SECOND_MOMENTS
 
 
 @torch.no_grad()
@@ -87,38 +109,45 @@ def dense_moments(
     ``slices`` are the rows of each dense slice, by module. State without rows, such as the number
     of steps, is copied whole.
     """
-    return {
-        f"{name}.dense.{part}": {
-            key: _rows_of(value, rows) for key, value in moments[f"{name}.weight"].items()
-        }
-        for name, parts in slices.items()
-        for part, rows in parts.items()
-        if f"{name}.weight" in moments
-    }
+    found = {}
+    for name, parts in slices.items():
+        state = moments.get(f"{name}.weight")
+        if state is None:
+            continue
+        for part, rows in parts.items():
+            found[f"{name}.dense.{part}"] = {k: _rows_of(v, rows) for k, v in state.items()}
+    return found
 
 
 def _rows_of(value: Any, rows: slice) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value[rows].clone() if value.ndim and len(value) > 1 else value.clone()
+    has_rows = value.ndim > 0 and len(value) > 1
+    return value[rows].clone() if has_rows else value.clone()
 
 
-def _project_A(key: str, value: Any, B: Tensor, rows: slice, s: float) -> Any:
+def _project_A(key: str, value: Any, adapter: Adapter) -> Any:
+    s, B = adapter.scaling, adapter.B
     if key in SECOND_MOMENTS:
-        return s**2 * B.square().mT @ value[rows]
-    return s * B.mT @ value[rows] if key in FIRST_MOMENTS else _copied(key, value)
+        return s**2 * B.square().mT @ value
+    if key in FIRST_MOMENTS:
+        return s * B.mT @ value
+    return _copied(key, value)
 
 
-def _project_B(key: str, value: Any, A: Tensor, rows: slice, s: float) -> Any:
+def _project_B(key: str, value: Any, adapter: Adapter) -> Any:
+    s, A = adapter.scaling, adapter.A
     if key in SECOND_MOMENTS:
-        return s**2 * value[rows] @ A.square().mT
-    return s * value[rows] @ A.mT if key in FIRST_MOMENTS else _copied(key, value)
+        return s**2 * value @ A.square().mT
+    if key in FIRST_MOMENTS:
+        return s * value @ A.mT
+    return _copied(key, value)
 
 
 def _copied(key: str, value: Any) -> Any:
     if isinstance(value, Tensor) and value.ndim:
         raise ValueError(
-            f"moments=factors does not know how '{key}' of this optimizer transforms; "
+            f"switch.moments=factors does not know how '{key}' of this optimizer transforms; "
             "use switch.moments=surviving"
         )
     return value.clone() if isinstance(value, Tensor) else value
@@ -135,8 +164,8 @@ def rescale_moments(state: Mapping[str, Any], factor: Tensor | float) -> None:
             value.mul_(factor ** POWERS[key])
         elif isinstance(value, Tensor) and value.ndim:
             raise ValueError(
-                f"refactoring=reflora_s does not know how '{key}' of this optimizer scales; "
-                "use adapter/refactoring=reflora"
+                f"adapter/refactoring=reflora_s does not know how '{key}' of this optimizer "
+                "scales; use adapter/refactoring=reflora"
             )
 
 
@@ -158,9 +187,12 @@ def prune_moments(moments: Moments, how: str, share: float, seed: int) -> None:
     check_choice("how", how, PRUNINGS)
     check_share("share", share)
     generator = torch.Generator().manual_seed(seed)
-    for state in (state for name, state in moments.items() if is_factor(name)):
+    for name in filter(is_factor, moments):
+        state = moments[name]
         found = [state[key] for key in POWERS if state.get(key) is not None]
-        drawn = torch.rand(found[0].shape if found else 0, generator=generator)
+        if not found:
+            continue
+        drawn = torch.rand(found[0].shape, generator=generator)
         for moment in found:
             moment.mul_(_kept(moment, how, share, drawn))
 
@@ -172,5 +204,6 @@ def _kept(moment: Tensor, how: str, share: float, drawn: Tensor) -> Tensor:
         return kept.zero_()
     if how == "random":
         return kept.copy_(drawn >= share)
-    smallest = moment.abs().flatten().topk(int(share * moment.numel()), largest=False).indices
+    number = int(share * moment.numel())
+    smallest = moment.abs().flatten().topk(number, largest=False).indices
     return kept.flatten().index_fill_(0, smallest, 0).view(moment.shape)

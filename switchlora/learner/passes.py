@@ -1,6 +1,8 @@
 """Passes that make no update: evaluation, and gradients with respect to effective weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from switchlora.learner.recipe import autocast
 from switchlora.models import eval_mode
 from switchlora.process import total
 
+Tensors = dict[str, Tensor]
+
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> dict[str, float]:
@@ -22,22 +26,26 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> d
     batches; all ranks get the same means.
     """
     device = next(model.parameters()).device
-    totals, labels_seen = torch.zeros(3, dtype=torch.float64), 0
+    totals = torch.zeros(3, dtype=torch.float64)
+    labels_seen = 0
     with eval_mode(model):
         for inputs, labels in loader:
             with autocast(device.type, precision):
                 logits = model(inputs.to(device)).flatten(0, -2)
             totals += _batch_totals(logits.float(), labels.flatten().to(device))
             labels_seen += labels.numel()
-    *sums, count = total([*totals.tolist(), labels_seen])
-    names = ("loss", "top1", "top5") if logits.shape[1] >= 5 else ("loss", "top1")
-    return {name: value / count for name, value in zip(names, sums, strict=False)}
+    loss, top1, top5, count = total([*totals.tolist(), labels_seen])
+    means = {"loss": loss / count, "top1": top1 / count}
+    if logits.shape[1] >= 5:
+        means["top5"] = top5 / count
+    return means
 
 
 def _batch_totals(logits: Tensor, labels: Tensor) -> Tensor:
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    hits = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
-    return torch.stack([loss, *(hit * len(labels) for hit in hits)]).double().cpu()
+    top1, top5 = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
+    totals = torch.stack([loss, top1 * len(labels), top5 * len(labels)])
+    return totals.double().cpu()
 
 
 def module_gradients(
@@ -53,22 +61,31 @@ def module_gradients(
     x is the input of the linear and g_y the gradient of its output. Both come from one forward and
     backward pass.
     """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _, args, output, name=name: seen.update({name: (args[0].detach(), output)})
-        )
-        for name in names
-    ]
     device = next(model.parameters()).device
-    try:
+    with _seen_by(model, names) as (linear_inputs, linear_outputs):
         with autocast(device.type, precision):
             loss = loss_fn(model(inputs.to(device)), labels.to(device))
-        grads = torch.autograd.grad(loss, [seen[name][1] for name in names])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {
-        name: grad.flatten(0, -2).float().mT @ seen[name][0].flatten(0, -2).float()
-        for name, grad in zip(names, grads, strict=True)
-    }
+        grads = torch.autograd.grad(loss, [linear_outputs[name] for name in names])
+    found = {}
+    for name, grad in zip(names, grads, strict=True):
+        x = linear_inputs[name].flatten(0, -2).float()
+        g_y = grad.flatten(0, -2).float()
+        found[name] = g_y.mT @ x
+    return found
+
+
+@contextmanager
+def _seen_by(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[Tensors, Tensors]]:
+    """Yield two dicts that a forward pass inside fills: inputs and outputs of the modules."""
+    inputs: Tensors = {}
+    outputs: Tensors = {}
+
+    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs[name] = args[0].detach()
+        outputs[name] = output
+
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
+        yield inputs, outputs

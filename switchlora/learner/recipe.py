@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+RECOMPUTED = ("blocks", "gelu")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Recipe:
     """multiplies all learning rates of this recipe; other recipes of the run may use the same
     schedule without it"""
     precision: str = "fp32"
-    compile: Mapping[str, Any] | None = None
-    """arguments of torch.compile; None leaves the model eager"""
+    compile: Mapping[str, Any] | bool | None = None
+    """arguments of torch.compile, or True for its defaults; without it the model stays eager"""
     activation_checkpointing: str | None = None
     """what the backward pass computes again instead of keeping it:
     - 'blocks': whole blocks
@@ -69,21 +70,29 @@ class Recipe:
         check_choice("precision", self.precision, tuple(PRECISIONS))
         check_range("accumulation", self.accumulation, 1)
         for name in ("lr_scale", "factor_lr_scale", "factor_B_lr_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0")
+            scale = getattr(self, name)
+            if not scale > 0:
+                raise ValueError(f"{name} is {scale}: give a number above 0")
         check_range("rewarmup_updates", self.rewarmup_updates, 0)
         check_range("frobenius_decay", self.frobenius_decay, 0)
+        if not isinstance(self.compile, Mapping | bool | None):
+            raise ValueError(
+                f"compile is '{self.compile}': give true, false, or arguments of torch.compile in "
+                "quotes, such as 'compile={mode: default}'"
+            )
         if self.frobenius_decay and self.factor_weight_decay:
             raise ValueError(
                 "frobenius_decay replaces weight decay on the factors: set factor_weight_decay=0"
             )
         if self.activation_checkpointing is not None:
-            name, choices = "activation_checkpointing", ("blocks", "gelu")
-            check_choice(name, self.activation_checkpointing, choices)
-        if self.activation_checkpointing == "gelu" and self.compile is not None:
-            raise ValueError(
-                "activation_checkpointing=gelu does not go with compile: leave one out"
-            )
+            check_choice("activation_checkpointing", self.activation_checkpointing, RECOMPUTED)
+        if self.activation_checkpointing == "gelu" and self.compiles:
+            raise ValueError("activation_checkpointing=gelu does not go with compile=true")
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile compiles the model."""
+        return self.compile is not None and self.compile is not False
 
 
 def autocast(device_type: str, precision: str) -> AbstractContextManager:
@@ -96,7 +105,7 @@ def check_goes_with_fsdp(recipe: Recipe) -> None:
     """Raise ValueError for a recipe that needs whole factors, or DDP."""
     for name in ("refactoring", "frobenius_decay", "before_ddp"):
         if getattr(recipe, name):
-            raise ValueError(f"{name} does not go with system.parallel=fsdp: use ddp")
+            raise ValueError(f"adapter.{name} does not go with system.parallel=fsdp: use ddp")
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -105,22 +114,33 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     Weights are split by timm's rule into a group with and a group without decay. Factors have
     groups of their own.
     """
-    factors = {n: p for n, p in model.named_parameters() if p.requires_grad and is_factor(n)}
-    ids = {id(p) for p in factors.values()}
-    skip = set(getattr(model, "no_weight_decay", set)())
-    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=skip)
-    for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) not in ids]
-        group["lr_scale"] = 1.0
-    for which, scale in _factor_lr_scales(recipe).items():
-        chosen = [p for n, p in factors.items() if is_factor(n, which)]
-        decay = recipe.factor_weight_decay
-        groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
+    groups = _groups_beside_factors(model, recipe.weight_decay)
+    scale = recipe.factor_lr_scale
+    if recipe.factor_B_lr_scale == 1:
+        groups.append(_factor_group(model, recipe, FACTORS, scale))
+    else:
+        groups.append(_factor_group(model, recipe, ("A",), scale))
+        groups.append(_factor_group(model, recipe, ("B",), scale * recipe.factor_B_lr_scale))
     return [group for group in groups if group["params"]]
 
 
-def _factor_lr_scales(recipe: Recipe) -> dict[tuple[str, ...], float]:
-    scale = recipe.factor_lr_scale
-    if recipe.factor_B_lr_scale == 1:
-        return {FACTORS: scale}
-    return {("A",): scale, ("B",): scale * recipe.factor_B_lr_scale}
+def _groups_beside_factors(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    without_decay = getattr(model, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(
+        model, weight_decay, no_weight_decay_list=set(without_decay)
+    )
+    factors = {id(p) for name, p in model.named_parameters() if is_factor(name)}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in factors]
+        group["lr_scale"] = 1.0
+    return groups
+
+
+def _factor_group(
+    model: nn.Module, recipe: Recipe, which: tuple[str, ...], lr_scale: float
+) -> dict[str, Any]:
+    chosen = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and is_factor(name, which):
+            chosen.append(parameter)
+    return {"params": chosen, "weight_decay": recipe.factor_weight_decay, "lr_scale": lr_scale}

@@ -9,7 +9,6 @@ mean of (A A^T)^-1 and B^T B.
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import cast
 
 import torch
@@ -48,8 +47,7 @@ class RefLoRA:
 
     def __call__(self, learner: Learner) -> None:
         """Give the optimizer of ``learner`` a hook that acts before each step."""
-        pairs = sorted(trained_pairs(learner), key=_rank)
-        batches = [list(alike) for _, alike in groupby(pairs, _rank)]
+        batches = _by_rank(trained_pairs(learner))
         its = weakref.ref(learner)  # a cycle would keep the moments of learners that are replaced
 
         def before_step(*_: object) -> None:
@@ -100,16 +98,18 @@ def geometric_means(P: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     values of B A.
     """
     s, V = _roots_and_vectors(P)
-    root = V * s.unsqueeze(-2)
-    t, W = _roots_and_vectors(root.mT @ Q @ root)
+    K = V * s.unsqueeze(-2)
+    t, W = _roots_and_vectors(K.mT @ Q @ K)
     regular = _spread_within(eps, s) & _spread_within(eps, t)
-    s, t = (torch.where(regular, values, 1.0) for values in (s, t))
-    outer = (V / s.unsqueeze(-2)) @ W
-    inner = (V * s.unsqueeze(-2)) @ W
-    means = (outer * t.unsqueeze(-2)) @ outer.mT, (inner / t.unsqueeze(-2)) @ inner.mT
+    s = torch.where(regular, s, 1.0).unsqueeze(-2)
+    t = torch.where(regular, t, 1.0).unsqueeze(-2)
+    outer = (V / s) @ W
+    inner = (V * s) @ W
+    mean = (outer * t) @ outer.mT
+    inverse = (inner / t) @ inner.mT
     identity = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-    mean, inverse = (torch.where(regular.unsqueeze(-1), m, identity) for m in means)
-    return mean, inverse
+    regular = regular.unsqueeze(-1)
+    return torch.where(regular, mean, identity), torch.where(regular, inverse, identity)
 
 
 @torch.no_grad()
@@ -119,9 +119,9 @@ def precondition(pairs: Sequence[Adapter], eps: float = EPS) -> None:
     grams_B = torch.stack([_gram(pair.B.mT) for pair in pairs])
     means, inverses = geometric_means(grams_A, grams_B, eps)
     for pair, S, inverse in zip(pairs, means, inverses, strict=True):
-        assert pair.A.grad is not None and pair.B.grad is not None
-        pair.A.grad.copy_(inverse.to(pair.A.grad) @ pair.A.grad)
-        pair.B.grad.copy_(pair.B.grad @ S.to(pair.B.grad))
+        g_A, g_B = cast(Tensor, pair.A.grad), cast(Tensor, pair.B.grad)
+        g_A.copy_(inverse.to(g_A) @ g_A)
+        g_B.copy_(g_B @ S.to(g_B))
 
 
 @torch.no_grad()
@@ -134,13 +134,13 @@ def balance(pairs: Sequence[Adapter], optimizer: Optimizer) -> None:
         return
     norms_A = torch.stack(torch._foreach_norm([pair.A for pair in pairs]))
     norms_B = torch.stack(torch._foreach_norm([pair.B for pair in pairs]))
-    both = (norms_A > 0) & (norms_B > 0)
-    scales = torch.where(both, norms_B / norms_A, 1.0).sqrt()
-    for (A, B, _, _), p in zip(pairs, scales, strict=True):
-        A.mul_(p)
-        B.div_(p)
-        rescale_moments(optimizer.state.get(A, {}), 1 / p)
-        rescale_moments(optimizer.state.get(B, {}), p)
+    neither_is_zero = (norms_A > 0) & (norms_B > 0)
+    scales = torch.where(neither_is_zero, norms_B / norms_A, 1.0).sqrt()
+    for pair, p in zip(pairs, scales, strict=True):
+        pair.A.mul_(p)
+        pair.B.div_(p)
+        rescale_moments(optimizer.state.get(pair.A, {}), 1 / p)
+        rescale_moments(optimizer.state.get(pair.B, {}), p)
 
 
 def trained_pairs(learner: Learner) -> list[Adapter]:
@@ -148,13 +148,17 @@ def trained_pairs(learner: Learner) -> list[Adapter]:
     return [pair for pair in trained_adapters(learner.model) if pair.A.requires_grad]
 
 
-def _rank(pair: Adapter) -> int:
-    return len(pair.A)
+def _by_rank(pairs: Sequence[Adapter]) -> list[list[Adapter]]:
+    """Return the pairs in lists of one rank each, the smallest rank first."""
+    found: dict[int, list[Adapter]] = {}
+    for pair in pairs:
+        found.setdefault(len(pair.A), []).append(pair)
+    return [found[rank] for rank in sorted(found)]
 
 
 def _gram(rows: Tensor) -> Tensor:
-    exact = rows.detach().double()
-    return exact @ exact.mT
+    double = rows.detach().double()
+    return double @ double.mT
 
 
 def _roots_and_vectors(symmetric: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,4 +171,6 @@ def _spread_within(eps: float, values: Tensor) -> Tensor:
 
     ``values`` is (..., n), the result (..., 1).
     """
-    return values[..., :1] > eps * values[..., -1:]
+    smallest = values[..., :1]
+    largest = values[..., -1:]
+    return smallest > eps * largest

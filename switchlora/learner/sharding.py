@@ -1,6 +1,7 @@
 """Shard models that outgrow one device with torch's fully_shard, and gather them again."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +17,11 @@ def shard(model: nn.Module) -> nn.Module:
     Adapters cannot be added to a sharded model. Change its ``gathered`` copy instead, then shard
     that. ValueError if modules share parameters.
     """
-    if len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False))):
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if len(list(model.parameters())) < len(named):
         raise ValueError("system.parallel=fsdp does not go with parameters that modules share")
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device_type, (world_size(),))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -27,11 +30,11 @@ def shard(model: nn.Module) -> nn.Module:
 
 def skeleton(model: nn.Module) -> nn.Module:
     """Return a copy of a plain model with its buffers, whose parameters take no memory."""
-    empty = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-        for p in model.parameters()
-    }
-    return copy.deepcopy(model, empty)
+    copies: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        copies[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, copies)
 
 
 def gathered(model: nn.Module, bones: nn.Module) -> nn.Module:
@@ -40,7 +43,9 @@ def gathered(model: nn.Module, bones: nn.Module) -> nn.Module:
     It is made from the model's ``skeleton``. Only one parameter at a time is whole on the device.
     """
     plain = copy.deepcopy(bones)
-    whole = {name: full(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    whole = {}
+    for name, tensor in model.state_dict().items():
+        whole[name] = full(tensor.detach()).cpu()
     plain.load_state_dict(whole, assign=True)
     return plain.train(model.training)
 
@@ -51,11 +56,15 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [
-        child
-        for parent in reversed(list(model.modules()))
-        if isinstance(parent, nn.Sequential | nn.ModuleList)
-        for child in parent
-        if not isinstance(child, nn.Linear)
-        and any(isinstance(module, nn.Linear) for module in child.modules())
-    ]
+    """Return the members of sequences that hold linears, the innermost sequences first."""
+    found: list[nn.Module] = []
+    for parent in reversed(list(model.modules())):
+        if isinstance(parent, nn.Sequential | nn.ModuleList):
+            found += filter(_holds_linears, parent)
+    return found
+
+
+def _holds_linears(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return False
+    return any(isinstance(part, nn.Linear) for part in module.modules())

@@ -1,8 +1,10 @@
 """Measure throughput, epoch time and peak memory of each phase."""
 
+import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -43,14 +45,15 @@ class Stopwatch:
     def lap(self) -> None:
         """Count one finished update and its time."""
         now = time.perf_counter()
+        seconds = now - self._mark
+        self._mark = now
         if self._settling:
             self._settling -= 1
         else:
-            self._laps.append(now - self._mark)
+            self._laps.append(seconds)
         self._num_updates += 1
-        self.train_seconds += now - self._mark
-        self._phase_seconds += now - self._mark
-        self._mark = now
+        self.train_seconds += seconds
+        self._phase_seconds += seconds
 
     @contextmanager
     def paused(self, monitor: bool = False) -> Iterator[None]:
@@ -77,15 +80,19 @@ class Stopwatch:
 
         A value is None if too few updates were made for it.
         """
-        counted = self._laps
-        typical = median(counted) if counted else None
+        speed = epoch_seconds = quartiles = None
+        if self._laps:
+            typical = median(self._laps)
+            speed = batch_size / typical
+            epoch_seconds = typical * updates_per_epoch
+        if len(self._laps) > 3:
+            fast, _, slow = quantiles(self._laps)
+            quartiles = [batch_size / slow, batch_size / fast]
         peak = peak_memory(self.device)
         return {
-            "images_per_second": batch_size / typical if typical else None,
-            "images_per_second_quartiles": [batch_size / q for q in quantiles(counted)[::-2]]
-            if len(counted) > 3
-            else None,
-            "epoch_seconds": typical * updates_per_epoch if typical else None,
+            "images_per_second": speed,
+            "images_per_second_quartiles": quartiles,
+            "epoch_seconds": epoch_seconds,
             "peak_memory_bytes": peak and max(peak, self._earlier_peak),
             "num_updates": self._num_updates,
             "train_seconds": self._phase_seconds,
@@ -106,9 +113,11 @@ class Stopwatch:
         """Continue from the times and the peak of a ``state_dict``."""
         self.start_phase()
         self._laps = list(state["laps"])
-        self._num_updates, self._earlier_peak = state["num_updates"], state["peak"]
+        self._num_updates = state["num_updates"]
         self._phase_seconds = state["phase_seconds"]
-        self.monitor_seconds, self.train_seconds = state["monitor_seconds"], state["train_seconds"]
+        self._earlier_peak = state["peak"]
+        self.monitor_seconds = state["monitor_seconds"]
+        self.train_seconds = state["train_seconds"]
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -116,11 +125,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -131,8 +137,7 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        with open(STATUS) as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError):
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path(STATUS).read_text(), re.M)
+    except OSError:
         return None
+    return int(found[1]) * 1024 if found else None

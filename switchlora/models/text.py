@@ -42,7 +42,7 @@ class CausalTransformer(nn.Module):
         context: int,
         vocabulary: int = 256,
         embed_dim: int = 128,
-        depth: int = 4,
+        depth: int = 6,
         num_heads: int = 4,
         mlp_ratio: float = 4.0,
     ) -> None:

@@ -52,7 +52,7 @@ class Stages:
     """
 
     by: str = "target"
-    interval: int = 0
+    interval: int = 52
     least: int = 1
     still: float | None = None
 

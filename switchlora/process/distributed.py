@@ -30,9 +30,10 @@ def join() -> None:
     """
     if dist.is_initialized() or not _launched_as_one_of_several():
         return
+    backend = "gloo"
     if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
 
 
@@ -73,7 +74,8 @@ def total(values: Sequence[float]) -> list[float]:
 
 def any_rank(*flags: bool) -> list[bool]:
     """Return whether each flag is set on at least one rank."""
-    return [count > 0 for count in total([float(flag) for flag in flags])]
+    counts = total(list(map(float, flags)))
+    return [count > 0 for count in counts]
 
 
 def gather(value: T) -> list[T]:
@@ -92,20 +94,21 @@ def from_primary(compute: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return compute()
-    result: list[Any] = [None, None]
+    value: Any = None
     error = None
     if is_primary():
         try:
-            result[0] = compute()
+            value = compute()
         except Exception as caught:
             error = caught
-            result[1] = f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(result)
+    sent = [value, _told(error)]
+    dist.broadcast_object_list(sent)
     if error is not None:
         raise error
-    if result[1] is not None:
-        raise OtherRankFailed(result[1])
-    return result[0]
+    value, message = sent
+    if message is not None:
+        raise OtherRankFailed(message)
+    return value
 
 
 @contextmanager
@@ -120,12 +123,16 @@ def together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    messages = gather(None if error is None else f"{type(error).__name__}: {error}")
+    messages = gather(_told(error))
     if error is not None:
         raise error
     for number, message in enumerate(messages):
         if message is not None:
             raise OtherRankFailed(f"rank {number}: {message}")
+
+
+def _told(error: Exception | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -168,9 +175,12 @@ def lost_rank(error: BaseException) -> str | None:
     """Return a line on an error that comes from another rank's end; None for any other error."""
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return None
-    if not isinstance(error, dist.DistError) and not any(w in str(error) for w in BROKEN):
+    message = str(error)
+    broken = any(words in message for words in BROKEN)
+    if not broken and not isinstance(error, dist.DistError):
         return None
-    reason = re.sub(r"\[[^]]*\]:?\S*", "", str(error)).strip().split(". ")[0]
+    without_places = re.sub(r"\[[^]]*\]:?\S*", "", message)
+    reason = without_places.strip().split(". ")[0]
     return f"another process of this run is gone ({reason})"
 
 

@@ -15,8 +15,10 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from switchlora.errors import JobFailed, LoaderDied, OtherRankFailed, RankLost, TrainingStopped
 from switchlora.names import near
 from switchlora.process import distributed
-from switchlora.process.words import explained
+from switchlora.process.words import explained, spelled_out
 
+UNKNOWN_TARGET = re.compile(r"Error locating target '(switchlora\.[\w.]+)'")
+BUILT_FROM = re.compile(r"full_key: (\S+)")
 SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
 FAILURE = "SWITCHLORA_FAILURE"
 """names the file to which a job of a multirun writes its one line"""
@@ -41,8 +43,10 @@ def exit_with_one_line(error: Exception) -> NoReturn:
     writes the line to the file that ``FAILURE`` names. With ``SHOW_TRACEBACK`` in the environment
     every error is raised again.
     """
-    told = isinstance(error, USER_ERRORS) or from_launcher(error)
-    line = one_line(error) if told else distributed.lost_rank(error)
+    if isinstance(error, USER_ERRORS) or from_launcher(error):
+        line: str | None = one_line(error)
+    else:
+        line = distributed.lost_rank(error)
     if FAILURE in os.environ and distributed.is_primary():
         with suppress(OSError):  # a full disk may be the very error
             Path(os.environ[FAILURE]).write_text(line or f"{type(error).__name__}: {error}")
@@ -63,12 +67,15 @@ def from_launcher(error: Exception) -> bool:
 
 def one_line(error: BaseException) -> str:
     """Return the message that matters, of an error or one of its causes, on one line."""
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
-        return one_line(error.__cause__)
-    if (line := explained(str(error))) is not None:
-        return line
+    cause = error.__cause__
     message = str(error)
-    if unknown := re.search(r"Error locating target '(switchlora\.[\w.]+)'", message):
+    if isinstance(error, InstantiationException) and isinstance(cause, USER_ERRORS):
+        built = BUILT_FROM.search(message)
+        return spelled_out(one_line(cause), built[1]) if built else one_line(cause)
+    line = explained(message)
+    if line is not None:
+        return line
+    if unknown := UNKNOWN_TARGET.search(message):
         message = (
             f"this version of switchlora has no {unknown[1]}: the configuration is another's; "
             "make the run anew"
@@ -78,7 +85,6 @@ def one_line(error: BaseException) -> str:
             f"{error.full_key}: {message.splitlines()[0]}; choose groups that go together, "
             "such as model=bytes with data=bytes, and an image model with images"
         )
-    cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None:
         message += f"; {near(str(cause.key), map(str, cause.parent_node))}"
     return " ".join(message.split("Config search path")[0].split())

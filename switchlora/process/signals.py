@@ -3,11 +3,13 @@
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REQUEUE = signal.SIGUSR2
+Handler = Callable[[int, FrameType | None], None]
 
 
 class Interruption:
@@ -30,12 +32,15 @@ class Interruption:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():
-            for number in (*SIGNALS, REQUEUE):
-                if self._is_ours(number):
-                    self._previous[number] = signal.signal(number, self._note)
-            if REQUEUE in self._previous and callable(signal.getsignal(signal.SIGTERM)):
-                self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._warn)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in SIGNALS:
+            if _is_unhandled(number):
+                self._handle(number, self._note)
+        if _is_handled(REQUEUE):
+            self._handle(REQUEUE, self._note)
+            if callable(signal.getsignal(signal.SIGTERM)):
+                self._handle(signal.SIGTERM, self._warn)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,10 +54,13 @@ class Interruption:
         exit here with status 0. A failed task could take the primary rank with it before that has
         put the job back into the queue.
         """
-        handler = self._previous.get(self.received) if self.received else None
+        handler = self._previous.get(REQUEUE)
         if self.received is REQUEUE and callable(handler):
-            handler(self.received, None)
+            handler(REQUEUE, None)
             sys.exit(0)
+
+    def _handle(self, number: signal.Signals, handler: Handler) -> None:
+        self._previous[number] = signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)
@@ -63,10 +71,11 @@ class Interruption:
         self.warned = True
         self._previous[signal.SIGTERM](number, frame)
 
-    @staticmethod
-    def _is_ours(number: signal.Signals) -> bool:
-        handler = signal.getsignal(number)
-        if handler is None:
-            return False
-        unhandled = handler in (signal.SIG_DFL, signal.default_int_handler)
-        return not unhandled if number is REQUEUE else unhandled
+
+def _is_unhandled(number: signal.Signals) -> bool:
+    return signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def _is_handled(number: signal.Signals) -> bool:
+    """Return whether the signal does something else than by default."""
+    return signal.getsignal(number) is not None and not _is_unhandled(number)

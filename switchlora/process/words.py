@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,14 @@ FLAGS_WITH_VALUE = (
     *("--cfg", "-c", "--package", "-p"),
 )
 WORD = re.compile(r"(?P<sign>[+~]*)(?P<key>[\w./]+)(?P<package>@[\w.:]+)?=(?P<value>.*)", re.S)
+NO_BRACKETS = re.compile(r"\\.|'[^']*'|\"[^\"]*\"", re.S)
+"""parts of a word in which Hydra sees no brackets"""
 MISSING_KEY = re.compile(r"Could not override '([\w.]+)'")
 MISSING_PLUGIN = re.compile(r"Could not find 'hydra/(launcher|sweeper)/([a-z]+)")
-FOLLOWS = re.compile(r"adapter\.(optimizer|scheduler)\.(\w+)$")
+UNREADABLE = re.compile(r"(no viable alternative|mismatched|extraneous|token recognition error).*")
+ADDS = re.compile(r"(?P<sign>\+\+?|~)full\.(?P<leaf>(optimizer|scheduler)\.[\w.]+)(=.*)?", re.S)
+FOLLOWED = ("full.optimizer.", "full.scheduler.")
+"""what the keys begin with that the adapter phase follows one by one"""
 MEANT = {"optimizer": "recipe@full=sgd", "full.optimizer": "recipe@full=sgd"}
 """what sets a thing that is no key of its own"""
 WITHOUT_DEFAULT = ("method", "experiments")
@@ -33,6 +39,13 @@ BASE = "base"
 """the yaml of a group that its others begin with; it is no choice"""
 NUMBERS_OR_WORDS = ("monitor.window",)
 """keys that take a number or a word"""
+QUOTE = "quote the whole argument, such as 'full.compile={mode: default}'"
+
+
+def prepare_words() -> None:
+    """Check the words of this process's command line and put them as Hydra wants them."""
+    hide_bases()
+    sys.argv[1:] = checked(sys.argv[1:])
 
 
 def checked(words: Sequence[str]) -> list[str]:
@@ -43,56 +56,63 @@ def checked(words: Sequence[str]) -> list[str]:
     - A new key needs a section that is there.
 
     ``method=lora`` and ``experiments=demo`` become ``+method=lora`` and ``+experiments=demo``.
+    Before a word stands its ``follower``.
     """
-    given = list(words)
-    own = own_folders(given)
-    found = []
-    rest = iter(given)
+    places = own_folders(words)
+    found: list[str] = []
+    rest = iter(words)
     for word in rest:
-        found.append(word)
         if word in FLAGS_WITH_VALUE:
-            found.append(next(rest, ""))
-        elif not FLAGS.match(word) and not word.startswith(FLAGS_WITH_VALUE):
-            found[-1] = checked_word(word, own)
+            found += [word, next(rest, "")]
+        elif FLAGS.match(word) or word.startswith(FLAGS_WITH_VALUE):
+            found.append(word)
+        else:
+            found += [*follower(word, words), checked_word(word, places)]
     return found
 
 
 def own_folders(words: Sequence[str]) -> tuple[Path, ...]:
     """Return the folders of configurations: this program's, and the user's with --config-dir."""
     places = [folder_of("conf"), folder_of("experiments").parent]
-    for position, word in enumerate(words):
-        if word in ("--config-dir", "-cd") and position + 1 < len(words):
-            places.append(Path(words[position + 1]))
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
+        if word in ("--config-dir", "-cd") and following:
+            places.append(Path(following))
         elif word.startswith("--config-dir="):
-            places.append(Path(word.partition("=")[2]))
+            places.append(Path(word.removeprefix("--config-dir=")))
     return tuple(places)
 
 
 def checked_word(word: str, places: tuple[Path, ...]) -> str:
     """Return one setting as Hydra wants it; ValueError where it can be none."""
+    check_brackets(word)
     match = WORD.match(word)
     if match is None:
         if word.startswith("~"):
             return word
         raise ValueError(no_setting(word, places))
-    sign, key, value = match["sign"], match["key"], match["value"]
+    key = match["key"]
     if key.startswith(("hydra.", "hydra/")):
         return word
     choices = choices_of(key, places)
-    if value in choices and not sign and key in WITHOUT_DEFAULT:
-        return f"+{word}"
-    if "/" in key or (choices and key not in WITHOUT_DEFAULT):
-        check_choice_of(word, key, value, choices)
-    group = key.replace(".", "/")
-    if "." in key and not match["package"] and choices_of(group, places) and is_plain(value):
-        raise ValueError(
-            f"{key} is a group: write {group}=CHOICE, one of "
-            f"{', '.join(choices_of(group, places))}; its numbers are {key}.KEY=VALUE"
-        )
-    top = key.split(".")[0]
-    if sign == "+" and not choices and top not in sections():
+    if key in WITHOUT_DEFAULT:
+        names_a_choice = match["value"] in choices and not match["sign"]
+        return f"+{word}" if names_a_choice else word
+    if choices or "/" in key:
+        check_choice_of(word, key, match["value"], choices)
+        return word
+    if "." in key and not match["package"]:
+        check_is_no_group(key, match["value"], places)
+    if match["sign"] == "+" and key.split(".")[0] not in sections():
         raise ValueError(f"there is no key '{key}'; {near_keys(key)}")
     return word
+
+
+def check_brackets(word: str) -> None:
+    """Raise ValueError for a word that a shell has cut off inside a bracket."""
+    plain = NO_BRACKETS.sub("", word)
+    for left, right in ("()", "[]", "{}"):
+        if plain.count(left) != plain.count(right):
+            raise ValueError(f"{word}: not every {left} has its {right}; {QUOTE}")
 
 
 def no_setting(word: str, places: tuple[Path, ...]) -> str:
@@ -110,9 +130,22 @@ def check_choice_of(word: str, group: str, value: str, choices: Sequence[str]) -
     """Raise ValueError unless ``value`` names choices of a group, or nothing."""
     if not choices:
         raise ValueError(f"there is no group '{group}'; {near(group, groups())}")
+    if re.search(r"[\[\](){}$]", value):
+        return
     for choice in value.split(","):
-        if choice not in (*choices, "null", "") and not re.search(r"[\[\](){}$]", value):
+        if choice not in (*choices, "null", ""):
             raise ValueError(f"{word}: choose one of {', '.join(choices)}")
+
+
+def check_is_no_group(key: str, value: str, places: tuple[Path, ...]) -> None:
+    """Raise ValueError for a word or a number as the value of a key that is a group."""
+    group = key.replace(".", "/")
+    choices = choices_of(group, places)
+    if choices and is_plain(value):
+        raise ValueError(
+            f"{key} is a group: write {group}=CHOICE, one of {', '.join(choices)}; "
+            f"its numbers are {key}.KEY=VALUE"
+        )
 
 
 def is_plain(value: str) -> bool:
@@ -120,23 +153,40 @@ def is_plain(value: str) -> bool:
     return bool(re.fullmatch(r"[\w.+-]+", value)) and value != "null"
 
 
+def follower(word: str, words: Sequence[str]) -> list[str]:
+    """Return the word with which the adapter phase follows a key that ``word`` adds or deletes.
+
+    For ``+full.optimizer.eps=1e-6`` it is ``+adapter.optimizer.eps=${full.optimizer.eps}``. There
+    is none if ``words`` set that key, or choose a recipe of its own for the adapter phase.
+    """
+    added = ADDS.fullmatch(word)
+    if added is None:
+        return []
+    sign, leaf = added["sign"], added["leaf"]
+    keys = {word.lstrip("+~").split("=")[0] for word in words}
+    if f"adapter.{leaf}" in keys or "recipe@adapter" in keys:
+        return []
+    value = "" if sign == "~" else f"=${{full.{leaf}}}"
+    return [f"{sign}adapter.{leaf}{value}"]
+
+
 @cache
 def choices_of(group: str, places: tuple[Path, ...]) -> tuple[str, ...]:
     """Return the choices of a group over all folders, () where none knows it."""
-    found = {path.stem for place in places for path in (place / group).glob("*.yaml")} - {BASE}
-    nested = {
-        f"{path.parent.name}/{path.stem}"
-        for place in places
-        for path in (place / group).glob("*/*.yaml")
-    }
-    return tuple(sorted(found | nested)) if found else ()
+    found = set()
+    for place in places:
+        folder = place / group
+        for path in (*folder.glob("*.yaml"), *folder.glob("*/*.yaml")):
+            found.add(path.relative_to(folder).with_suffix("").as_posix())
+    found.discard(BASE)
+    is_group = any("/" not in name for name in found)
+    return tuple(sorted(found)) if is_group else ()
 
 
 def groups() -> list[str]:
     """Return the names of this program's groups: each folder of ``conf`` with a yaml."""
     conf = folder_of("conf")
-    folders = {path.parent for path in conf.rglob("*.yaml")} - {conf}
-    return sorted(folder.relative_to(conf).as_posix() for folder in folders)
+    return sorted({path.parent.relative_to(conf).as_posix() for path in conf.glob("*/**/*.yaml")})
 
 
 class Known(NamedTuple):
@@ -150,36 +200,81 @@ class Known(NamedTuple):
 def known_keys() -> dict[str, Known]:
     """Map each key of any yaml to where it is known from."""
     conf = folder_of("conf")
-    found = {key: Known("", value) for key, value in leaves(load(conf / "config.yaml"))}
+    found: dict[str, Known] = {}
+    add_keys(found, conf / "config.yaml", "", "")
     for group in groups():
+        package = "@full" if group == "recipe" else ""
         for path in sorted((conf / group).glob("*.yaml")):
-            if not path.read_text().startswith("# @package _global_"):
-                choice = f"{group}={path.stem}"
-                if path.stem == BASE:
-                    choice = f"another choice of {group}"
-                for key, value in leaves(load(path)):
-                    found.setdefault(prefix_of(group, path.stem) + key, Known(choice, value))
+            prefix = prefix_of(group, path.stem)
+            owner = f"{group}{package}={path.stem}"
+            if path.stem == BASE:
+                owner = f"another choice of {group}"
+            add_keys(found, path, prefix, owner)
+    for key in filter(lambda key: key.startswith(FOLLOWED), list(found)):
+        found[key.replace("full", "adapter", 1)] = found[key]
     return found
 
 
+def add_keys(found: dict[str, Known], path: Path, prefix: str, choice: str) -> None:
+    """Add the keys of a yaml that belong to a group, unless ``found`` has them."""
+    text = path.read_text()
+    if text.startswith("# @package _global_"):
+        return
+    content = yaml.safe_load(text) or {}
+    for key, value in leaves(content):
+        if key.split(".")[0] not in ("defaults", "hydra"):
+            found.setdefault(prefix + key, Known(choice, value))
+
+
 def check_kinds(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a word in the place of a number, a switch or a section of keys."""
+    """Raise ValueError for a word in the place of a number, a switch or a section of keys.
+
+    Raise it also for a key of ``full`` that the adapter phase would not follow.
+    """
     for key, value in leaves(config):
-        if not isinstance(value, str | bool | int | float):
-            continue
-        inside = sorted(name for name in known_keys() if name.startswith(f"{key}."))
-        if inside:
-            parts = dict.fromkeys(name.removeprefix(f"{key}.").split(".")[0] for name in inside)
-            raise ValueError(
-                f"{key} is '{value}': it holds {', '.join(parts)}; set one of these, such as "
-                f"{inside[0]}=VALUE"
-            )
-        if isinstance(value, str) and key in known_keys() and key not in NUMBERS_OR_WORDS:
-            default = known_keys()[key].value
-            if isinstance(default, bool):
-                raise ValueError(f"{key} is '{value}': give true or false")
-            if isinstance(default, int | float):
-                raise ValueError(f"{key} is '{value}': give a number, such as {default}")
+        if isinstance(value, str | bool | int | float):
+            check_is_no_section(key, value)
+        if isinstance(value, str) and key not in NUMBERS_OR_WORDS:
+            check_kind(key, value)
+    for section in ("optimizer", "scheduler"):
+        check_followed(config, section)
+
+
+def check_is_no_section(key: str, value: Any) -> None:
+    """Raise ValueError for a single value of a key that holds other keys."""
+    before = f"{key}."
+    inside = [name.removeprefix(before) for name in known_keys() if name.startswith(before)]
+    if inside:
+        inside.sort()
+        parts = dict.fromkeys(name.split(".")[0] for name in inside)
+        raise ValueError(
+            f"{key} is '{value}': it holds {', '.join(parts)}; set one of these, such as "
+            f"{before}{inside[0]}=VALUE"
+        )
+
+
+def check_kind(key: str, value: str) -> None:
+    """Raise ValueError for a word as the value of a key that takes a number or a switch."""
+    if key not in known_keys():
+        return
+    default = known_keys()[key].value
+    if isinstance(default, bool):
+        raise ValueError(f"{key} is '{value}': give true or false")
+    if isinstance(default, int | float):
+        raise ValueError(f"{key} is '{value}': give a number, such as {default}")
+
+
+def check_followed(config: Mapping[str, Any], section: str) -> None:
+    """Raise ValueError for a key that a yaml adds to ``section`` of the full phase alone."""
+    full, adapter = config["full"][section], config["adapter"][section]
+    if full["_target_"] != adapter["_target_"]:
+        return
+    for name in full.keys() - adapter.keys():
+        key = f"full.{section}.{name}"
+        raise ValueError(
+            f"the adapter phase does not follow {key}, which is new: set "
+            f"adapter.{section}.{name} too, to a value or to '${{{key}}}'"
+        )
 
 
 def prefix_of(group: str, choice: str) -> str:
@@ -189,15 +284,9 @@ def prefix_of(group: str, choice: str) -> str:
     return group.replace("/", ".") + "."
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Return the content of a yaml, its defaults list left out."""
-    content = yaml.safe_load(path.read_text()) or {}
-    return {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
-
-
 def sections() -> set[str]:
     """Return the first words of all keys."""
-    return {key.split(".")[0] for key in known_keys()} | {"adapter", "switch", "search", "launch"}
+    return {key.split(".")[0] for key in known_keys()} | {"search", "launch"}
 
 
 def near_keys(key: str) -> str:
@@ -205,12 +294,36 @@ def near_keys(key: str) -> str:
     if key in MEANT:
         return f"write {MEANT[key]}"
     last = key.split(".")[-1]
-    alike = sorted(name for name in known_keys() if name.split(".")[-1] == last)
+    alike = [name for name in known_keys() if name.split(".")[-1] == last]
     return f"near names: {', '.join(alike[:5])}" if alike else near(key, known_keys())
 
 
+def spelled_out(message: str, section: str) -> str:
+    """Return a message of what ``section`` builds, with the names of its keys in full.
+
+    A key stands at the beginning or before '='.
+
+    >>> spelled_out("quorum is 2: give a share above 0, at most 1", "switch.criterion")
+    'switch.criterion.quorum is 2: give a share above 0, at most 1'
+    """
+    above = section.rpartition(".")[0]
+
+    def in_full(word: re.Match) -> str:
+        for key in (f"{section}.{word[0]}", f"{above}.{word[0]}"):
+            if key in known_keys():
+                return key
+        return word[0]
+
+    return re.sub(r"^[\w.]+|[\w.]+(?==)", in_full, message)
+
+
 def explained(message: str) -> str | None:
-    """Return a line for Hydra's error on a key or a plugin that is not there; None for others."""
+    """Return a line for one of Hydra's errors; None for others.
+
+    It knows what a missing key, a missing plugin and an argument without quotes look like.
+    """
+    if unreadable := UNREADABLE.search(message):
+        return f"a value cannot be read ({unreadable[0]}); {QUOTE}"
     if plugin := MISSING_PLUGIN.search(message):
         kind, name = plugin.groups()
         return f"this needs a plugin that is not installed: pip install hydra-{name}-{kind}"
@@ -220,12 +333,9 @@ def explained(message: str) -> str | None:
     key = missing[1]
     if key in MEANT:
         return f"{key} is no key that takes a value: write {MEANT[key]}"
-    if follows := FOLLOWS.match(key):
-        phase = f"full.{follows[1]}.{follows[2]}"
-        scale = "; adapter.lr_scale scales all rates of the adapter phase" * (follows[2] == "lr")
-        return f"adapter.{follows[1]} follows full.{follows[1]}: set {phase}{scale}"
-    if key in known_keys() and known_keys()[key].owner:
-        return f"{key} belongs to {known_keys()[key].owner}: choose that too"
+    owner = known_keys()[key].owner if key in known_keys() else ""
+    if owner:
+        return f"{key} belongs to {owner}: choose that too"
     return f"there is no key '{key}'; {near_keys(key)}"
 
 
@@ -238,9 +348,3 @@ def hide_bases() -> None:
         return [choice for choice in listed(*arguments, **options) if choice != BASE]
 
     ConfigRepository.get_group_options = without_base  # type: ignore[method-assign]
-
-
-def prepare_words() -> None:
-    """Check the words of this process's command line and put them as Hydra wants them."""
-    hide_bases()
-    sys.argv[1:] = checked(sys.argv[1:])
