@@ -41,26 +41,31 @@ def lead_outside(app: Sphinx, docname: str, source: list[str]) -> None:
     They are written as paths, so that they lead somewhere in a checkout too. The page
     'experiments' gets the text of experiments/README.md.
     """
-    base = DOCS
+    folder = (DOCS / docname).parent
+    base = folder
     if docname == "experiments":
-        base, source[0] = EXPERIMENTS.parent, EXPERIMENTS.read_text()
-    source[0] = LINK.sub(lambda found: relinked(found, base), source[0])
+        base = EXPERIMENTS.parent
+        source[0] = EXPERIMENTS.read_text()
+    source[0] = LINK.sub(lambda found: relinked(found, base, folder), source[0])
 
 
-def relinked(found: re.Match, base: Path) -> str:
-    """A link as it stands, or to the page of experiments/README.md, or to a copy of its file."""
+def relinked(found: re.Match, base: Path, folder: Path) -> str:
+    """A link from a text in ``base`` as its page in ``folder`` needs it.
+
+    It leads to a page, a picture or a copy of its file. A link to a folder becomes its words.
+    """
     mark, text, target = found.groups()
     path, _, anchor = target.partition("#")
-    file = (base / path).resolve()
-    if "://" in target or not path or DOCS in file.parents:
+    if "://" in target or not path:
         return found[0]
+    file = (base / path).resolve()
     if not file.exists():
         getLogger(__name__).warning("%s leads nowhere", found[0])
-    here = os.path.relpath(file, DOCS)
-    if mark:
-        return f"![{text}]({here})"
     if file == EXPERIMENTS:
-        return f"[{text}](experiments.md{anchor and f'#{anchor}'})"
+        file = DOCS / "experiments.md"
+    here = os.path.relpath(file, folder)
+    if mark or DOCS in file.parents:
+        return f"{mark}[{text}]({here}{anchor and f'#{anchor}'})"
     words = text.replace("`", "")
     return f"{{download}}`{words} <{here}>`" if file.is_file() else text
 

@@ -10,7 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from conf_yamls import composed
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+RESULTS = sorted((DOCS / "results").glob("*.md"))
+RECORDS = DOCS.parent / "experiments/README.md"
+PAGES = [*sorted(DOCS.glob("*.md")), *RESULTS, RECORDS]
 sys.path.insert(0, str(DOCS))
 from reference import page  # noqa: E402
 
@@ -50,4 +52,19 @@ def test_links_of_a_page_lead_somewhere(path):
     for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         place, _, _ = link.partition("#")
         known = link.startswith(("http", "#", "mailto:"))
-        assert known or (DOCS / place).exists(), link
+        assert known or (path.parent / place).exists(), link
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_a_result_begins_with_how_it_was_made(path):
+    table = re.match(r"# .*\n\n((?:\|.*\n)+)", path.read_text())
+    assert table
+    rows = re.findall(r"^\| (\w+) \| \S", table[1], re.M)
+    assert rows == ["Date", "Command", "Commit", "Hardware", "Seeds", "Files"]
+
+
+def test_the_overview_has_a_line_for_every_result():
+    told = re.findall(
+        r"^\| \[.*\]\((.*)\) \| [\d-]+ \| \S", (DOCS / "results.md").read_text(), re.M
+    )
+    assert sorted(told) == [f"results/{path.name}" for path in RESULTS]
