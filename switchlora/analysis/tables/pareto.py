@@ -170,7 +170,7 @@ def _draw_key(axes: Axes, numbers: Sequence[str], labels: Sequence[str]) -> None
     """Draw the key right of the picture: each row's number and its label."""
     handles = []
     for number, label in zip(numbers, labels, strict=True):
-        handles += axes.plot([], [], " ", label=f"{number}: {label}")
+        handles.extend(axes.plot([], [], " ", label=f"{number}: {label}"))
     axes.figure.legend(
         handles=handles,
         loc="outside right center",

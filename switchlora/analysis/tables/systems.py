@@ -95,7 +95,7 @@ def switch_notes(rows: Sequence[Row]) -> list[str]:
     notes = []
     for row in rows:
         if not row.trains_in_full:
-            notes += _notes_on(row)
+            notes.extend(_notes_on(row))
     return notes
 
 
