@@ -98,7 +98,7 @@ def torchvision_data(name: str, root: str, **options: Any) -> Dataset:
         return downloaded(kind, root, options)
 
 
-def downloaded(kind: type[Dataset], root: str, options: Mapping[str, Any]) -> Dataset:
+def downloaded(kind: type[Any], root: str, options: Mapping[str, Any]) -> Dataset:
     """Say what is downloaded into ``root``, do it, and return the data set."""
     name = kind.__name__
     mirrors = getattr(kind, "mirrors", ["torchvision's host"])
