@@ -166,7 +166,7 @@ def _runset(ids: Sequence[str], records: Sequence[Record], entity: str, project:
         entity,
         project,
         "Runs",
-        filters=expr.And(expr.Metric("ID").isin(ids)),
+        filters=expr.And(expr.Metric("ID").isin(list(ids))),
         groupby=["group"] if grouped else [],
     )
 

@@ -12,14 +12,13 @@ each cell are added to bench.json, bench.md and bench.png in FOLDER as soon as t
 
 import argparse
 import copy
-import gc
 import signal
 import sys
 from ast import literal_eval
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -57,7 +56,7 @@ from switchlora.cost import (
     trace_update,
 )
 from switchlora.errors import OtherRankFailed, check_range
-from switchlora.learner import PRECISIONS
+from switchlora.learner import PRECISIONS, release_memory
 from switchlora.models import eval_mode
 from switchlora.names import family
 from switchlora.process import distributed
@@ -230,7 +229,8 @@ def trace_of(arm: Arm, cell: Cell) -> Trace:
 
 def foresee(cell: Cell, traces: Mapping[str, Trace], base: nn.Module, result: Result) -> None:
     """Measure the machine and write the predictions by arm and by layer into ``result``."""
-    machine = machine_of(cell.precision)
+    say(f"measuring the machine in {cell.precision}, if it is not yet known")
+    machine = measure_machine(device_of_benchmark(), cell.precision)
     result["machine"] = asdict(machine)
     predictions = {}
     for name, trace in traces.items():
@@ -256,13 +256,6 @@ def largest_batch(cell: Cell, base: nn.Module, gib: float) -> int:
     if not steps:
         raise ValueError(f"--fit {gib:g}: not even a batch of {step} fits there")
     return steps * step
-
-
-@cache
-def machine_of(precision: str) -> Machine:
-    """Return the measured speeds of this machine in ``precision``, measured once per process."""
-    say(f"measuring the machine in {precision}")
-    return measure_machine(device_of_benchmark(), precision)
 
 
 def plain(prediction: Prediction, trace: Trace) -> dict[str, float]:
@@ -388,13 +381,6 @@ def measure_times(
                 seconds.setdefault(part, []).append(value)
     for name in options.arms:
         say(f"  {arm_line(result, name)}")
-
-
-def release_memory(device: torch.device) -> None:
-    """Free the memory that the last cell held."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def worth_keeping(result: Result, options: argparse.Namespace) -> bool:

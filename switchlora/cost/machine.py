@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from statistics import median
 from typing import NamedTuple
@@ -51,6 +51,7 @@ class Machine:
         return max(operation.flops / rate, operation.bytes / self.bandwidth, shortest)
 
 
+@cache
 def measure_machine(device: torch.device, precision: str) -> Machine:
     """Time products, attention, element-wise operations and the averaging of gradients.
 

@@ -52,5 +52,6 @@ from switchlora.learner.stopwatch import (
     WARMUP_UPDATES as WARMUP_UPDATES,
     Stopwatch as Stopwatch,
     peak_memory as peak_memory,
+    release_memory as release_memory,
     reset_peak_memory as reset_peak_memory,
 )

@@ -1,6 +1,6 @@
 """A recipe: the optimizer, schedule and precision of one phase."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -125,7 +125,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _groups_beside_factors(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    without_decay = getattr(model, "no_weight_decay", set)()
+    without_decay: Iterable[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(
         model, weight_decay, no_weight_decay_list=set(without_decay)
     )

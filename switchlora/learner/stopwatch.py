@@ -1,5 +1,6 @@
 """Measure throughput, epoch time and peak memory of each phase."""
 
+import gc
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -127,6 +128,13 @@ def reset_peak_memory(device: torch.device) -> None:
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def release_memory(device: torch.device) -> None:
+    """Free the memory of tensors that nothing needs any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory(device: torch.device) -> int | None:

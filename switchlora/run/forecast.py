@@ -1,10 +1,8 @@
 """Predict the time of an update of a run with the cost model."""
 
-from functools import cache
-
 import torch
 
-from switchlora.cost import Machine, Prediction, measure_machine, predict, trace_batch
+from switchlora.cost import Prediction, measure_machine, predict, trace_batch
 from switchlora.learner import is_sharded
 from switchlora.process import any_rank, one_line, world_size
 from switchlora.run.run import Run
@@ -30,14 +28,8 @@ def predicted_update(run: Run) -> Prediction | None:
     (failed,) = any_rank(trace is None)
     if trace is not None and not failed:
         try:
-            return predict(trace, machine_of(run.device, run.recipe.precision), world_size())
+            return predict(trace, measure_machine(run.device, run.recipe.precision), world_size())
         except torch.OutOfMemoryError as error:
             why = one_line(error)
     run.log.line(f"  the time of an update cannot be predicted: {why}")
     return None
-
-
-@cache
-def machine_of(device: torch.device, precision: str) -> Machine:
-    """Return the measured speeds of this machine in ``precision``, measured once per process."""
-    return measure_machine(device, precision)

@@ -8,19 +8,17 @@
 Each returns what happened, for ``tell``: Changed, or Failed when the run goes on as it was.
 """
 
-import gc
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from switchlora.adapters import Target, set_mix
 from switchlora.cost import Prediction, speedup_parts, warning
 from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
-from switchlora.learner import Learner, module_gradients
+from switchlora.learner import Learner, module_gradients, release_memory
 from switchlora.policy import Standing
 from switchlora.run.forecast import predicted_update
 from switchlora.run.run import Run
@@ -311,10 +309,3 @@ def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tenso
     names = sorted({target.module for target in targets.values()})
     found = module_gradients(run.model, names, run.data.loss, recipe.precision, inputs, labels)
     return {name: found[target.module][target.rows] for name, target in targets.items()}
-
-
-def release_memory(device: torch.device) -> None:
-    """Free the memory of replaced optimizer state, gradients and weights."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
