@@ -169,7 +169,7 @@ class Run:
         return inputs[: self.micro_batch].to(self.device)
 
     def count_flops(self) -> None:
-        """Add the FLOPs of the update that was just made to ``run.ledger.train_flops``.
+        """Add the FLOPs of the update that was just made to ``ledger.train_flops``.
 
         What guided layers skipped in the joint phase is subtracted. The total becomes None when
         the FLOPs of an update are unknown.
