@@ -125,10 +125,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _groups_beside_factors(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    without_decay: Iterable[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(
-        model, weight_decay, no_weight_decay_list=set(without_decay)
-    )
+    no_weight_decay: Callable[[], Iterable[str]] = getattr(model, "no_weight_decay", set)
+    skip = set(no_weight_decay())
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=skip)
     factors = {id(p) for name, p in model.named_parameters() if is_factor(name)}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in factors]
