@@ -72,7 +72,7 @@ def restart_key(changes: Sequence[Change], last: int) -> list[Artist]:
     restarts = [change for change in changes if change.kind == "restart"]
     if not restarts or restarts[0].num_updates > last:
         return []
-    look = {"marker": "|", "linestyle": "", "color": ORANGE, "markersize": 7}
+    look: dict[str, Any] = {"marker": "|", "linestyle": "", "color": ORANGE, "markersize": 7}
     return [Line2D([], [], label="restart", **look)]
 
 

@@ -60,7 +60,7 @@ def draw_ends(axis: Axes, members: Sequence[Any], label: str, law: PowerLaw, sty
     """Draw the runs of one kind and the line fitted to them, with its exponent in the legend."""
     flops = [point.flops for point in members]
     losses = [point.loss for point in members]
-    open_marker = {"markersize": 5, "markerfacecolor": "none"}
+    open_marker: dict[str, Any] = {"markersize": 5, "markerfacecolor": "none"}
     axis.plot(flops, losses, style["marker"], color=style["color"], **open_marker)
     interval = f"[{law.low:.3f}, {law.high:.3f}]"
     told = f"{label}: b = {law.exponent:.3f} {interval}, n = {law.runs}"
