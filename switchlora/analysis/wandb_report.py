@@ -158,7 +158,7 @@ def _package() -> Any:
     return wr
 
 
-def _runset(ids: Sequence[str], records: Sequence[Record], entity: str, project: str) -> "Runset":
+def _runset(ids: list[str], records: Sequence[Record], entity: str, project: str) -> "Runset":
     from wandb_workspaces import expr
 
     grouped = any(record.config["log"]["wandb"].get("group") for record in records)

@@ -57,7 +57,7 @@ def _samples(axis: Axes, styles: Mapping[str, Style]) -> list[Artist]:
     handles: list[Artist] = []
     for run, style in styles.items():
         handles += axis.plot([], [], markersize=5, label=run, **style)
-    marker: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": GREY}
+    marker: Style = {"linestyle": "none", "marker": "o", "color": GREY}
     handles += axis.plot([], [], markerfacecolor=GREY, label="fires", **marker)
     end = "the history ends without"
     handles += axis.plot([], [], markerfacecolor="none", label=end, **marker)
