@@ -147,22 +147,22 @@ def joint_forward(
     return F.linear(inputs, whole, bias)
 
 
-def dropped_forward(
+def plain_forward(
     inputs: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
-    p: float,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Return X W_res^T + b + s drop(X) A^T B^T (..., out) by autograd, for training with dropout.
+    """Return X W_res^T + b + s drop(X) A^T B^T (..., out) by autograd; W_res may train.
 
-    One mask zeroes a share ``p`` of the inputs, for all row slices alike (arXiv 2106.09685). W_res
-    may train.
+    With dropout, one mask zeroes a share of the adapters' inputs, for all row slices alike (arXiv
+    2106.09685).
     """
-    dropped = F.dropout(inputs, p)
+    seen = F.dropout(inputs, dropout) if dropout else inputs
     added = []
     for A, B, _, scaling in adapters:
-        low = F.linear(dropped, A)
+        low = F.linear(seen, A)
         added.append(scaling * F.linear(low, B))
     dtype = compute_dtype(inputs.device.type, [adapters[0].A])
     outputs = F.linear(inputs, weight.to(dtype), bias)
