@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ARGUMENTS = 6
 """number of arguments of ``AdaptedProduct.forward`` before the factors A, B, A, B, ..."""
@@ -233,6 +234,7 @@ class AdaptedProduct(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return gradients in the order of ``forward``'s arguments; None for the frozen weight."""
         (grad,) = grads
