@@ -24,19 +24,39 @@ from switchlora.storage import merged_for_peft, save_adapter, save_merged
 
 FLAT = {"depth": 1, "embed_dim": 32, "num_heads": 2}
 STAGES = {"depths": (1, 1, 1, 1), "embed_dim": 16}
+HEADED = {**STAGES, "num_heads": (1, 1, 2, 2)}
+THREE = {"depths": (1, 1, 1), "embed_dims": (16, 32, 48), "num_heads": (1, 1, 1)}
+HIERA = {"stages": (1, 1, 1, 1), "embed_dim": 16, "num_heads": 1}
 SMALL = {
     "beit": ("beit_base_patch16_224", FLAT, 32),
-    "cait": ("cait_xxs24_224", {**FLAT, "depth_token_only": 1}, 32),
+    "cait": ("cait_xxs24_224", FLAT, 32),
+    "coat": ("coat_tiny", {}, 32),
+    "convit": ("convit_tiny", FLAT, 32),
     "convnext": ("test_convnext", {}, 64),
+    "crossvit": ("crossvit_tiny_240", {}, 240),
     "deit": ("deit_tiny_distilled_patch16_224", FLAT, 32),
-    "eva": ("eva02_tiny_patch14_224", FLAT, 28),
     "edgenext": ("edgenext_xx_small", {}, 64),
-    "mlp_mixer": ("gmlp_ti16_224", {"num_blocks": 1, "embed_dim": 32}, 32),
+    "eva": ("eva02_tiny_patch14_224", FLAT, 28),
+    "hiera": ("hiera_tiny_224", HIERA, 224),
+    "levit": ("levit_128s", {}, 224),
+    "mlp_mixer": ("gmlp_ti16_224", {"num_blocks": 1}, 32),
     "mobilevit": ("mobilevit_xxs", {}, 64),
-    "pvt_v2": ("pvt_v2_b0", {}, 64),
+    "naflexvit": ("naflexvit_base_patch16_parfac_gap", FLAT, 32),
+    "pit": ("pit_ti_224", {}, 224),
+    "pvt_v2": ("pvt_v2_b0", THREE, 64),
+    "sequencer": ("sequencer2d_s", {"layers": (1, 1, 1, 1)}, 64),
+    "swiftformer": ("swiftformer_xs", {"layers": (1, 1, 1, 1)}, 64),
     "swin_transformer": ("swin_tiny_patch4_window7_224", STAGES, 224),
+    "swin_transformer_v2": ("swinv2_tiny_window8_256", HEADED, 256),
+    "swin_transformer_v2_cr": ("swinv2_cr_tiny_224", HEADED, 224),
+    "tiny_vit": ("tiny_vit_5m_224", THREE, 224),
+    "tnt": ("tnt_s_legacy_patch16_224", {"depth": 1}, 32),
+    "twins": ("twins_svt_small", THREE, 64),
     "vision_transformer": ("test_vit", FLAT, 32),
+    "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", FLAT, 32),
     "vision_transformer_relpos": ("test_vit_relpos", {}, 160),
+    "vision_transformer_sam": ("samvit_base_patch16_224", FLAT, 64),
+    "vitamin": ("vitamin_small_224", {"depth": 1}, 64),
     "xcit": ("xcit_nano_12_p16_224", FLAT, 32),
 }
 """a model of the family, options that make it tiny, and the size of its images"""

@@ -190,8 +190,8 @@ WRAPPINGS = {
 }
 SAID = {
     "prefix": "; taken from model$",
-    "two averages": "taken from state_dict_ema; left aside: state_dict.cls_token and 29 more",
-    "student and teacher": "taken from teacher; left aside: student.cls_token and 29 more",
+    "two averages": "taken from state_dict_ema; left aside: state_dict.* and 31 more",
+    "student and teacher": "taken from teacher; left aside: student.* and 31 more",
     "lightning": "taken from state_dict.net; left aside: state_dict.loss.weight",
 }
 
@@ -250,7 +250,7 @@ def as_adapter(path, model):
 UNREADABLE = {
     "whole module": (
         lambda p, m: saved(p / "m.pth", m),
-        "would run code.*VisionTransformer.*state_",
+        "would run code: it holds timm.*state_dict",
     ),
     "script": (
         lambda p, m: torch.jit.trace(m.head, torch.ones(1, 32)).save(p / "s.pt") or p / "s.pt",
