@@ -34,16 +34,18 @@ SMALL = {
     "convit": ("convit_tiny", FLAT, 32),
     "convnext": ("test_convnext", {}, 64),
     "crossvit": ("crossvit_tiny_240", {}, 240),
+    "davit": ("davit_tiny", THREE, 64),
     "deit": ("deit_tiny_distilled_patch16_224", FLAT, 32),
     "edgenext": ("edgenext_xx_small", {}, 64),
     "eva": ("eva02_tiny_patch14_224", FLAT, 28),
     "hiera": ("hiera_tiny_224", HIERA, 224),
     "levit": ("levit_128s", {}, 224),
-    "mlp_mixer": ("gmlp_ti16_224", {"num_blocks": 1}, 32),
+    "mlp_mixer": ("gmlp_ti16_224", {}, 32),
     "mobilevit": ("mobilevit_xxs", {}, 64),
     "naflexvit": ("naflexvit_base_patch16_parfac_gap", FLAT, 32),
     "pit": ("pit_ti_224", {}, 224),
     "pvt_v2": ("pvt_v2_b0", THREE, 64),
+    "qwen3_vit": ("qwen3_vit_88m", FLAT, 32),
     "sequencer": ("sequencer2d_s", {"layers": (1, 1, 1, 1)}, 64),
     "swiftformer": ("swiftformer_xs", {"layers": (1, 1, 1, 1)}, 64),
     "swin_transformer": ("swin_tiny_patch4_window7_224", STAGES, 224),
@@ -96,7 +98,7 @@ def built(family):
     model = create_model(name, num_classes=5, **sized).eval()
     for parameter in model.parameters():
         if parameter.abs().max() < 1e-3:  # layer scales would hide what is behind them
-            nn.init.uniform_(parameter, 0, 0.2)
+            nn.init.uniform_(parameter)
     try:
         timm.create_model(name, num_classes=5, **sized)
     except TypeError:
@@ -117,9 +119,9 @@ def test_a_family_switches_and_its_exports_compute_the_same(family, tmp_path):
     for target in targets.values():
         weight = target.weight(model)
         A = torch.randn(2, weight.shape[1]) / weight.shape[1] ** 0.5
-        factors[target.name] = Factors(A, torch.randn(len(weight), 2) * weight.std())
+        factors[target.name] = Factors(A, 5 * torch.randn(len(weight), 2) * weight.std())
     inject(model, targets, factors, scaling_one)
-    near = {"rtol": 0, "atol": 2e-4 * float(before.abs().max())}
+    near = {"rtol": 0, "atol": 5e-5 * float(before.abs().max())}
     torch.testing.assert_close(model(images), before, **near)
     for module in {target.module for target in targets.values()}:
         B = model.get_submodule(module).lora_B

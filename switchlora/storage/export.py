@@ -72,7 +72,13 @@ def merged_for_peft(model: nn.Module) -> list[str]:
 def _save(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    on_cpu: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous().cpu()
+        place = whole.untyped_storage().data_ptr()
+        on_cpu[name] = whole.clone() if place in places else whole  # modules may share tensors
+        places.add(place)
     try:
         save_file(on_cpu, path, metadata)
     except SafetensorError as error:
