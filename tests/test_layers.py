@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 
 from switchlora.adapters import (
     AdaptedProduct,
@@ -337,3 +338,40 @@ def test_the_merged_weight_is_that_of_the_linear_before(kind):
     linear, module = make(kind)
     assert torch.allclose(module.merged(), linear.weight, atol=1e-6)
     assert not module.merged().requires_grad
+
+
+@pytest.mark.parametrize("kind", SLICES)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_function_transforms_see_the_plain_form(kind, frozen):
+    _, module = make(kind)
+    x = torch.randn(5, 3, 6)
+    trained = {
+        n: p.detach() for n, p in module.named_parameters() if p.requires_grad or not frozen
+    }
+    others = {n: p.detach() for n, p in module.named_parameters() if n not in trained}
+
+    def loss(parameters, x):
+        return functional_call(module, {**parameters, **others}, (x,)).square().sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0))(trained, x)
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    for number, one in enumerate(x):
+        names = list(trained)
+        parameters = [module.get_parameter(name) for name in names]
+        found = torch.autograd.grad(plain(module, one).square().sum(), parameters)
+        for name, gradient in zip(names, found, strict=True):
+            assert torch.allclose(each[name][number], gradient, atol=1e-3), name
+    output = vmap(module)(x)
+    assert torch.allclose(output, plain(module, x), atol=1e-4)
+    tangent = jvp(lambda x: functional_call(module, {**trained, **others}, (x,)), (x,), (x,))[1]
+    no_bias = plain(module, x) - module.bias
+    assert torch.allclose(tangent, no_bias, atol=1e-4)
+
+
+def test_a_second_derivative_is_refused_instead_of_wrong():
+    _, module = make("whole")
+    x = torch.randn(3, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(module(x).square().sum(), module.lora_A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -1,10 +1,13 @@
 """Weights that a model starts from: filters, new heads, and runs that need the file once."""
 
+import argparse
+import math
 import os
 import re
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,9 +18,9 @@ from timm.layers import resample_abs_pos_embed
 from conf_yamls import build, composed
 from conftest import tiny_vit
 from runs import DIGITS, make_run
-from switchlora.adapters import is_factor
+from switchlora.adapters import Factors, find_targets, inject, is_factor, scaling_one
 from switchlora.models import create_model, load_weights
-from switchlora.storage import find_all, load_model
+from switchlora.storage import find_all, load_model, save_adapter, save_merged
 from switchlora.sweep import trunk_key
 
 REPOSITORY = Path(__file__).parents[1]
@@ -152,6 +155,163 @@ def test_another_architecture_is_refused_by_its_keys(file, options, says):
     with pytest.raises(ValueError, match=f"another model's.*{says}.*model.name"):
         load_weights(model, file)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def saved(path, found):
+    torch.save(found, path)
+    return str(path)
+
+
+def two_sets(state):
+    other = {key: tensor + 1 for key, tensor in state.items()}
+    return {"state_dict": other, "state_dict_ema": state, "epoch": 3}
+
+
+WRAPPINGS = {
+    "a number of NumPy beside": lambda state: {"model": state, "best": np.float64(3.5)},
+    "options beside": lambda state: {"state_dict": state, "args": argparse.Namespace(lr=1e-3)},
+    "prefix": lambda state: {f"model.{key}": tensor for key, tensor in state.items()},
+    "two prefixes": lambda state: {f"module._orig_mod.{key}": t for key, t in state.items()},
+    "two averages": two_sets,
+    "student and teacher": lambda state: {
+        f"{who}.{key}": tensor + (who == "student")
+        for who in ("student", "teacher")
+        for key, tensor in state.items()
+    },
+    "lightning": lambda state: {
+        "state_dict": {f"net.{key}": t for key, t in state.items()}
+        | {"loss.weight": torch.ones(5)},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
+    },
+    "optimizer": lambda state: {
+        "model": state,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2), "step": torch.ones(())}}},
+    },
+}
+SAID = {
+    "prefix": "; taken from model$",
+    "two averages": "taken from state_dict_ema; left aside: state_dict.* and 31 more",
+    "student and teacher": "taken from teacher; left aside: student.* and 31 more",
+    "lightning": "taken from state_dict.net; left aside: state_dict.loss.weight",
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPINGS)
+def test_weights_are_found_in_what_they_are_wrapped_in_and_it_is_said(kind, file, tmp_path):
+    state, model = load_file(file), tiny_vit(in_chans=3)
+    said = load_weights(model, saved(tmp_path / "last.pth", WRAPPINGS[kind](state)))
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in state.items())
+    assert f"{len(state)} of {len(state)} tensors" in said
+    assert re.search(SAID.get(kind, ""), said)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "weights.pth"])
+def test_the_content_says_what_a_file_is_and_not_its_name(name, file, tmp_path):
+    (tmp_path / name).write_bytes(Path(file).read_bytes())
+    other = saved(tmp_path / "torch.safetensors", load_file(file))
+    one, two = tiny_vit(in_chans=3), tiny_vit(in_chans=3)
+    load_weights(one, str(tmp_path / name))
+    load_weights(two, other)
+    assert equal(one, two)
+
+
+class Attack:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("by", ["init_checkpoint", "model.checkpoint_path"])
+def test_no_code_in_a_file_of_weights_runs(zipped, by, tmp_path):
+    path, evil = str(tmp_path / "evil.pth"), tmp_path / "made"
+    content = {"state_dict": tiny_vit().state_dict(), "x": Attack(evil)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="would run code"):
+        if by == "init_checkpoint":
+            load_weights(tiny_vit(), path)
+        else:
+            create_model("test_vit", checkpoint_path=path)
+    assert not evil.exists()
+
+
+def as_adapter(path, model):
+    targets = find_targets(model, ["attn.qkv"])
+    ones = {n: Factors(torch.ones(2, 32), torch.ones(96, 2)) for n in targets}
+    inject(model, targets, ones, scaling_one)
+    save_merged(model, path / "model.safetensors")
+    return save_adapter(model, path / "adapter")
+
+
+UNREADABLE = {
+    "whole module": (
+        lambda p, m: saved(p / "m.pth", m),
+        "would run code: it holds timm.*state_dict",
+    ),
+    "script": (
+        lambda p, m: torch.jit.trace(m.head, torch.ones(1, 32)).save(p / "s.pt") or p / "s.pt",
+        "TorchScript",
+    ),
+    "adapter": (
+        lambda p, m: as_adapter(p, m) / "adapter_model.safetensors",
+        "low-rank factors, such as .*half a model.*merged",
+    ),
+    "adapter folder": (as_adapter, "is a folder: an adapter.*give .*/model.safetensors$"),
+    "run folder": (
+        lambda p, m: as_adapter(p, m).parent,
+        "is a folder: give .*/model.safetensors$",
+    ),
+    "residual": (
+        lambda p, m: as_adapter(p, m) / "residual.safetensors",
+        "is half a model.*give .*/model.safetensors$",
+    ),
+    "moved residual": (
+        lambda p, m: (as_adapter(p, m) / "residual.safetensors").rename(p / "base.safetensors"),
+        "is half a model",
+    ),
+    "cut": (lambda p, m: cut(saved(p / "m.pth", m.state_dict())), "damaged"),
+    "cut safetensors": (
+        lambda p, m: cut(as_adapter(p, m).parent / "model.safetensors"),
+        "damaged",
+    ),
+    "empty": (lambda p, m: text(p / "m.pth", ""), "is empty"),
+    "pointer": (
+        lambda p, m: text(p / "m.pth", "version https://git-lfs.github.com/"),
+        "git lfs pull",
+    ),
+    "page": (lambda p, m: text(p / "m.pth", "<!DOCTYPE html>"), "web page"),
+    "no numbers": (
+        lambda p, m: saved(p / "m.pth", {k: t * math.nan for k, t in m.state_dict().items()}),
+        "cls_token holds numbers that are not finite",
+    ),
+    "no tensors": (lambda p, m: saved(p / "m.pth", {"epoch": 3}), "holds no weights"),
+}
+
+
+def cut(path):
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[: len(whole) // 2])
+    return path
+
+
+def text(path, content):
+    path.write_text(content)
+    return path
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_is_the_matter_with_a_file_of_weights_is_said_in_one_line(kind, tmp_path):
+    make, says = UNREADABLE[kind]
+    source = str(make(tmp_path, tiny_vit()))
+    with pytest.raises(
+        ValueError, match=f"^init_checkpoint={re.escape(source)}.*{says}"
+    ) as caught:
+        load_weights(tiny_vit(), source)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("source", ["nowhere.pth", __file__, "hf-hub:owner/name", "pretrained"])

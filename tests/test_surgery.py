@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from conf_yamls import composed
+from conf_yamls import build, composed
 from conftest import tiny_vit
 from switchlora.adapters import (
     Adapter,
@@ -13,8 +13,9 @@ from switchlora.adapters import (
     adapted_modules,
     alpha_over_rank,
     applied_ranks,
-    check_targets_are_called,
+    check_adapters_work,
     count_parameters,
+    coverage_line,
     find_targets,
     inject,
     kept_parameters,
@@ -23,7 +24,8 @@ from switchlora.adapters import (
     scaling_one,
     train_only,
 )
-from switchlora.models import create_model
+from switchlora.learner import build_learner
+from switchlora.models import create_model, eval_mode
 from switchlora.names import family
 
 DEFAULTS = list(composed().switch.targets)
@@ -65,7 +67,7 @@ def test_defaults_find_targets_that_other_transformers_call(name, options, famil
     size = model.default_cfg["input_size"]
     targets = find_targets(model, DEFAULTS)
     assert len({family(n) for n in targets}) == families
-    check_targets_are_called(model, targets.values(), torch.zeros(1, *size))
+    check_adapters_work(model, targets.values(), torch.randn(1, *size))
 
 
 def test_a_pattern_that_matches_nothing_suggests_near_names(vit):
@@ -118,7 +120,127 @@ class ReadsWeight(nn.Module):
 def test_a_target_that_the_model_never_calls_is_refused():
     model = ReadsWeight()
     with pytest.raises(ValueError, match="qkv, are never called"):
-        check_targets_are_called(model, find_targets(model, ["qkv"]).values(), torch.ones(1, 4))
+        check_adapters_work(model, find_targets(model, ["qkv"]).values(), torch.ones(1, 4))
+
+
+class Small(nn.Module):
+    """Sequences (B, 6, 8) to logits, by layers of torch, with a head of zeros."""
+
+    def __init__(self, change=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.fc1, self.fc2, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        nn.init.zeros_(self.head.weight)
+        if change:
+            change(self)
+
+    def forward(self, x):
+        x = self.layer(x)
+        return self.head(x + self.fc2(x + self.fc1(x))).mean(1)
+
+
+def share_weight(model):
+    model.fc2.weight = model.fc1.weight
+
+
+def share_module(model):
+    model.fc2 = model.fc1
+
+
+def read_weight_too(model):
+    model.head.register_forward_pre_hook(lambda _, args: args[0] @ model.fc1.weight)
+
+
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        (share_weight, "shared with another"),
+        (share_module, "shared with another"),
+        (read_weight_too, "read directly"),
+        (lambda model: nn.utils.parametrizations.weight_norm(model.fc1), "made anew"),
+        (lambda model: nn.utils.parametrizations.spectral_norm(model.fc1), "made anew"),
+    ],
+)
+def test_an_adapter_that_does_not_stand_for_its_weight_is_refused(change, says):
+    model = Small(change)
+    targets = find_targets(model, ["fc1", "layer.linear1"])
+    with pytest.raises(ValueError, match=rf"such as fc1, compute something else.*{says}"):
+        check_adapters_work(model, targets.values(), torch.randn(4, 6, 8))
+
+
+def test_a_projection_inside_of_torchs_attention_is_refused():
+    model = Small()
+    targets = find_targets(model, ["out_proj", "linear1"])
+    with pytest.raises(ValueError, match="1 target.*out_proj, are never called"):
+        check_adapters_work(model, targets.values(), torch.randn(4, 6, 8))
+
+
+def test_the_check_leaves_bits_and_modes_as_they_were():
+    model = Small()
+    model.layer.norm1.eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    modes = [module.training for module in modules.values()]
+    random = torch.get_rng_state()
+    check_adapters_work(
+        model, find_targets(model, ["linear1", "fc2"]).values(), torch.ones(2, 6, 8)
+    )
+    assert dict(model.named_modules()) == modules
+    assert [module.training for module in modules.values()] == modes
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@torch.no_grad()
+def test_in_evaluation_adapters_count_where_torch_has_a_fast_path(monkeypatch):
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", True)
+    model, x = Small().eval(), torch.randn(4, 6, 8)
+    nn.init.normal_(model.head.weight)
+    before = model(x)
+    targets = find_targets(model, ["linear1", "linear2"])
+    inject(model, targets, random_factors(model, targets), scaling_one)
+    assert torch.allclose(model(x), before, atol=1e-5)
+    for module in adapted_modules(model).values():
+        module.lora_B.add_(0.5)
+    plain = Small().eval()
+    plain.load_state_dict(merged_state_dict(model))
+    assert torch.allclose(model(x), plain(x), atol=1e-5)
+    assert (model(x) - before).abs().max() > 0.01
+
+
+def test_the_coverage_names_the_largest_linears_that_are_left_out(vit):
+    whole = find_targets(vit, [*DEFAULTS, "head"])
+    assert (
+        coverage_line(vit, whole.values())
+        == "targets: 100.0% of the weights of the model's linears"
+    )
+    sizes = {"attn.qkv": 3 * 32 * 32, "attn.proj": 32 * 32, "mlp.fc1": 4 * 32 * 32}
+    total = 2 * (sum(sizes.values()) + sizes["mlp.fc1"]) + 5 * 32
+    some = find_targets(vit, ["mlp.fc2"], split_qkv=True)
+    shares = [f"blocks.*.{name} ({2 * sizes[name] / total:.1%})" for name in sizes]
+    shares.sort(key=lambda share: float(share.split("(")[1].rstrip("%)")), reverse=True)
+    said = coverage_line(vit, some.values())
+    assert said.startswith(f"targets: {2 * sizes['mlp.fc1'] / total:.1%} of the weights")
+    assert said.endswith(f"left out: {', '.join(shares)} and 1 more")
+
+
+def test_norms_that_are_frozen_keep_their_running_statistics(vit, images):
+    stem = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.BatchNorm2d(1, affine=False))
+    after = nn.BatchNorm1d(5)
+    model = nn.Sequential(stem, vit, after)
+    for frozen in (True, False):
+        stem.requires_grad_(not frozen)
+        learner = build_learner(model, build(composed().full), total_updates=10)
+        moved = []
+        for number in range(2):
+            before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            learner.update(images, torch.arange(8) % 5, nn.CrossEntropyLoss(), number)
+            with eval_mode(model):
+                model(images)
+            now = dict(model.named_buffers())
+            moved.append({n.split(".")[0] for n in now if not torch.equal(now[n], before[n])})
+        assert moved == [{"2"} if frozen else {"0", "2"}] * 2
 
 
 @pytest.mark.parametrize("split_qkv", [False, True])

@@ -1,5 +1,6 @@
 """Choose target modules, put adapters on them, and choose the parameters that train."""
 
+from switchlora.adapters.effect import check_adapters_work as check_adapters_work
 from switchlora.adapters.factorized import (
     KINDS as KINDS,
     GuidedLinear as GuidedLinear,
@@ -50,13 +51,14 @@ from switchlora.adapters.targets import (
     DEFAULT_TARGETS as DEFAULT_TARGETS,
     Target as Target,
     call_order as call_order,
-    check_targets_are_called as check_targets_are_called,
+    coverage_line as coverage_line,
     find_targets as find_targets,
 )
 from switchlora.adapters.trainable import (
     count_parameters as count_parameters,
     freeze_unused as freeze_unused,
     frozen_outright as frozen_outright,
+    hold_frozen_statistics as hold_frozen_statistics,
     kept_parameters as kept_parameters,
     plain_parameters as plain_parameters,
     train_only as train_only,

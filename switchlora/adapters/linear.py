@@ -14,10 +14,10 @@ from switchlora.adapters.product import (
     Product,
     cheaper_form,
     compute_dtype,
-    dropped_forward,
     gelu_input,
     joint_forward,
     operand_of,
+    plain_forward,
 )
 
 
@@ -51,8 +51,11 @@ class AdaptedLinear(nn.Linear):
       backward pass instead of kept.
     - ``dropout`` is the share of the adapter's inputs that training zeroes.
 
-    With dropout, or with a weight that trains, autograd makes the products. ``form`` and
-    ``recompute_gelu`` have no effect then.
+    With dropout, with a weight that trains, or inside ``torch.func``, autograd makes the products.
+    ``form`` and ``recompute_gelu`` have no effect then.
+
+    ``nn.TransformerEncoderLayer`` has a fast path for evaluation that reads weights and ignores
+    adapters. It is off, in this process, from the first adapter on.
     """
 
     kind = "lora"
@@ -67,6 +70,7 @@ class AdaptedLinear(nn.Linear):
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
         out_features, in_features = weight.shape
         super().__init__(in_features, out_features, bias=False, device="meta")
+        torch.backends.mha.set_fastpath_enabled(False)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias  # type: ignore[assignment]
 
@@ -87,9 +91,11 @@ class AdaptedLinear(nn.Linear):
         adapters = list(self.adapters().values())
         bias = self.bias
         if self.dropout and self.training:
-            return dropped_forward(input, self.residual(), bias, adapters, self.dropout)
+            return plain_forward(input, self.residual(), bias, adapters, self.dropout)
         if self.weight.requires_grad or self.dense_rows():
             return joint_forward(input, self.residual(), bias, adapters)
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return plain_forward(input, self.weight, bias, adapters)
         return self._frozen_forward(input, adapters)
 
     def _frozen_forward(self, input: Tensor, adapters: Sequence[Adapter]) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ARGUMENTS = 6
 """number of arguments of ``AdaptedProduct.forward`` before the factors A, B, A, B, ..."""
@@ -147,22 +148,22 @@ def joint_forward(
     return F.linear(inputs, whole, bias)
 
 
-def dropped_forward(
+def plain_forward(
     inputs: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
-    p: float,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Return X W_res^T + b + s drop(X) A^T B^T (..., out) by autograd, for training with dropout.
+    """Return X W_res^T + b + s drop(X) A^T B^T (..., out) by autograd; W_res may train.
 
-    One mask zeroes a share ``p`` of the inputs, for all row slices alike (arXiv 2106.09685). W_res
-    may train.
+    With dropout, one mask zeroes a share of the adapters' inputs, for all row slices alike (arXiv
+    2106.09685).
     """
-    dropped = F.dropout(inputs, p)
+    seen = F.dropout(inputs, dropout) if dropout else inputs
     added = []
     for A, B, _, scaling in adapters:
-        low = F.linear(dropped, A)
+        low = F.linear(seen, A)
         added.append(scaling * F.linear(low, B))
     dtype = compute_dtype(inputs.device.type, [adapters[0].A])
     outputs = F.linear(inputs, weight.to(dtype), bias)
@@ -233,6 +234,7 @@ class AdaptedProduct(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return gradients in the order of ``forward``'s arguments; None for the frozen weight."""
         (grad,) = grads

@@ -139,30 +139,30 @@ def shortened(names: Iterable[str], most: int = 10) -> str:
     return f"{listed} and {len(families) - most} more"
 
 
-@torch.no_grad()
-def check_targets_are_called(model: nn.Module, targets: Iterable[Target], images: Tensor) -> None:
-    """Make one forward pass of ``images``; ValueError if the model never calls a target's module.
+def coverage_line(model: nn.Module, targets: Iterable[Target], most: int = 3) -> str:
+    """Return one line: what share of the weights the targets are, and the largest left out.
 
-    Some attention blocks (BEiT's fused bias, ``nn.MultiheadAttention``) read ``weight`` and never
-    call the linear. An adapter there would do nothing. ValueError also if the model cannot take
-    inputs of this shape.
+    Shares are of the weights of linears. Linears whose names differ in numbers alone count
+    together.
     """
-    modules = {target.module for target in targets}
-    try:
-        called = _called_modules(model, modules, images)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        shape = tuple(images.shape[1:])
-        raise ValueError(
-            f"the model cannot take the data's inputs of {shape}: {reason}"
-        ) from error
-    silent = sorted(modules.difference(called))
-    if silent:
-        raise ValueError(
-            f"{len(silent)} target(s), such as {silent[0]}, are never called: this model reads "
-            "their weight directly, so an adapter there would do nothing; leave them out of "
-            "switch.targets"
-        )
+    covered = {target.module for target in targets}
+    sizes: dict[str, int] = {}
+    left_out: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            sizes[name] = module.in_features * module.out_features
+            if name not in covered:
+                kind = _without_numbers(name)
+                left_out[kind] = left_out.get(kind, 0) + sizes[name]
+    total = sum(sizes.values())
+    share = (total - sum(left_out.values())) / total
+    line = f"targets: {share:.1%} of the weights of the model's linears"
+    largest = sorted(left_out, key=lambda kind: left_out[kind], reverse=True)
+    if not largest:
+        return line
+    shown = [f"{kind} ({left_out[kind] / total:.1%})" for kind in largest[:most]]
+    rest = f" and {len(largest) - most} more" if len(largest) > most else ""
+    return f"{line}; left out: {', '.join(shown)}{rest}"
 
 
 @torch.no_grad()

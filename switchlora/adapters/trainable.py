@@ -96,6 +96,27 @@ def train_only(model: nn.Module, kept: Container[str], factors: Sequence[str] = 
             parameter.grad = None
 
 
+def hold_frozen_statistics(model: nn.Module) -> None:
+    """Put norms that are frozen into evaluation mode, so that their running statistics stay.
+
+    A norm is frozen when none of its parameters trains. One without parameters follows the nearest
+    module around it that has some. All other norms get the mode of ``model``.
+    """
+    for name, module in model.named_modules():
+        buffers = [buffer for buffer, _ in module.named_buffers(recurse=False)]
+        if any(buffer.startswith("running_") for buffer in buffers):
+            module.training = model.training and _trains(model, name)
+
+
+def _trains(model: nn.Module, name: str) -> bool:
+    """Return whether a module, or the nearest one around it with parameters, trains any."""
+    parameters = list(model.get_submodule(name).parameters())
+    while not parameters and name:
+        name = name.rpartition(".")[0]
+        parameters = list(model.get_submodule(name).parameters())
+    return any(parameter.requires_grad for parameter in parameters)
+
+
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Return the number of parameters, or of those that train."""
     count = 0

@@ -15,7 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from switchlora.adapters import AdaptedLinear, add_frobenius_decay, operands_kept, trained_adapters
+from switchlora.adapters import (
+    AdaptedLinear,
+    add_frobenius_decay,
+    hold_frozen_statistics,
+    operands_kept,
+    trained_adapters,
+)
 from switchlora.learner.counters import FlopCounter, SavedTensors
 from switchlora.learner.recipe import Recipe, autocast, check_goes_with_fsdp, parameter_groups
 from switchlora.learner.sharding import gathered, is_sharded, shard, skeleton
@@ -226,6 +232,7 @@ def build_learner(
     ``scaler`` is the loss scaler of the previous learner. The new one starts from its scale.
     """
     set_checkpointing(model, recipe.activation_checkpointing)
+    hold_frozen_statistics(model)
     bones = None
     if parallel == "fsdp":
         check_goes_with_fsdp(recipe)

@@ -1,8 +1,10 @@
 """The models that train: timm's transformers, and a small one over bytes."""
 
+from switchlora.models.files import HALF as HALF, RESIDUAL as RESIDUAL
 from switchlora.models.text import CausalTransformer as CausalTransformer
 from switchlora.models.vision import (
     create_model as create_model,
     eval_mode as eval_mode,
-    load_weights as load_weights,
+    read_directly as read_directly,
 )
+from switchlora.models.weights import load_weights as load_weights

@@ -8,10 +8,10 @@ from torch import nn
 from switchlora.adapters import adapted_modules
 from switchlora.process import is_primary, together
 from switchlora.run.memory import memory_lines
-from switchlora.run.messages import final_table, never_switched_lines
+from switchlora.run.messages import export_lines, final_table, never_switched_lines
 from switchlora.run.run import Run
 from switchlora.run.state import Ledger, Phase
-from switchlora.storage import environment, save_adapter, save_merged
+from switchlora.storage import environment, merged_for_peft, save_adapter, save_merged
 
 
 def finish(run: Run, status: str) -> dict[str, Any]:
@@ -139,5 +139,6 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
         names.append("figures/")
     if adapted_modules(run.model):
         names.append("adapter/")
+        lines += export_lines(merged_for_peft(run.model))
     lines.append(f"{status}; everything is in {folder}: {', '.join(names)}")
     return lines

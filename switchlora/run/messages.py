@@ -167,6 +167,16 @@ def never_switched_lines(
     return lines
 
 
+def export_lines(merged: Sequence[str]) -> list[str]:
+    """Return a line about the linears of ``adapter/`` that PEFT gets merged, if there are any."""
+    if not merged:
+        return []
+    return [
+        f"adapter/: {len(merged)} linear(s), such as {merged[0]}, are merged into its "
+        "residual.safetensors, since timm and torch read their weights past an adapter"
+    ]
+
+
 def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a table of the phases side by side.
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from switchlora.adapters import check_targets_are_called, freeze_unused
+from switchlora.adapters import check_adapters_work, coverage_line, freeze_unused
 from switchlora.config import as_plain, build
 from switchlora.data import Data
 from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_learner
@@ -115,7 +115,7 @@ def check(parts: Parts, monitor: UpdateMonitor) -> None:
     """Try what the run will do, without an update. Raise ValueError where that does not work."""
     model, policy = parts.model, parts.policy
     images = probe_images(parts.data).to(_device_of(model))
-    check_targets_are_called(model, monitor.targets.values(), images)
+    check_adapters_work(model, monitor.targets.values(), images)
     rehearse_switch(model, policy, monitor, parts.config.system.parallel)
     check_recipes(parts.recipes, policy, len(parts.data.train), parts.sharded)
 
@@ -159,6 +159,7 @@ def begin(
         trunk=trunk,
     )
     run.log.line(machine_line(parts.device))
+    run.log.line(coverage_line(model, monitor.known.values()))
     if config.monitor.window not in (parts.window, "epoch"):
         run.log.line(
             f"monitor.window: {parts.window} updates, a tenth of the run, which has fewer than "

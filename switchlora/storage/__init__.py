@@ -23,6 +23,7 @@ from switchlora.storage.events import (
 )
 from switchlora.storage.export import (
     PEFT_PREFIX as PEFT_PREFIX,
+    merged_for_peft as merged_for_peft,
     save_adapter as save_adapter,
     save_merged as save_merged,
 )

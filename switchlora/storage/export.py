@@ -16,6 +16,7 @@ from switchlora.adapters import (
     merged_state_dict,
     without_adapters,
 )
+from switchlora.models import HALF, RESIDUAL, read_directly
 
 PEFT_PREFIX = "base_model.model."
 
@@ -34,15 +35,17 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
     - Row slices of a fused linear become one adapter. It has their summed rank and a
       block-diagonal B.
     - A linear whose slices are all frozen or dense gets no adapter. Neither does a guided one.
+    - A linear whose weight timm or torch reads past an adapter gets none: ``merged_for_peft``.
     - The residual of a factorised linear is zero.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
+    merged = merged_for_peft(model)
     for name, module in adapted_modules(model).items():
         A, B = _stacked(module.adapters(), module.out_features)
-        if not len(A) or module.kind == GuidedLinear.kind:
+        if not len(A) or module.kind == GuidedLinear.kind or name in merged:
             dense[f"{name}.weight"] = module.merged()
             continue
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
@@ -51,16 +54,33 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
         if module.weight is None:
             dense[f"{name}.weight"] = A.new_zeros(module.out_features, module.in_features)
     residual = without_adapters(model) | dense
-    _save(residual, folder / "residual.safetensors")
+    _save(residual, folder / RESIDUAL, HALF)
     _save(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(_peft_config(ranks), indent=2))
     return folder
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+def merged_for_peft(model: nn.Module) -> list[str]:
+    """Return the adapted linears that are merged into the residual, since PEFT cannot reach them.
+
+    timm and torch read their weights directly. In this program they do not, see ``read_directly``.
+    """
+    adapted = adapted_modules(model)
+    return [name for name in read_directly(model) if name in adapted]
+
+
+def _save(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    on_cpu: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous().cpu()
+        place = whole.untyped_storage().data_ptr()
+        on_cpu[name] = whole.clone() if place in places else whole  # modules may share tensors
+        places.add(place)
     try:
-        save_file(on_cpu, path)
+        save_file(on_cpu, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
 

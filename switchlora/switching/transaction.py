@@ -14,6 +14,7 @@ from switchlora.adapters import (
     Adapter,
     adapted_modules,
     count_parameters,
+    hold_frozen_statistics,
     plain_parameters,
     restore,
     round_residual,
@@ -146,6 +147,7 @@ def _undo(
     restore(model, replaced)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
+    hold_frozen_statistics(model)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
