@@ -16,6 +16,7 @@ from switchlora.adapters import (
     merged_state_dict,
     without_adapters,
 )
+from switchlora.storage.files import follow_umask
 
 PEFT_PREFIX = "base_model.model."
 
@@ -63,6 +64,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(on_cpu, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
+    follow_umask(path)
 
 
 def _stacked(adapters: dict[str, Adapter], out_features: int) -> tuple[Tensor, Tensor]:
