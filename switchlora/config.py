@@ -103,8 +103,8 @@ def check_saved(config: Any, where: str, allow: Collection[str] = ()) -> None:
     for name in _named(config):
         if name not in our_names() and name not in allow:
             raise ValueError(
-                f"{where} is to be built by '{name}', which is no part of this program, and what a "
-                f"file names is not run; if it is yours, allow it: --allow {name}, or "
+                f"{where} is to be built by '{name}', which is no part of this program, and what "
+                f"a file names is not run; if it is yours, allow it: --allow {name}, or "
                 f"allow=['{name}'] in Python"
             )
 

@@ -238,9 +238,10 @@ def _begin(path: Path, source: Path, position: Mapping[str, Any] | None) -> list
     size = position["bytes"] if position else 0
     content = source.read_bytes()[:size] if size and source.exists() else b""
     if len(content) < size:
+        give_up = f"truncate -s {size} {shlex.quote(str(source))}"
         raise ValueError(
             f"{source} is missing or shorter than the checkpoint knows it: {size:,} bytes; put it "
-            f"back, or give up the lines that are missing: truncate -s {size} {shlex.quote(str(source))}"
+            f"back, or give up the lines that are missing: {give_up}"
         )
     whole, reasons = mended(content, source)
     told = _told_of_damage(path, source, reasons)

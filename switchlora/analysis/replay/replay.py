@@ -108,8 +108,8 @@ def replay(
 ) -> list[Answer]:
     """Return the answer of every setting on every run.
 
-    The overrides ``words`` may hold sweeps; every combination is a setting. ``allow`` names classes
-    and functions that the runs may name beside those of this program, the words and the yamls.
+    The overrides ``words`` may hold sweeps; every combination is a setting. The runs may name
+    classes and functions of this program, those in the words and the yamls, and ``allow``.
     """
     if config_dir is not None and not config_dir.is_dir():
         raise ValueError(f"--config-dir {config_dir} is no folder")
