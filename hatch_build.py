@@ -1,13 +1,18 @@
-"""What a wheel takes along that the source tree only knows from git: its commit."""
+"""What a wheel has otherwise than the source tree: its commit, and a README that stands alone."""
 
+import re
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 COMMIT = "switchlora/COMMIT"
+PICTURE = re.compile(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*")
+LINK = re.compile(r"\[([^]]*)\]\((?!https?:|#)[^)]*\)")
+"""a picture and a link that lead to a file of the repository"""
 
 
 class CommitHook(BuildHookInterface):
@@ -37,3 +42,13 @@ class CommitHook(BuildHookInterface):
         except OSError:  # no git here
             return ""
         return found.stdout.strip()
+
+
+class ReadmeHook(MetadataHookInterface):
+    """Gives a wheel the README without links to files that it does not have."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Set the README."""
+        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        alone = LINK.sub(r"\1", PICTURE.sub("", text))
+        metadata["readme"] = {"content-type": "text/markdown", "text": alone}

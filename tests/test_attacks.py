@@ -217,7 +217,7 @@ def test_records_of_any_bytes_give_a_run_or_one_line(name, tmp_path):
         line = outcome(looked_at)
         assert line is None or str(tmp_path) in line
         said = []
-        outcome(lambda: find_records([tmp_path], said.append))
+        outcome(lambda said=said: find_records([tmp_path], said.append))
         assert bool(said) == bool(line)
 
 
