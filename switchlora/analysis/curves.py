@@ -74,7 +74,9 @@ def main() -> None:
     folder = options.out or results_folder(options.runs, "curves")
     written = []
     try:
-        runs, silent = read_curves(find_records(options.runs, warn, attempt))
+        runs, silent = read_curves(
+            find_records(options.runs, warn, lambda record: read_curves([record]))
+        )
         for name, figure in draw(runs).items():
             written += save(figure, folder, name)
     except USER_ERRORS as error:
@@ -82,12 +84,6 @@ def main() -> None:
     if silent:
         print(f"left out, since nothing was measured before the switch: {', '.join(silent)}")
     print(f"written to {folder}: {' '.join(path.name for path in written)}")
-
-
-def attempt(record: Record) -> None:
-    """Draw the curves of one run; whatever cannot be drawn raises an error."""
-    runs, _ = read_curves([record])
-    draw(runs)
 
 
 def read_curves(records: Sequence[Record]) -> tuple[list[Curves], list[str]]:

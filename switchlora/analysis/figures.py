@@ -41,9 +41,10 @@ from switchlora.analysis.timeline import (
     read_timeline,
     series,
 )
+from switchlora.errors import ODD
 from switchlora.names import family
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import ODD, read_events, warn
+from switchlora.storage import read_events, warn
 
 UNMEASURED = "#eeeeee"
 RUN_COLORS = (BLUE, ORANGE, "#000000", "#cc79a7", "#009e73", "#e69f00", "#56b4e9")

@@ -6,6 +6,7 @@ is built, because the model needs its adapters and the monitor needs its window 
 
 import json
 from collections.abc import Mapping
+from math import fsum
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -54,6 +55,9 @@ def check_state(state: Mapping[str, Any]) -> None:
     for kind in (TrainState, Ledger):
         TypeAdapter(kind).validate_json(text, strict=True)
         kind().load_state_dict(state["train"])
+    for numbers in (state["monitor"]["losses"], state["stopwatch"]["laps"]):
+        fsum(numbers)
+    fsum(state["monitor"]["initial_stable_ranks"].values())
     now = random_states()
     try:
         for states in state["random"]:
@@ -80,7 +84,8 @@ def restore_parts(
         ledger.branched_from = str(found.path)
     inject_empty(model, found.state["adapters"])
     train_only(model, set(found.state["trained"]), factors=())  # factors are among the names
-    monitor.load_state_dict(found.state["monitor"])
+    with content_checked(found.path, told=ValueError):
+        monitor.load_state_dict(found.state["monitor"])
     return state, ledger
 
 

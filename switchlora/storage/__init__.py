@@ -38,7 +38,6 @@ from switchlora.storage.provenance import (
 )
 from switchlora.storage.reading import FileDamaged as FileDamaged
 from switchlora.storage.records import (
-    ODD as ODD,
     TRUNK_KEY as TRUNK_KEY,
     Record as Record,
     check_alike as check_alike,

@@ -162,11 +162,14 @@ def _check_types(
 
 
 @contextmanager
-def content_checked(path: Path) -> Iterator[None]:
-    """Raise CheckpointUnusable for any error that the content of a checkpoint causes inside."""
+def content_checked(path: Path, told: type[Exception] = CheckpointUnusable) -> Iterator[None]:
+    """Raise CheckpointUnusable for any error that the content of a checkpoint causes inside.
+
+    Errors of the kind ``told`` have a line of their own already: they pass.
+    """
     try:
         yield
-    except CheckpointUnusable:
+    except told:
         raise
     except (*WRONG, UnpicklingError) as error:
         words = " ".join(str(error).split())[:LONGEST]
@@ -183,7 +186,8 @@ def _check_sums(path: Path) -> None:
         if path.resolve() not in file.resolve().parents:
             raise CheckpointUnusable(f"{path} is damaged: {SUMS} names {name}, outside of it")
         if not is_regular(file):
-            raise CheckpointUnusable(f"{path} is not whole: {name} cannot be read as a file")
+            why = "is no plain file" if file.is_symlink() or file.exists() else "cannot be read"
+            raise CheckpointUnusable(f"{path} is not whole: {name} {why}")
         try:
             found = _digest(file)
         except OSError as error:
@@ -219,8 +223,13 @@ def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
 
     What the checkpoint holds is tried on a copy of the model that has no values.
     """
+    with content_checked(path):
+        _check_shapes(path, state["shapes"], model)
+        _check_content(path, state, model)
+
+
+def _check_shapes(path: Path, shapes: Mapping[str, Any], model: nn.Module) -> None:
     tensors = model.state_dict()
-    shapes = state["shapes"]
     for name in tensors.keys() ^ shapes.keys():
         where = "this model" if name in tensors else "the checkpoint"
         raise CheckpointUnusable(f"{path} is another model's: only {where} has {name}")
@@ -231,8 +240,6 @@ def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
             raise CheckpointUnusable(
                 f"{path} is another model's: {name} is {there} there and {here} here"
             )
-    with content_checked(path):
-        _check_content(path, state, model)
 
 
 def _check_content(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
@@ -261,7 +268,8 @@ def load_model(path: Path, allow: Collection[str] = ()) -> nn.Module:
     of this program, unless ``allow`` has its name, such as 'my_models.Perceptron': it would run.
     """
     state = read(path)
-    config = without_start(state["config"].get("model") or {})
+    with content_checked(path):
+        config = without_start(state["config"]["model"])
     try:
         check_saved(config, f"{path}: model", allow)
     except ValueError as error:

@@ -81,7 +81,7 @@ def mended(content: bytes, path: Path) -> tuple[bytes, list[str]]:
     """Return a log without its damaged lines, and what was wrong with each.
 
     An event 'lost' of the same length stands in their place, so that all others stay where
-    checkpoints know them. A damaged line too short for it takes the next one along.
+    checkpoints know them. A damaged line too short for it takes a line beside it along.
     """
     parts: list[bytes] = []
     reasons: list[str] = []
@@ -94,6 +94,8 @@ def mended(content: bytes, path: Path) -> tuple[bytes, list[str]]:
         else:
             lost += len(line)
             reasons.append(reason or f"line {number} is lost with the one before it")
+    if 0 < lost < len(LOST) and parts:
+        lost += len(parts.pop())
     if 0 < lost < len(LOST):
         raise FileDamaged(f"{path} is damaged: {reasons[-1]}; remove the file to go on without it")
     return b"".join([*parts, _lost(lost)]), reasons

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from switchlora.errors import ODD
 from switchlora.monitor import Measurement
 from switchlora.storage.events import METRICS, read_events, read_history
 from switchlora.storage.reading import FileDamaged, content_of, parse_json, parse_yaml
@@ -15,8 +16,6 @@ TRUNK_KEY = "trunk.json"
 """file that marks a trunk: a folder that runs share, and that is no run itself"""
 NEEDED: dict[str, type] = {"status": str, "val": dict, "phases": dict}
 """keys that every summary has, with the types of their values"""
-ODD = (ArithmeticError, AttributeError, LookupError, TypeError)
-"""what code raises that reads something else than a run wrote"""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.optim import Optimizer
 
 from switchlora.adapters import plain_shapes
@@ -41,6 +41,7 @@ class PlainReader(dcp.FileSystemReader):
         """Return the metadata; UnpicklingError for any name that does not belong there."""
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _PlainUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
