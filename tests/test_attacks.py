@@ -31,10 +31,11 @@ from switchlora.storage import (
     load_model,
     read_record,
     runlog,
+    save_merged,
     tensors,
 )
 from switchlora.storage.checkpoint import _digest
-from switchlora.storage.files import follow_umask, write_whole
+from switchlora.storage.files import write_whole
 
 SEED = 7
 TINY = (*DIGITS, "model.depth=1", "model.embed_dim=16", "model.num_heads=1", "epochs=1")
@@ -276,13 +277,11 @@ def test_links_are_not_followed(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "seed: 0\n"
 
 
-def test_written_files_follow_the_umask(tmp_path):
+def test_written_files_follow_the_umask(vit, tmp_path):
     for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
         before = os.umask(mask)
         try:
-            path = tmp_path / f"{mask}.safetensors"
-            path.touch(0o600)
-            follow_umask(path)
+            path = save_merged(vit, tmp_path / f"{mask}.safetensors")
             write_whole(tmp_path / f"{mask}.yaml", "")
         finally:
             os.umask(before)

@@ -370,7 +370,11 @@ def test_a_finished_run_with_another_configuration_is_refused(tmp_path):
         ("summary.json", "", "line 1 is empty; without this file the last checkpoint is used"),
         ("summary.json", "[1]", "line 1 holds no JSON object; without this file"),
         ("summary.json", '{"status": "fin', "line 1 is no JSON.*; without this file"),
-        ("config.yaml", "", "it holds no mapping"),
+        (
+            "config.yaml",
+            "",
+            "it holds no mapping; without summary.json the last checkpoint is used",
+        ),
         ("config.yaml", "data:\n  root", "line 2 has no end, the rest is missing"),
     ],
 )

@@ -15,6 +15,7 @@ from switchlora.storage import checkpoint, retention
 from switchlora.storage.events import METRICS
 from switchlora.storage.reading import FileDamaged
 from switchlora.storage.records import read_config, read_summary
+from switchlora.storage.runlog import SUMMARY
 
 Check = Callable[[Mapping[str, Any]], None]
 """raise an error for a state that the caller cannot restore"""
@@ -87,7 +88,11 @@ def _finished_summary(folder: Path, config: Config) -> dict[str, Any] | None:
         raise FileDamaged(f"{error}; without this file the last checkpoint is used") from error
     if summary is None or summary["status"] != "finished":
         return None
-    _refuse_another(folder, read_config(folder), config)
+    try:
+        before = read_config(folder)
+    except FileDamaged as error:
+        raise FileDamaged(f"{error}; without {SUMMARY} the last checkpoint is used") from error
+    _refuse_another(folder, before, config)
     return summary
 
 
