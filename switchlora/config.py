@@ -154,9 +154,12 @@ def without_start(model: Config) -> dict[str, Any]:
 
 
 def from_environment(config: DictConfig) -> list[str]:
-    """Return the keys whose values refer to the environment."""
-    unresolved = leaves(OmegaConf.to_container(config))
-    return [key for key, value in unresolved if "${oc.env:" in str(value)]
+    """Return the keys whose values refer to the environment, but for the place of the data."""
+    found = []
+    for key, value in leaves(OmegaConf.to_container(config)):
+        if "${oc.env:" in str(value) and not key.endswith("root"):
+            found.append(key)
+    return found
 
 
 def as_plain(config: DictConfig) -> dict[str, Any]:

@@ -38,7 +38,10 @@ from switchlora.storage.checkpoint import _digest
 from switchlora.storage.files import write_whole
 
 SEED = 7
-TINY = (*DIGITS, "model.depth=1", "model.embed_dim=16", "model.num_heads=1", "epochs=1")
+TINY = (
+    *(*DIGITS, "model.depth=1", "model.embed_dim=16", "model.num_heads=1", "epochs=1"),
+    *("switch/rank=fixed", "switch.rank.rank=1", "full.scheduler.warmup_t=2"),
+)
 EVIL = {"_target_": "os.mkdir", "path": "ran"}
 WITHIN = {
     "itself": EVIL,

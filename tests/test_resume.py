@@ -393,7 +393,7 @@ def test_a_run_goes_on_without_the_damaged_line_of_its_log_and_keeps_the_file(st
     lines = log.read_bytes().split(b"\n")
     lines[4] = b"\xff" * len(lines[4])
     log.write_bytes(b"\n".join(lines))
-    make_run(stopped, "resume=auto", "max_updates=13")
+    make_run(stopped, "resume=auto")
     kept = stopped / "damaged-metrics.jsonl"
     words = f"{log} is damaged: line 5 is not UTF-8; the run goes on without, {kept} has all"
     assert words in capsys.readouterr().out
@@ -406,7 +406,7 @@ def test_a_run_goes_on_without_the_damaged_line_of_its_log_and_keeps_the_file(st
 def test_a_log_that_was_changed_at_the_same_length_is_told(stopped, capsys):
     log = stopped / "metrics.jsonl"
     log.write_text(log.read_text().replace('"train/loss": 2', '"train/loss": 3', 1))
-    make_run(stopped, "resume=auto", "max_updates=13")
+    make_run(stopped, "resume=auto")
     assert f"{log} was changed after the checkpoint was saved" in capsys.readouterr().out
 
 
