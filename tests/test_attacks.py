@@ -128,15 +128,6 @@ def written(path, state):
     return path
 
 
-def places(tree, path=()):
-    """The keys that lead to each value of nested dictionaries and lists."""
-    inside = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, value in inside:
-        yield (*path, key)
-        if isinstance(value, dict | list) and value:
-            yield from places(value, (*path, key))
-
-
 OTHERS = (None, -1, 3.5, "x", [], {}, [1], {"a": 1}, True, 10**30)
 
 
@@ -144,10 +135,12 @@ def retyped(tree, number):
     """A copy in which a value, drawn with ``number`` as the seed, is another or is gone."""
     draw = random.Random(number)
     changed = copy.deepcopy(tree)
-    *above, last = draw.choice(list(places(changed)))
     inside = changed
-    for key in above:
-        inside = inside[key]
+    while True:
+        last = draw.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))
+        if not isinstance(inside[last], dict | list) or not inside[last] or draw.random() < 0.3:
+            break
+        inside = inside[last]
     if draw.random() < 0.3:
         del inside[last]
     else:

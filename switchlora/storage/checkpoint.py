@@ -31,6 +31,7 @@ from switchlora.storage.files import is_regular
 from switchlora.storage.retention import FOLDER, free_name, name_of, remove_unfinished, updates_of
 from switchlora.storage.tensors import (
     TENSORS,
+    PlainReader,
     check_moments,
     check_weights,
     empty_copy,
@@ -247,13 +248,17 @@ def _check_content(path: Path, state: Mapping[str, Any], model: nn.Module) -> No
     num_updates, named = state["train"]["num_updates"], updates_of(path)
     if named >= 0 and num_updates != named:
         raise ValueError(f"it is of update {num_updates}")
-    if state["log"]["bytes"] < 0:
-        raise ValueError("its log has fewer than no bytes")
+    if not 0 <= state["start"] <= num_updates:
+        raise ValueError(f"its phase began at update {state['start']}")
+    if state["log"]["bytes"] < 0 or state["monitor"]["window"] < 1:
+        raise ValueError("its log or its window has no length")
     empty = empty_copy(model)
     if state["ema"] is not None:
         check_weights(empty, state["ema"])
     inject_empty(empty, state["adapters"])
-    if state["weights"] is not None:
+    if state["weights"] is None:
+        PlainReader(path / TENSORS).read_metadata()
+    else:
         check_weights(empty, state["weights"])
     check_moments(empty, state["moments"])
     unknown = set(state["trained"]) - set(dict(empty.named_parameters()))
