@@ -26,7 +26,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from switchlora.config import Config, as_plain, identity, is_free, leaves, shaping
-from switchlora.errors import JobFailed, JobInterrupted
+from switchlora.errors import ODD, JobFailed, JobInterrupted
 from switchlora.names import near
 from switchlora.process import FAILURE, distributed, one_line
 from switchlora.storage import AUTO, METRICS, find_all, finished_summary, read_summary
@@ -347,8 +347,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _noted(folder: Path) -> dict[str, Any]:
     """Return the noted outcome of the job in a folder; 'interrupted' if none can be read."""
     try:
-        return json.loads((folder / JOB).read_text())
-    except (OSError, ValueError):
+        noted = json.loads((folder / JOB).read_text())
+        return {"outcome": str(noted["outcome"]), "reason": str(noted["reason"])}
+    except (OSError, ValueError, RecursionError, *ODD):
         return {"outcome": "interrupted", "reason": ""}
 
 
