@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 from importlib import import_module
 
+from switchlora.errors import ODD
 from switchlora.names import near
 
 RUNS = {
@@ -48,7 +49,15 @@ def dispatch(program: str, commands: Commands) -> None:
         sys.exit(f"{program}: no command '{word}'; {near(word, commands)}")
     module, _ = commands[word]
     sys.argv = [f"{program} {word}", *rest]
-    import_module(f"switchlora.{module}").main()
+    try:
+        import_module(f"switchlora.{module}").main()
+    except ODD as error:
+        from switchlora.process import exit_with_one_line  # torch: only where it is there already
+
+        what = f"something odd stands in a file of these runs ({type(error).__name__}: {error})"
+        odd = ValueError(f"{word}: {what}; SWITCHLORA_TRACEBACK=1 shows where it was met")
+        odd.__cause__ = error
+        exit_with_one_line(odd)
 
 
 def usage(program: str, commands: Commands) -> str:

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,6 +30,11 @@ WANTED = {
     "model.name": "NAME, any of timm.list_models(), such as swin_tiny_patch4_window7_224",
 }
 """what to give for the keys that have no value until a user gives one"""
+TARGET, PATH = "_target_", "path"
+BY_PATH = "hydra.utils.get_method"
+"""returns the function at its ``path`` instead of calling it"""
+STARTS = ("pretrained", "checkpoint_path")
+"""options of a model that read weights to start from"""
 
 
 def shaping(config: Config) -> dict[str, Any]:
@@ -72,6 +78,88 @@ def is_free(key: str) -> bool:
 
 
 build = partial(instantiate, _convert_="all")
+
+
+def build_saved(config: Config, where: str, allow: Collection[str] = ()) -> Any:
+    """Build what a file describes; ValueError, by ``where`` and name, for what is not ours.
+
+    A file may be anybody's, and what it names would run. So every name in it must stand in a yaml
+    of this program, or in ``allow``: the names that the user gave.
+    """
+    check_saved(config, where, allow)
+    return build(config)
+
+
+def check_saved(config: Any, where: str, allow: Collection[str] = ()) -> None:
+    """Raise ValueError unless all that ``build`` would look up is ours or in ``allow``.
+
+    A reference such as ``${key}`` is refused too: saved configurations have none, and it may
+    become any name.
+    """
+    if isinstance(config, str) and "${" in config:
+        raise ValueError(f"{where} is '{config}': a saved configuration has no references")
+    for key, value in _inside(config):
+        check_saved(value, f"{where}{key}", allow)
+    for name in _named(config):
+        if name not in our_names() and name not in allow:
+            raise ValueError(
+                f"{where} is to be built by '{name}', which is no part of this program, and what "
+                f"a file names is not run; if it is yours, allow it: --allow {name}, or "
+                f"allow=['{name}'] in Python"
+            )
+
+
+@cache
+def our_names() -> frozenset[str]:
+    """Return all classes and functions that the groups of this program name."""
+    return frozenset(names_in_yamls(folder_of("conf")))
+
+
+def names_in_yamls(folder: Path) -> set[str]:
+    """Return all classes and functions that the yamls in the folders of ``folder`` name."""
+    found: set[str] = set()
+    for path in folder.glob("*/**/*.yaml"):
+        found.update(_all_named(yaml.safe_load(path.read_text())))
+    return found
+
+
+def _all_named(config: Any) -> Iterator[str]:
+    yield from _named(config)
+    for _, value in _inside(config):
+        yield from _all_named(value)
+
+
+def _named(config: Any) -> Iterator[str]:
+    """Yield the names that ``build`` looks up for this very mapping, not for those inside."""
+    if not isinstance(config, Mapping) or TARGET not in config:
+        return
+    yield str(config[TARGET])
+    if config[TARGET] == BY_PATH:
+        yield str(config.get(PATH, config))
+
+
+def _inside(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the key, as it is written behind that of the whole, and the value of each element."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield f".{key}", value
+    if isinstance(config, list | tuple):
+        for number, value in enumerate(config):
+            yield f"[{number}]", value
+
+
+def without_start(model: Config) -> dict[str, Any]:
+    """Return the configuration of a model that gets its weights later, and reads none itself."""
+    return {key: value for key, value in model.items() if key not in STARTS}
+
+
+def from_environment(config: DictConfig) -> list[str]:
+    """Return the keys whose values refer to the environment, but for the place of the data."""
+    found = []
+    for key, value in leaves(OmegaConf.to_container(config)):
+        if "${oc.env:" in str(value) and not key.endswith("root"):
+            found.append(key)
+    return found
 
 
 def as_plain(config: DictConfig) -> dict[str, Any]:

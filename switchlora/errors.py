@@ -3,6 +3,9 @@
 import re
 from collections.abc import Sequence
 
+ODD = (ArithmeticError, AttributeError, LookupError, TypeError)
+"""what code raises that reads something else than a run wrote"""
+
 
 class NothingMeasured(ValueError):
     """A policy needs measurements or updates that the full phase has not made yet."""

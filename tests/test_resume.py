@@ -207,6 +207,40 @@ def test_no_checkpoints_when_none_are_kept(tmp_path):
     assert find_all(tmp_path) == []
 
 
+def with_value(value, *keys):
+    """Puts a value into a state, or with Ellipsis takes it out."""
+
+    def change(state):
+        inside = state
+        for key in keys[:-1]:
+            inside = inside[key]
+        if value is ...:
+            del inside[keys[-1]]
+        else:
+            inside[keys[-1]] = value
+        return state
+
+    return change
+
+
+OUTSIDE = {"device": "/dev/zero", "above": "../../metrics.jsonl", "folder": "."}
+CONTENTS = {
+    "a list": lambda state: [state],
+    "no weights": with_value({}, "weights"),
+    "no key": with_value(..., "random"),
+    "a word for a number": with_value("7", "train", "num_updates"),
+    "another update": with_value(9, "train", "num_updates"),
+    "a word in the history": with_value(["x"], "train", "history"),
+    "no ledger": with_value(..., "train", "segments"),
+    "an adapter nowhere": with_value({"parts": {}}, "adapters", "nowhere"),
+    "a shape": with_value(torch.zeros(3), "weights", "head.bias"),
+    "a moment": with_value(torch.zeros(3), "moments", "head.bias", "exp_avg"),
+    "a generator": with_value("x", "random", 0, "torch"),
+    "a negative log": with_value(-1, "log", "bytes"),
+    "no laps": with_value(None, "stopwatch", "laps"),
+}
+
+
 def damage(path, kind):
     state_file = path / STATE
     if kind == "truncated":
@@ -223,10 +257,18 @@ def damage(path, kind):
         (path / SUMS).unlink()
     elif kind == "sums cut":
         (path / SUMS).write_text("1234")
+    elif kind in OUTSIDE:
+        with (path / SUMS).open("a") as sums:
+            sums.write(f"{'0' * 64}  {OUTSIDE[kind]}\n")
+    elif kind == "link":
+        state_file.rename(path / "real.pt")
+        state_file.symlink_to(path / "real.pt")
     else:
         state = torch.load(state_file, weights_only=True)
         if kind == "version":
             state["format"] = FORMAT + 1
+        elif kind in CONTENTS:
+            state = CONTENTS[kind](state)
         else:
             state["shapes"]["head.weight"] = (10, 32)
         torch.save(state, state_file)
@@ -251,6 +293,11 @@ def short(tmp_path_factory):
         ("state missing", "is not whole: state.pt cannot be read"),
         ("sums missing", "is not whole: SHA256SUMS cannot be read"),
         ("sums cut", "is not whole: SHA256SUMS cannot be read"),
+        ("device", "is damaged: SHA256SUMS names /dev/zero, outside of it"),
+        ("above", r"is damaged: SHA256SUMS names ../../metrics.jsonl, outside of it"),
+        ("folder", r"is damaged: SHA256SUMS names ., outside of it"),
+        ("link", "is not whole: state.pt is no plain file"),
+        *((kind, "(has wrong content: |holds a list).*") for kind in CONTENTS),
         ("version", f"has format {FORMAT + 1}, this version of switchlora reads {FORMAT}"),
         (
             "other model",
@@ -288,14 +335,20 @@ def test_unfinished_writes_are_not_taken_for_checkpoints_and_are_removed(tmp_pat
     (tmp_path / "summary.json").unlink()
     left = tmp_path / "checkpoints" / ".writing-00000011"
     left.mkdir()
+    others = [tmp_path / "checkpoints" / name for name in ("._update-00000010", "update-00000099")]
+    for other in others:
+        other.write_text("of another system")
     make_run(tmp_path / "branch", f"resume={tmp_path}", "max_updates=20")
     assert left.exists(), "another run's folder is left alone"
+    assert all(other.exists() for other in others)
+    for other in others:
+        other.rename(tmp_path / "branch" / "checkpoints" / other.name)
     (tmp_path / "branch" / "summary.json").unlink()
     left.rename(tmp_path / "branch" / "checkpoints" / left.name)
     shutil.rmtree(find_all(tmp_path / "branch")[0])
     make_run(tmp_path / "branch", "resume=auto", "max_updates=20")
     names = [path.name for path in (tmp_path / "branch" / "checkpoints").iterdir()]
-    assert len(names) == 2 and all(name.startswith("update-") for name in names)
+    assert {other.name for other in others} < set(names) and len(names) == 4
 
 
 def test_a_finished_run_is_left_alone(tmp_path, capsys):
@@ -317,7 +370,11 @@ def test_a_finished_run_with_another_configuration_is_refused(tmp_path):
         ("summary.json", "", "line 1 is empty; without this file the last checkpoint is used"),
         ("summary.json", "[1]", "line 1 holds no JSON object; without this file"),
         ("summary.json", '{"status": "fin', "line 1 is no JSON.*; without this file"),
-        ("config.yaml", "", "it holds no mapping"),
+        (
+            "config.yaml",
+            "",
+            "it holds no mapping; without summary.json the last checkpoint is used",
+        ),
         ("config.yaml", "data:\n  root", "line 2 has no end, the rest is missing"),
     ],
 )
@@ -331,13 +388,26 @@ def test_a_finished_run_whose_files_are_damaged_is_refused_in_one_line(
         make_run(tmp_path, "resume=auto", "checkpoint.every_updates=4", "max_updates=10")
 
 
-def test_a_log_with_a_damaged_line_is_not_continued(stopped):
+def test_a_run_goes_on_without_the_damaged_line_of_its_log_and_keeps_the_file(stopped, capsys):
     log = stopped / "metrics.jsonl"
     lines = log.read_bytes().split(b"\n")
     lines[4] = b"\xff" * len(lines[4])
     log.write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match=f"^{log} is damaged: line 5 is not UTF-8"):
-        make_run(stopped, "resume=auto")
+    make_run(stopped, "resume=auto")
+    kept = stopped / "damaged-metrics.jsonl"
+    words = f"{log} is damaged: line 5 is not UTF-8; the run goes on without, {kept} has all"
+    assert words in capsys.readouterr().out
+    events = list(read_events(stopped))
+    assert [event["event"] for event in events].count("lost") == 1
+    assert log.read_bytes().split(b"\n")[:4] == lines[:4] and b"\xff" in kept.read_bytes()
+    assert events[-1]["event"] == "test"
+
+
+def test_a_log_that_was_changed_at_the_same_length_is_told(stopped, capsys):
+    log = stopped / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"train/loss": 2', '"train/loss": 3', 1))
+    make_run(stopped, "resume=auto")
+    assert f"{log} was changed after the checkpoint was saved" in capsys.readouterr().out
 
 
 def test_a_branch_owns_a_checkpoint_before_its_first_update(stopped, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Everything from an installed wheel, used from another folder, without the repository."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -95,6 +96,19 @@ def test_a_sweep_and_every_command_on_it_work_from_a_wheel_in_another_folder(ins
         assert (tmp_path / name).stat().st_size > 100, (name, said)
     assert list(tmp_path.glob("curves/*.png"))
     assert all(words in said for words in SAID), said
+
+
+def test_a_wheel_knows_its_commit_and_its_readme_stands_alone(installed):
+    asked = (
+        "from importlib.metadata import metadata; from switchlora.storage import environment;"
+        "import torch; print(environment(torch.device('cpu'), 0)['git']);"
+        "print(metadata('switchlora').get_payload())"
+    )
+    commit, _, readme = run("/", installed / "python", "-c", asked).partition("\n")
+    described = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    here = subprocess.run(described, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    assert commit == (here or "None")
+    assert "switchlora" in readme and not re.search(r"\]\((?!https?:|#)", readme)
 
 
 @pytest.mark.parametrize("program", ["switchlora-runs", "switchlora-bench"])

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from switchlora.storage import METRICS, SUMMARY, find_all, read
+from switchlora.process import USER_ERRORS, one_line
+from switchlora.storage import METRICS, SUMMARY, find_all, read, read_record
 
 TIMED = {
     "config",
@@ -58,7 +60,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs=2)
     first, second = parser.parse_args().runs
-    difference = first_difference(differences(first, second))
+    try:
+        difference = first_difference(differences(first, second))
+    except (*USER_ERRORS, SafetensorError) as error:
+        sys.exit(f"compare: {one_line(error)}")
     if difference is not None:
         sys.exit(difference)
     print("bit-equal, but for times and configuration")
@@ -96,10 +101,13 @@ def first_difference(found: Sequence[str]) -> str | None:
 
 def content(folder: Path) -> dict[str, Any]:
     """Return everything of a finished run that is compared, by file."""
-    summary = json.loads((folder / SUMMARY).read_text())
+    summary = dict(read_record(folder).summary or {})
+    checkpoints = find_all(folder)
+    if not summary or not checkpoints:
+        raise ValueError(f"{folder} has no {SUMMARY} or no checkpoint: give finished runs")
     summary.pop("environment", None)
     found: dict[str, Any] = {
-        "the last checkpoint": read(find_all(folder)[0]),
+        "the last checkpoint": read(checkpoints[0]),
         METRICS: lines_of(folder / METRICS),
         SUMMARY: summary,
         "wandb": {"offline runs": len(list(folder.glob("wandb/offline-run-*")))},
@@ -112,7 +120,8 @@ def content(folder: Path) -> dict[str, Any]:
 def lines_of(path: Path) -> dict[str, Any]:
     """Return the event on each line. A line that is not JSON is given as text."""
     found = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    text = path.read_text(errors="backslashreplace")
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             event = json.loads(line)
         except ValueError:

@@ -43,7 +43,7 @@ from switchlora.analysis.timeline import (
 )
 from switchlora.config import leaves
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import Record, find_records
+from switchlora.storage import Record, find_records, warn
 
 QUARTILES = (25, 50, 75)
 MOST_RUNS = 12  # most runs that can be told apart in one picture
@@ -74,7 +74,9 @@ def main() -> None:
     folder = options.out or results_folder(options.runs, "curves")
     written = []
     try:
-        runs, silent = read_curves(find_records(options.runs))
+        runs, silent = read_curves(
+            find_records(options.runs, warn, lambda record: read_curves([record]))
+        )
         for name, figure in draw(runs).items():
             written += save(figure, folder, name)
     except USER_ERRORS as error:

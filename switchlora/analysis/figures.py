@@ -41,8 +41,10 @@ from switchlora.analysis.timeline import (
     read_timeline,
     series,
 )
+from switchlora.errors import ODD
 from switchlora.names import family
-from switchlora.storage import read_events
+from switchlora.process import USER_ERRORS, one_line
+from switchlora.storage import read_events, warn
 
 UNMEASURED = "#eeeeee"
 RUN_COLORS = (BLUE, ORANGE, "#000000", "#cc79a7", "#009e73", "#e69f00", "#56b4e9")
@@ -329,5 +331,9 @@ def main() -> None:
     for folder in parser.parse_args().runs:
         if not (folder / "metrics.jsonl").is_file():
             sys.exit(f"{folder} holds no metrics.jsonl: give the folder of a run")
-        for path in draw_figures(folder):
-            print(path)
+        try:
+            written = draw_figures(folder)
+        except (*USER_ERRORS, *ODD) as error:
+            warn(f"left out: {folder}: {one_line(error)}")
+            continue
+        print(*written, sep="\n")

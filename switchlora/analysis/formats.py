@@ -8,6 +8,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
     The first row is the header.
     """
+    rows = [[" ".join(cell.splitlines()) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rules = ["-" * width for width in widths]
     header, *others = rows

@@ -17,7 +17,7 @@ from typing import Any
 from switchlora.analysis.scaling_fit import LEAST_RUNS, PowerLaw, fit_power_law, verdict
 from switchlora.analysis.scaling_picture import draw
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import Record, check_alike, find_records
+from switchlora.storage import Record, check_alike, find_records, warn
 
 DENSE = "dense"
 KINDS = {"factorized_linear": "low rank", "guided_linear": "self-guided"}
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     try:
-        records = find_records(options.runs)
+        records = find_records(options.runs, warn, attempt)
         points = read_points(records)
         laws = fit(points)
         write(points, laws, options.out)
@@ -59,6 +59,12 @@ def main() -> None:
         print(f"left out, since they have not finished: {len(records) - len(points)} run(s)")
     print("\n".join(sentences(laws)))
     print(f"written to {options.out}: scaling.json scaling.md scaling.png")
+
+
+def attempt(record: Record) -> None:
+    """Make the point of a finished run alone."""
+    if record.finished:
+        point_of(record)
 
 
 def read_points(records: Sequence[Record]) -> list[Point]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchlora.criteria import LOSS
 from switchlora.names import family
-from switchlora.storage import Record, find_records
+from switchlora.storage import Record, find_records, warn
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import (
@@ -52,7 +52,7 @@ def main() -> None:
     """Write the report's JSON, or publish it. Exit with one line on a mistake."""
     options = parse(sys.argv[1:])
     try:
-        records = find_records(options.runs)
+        records = find_records(options.runs, warn)
         entity = options.entity if options.publish else ""
         report = build_report(records, entity, options.project)
         if options.publish:

@@ -22,13 +22,16 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from switchlora.bench.lowrank import milliseconds, publish, ratios
+from switchlora.config import check_saved
 from switchlora.cost import interleaved_seconds, work_clock_of
 from switchlora.errors import check_range
 from switchlora.process import USER_ERRORS, one_line
 from switchlora.run import prepare
-from switchlora.storage import Record, check_alike, environment, find_records
+from switchlora.storage import Record, check_alike, environment, find_records, warn
 
 BASELINE = "full"
+BUILT = ("data", "model", "switch", "full", "adapter")
+"""sections of a configuration from which a run is built"""
 QUIET = {
     "trunk": {"dir": None},
     "checkpoint": {"keep": 0},
@@ -42,10 +45,15 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="NAME", help="your class that a run names"
+    )
     options = parser.parse_args()
     try:
         check_range("--rounds", options.rounds, 1)
-        record = measure(one_of_each(find_records(options.runs)), options.rounds)
+        record = measure(
+            one_of_each(find_records(options.runs, warn)), options.rounds, options.allow
+        )
     except USER_ERRORS as error:
         sys.exit(f"switchlora-bench systems: {one_line(error)}")
     publish(record, page(record), options.out)
@@ -72,14 +80,16 @@ def _baseline_first(record: Record) -> tuple[bool, int]:
     return record.config["method"] != BASELINE, record.config["seed"]
 
 
-def measure(records: Mapping[str, Record], rounds: int) -> dict[str, Any]:
+def measure(
+    records: Mapping[str, Record], rounds: int, allow: Sequence[str] = ()
+) -> dict[str, Any]:
     """Time ``rounds`` updates of each method; return the seconds, clock and environment."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock_name, clock = work_clock_of(device)
     steps = {}
     with TemporaryDirectory() as folder:
         for method, record in tqdm(records.items(), desc="prepare", leave=False):
-            steps[method] = step_of(record, Path(folder) / method)
+            steps[method] = step_of(record, Path(folder) / method, allow)
         seconds = interleaved_seconds(steps, rounds, clock)
     return {
         "rounds": rounds,
@@ -89,11 +99,13 @@ def measure(records: Mapping[str, Record], rounds: int) -> dict[str, Any]:
     }
 
 
-def step_of(record: Record, folder: Path) -> Callable[[], object]:
+def step_of(record: Record, folder: Path, allow: Sequence[str]) -> Callable[[], object]:
     """Return a function that makes one update of the run, loaded from its last checkpoint.
 
     Every call uses the first batch of the run's training data.
     """
+    for section in BUILT:
+        check_saved(record.config[section], f"{record.folder}: {section}", allow)
     config = OmegaConf.merge(record.config, QUIET, {"resume": str(record.folder)})
     assert isinstance(config, DictConfig)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

@@ -17,6 +17,7 @@ from switchlora.learner.learner import (
     set_checkpointing as set_checkpointing,
 )
 from switchlora.learner.moments import (
+    POWERS as POWERS,
     Moments as Moments,
     dense_moments as dense_moments,
     factor_moments as factor_moments,

@@ -10,7 +10,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 
 from switchlora.adapters import check_adapters_work, coverage_line, freeze_unused
-from switchlora.config import as_plain, build
+from switchlora.config import as_plain, build, from_environment
 from switchlora.data import Data
 from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_learner
 from switchlora.models import load_weights
@@ -19,7 +19,7 @@ from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed, known_keys
 from switchlora.run.checks import check_config, check_recipes, rehearse_switch
 from switchlora.run.run import Run, probe_images, recipe_of
-from switchlora.run.snapshot import restore, restore_parts
+from switchlora.run.snapshot import check_state, restore, restore_parts
 from switchlora.run.state import Phase
 from switchlora.storage import (
     AUTO,
@@ -30,6 +30,7 @@ from switchlora.storage import (
     SaveSchedule,
     find,
     machine_line,
+    write_whole,
 )
 from switchlora.sweep import Trunk, give_back, trunk_key
 
@@ -66,7 +67,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     """
     interruption = interruption or Interruption()
     parts = build_parts(config)
-    found = find(config.resume, folder, parts.plain, parts.model)
+    found = find(config.resume, folder, parts.plain, parts.model, check_state)
     loaded = None
     if found is None and config.init_checkpoint is not None:
         loaded = load_weights(parts.model, config.init_checkpoint)
@@ -165,6 +166,8 @@ def begin(
             f"monitor.window: {parts.window} updates, a tenth of the run, which has fewer than "
             f"{config.monitor.window}"
         )
+    for key in from_environment(config):
+        run.log.line(f"{key} comes from the environment: the run's files keep its value in clear")
     if unused:
         run.log.line(f"frozen, since no gradient reaches them: {', '.join(unused)}")
     return run
@@ -305,7 +308,7 @@ def _open_log(
         source=found.source if found else None,
     )
     if distributed.is_primary():
-        OmegaConf.save(config, folder / CONFIG, resolve=True)
+        write_whole(folder / CONFIG, OmegaConf.to_yaml(config, resolve=True))
         (folder / SUMMARY).unlink(missing_ok=True)
     return log
 

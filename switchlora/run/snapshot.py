@@ -4,8 +4,12 @@
 is built, because the model needs its adapters and the monitor needs its window first.
 """
 
+import json
+from collections.abc import Mapping
+from math import fsum
 from typing import Any
 
+from pydantic import TypeAdapter
 from timm.utils import random_seed
 from torch import nn
 
@@ -17,6 +21,7 @@ from switchlora.run.run import Run
 from switchlora.run.state import Ledger, TrainState
 from switchlora.storage import (
     Found,
+    content_checked,
     learner_state,
     load_tensors,
     random_states,
@@ -44,6 +49,23 @@ def state_of(run: Run) -> dict[str, Any]:
     }
 
 
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raise an error unless the plain values of a checkpoint have the types of this version."""
+    text = json.dumps(state["train"])
+    for kind in (TrainState, Ledger):
+        TypeAdapter(kind).validate_json(text, strict=True)
+        kind().load_state_dict(state["train"])
+    for numbers in (state["monitor"]["losses"], state["stopwatch"]["laps"]):
+        fsum(numbers)
+    fsum(state["monitor"]["initial_stable_ranks"].values())
+    now = random_states()
+    try:
+        for states in state["random"]:
+            set_random_states(states)
+    finally:
+        set_random_states(now)
+
+
 def restore_parts(
     found: Found | None, model: nn.Module, monitor: UpdateMonitor
 ) -> tuple[TrainState, Ledger]:
@@ -62,7 +84,8 @@ def restore_parts(
         ledger.branched_from = str(found.path)
     inject_empty(model, found.state["adapters"])
     train_only(model, set(found.state["trained"]), factors=())  # factors are among the names
-    monitor.load_state_dict(found.state["monitor"])
+    with content_checked(found.path, told=ValueError):
+        monitor.load_state_dict(found.state["monitor"])
     return state, ledger
 
 
@@ -70,12 +93,13 @@ def restore(run: Run, found: Found) -> None:
     """Load tensors, times and random states of ``found`` into the run, and log its position."""
     saved = found.state
     run.starts_elsewhere = found.foreign
-    lines = [*found.lines, *load_tensors(found.path, saved, run.learner, found.branches)]
-    if run.ema is not None:
-        run.ema.load_state_dict(saved["ema"] or merged_state_dict(run.model))
-    run.stopwatch.load_state_dict(saved["stopwatch"])
-    run.saves.done(run.state.num_updates)
-    _set_random_states(saved["random"], run.config["seed"] + run.state.num_updates)
+    with content_checked(found.path):
+        lines = [*found.lines, *load_tensors(found.path, saved, run.learner, found.branches)]
+        if run.ema is not None:
+            run.ema.load_state_dict(saved["ema"] or merged_state_dict(run.model))
+        run.stopwatch.load_state_dict(saved["stopwatch"])
+        run.saves.done(run.state.num_updates)
+        _set_random_states(saved["random"], run.config["seed"] + run.state.num_updates)
     for line in lines:
         run.log.line(line)
     run.log.line(

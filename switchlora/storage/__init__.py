@@ -4,6 +4,7 @@ from switchlora.storage.checkpoint import (
     FORMAT as FORMAT,
     STATE as STATE,
     SUMS as SUMS,
+    content_checked as content_checked,
     load as load,
     load_model as load_model,
     read as read,
@@ -27,6 +28,7 @@ from switchlora.storage.export import (
     save_adapter as save_adapter,
     save_merged as save_merged,
 )
+from switchlora.storage.files import write_whole as write_whole
 from switchlora.storage.provenance import (
     KERNEL_LIMITS as KERNEL_LIMITS,
     code_digest as code_digest,
@@ -44,6 +46,7 @@ from switchlora.storage.records import (
     is_run as is_run,
     read_record as read_record,
     read_summary as read_summary,
+    warn as warn,
 )
 from switchlora.storage.resume import (
     AUTO as AUTO,
@@ -62,6 +65,7 @@ from switchlora.storage.runlog import (
     CONFIG as CONFIG,
     SUMMARY as SUMMARY,
     FolderLock as FolderLock,
+    NoLocks as NoLocks,
     RunLog as RunLog,
     locked as locked,
 )

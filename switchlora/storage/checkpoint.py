@@ -12,24 +12,66 @@ in ``.1``, ``.2`` and so on. It holds:
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from switchlora.adapters import inject_empty
+from switchlora.config import build, check_saved, without_start
 from switchlora.errors import CheckpointUnusable
 from switchlora.learner import Learner, is_sharded, moments_of
 from switchlora.process import distributed
-from switchlora.storage.retention import FOLDER, free_name, name_of, remove_unfinished
-from switchlora.storage.tensors import TENSORS, load_sharded, write_sharded
+from switchlora.storage.files import is_regular
+from switchlora.storage.retention import FOLDER, free_name, name_of, remove_unfinished, updates_of
+from switchlora.storage.tensors import (
+    TENSORS,
+    PlainReader,
+    check_moments,
+    check_weights,
+    empty_copy,
+    load_sharded,
+    write_sharded,
+)
 
 FORMAT = 5
 STATE, SUMS = "state.pt", "SHA256SUMS"
+CONTENT: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("config", "train", "adapters", "monitor", "stopwatch", "log"), dict),
+    **dict.fromkeys(("shapes", "moments"), dict),
+    **dict.fromkeys(("ema", "weights", "scaler"), (dict, type(None))),
+    **dict.fromkeys(("random", "groups", "trained"), list),
+    "optimizer": str,
+    "start": int,
+}
+"""by key of a state, the type of its value"""
+PARTS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "monitor": {
+        **dict.fromkeys(("references", "initial_stable_ranks", "vectors"), dict),
+        **dict.fromkeys(("window", "window_start"), int),
+        "losses": list,
+        "decay": (float, int),
+    },
+    "stopwatch": {
+        **dict.fromkeys(("phase_seconds", "monitor_seconds", "train_seconds"), (float, int)),
+        **dict.fromkeys(("num_updates", "peak"), int),
+        "laps": list,
+    },
+    "log": {"bytes": int, "wandb_id": (str, type(None))},
+}
+"""the same for those of its parts that have keys of their own"""
+LONGEST = 200
+"""characters of another library's message that are told"""
+WRONG = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+)
+"""what code raises that is given something else than it expects"""
 
 
 def write(folder: Path, num_updates: int, state: Mapping[str, Any], learner: Learner) -> Path:
@@ -94,27 +136,73 @@ def _write_sums(folder: Path, files: Sequence[Path]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Check a checkpoint against its checksums and return its state.
 
-    CheckpointUnusable, with the reason, when it is not whole, damaged or of another format.
+    CheckpointUnusable, with the reason, when it is not whole, damaged or of another format, or
+    when it holds something else than a state.
     """
-    for name, expected in _read_sums(path).items():
-        try:
-            found = _digest(path / name)
-        except OSError as error:
-            raise CheckpointUnusable(f"{path} is not whole: {name} cannot be read") from error
-        if found != expected:
-            raise CheckpointUnusable(f"{path} is damaged: {name} does not match its checksum")
-    state = load(path, mmap=True)
+    _check_sums(path)
+    with content_checked(path):
+        state = load(path, mmap=True)
+    if not isinstance(state, dict):
+        raise CheckpointUnusable(f"{path} holds a {type(state).__name__}: it is no checkpoint")
     if state.get("format") != FORMAT:
         raise CheckpointUnusable(
             f"{path} has format {state.get('format')}, this version of switchlora reads {FORMAT}"
         )
+    _check_types(path, state, CONTENT)
+    for part, kinds in PARTS.items():
+        _check_types(path, state[part], kinds)
     return state
+
+
+def _check_types(
+    path: Path, content: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]
+) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key, ...), kind):
+            raise CheckpointUnusable(f"{path} has wrong content: '{key}' is missing or no {key}")
+
+
+@contextmanager
+def content_checked(path: Path, told: type[Exception] = CheckpointUnusable) -> Iterator[None]:
+    """Raise CheckpointUnusable for any error that the content of a checkpoint causes inside.
+
+    Errors of the kind ``told`` have a line of their own already: they pass.
+    """
+    try:
+        yield
+    except told:
+        raise
+    except (*WRONG, UnpicklingError) as error:
+        words = " ".join(str(error).split())[:LONGEST]
+        reason = f"{type(error).__name__}: {words}"
+        raise CheckpointUnusable(f"{path} has wrong content: {reason}") from error
+
+
+def _check_sums(path: Path) -> None:
+    sums = _read_sums(path)
+    for shard in path.glob(f"{TENSORS}/*.distcp"):
+        sums.setdefault(str(shard.relative_to(path)), "")
+    for name, expected in sums.items():
+        file = path / name
+        if path.resolve() not in file.resolve().parents:
+            raise CheckpointUnusable(f"{path} is damaged: {SUMS} names {name}, outside of it")
+        if not is_regular(file):
+            why = "is no plain file" if file.is_symlink() or file.exists() else "cannot be read"
+            raise CheckpointUnusable(f"{path} is not whole: {name} {why}")
+        try:
+            found = _digest(file)
+        except OSError as error:
+            raise CheckpointUnusable(f"{path} is not whole: {name} cannot be read") from error
+        if found != expected:
+            raise CheckpointUnusable(f"{path} is damaged: {name} does not match its checksum")
 
 
 def _read_sums(path: Path) -> dict[str, str]:
     """Return the checksum of each file of a checkpoint; an empty one if ``STATE`` has none."""
     sums = {STATE: ""}
     try:
+        if not is_regular(path / SUMS):
+            raise FileNotFoundError
         for line in (path / SUMS).read_text().splitlines():
             digest, name = line.split("  ", 1)
             sums[name] = digest
@@ -132,9 +220,17 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
-    """Raise CheckpointUnusable unless names and shapes are those of the plain ``model``."""
+    """Raise CheckpointUnusable unless names and shapes are those of the plain ``model``.
+
+    What the checkpoint holds is tried on a copy of the model that has no values.
+    """
+    with content_checked(path):
+        _check_shapes(path, state["shapes"], model)
+        _check_content(path, state, model)
+
+
+def _check_shapes(path: Path, shapes: Mapping[str, Any], model: nn.Module) -> None:
     tensors = model.state_dict()
-    shapes = state["shapes"]
     for name in tensors.keys() ^ shapes.keys():
         where = "this model" if name in tensors else "the checkpoint"
         raise CheckpointUnusable(f"{path} is another model's: only {where} has {name}")
@@ -147,15 +243,49 @@ def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
             )
 
 
-def load_model(path: Path) -> nn.Module:
-    """Rebuild the model with its adapters from the checkpoint alone; it is in eval mode."""
+def _check_content(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise whatever the content of a state makes our own code raise, if it is not right."""
+    num_updates, named = state["train"]["num_updates"], updates_of(path)
+    if named >= 0 and num_updates != named:
+        raise ValueError(f"it is of update {num_updates}")
+    if not 0 <= state["start"] <= num_updates:
+        raise ValueError(f"its phase began at update {state['start']}")
+    if state["log"]["bytes"] < 0 or state["monitor"]["window"] < 1:
+        raise ValueError("its log or its window has no length")
+    empty = empty_copy(model)
+    if state["ema"] is not None:
+        check_weights(empty, state["ema"])
+    inject_empty(empty, state["adapters"])
+    if state["weights"] is None:
+        PlainReader(path / TENSORS).read_metadata()
+    else:
+        check_weights(empty, state["weights"])
+    check_moments(empty, state["moments"])
+    unknown = set(state["trained"]) - set(dict(empty.named_parameters()))
+    if unknown:
+        raise KeyError(f"trained {unknown.pop()}")
+
+
+def load_model(path: Path, allow: Collection[str] = ()) -> nn.Module:
+    """Rebuild the model with its adapters from the checkpoint alone; it is in eval mode.
+
+    The checkpoint says what to build. CheckpointUnusable for a class or function that is no part
+    of this program, unless ``allow`` has its name, such as 'my_models.Perceptron': it would run.
+    """
     state = read(path)
-    model: nn.Module = instantiate(state["config"]["model"], _convert_="all")
-    inject_empty(model, state["adapters"])
-    weights = state["weights"]
-    if weights is None:
-        weights, _ = load_sharded(path / TENSORS, {}, model, only="weights")
-    model.load_state_dict(weights)
+    with content_checked(path):
+        config = without_start(state["config"]["model"])
+    try:
+        check_saved(config, f"{path}: model", allow)
+    except ValueError as error:
+        raise CheckpointUnusable(str(error)) from error
+    model: nn.Module = build(config)
+    with content_checked(path):
+        inject_empty(model, state["adapters"])
+        weights = state["weights"]
+        if weights is None:
+            weights, _ = load_sharded(path / TENSORS, {}, model, only="weights")
+        model.load_state_dict(weights)
     return model.eval()
 
 

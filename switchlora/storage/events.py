@@ -1,6 +1,7 @@
 """The events of ``metrics.jsonl``: their keys, and how to write and read them."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ from switchlora.storage.reading import FileDamaged, content_of, parse_json
 METRICS = "metrics.jsonl"
 NEEDED = {"train": "train/loss", "eval": "val/top1"}
 """by kind of event, the key that it must have beside 'event' and 'num_updates'"""
+LOST = b'{"event": "lost", "num_updates": 0}\n'
+"""what stands in the place of damaged lines"""
 WEIGHT_NORM = "weight_norm/"
 """prefix of a key that every target of a 'measure' event has"""
 
@@ -72,6 +75,46 @@ def read_history(folder: Path) -> list[Measurement]:
         if placed.event["event"] == "measure":
             history.append(placed_measurement(placed))
     return history
+
+
+def mended(content: bytes, path: Path) -> tuple[bytes, list[str]]:
+    """Return a log without its damaged lines, and what was wrong with each.
+
+    An event 'lost' of the same length stands in their place, so that all others stay where
+    checkpoints know them. A damaged line too short for it takes a line beside it along.
+    """
+    parts: list[bytes] = []
+    reasons: list[str] = []
+    lost = 0
+    for number, line in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", content), start=1):
+        reason = _damage(line, path, number)
+        if reason is None and not 0 < lost < len(LOST):
+            parts += [_lost(lost), line]
+            lost = 0
+        else:
+            lost += len(line)
+            reasons.append(reason or f"line {number} is lost with the one before it")
+    if 0 < lost < len(LOST) and parts:
+        lost += len(parts.pop())
+    if 0 < lost < len(LOST):
+        raise FileDamaged(f"{path} is damaged: {reasons[-1]}; remove the file to go on without it")
+    return b"".join([*parts, _lost(lost)]), reasons
+
+
+def _lost(size: int) -> bytes:
+    """Return a line of ``size`` bytes with an event that says nothing; 0 bytes give none."""
+    return LOST.rstrip().ljust(size - 1) + b"\n" if size else b""
+
+
+def _damage(line: bytes, path: Path, number: int) -> str | None:
+    """Return what is wrong with a line of a log, or None."""
+    if not line.endswith(b"\n"):
+        return f"line {number} has no end"
+    try:
+        _check_event(parse_json(line[:-1], path, number), f"{path} is damaged: line {number}")
+    except FileDamaged as error:
+        return str(error).partition("is damaged: ")[2]
+    return None
 
 
 def _check_event(event: Mapping[str, Any], where: str) -> None:
@@ -168,6 +211,8 @@ def placed_measurement(placed: Placed) -> Measurement:
         return measurement_of(placed.event)
     except KeyError as error:
         raise FileDamaged(f"{placed.where} is a measurement without {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FileDamaged(f"{placed.where} is no measurement: {error}") from error
 
 
 def _layer(event: Mapping[str, Any], name: str) -> LayerStats:

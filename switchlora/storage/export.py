@@ -17,6 +17,7 @@ from switchlora.adapters import (
     without_adapters,
 )
 from switchlora.models import HALF, RESIDUAL, read_directly
+from switchlora.storage.files import follow_umask
 
 PEFT_PREFIX = "base_model.model."
 
@@ -83,6 +84,7 @@ def _save(
         save_file(on_cpu, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
+    follow_umask(path)
 
 
 def _stacked(adapters: dict[str, Adapter], out_features: int) -> tuple[Tensor, Tensor]:

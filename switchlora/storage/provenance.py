@@ -129,7 +129,13 @@ def _file_of(value: Any) -> Path | None:
 
 
 def git_state() -> str | None:
-    """Return the commit of the source tree, or None outside git; '-dirty' marks changed files."""
+    """Return the commit of the source tree, or None outside git; '-dirty' marks changed files.
+
+    A wheel knows the commit that it was built from, whatever git says where it is installed.
+    """
+    built = Path(__file__).parents[1] / "COMMIT"
+    if built.is_file():
+        return built.read_text().strip() or None
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         cwd=Path(__file__).parent,

@@ -67,4 +67,5 @@ def _reason(error: Exception, content: bytes, first_line: int = 1) -> str:
         return f"line {error.problem_mark.line + 1} is no YAML: {error.problem}"
     if isinstance(error, RecursionError):
         return f"line {first_line} is nested too deeply"
-    return str(error).splitlines()[0]
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0]

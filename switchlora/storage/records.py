@@ -1,10 +1,12 @@
 """Read runs, finished or not, from their folders: configuration, events, summary."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from switchlora.errors import ODD
 from switchlora.monitor import Measurement
 from switchlora.storage.events import METRICS, read_events, read_history
 from switchlora.storage.reading import FileDamaged, content_of, parse_json, parse_yaml
@@ -12,8 +14,8 @@ from switchlora.storage.runlog import CONFIG, SUMMARY
 
 TRUNK_KEY = "trunk.json"
 """file that marks a trunk: a folder that runs share, and that is no run itself"""
-NEEDED = ("status", "val", "phases")
-"""keys that every summary has"""
+NEEDED: dict[str, type] = {"status": str, "val": dict, "phases": dict}
+"""keys that every summary has, with the types of their values"""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,11 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     summary = parse_json(content_of(path), path)
-    for key in NEEDED:
+    for key, kind in NEEDED.items():
         if key not in summary:
             raise FileDamaged(f"{path} is damaged: it has no '{key}'")
+        if not isinstance(summary[key], kind):
+            raise FileDamaged(f"{path} is damaged: its '{key}' is {str(summary[key])[:20]!r}")
     return summary
 
 
@@ -89,13 +93,22 @@ def check_alike(records: Sequence[Record], keys: Sequence[str], give: str) -> No
     """
     for record in records[1:]:
         for key in keys:
-            if record.config[key] != records[0].config[key]:
+            if record.config.get(key) != records[0].config.get(key):
                 raise ValueError(
                     f"{records[0].folder} and {record.folder} differ in '{key}': give {give}"
                 )
 
 
-def find_records(paths: Iterable[Path], say: Callable[[str], None] | None = None) -> list[Record]:
+def warn(line: str) -> None:
+    """Print a line on standard error, apart from the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def find_records(
+    paths: Iterable[Path],
+    say: Callable[[str], None] | None = None,
+    attempt: Callable[[Record], object] | None = None,
+) -> list[Record]:
     """Return the runs in ``paths``: run folders, or folders of run folders, such as a sweep's.
 
     Each run is returned once. Trunks inside a sweep are left out. ValueError names a path that
@@ -103,7 +116,8 @@ def find_records(paths: Iterable[Path], say: Callable[[str], None] | None = None
 
     FileDamaged when the configuration or the summary of a run cannot be read. With ``say`` such a
     run is left out, and so is one whose log is damaged: ``say`` gets a line that names the file.
-    ValueError when every run is left out.
+    ``attempt`` does with each run alone what is to be done with all: one that it fails on, since
+    something odd stands in its files, is left out too. ValueError when every run is left out.
     """
     found: dict[Path, Record] = {}
     for path in paths:
@@ -111,7 +125,7 @@ def find_records(paths: Iterable[Path], say: Callable[[str], None] | None = None
             try:
                 record = read_record(folder)
                 if say is not None:
-                    _check_log(record)
+                    _check_content(record, attempt)
             except FileDamaged as error:
                 if say is None:
                     raise
@@ -141,6 +155,18 @@ def _run_folders(path: Path) -> list[Path]:
     return folders
 
 
-def _check_log(record: Record) -> None:
+def _check_content(record: Record, attempt: Callable[[Record], object] | None) -> None:
+    """Raise FileDamaged for a damaged log, or when ``attempt`` fails on what a file holds."""
     for _ in record.events():
         pass
+    if attempt is None:
+        return
+    try:
+        attempt(record)
+    except FileDamaged:
+        raise
+    except ODD as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise FileDamaged(f"{record.folder} holds something odd ({reason})") from error
+    except ValueError:
+        return  # it is told, with its own words, when it comes to all runs

@@ -1,6 +1,8 @@
 """Find the checkpoint to resume from; refuse to resume under another configuration."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,14 @@ from switchlora.storage import checkpoint, retention
 from switchlora.storage.events import METRICS
 from switchlora.storage.reading import FileDamaged
 from switchlora.storage.records import read_config, read_summary
+from switchlora.storage.runlog import SUMMARY
 
+Check = Callable[[Mapping[str, Any]], None]
+"""raise an error for a state that the caller cannot restore"""
 AUTO = "auto"
 SHOWN = 3
+Usable = Callable[[list[Path]], tuple[Path, dict[str, Any], list[str]]]
+"""the first usable one of some checkpoints, its state, and a line for each one before it"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,13 @@ class Found:
     """whether the checkpoint is from another run, or from a trunk"""
 
 
-def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> Found | None:
+def find(
+    resume: str | None,
+    folder: Path,
+    config: Config,
+    model: nn.Module,
+    check: Check | None = None,
+) -> Found | None:
     """Return the newest usable checkpoint, or None to start from the beginning.
 
     ``resume`` is one of:
@@ -43,11 +56,13 @@ def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> 
     - 'auto': go on with the run in ``folder``, if there is one.
     - a path of a checkpoint or of a run folder elsewhere: branch off from it.
 
-    ``model`` is the plain model that the configuration builds. ValueError when ``folder`` holds
+    ``model`` is the plain model that the configuration builds. A checkpoint that is damaged, or
+    whose content fails ``check``, is left for the one before it. ValueError when ``folder`` holds
     another run, when no checkpoint is usable, or when 'auto' meets a run of another
     configuration.
     """
-    place = from_primary(lambda: _choose(resume, folder, config, model))
+    usable = partial(_newest_usable, model=model, check=check)
+    place = from_primary(lambda: _choose(resume, folder, config, usable))
     if place is None:
         return None
     path, source, lines = place
@@ -73,7 +88,11 @@ def _finished_summary(folder: Path, config: Config) -> dict[str, Any] | None:
         raise FileDamaged(f"{error}; without this file the last checkpoint is used") from error
     if summary is None or summary["status"] != "finished":
         return None
-    _refuse_another(folder, read_config(folder), config)
+    try:
+        before = read_config(folder)
+    except FileDamaged as error:
+        raise FileDamaged(f"{error}; without {SUMMARY} the last checkpoint is used") from error
+    _refuse_another(folder, before, config)
     return summary
 
 
@@ -87,13 +106,13 @@ def _refuse_another(folder: Path, old: Config, new: Config) -> None:
 
 
 def _choose(
-    resume: str | None, folder: Path, config: Config, model: nn.Module
+    resume: str | None, folder: Path, config: Config, usable: Usable
 ) -> tuple[Path, Path, list[str]] | None:
     """Return a checkpoint, the run folder that it is from, and lines for the user; or None."""
     if resume is not None:
         if resume == AUTO:
-            return _go_on(folder, config, model)
-        return _branch_off(Path(resume), folder, config, model)
+            return _go_on(folder, config, usable)
+        return _branch_off(Path(resume), folder, config, usable)
     if (folder / METRICS).exists():
         raise ValueError(
             f"{folder} already holds a run; go on with it by resume=auto, or choose another "
@@ -102,11 +121,11 @@ def _choose(
     return None
 
 
-def _go_on(folder: Path, config: Config, model: nn.Module) -> tuple[Path, Path, list[str]] | None:
+def _go_on(folder: Path, config: Config, usable: Usable) -> tuple[Path, Path, list[str]] | None:
     candidates = retention.find_all(folder)
     if not candidates:
         return None
-    path, state, lines = _newest_usable(candidates, model)
+    path, state, lines = usable(candidates)
     _refuse_another(folder, state["config"], config)
     unusable = candidates[: candidates.index(path)]
     for left in unusable:
@@ -115,7 +134,7 @@ def _go_on(folder: Path, config: Config, model: nn.Module) -> tuple[Path, Path, 
 
 
 def _branch_off(
-    place: Path, folder: Path, config: Config, model: nn.Module
+    place: Path, folder: Path, config: Config, usable: Usable
 ) -> tuple[Path, Path, list[str]]:
     candidates, source = _elsewhere(place)
     if (folder / METRICS).exists() and retention.find_all(folder):
@@ -123,7 +142,7 @@ def _branch_off(
             f"{folder} already holds a run; resume=auto goes on with it from its newest "
             "checkpoint; to branch off from another one, choose another hydra.run.dir"
         )
-    path, state, lines = _newest_usable(candidates, model)
+    path, state, lines = usable(candidates)
     changed = differences(state["config"], config)
     other_data = any(line.startswith("data.") for line in changed)
     if other_data and state["train"]["position"]:
@@ -147,7 +166,7 @@ def _elsewhere(place: Path) -> tuple[list[Path], Path]:
 
 
 def _newest_usable(
-    candidates: list[Path], model: nn.Module
+    candidates: list[Path], model: nn.Module, check: Check | None
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """Return the first usable checkpoint, its state, and a line for each one before it."""
     reasons = []
@@ -155,6 +174,9 @@ def _newest_usable(
         try:
             state = checkpoint.read(path)
             checkpoint.check_model(path, state, model)
+            if check is not None:
+                with checkpoint.content_checked(path):
+                    check(state)
         except CheckpointUnusable as error:
             reasons.append(str(error))
             continue

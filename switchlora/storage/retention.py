@@ -14,7 +14,10 @@ NAME = re.compile(r"update-(\d+)(?:\.(\d+))?")
 
 def find_all(folder: Path) -> list[Path]:
     """Return the checkpoints of a run folder, the newest first."""
-    found = [path for path in (folder / FOLDER).glob("update-*") if NAME.fullmatch(path.name)]
+    found = []
+    for path in (folder / FOLDER).glob("update-*"):
+        if NAME.fullmatch(path.name) and _is_own_folder(path):
+            found.append(path)
     return sorted(found, key=_order, reverse=True)
 
 
@@ -75,8 +78,9 @@ def set_aside(path: Path) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what an interrupted write or an interrupted removal left behind."""
-    for path in (folder / FOLDER).glob(".*-*"):
-        shutil.rmtree(path)
+    for begun in (".writing-*", ".removing-*"):
+        for path in filter(_is_own_folder, (folder / FOLDER).glob(begun)):
+            shutil.rmtree(path)
 
 
 @dataclass
@@ -138,6 +142,11 @@ def free_name(folder: Path, name: str) -> Path:
         if match is not None:
             free = max(free, int(match[1] or 0) + 1)
     return folder / (f"{name}.{free}" if free else name)
+
+
+def _is_own_folder(path: Path) -> bool:
+    """Return whether a folder lies here itself: a link may lead anywhere."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _order(path: Path) -> tuple[int, int]:

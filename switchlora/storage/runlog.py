@@ -1,37 +1,50 @@
 """The log of a run: metrics.jsonl always, W&B when asked, and lines on the terminal."""
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from switchlora.process import is_primary, together
-from switchlora.storage.events import METRICS, as_record, plain_values, read_events
+from switchlora.storage.events import METRICS, as_record, mended, plain_values, read_events
+from switchlora.storage.files import open_here, write_whole
 from switchlora.storage.progress import Progress
 from switchlora.storage.retention import free_name
 
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
 POLL_SECONDS = 0.2
+UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
+"""errors of a file system without locks"""
+
+
+class NoLocks(OSError):
+    """A file system offers no locks, such as Lustre as it is often mounted."""
 
 
 class FolderLock:
     """Lock a run folder for one run at a time; a context manager.
 
     The primary rank holds the lock. It tries for ``patience`` seconds. ValueError when another
-    process then still has it.
+    process then still has it. On a file system without locks a line says so, and the run goes on.
     """
 
     def __init__(self, folder: Path, patience: float = 0.0) -> None:
         self._file: TextIO | None = None
         with together():
             if is_primary():
-                self._file = _locked_within(folder, patience)
+                try:
+                    self._file = _locked_within(folder, patience)
+                except NoLocks as error:
+                    print(f"{error}: take care that no second run is started in it", flush=True)
 
     def __enter__(self) -> "FolderLock":
         return self
@@ -62,8 +75,10 @@ class RunLog:
 
     A resumed run passes ``position``: the value of ``RunLog.position`` in the checkpoint. Later
     lines are cut off, since their updates come again. ``source`` is the folder that the earlier
-    lines are copied from (None: ``folder`` itself). ValueError when lines are missing there,
-    FileDamaged when one holds no event.
+    lines are copied from (None: ``folder`` itself). ValueError when lines are missing there.
+
+    The run itself needs no line of its log. So a damaged one does not hold it up: it is left out
+    and told, and the damaged file is kept beside the log.
     """
 
     def __init__(
@@ -81,9 +96,11 @@ class RunLog:
         self._wandb = None
         self._step = 0
         path = folder / METRICS if self._talks else Path(os.devnull)
+        told: list[str] = []
         if self._talks:
             folder.mkdir(parents=True, exist_ok=True)
-            _cut(path, (source or folder) / METRICS, position["bytes"] if position else 0)
+            told = _begin(path, (source or folder) / METRICS, position)
+        self._digest = hashlib.sha256(path.read_bytes())
         self._file = path.open("a", buffering=1)  # noqa: SIM115
         if self._talks and wandb:
             known = position["wandb_id"] if position and source in (None, folder) else None
@@ -93,6 +110,8 @@ class RunLog:
             for record in read_events(folder):
                 self._to_wandb(record)
         self._progress = Progress(total_updates, enabled=progress and self._talks)
+        for line in told:
+            self.line(line)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -104,12 +123,16 @@ class RunLog:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def position(self) -> dict[str, Any]:
-        """Write the log to the disk; return its length in bytes and the id of the W&B run."""
+        """Write the log to the disk; return its bytes, their digest, and the id of the W&B run."""
         self._file.flush()
         if self._talks:
             os.fsync(self._file.fileno())
         wandb_id = None if self._wandb is None else self._wandb.id
-        return {"bytes": self._file.tell(), "wandb_id": wandb_id}
+        return {
+            "bytes": self._file.tell(),
+            "sha256": self._digest.hexdigest(),
+            "wandb_id": wandb_id,
+        }
 
     def event(self, event: str, num_updates: int, epoch: float, **metrics: Any) -> None:
         """Record one event with the keys 'event', 'num_updates', 'epoch' and those of ``metrics``.
@@ -120,7 +143,9 @@ class RunLog:
         if not self._talks:
             return
         record = as_record(event, num_updates, epoch, metrics)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        text = json.dumps(record, allow_nan=False) + "\n"
+        self._file.write(text)
+        self._digest.update(text.encode())
         self._to_wandb(record)
 
     def line(self, text: str) -> None:
@@ -156,12 +181,7 @@ class RunLog:
             return
         plain = plain_values(values)
         text = json.dumps(plain, indent=2, allow_nan=False)
-        part = self.folder / f".{SUMMARY}"
-        with part.open("w") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.folder / SUMMARY)
+        write_whole(self.folder / SUMMARY, text + "\n")
         if self._wandb is not None:
             self._wandb.summary.update(plain)
 
@@ -186,15 +206,20 @@ def locked(folder: Path) -> TextIO | None:
     """Make ``folder`` and lock it; return the lock's file, or None if another process has it.
 
     Closing the file releases the lock. The system also releases it when the process ends, however
-    it ends.
+    it ends. NoLocks on a file system that has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
+    file = os.fdopen(open_here(folder / ".lock"), "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
+    except OSError as error:
+        file.close()
+        if error.errno not in UNSUPPORTED:
+            raise
+        raise NoLocks(f"the file system of {folder} has no locks ({error.strerror})") from error
     held = weakref.ref(file)
     os.register_at_fork(after_in_child=lambda: _close(held()))  # workers may outlive a killed run
     return file
@@ -205,19 +230,42 @@ def _close(file: TextIO | None) -> None:
         file.close()
 
 
-def _cut(path: Path, source: Path, size: int) -> None:
-    """Make the log ``path`` of the first ``size`` bytes of ``source``, which may be itself."""
-    if size and (not source.exists() or source.stat().st_size < size):
+def _begin(path: Path, source: Path, position: Mapping[str, Any] | None) -> list[str]:
+    """Make the log ``path`` of the bytes of ``source``, maybe itself, that a checkpoint knows.
+
+    Return lines for the user: what was damaged or changed in them.
+    """
+    size = position["bytes"] if position else 0
+    content = source.read_bytes()[:size] if size and source.exists() else b""
+    if len(content) < size:
+        give_up = f"truncate -s {size} {shlex.quote(str(source))}"
         raise ValueError(
-            f"{source} is missing or shorter than the checkpoint knows it: {size:,} bytes"
+            f"{source} is missing or shorter than the checkpoint knows it: {size:,} bytes; put it "
+            f"back, or give up the lines that are missing: {give_up}"
         )
-    if source != path and size:
+    whole, reasons = mended(content, source)
+    told = _told_of_damage(path, source, reasons)
+    if source != path or reasons:
         part = path.with_name(f".{path.name}")
-        shutil.copyfile(source, part)
-        os.truncate(part, size)
+        part.unlink(missing_ok=True)
+        part.write_bytes(whole)
         part.replace(path)
     path.touch()
     os.truncate(path, size)
+    known = position.get("sha256") if position else None
+    if not reasons and known not in (None, hashlib.sha256(content).hexdigest()):
+        told.append(f"{source} was changed after the checkpoint was saved; it is taken as it is")
+    return told
+
+
+def _told_of_damage(path: Path, source: Path, reasons: Sequence[str]) -> list[str]:
+    """Keep a damaged log beside ``path``; return a line on what is wrong with it, if anything."""
+    if not reasons:
+        return []
+    kept = free_name(path.parent, f"damaged-{path.name}")
+    shutil.copyfile(source, kept)
+    more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+    return [f"{source} is damaged: {reasons[0]}{more}; the run goes on without, {kept} has all"]
 
 
 def _start_wandb(

@@ -1,5 +1,7 @@
 """Save and restore the tensors of a learner and the states of the random generators."""
 
+import copy
+import pickle
 import random
 import warnings
 from collections.abc import Mapping
@@ -10,14 +12,45 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.optim import Optimizer
 
 from switchlora.adapters import plain_shapes
-from switchlora.learner import Learner, load_moments
+from switchlora.learner import POWERS, Learner, load_moments
 from switchlora.process import distributed
 
 TENSORS = "tensors"
+METADATA_NAMES = {
+    "torch": ("Size", *(name for name in dir(torch) if type(getattr(torch, name)) is torch.dtype)),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata"),
+        *("TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    ),
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),
+}
+"""by module, the names that ``.metadata`` of torch.distributed.checkpoint holds"""
+
+
+class PlainReader(dcp.FileSystemReader):
+    """Reads a sharded checkpoint without running what a pickle in it names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the metadata; UnpicklingError for any name that does not belong there."""
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _PlainUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in METADATA_NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is not run")
+        return super().find_class(module, name)
 
 
 def load_tensors(
@@ -81,6 +114,37 @@ def _kind(optimizer: Optimizer) -> str:
     return kind
 
 
+def empty_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` whose tensors have shapes and dtypes, and no values."""
+    empty: dict[int, Tensor] = {}
+    for parameter in model.parameters():
+        shape = torch.empty_like(parameter, device="meta")
+        empty[id(parameter)] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        empty[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, empty)  # type: ignore[arg-type]
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise an error unless ``weights`` have the names and the shapes of the model's tensors."""
+    own = model.state_dict()
+    for name in own.keys() ^ weights.keys():
+        raise KeyError(f"weights {name}")
+    for name, tensor in own.items():
+        if weights[name].shape != tensor.shape:
+            raise ValueError(f"weights {name} have the shape {tuple(weights[name].shape)}")
+
+
+def check_moments(model: nn.Module, moments: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise an error unless the moments that have a parameter's shape belong to one."""
+    parameters = dict(model.named_parameters())
+    for name, state in moments.items():
+        for key, value in state.items():
+            alike = key in POWERS and value is not None
+            if alike and value.shape != parameters[name].shape:
+                raise ValueError(f"moment {key} of {name} has the shape {tuple(value.shape)}")
+
+
 def random_states() -> dict[str, Any]:
     """Return the states of random, numpy and torch, as plain types and tensors."""
     numpy_state: Any = np.random.get_state()
@@ -132,12 +196,13 @@ def load_sharded(
     ``plain`` holds the values of the moments that are no tensors. ``only`` is 'weights' or
     'moments' to read just these.
     """
-    reader = dcp.FileSystemReader(folder)
+    reader = PlainReader(folder)
     parameters = model.state_dict()
     tensors: dict[str, Tensor] = {}
     for key, saved in reader.read_metadata().state_dict_metadata.items():
         if key.startswith(only):
-            assert isinstance(saved, TensorStorageMetadata)
+            if not isinstance(saved, TensorStorageMetadata):
+                raise TypeError(f"{key} is no tensor")
             _, name, *_ = key.split("/")
             tensors[key] = _place_for(saved, parameters[name])
     with warnings.catch_warnings():

@@ -26,7 +26,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from switchlora.config import Config, as_plain, identity, is_free, leaves, shaping
-from switchlora.errors import JobFailed, JobInterrupted
+from switchlora.errors import ODD, JobFailed, JobInterrupted
 from switchlora.names import near
 from switchlora.process import FAILURE, distributed, one_line
 from switchlora.storage import AUTO, METRICS, find_all, finished_summary, read_summary
@@ -57,17 +57,17 @@ class Sweep(Callback):
     running: "Sweep | None" = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Make the folder of the jobs; note it and the time of the start."""
+        """Make the folder of the jobs; note it, and the jobs' outcomes of earlier starts."""
         self.folder = Path(config.hydra.sweep.dir)
-        self.start = time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.before = {path: _stamp(path) for path in self.folder.glob(f"*/{JOB}")}
         Sweep.running = self
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """Return outcome and reason of each job of this multirun, by the name of its folder."""
         jobs = {}
         for path in sorted(self.folder.glob(f"*/{JOB}")):
-            if path.stat().st_mtime >= self.start:
+            if _stamp(path) != self.before.get(path):
                 jobs[path.parent.name] = _noted(path.parent)
         return jobs
 
@@ -338,11 +338,18 @@ def _begun(folder: Path, config: Config) -> str:
     return "resumed" if (folder / METRICS).exists() else "new"
 
 
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return what changes when a file is written anew, even if the clock was set back."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
 def _noted(folder: Path) -> dict[str, Any]:
     """Return the noted outcome of the job in a folder; 'interrupted' if none can be read."""
     try:
-        return json.loads((folder / JOB).read_text())
-    except (OSError, ValueError):
+        noted = json.loads((folder / JOB).read_text())
+        return {"outcome": str(noted["outcome"]), "reason": str(noted["reason"])}
+    except (OSError, ValueError, RecursionError, *ODD):
         return {"outcome": "interrupted", "reason": ""}
 
 

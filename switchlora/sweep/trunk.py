@@ -40,6 +40,7 @@ from switchlora.storage import (
     TRUNK_KEY,
     FileDamaged,
     Found,
+    NoLocks,
     checkpoint,
     code_digest,
     locked,
@@ -148,8 +149,8 @@ class Trunk:
 
         This is a checkpoint of the trunk, or else ``own``, that of the run itself (None: the run
         starts at the beginning). Afterwards ``extends`` says whether this run extends the trunk.
-        It does not when the trunk's log is damaged. Interrupted when a signal comes while the run
-        waits.
+        It does not when the trunk's log is damaged, or its file system has no locks. Interrupted
+        when a signal comes while the run waits.
         """
         place, position, self.extends = distributed.from_primary(
             lambda: self._choose_or_leave(policy, model, own, run, interruption, say)
@@ -209,7 +210,7 @@ class Trunk:
         """Return what ``_choose`` returns; leave a trunk whose log is damaged."""
         try:
             return self._choose(policy, model, own, run, interruption, say)
-        except FileDamaged as error:
+        except (FileDamaged, NoLocks) as error:
             self._go_on_alone(error, say)
             shutil.rmtree(run / BORROWED, ignore_errors=True)
             return None, 0, False

@@ -28,7 +28,7 @@ from switchlora.criteria import Verdict
 from switchlora.monitor import Measurement
 from switchlora.policy import Decision, SwitchPolicy, decisions
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import Record, find_records
+from switchlora.storage import Record, find_records, warn
 
 CONF = folder_of("conf")
 SLICE = re.compile(r"\.[qkv]$")
@@ -67,8 +67,8 @@ def main() -> None:
     """Answer what the command line asks. Exit with one line on a mistake in it."""
     options = parse(sys.argv[1:])
     try:
-        records = find_records(options.runs)
-        answers = replay(records, options.overrides, options.config_dir)
+        records = find_records(options.runs, warn, Record.history)
+        answers = replay(records, options.overrides, options.config_dir, options.allow)
         folder = options.out or results_folder(options.runs, "replay")
         text = report(records, options.overrides, answers)
         written = write(folder, records, options.overrides, answers, text)
@@ -84,6 +84,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="+", metavar="RUN or KEY=VALUE")
     parser.add_argument("--out", type=Path, help="replay/ in the run or sweep by default")
     parser.add_argument("--config-dir", type=Path, help="a folder with yamls of your own")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="NAME", help="your class that a run names"
+    )
     options = parser.parse_intermixed_args(words)
     options.runs = []
     options.overrides = []
@@ -98,11 +101,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def replay(
-    records: Sequence[Record], words: Sequence[str], config_dir: Path | None = None
+    records: Sequence[Record],
+    words: Sequence[str],
+    config_dir: Path | None = None,
+    allow: Sequence[str] = (),
 ) -> list[Answer]:
     """Return the answer of every setting on every run.
 
-    The overrides ``words`` may hold sweeps; every combination is a setting.
+    The overrides ``words`` may hold sweeps; every combination is a setting. The runs may name
+    classes and functions of this program, those in the words and the yamls, and ``allow``.
     """
     if config_dir is not None and not config_dir.is_dir():
         raise ValueError(f"--config-dir {config_dir} is no folder")
@@ -113,7 +120,7 @@ def replay(
         answers = []
         for setting, label in zip(settings, labels(settings), strict=True):
             for record, history, name in zip(records, histories, names, strict=True):
-                policy = policy_of(record, setting, config_dir)
+                policy = policy_of(record, setting, config_dir, tuple(allow))
                 answers.append(ask(policy, record, history, (label, name)))
         return answers
 

@@ -12,8 +12,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
 
-from switchlora.config import build, is_free, leaves
+from switchlora.config import build_saved, is_free, leaves, names_in_yamls
 from switchlora.policy import SwitchPolicy
 from switchlora.process import USER_ERRORS, one_line
 from switchlora.storage import Record
@@ -59,17 +60,22 @@ def short(word: str) -> str:
     return value if "/" in key else f"{key.split('.')[-1]}={value}"
 
 
-def policy_of(record: Record, setting: Setting, config_dir: Path | None) -> SwitchPolicy:
+def policy_of(
+    record: Record, setting: Setting, config_dir: Path | None, allow: Setting = ()
+) -> SwitchPolicy:
     """Return the run's own policy with a setting's changes.
 
-    Raise ValueError when a change needs a new run.
+    Raise ValueError when a change needs a new run, or when the run names a class or function that
+    neither this program nor the user names.
     """
     overrides = parsed(setting)
     refuse_other_full_phase(record, overrides)
     try:
-        policy = composed(base_of(record, overrides), setting, config_dir)
+        policy = composed(base_of(record, overrides), setting, config_dir, allow)
     except USER_ERRORS as error:
         raise ValueError(f"{record.folder.name}: {one_line(error)}{hint(overrides)}") from error
+    except RecursionError as error:
+        raise ValueError(f"{record.folder.name}: its configuration refers to itself") from error
     for key in ("targets", "split_qkv"):
         own = record.config["switch"].get(key, getattr(policy, key))
         if getattr(policy, key) != own:
@@ -127,7 +133,8 @@ def base_of(record: Record, overrides: Sequence[Override]) -> str:
     for choice in outer_choices(overrides):
         remove(path_of(choice), config)
         defaults.append({choice.get_key_element(): choice.value()})
-    return json.dumps({"defaults": defaults, **config})
+    config.pop("hydra", None)
+    return json.dumps({**config, "defaults": defaults})
 
 
 def outer_choices(overrides: Sequence[Override]) -> list[Override]:
@@ -149,11 +156,19 @@ def remove(key: str, config: dict[str, Any]) -> None:
 
 
 @cache
-def composed(base: str, setting: Setting, config_dir: Path | None) -> SwitchPolicy:
+def composed(base: str, setting: Setting, config_dir: Path | None, allow: Setting) -> SwitchPolicy:
     """Let Hydra apply ``setting`` to a base from ``base_of``, and return the policy."""
     ConfigStore.instance().store(BASE, json.loads(base))
     search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
-    return build(compose(BASE, overrides=[*setting, *search]).switch)
+    switch = compose(BASE, overrides=[*setting, *search]).switch
+    plain: Any = OmegaConf.to_container(switch, resolve=True)
+    return build_saved(plain, "switch", {*allow, *named_by_user(setting, config_dir)})
+
+
+def named_by_user(setting: Setting, config_dir: Path | None) -> set[str]:
+    """Return the values of the command line, and what the user's own yamls name."""
+    named = {word.partition("=")[2].strip("'\"") for word in setting}
+    return named | (names_in_yamls(config_dir) if config_dir else set())
 
 
 def is_choice(override: Override) -> bool:

@@ -88,8 +88,18 @@ def _lines(table: Table, columns: Sequence[Column]) -> list[list[str]]:
     lines = []
     for row in table.rows:
         cells = [shown(row.cells.get(column.key), column) for column in columns]
-        lines.append([row.label, *cells])
+        lines.append([on_one_line(row.label), *cells])
     return lines
+
+
+def on_one_line(text: str) -> str:
+    """Return a text without line breaks, which would split a row."""
+    return re.sub(r"\s*[\r\n\v\f\x85\u2028\u2029]\s*", " ", text)
+
+
+def no_formula(text: str) -> str:
+    """Return a text that no program for tables takes for a formula: with ' before = + - @."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 
 
 def _without_bars(cells: Sequence[str]) -> list[str]:
@@ -168,7 +178,7 @@ def csv_text(table: Table) -> str:
         header += [f"{title} mean", f"{title} std", f"{title} n"]
     writer.writerow(header)
     for row in table.rows:
-        line: list[Any] = [row.label]
+        line: list[Any] = [no_formula(on_one_line(row.label))]
         for column in table.columns:
             line += _csv_cells(row.cells.get(column.key))
         writer.writerow(line)

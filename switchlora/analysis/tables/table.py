@@ -27,7 +27,7 @@ from switchlora.analysis.tables.notes import general_notes, time_notes, unfinish
 from switchlora.analysis.tables.pareto import draw_pareto
 from switchlora.analysis.tables.rows import Row, Table, make_rows
 from switchlora.analysis.tables.systems import switch_notes, systems_columns
-from switchlora.storage import Record, find_records, is_run
+from switchlora.storage import Record, find_records, is_run, warn
 
 STEMS = {"default": "table", "systems": "systems", "prelora": "prelora"}
 """by preset, the name of its files"""
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> list[str]:
 
     Raise ValueError when no run has finished.
     """
-    records = find_records(options.runs)
+    records = find_records(options.runs, warn, lambda record: make_table([record]))
     times = not options.no_times
     table = make_table(records, options.preset, options.baseline, times)
     if not table.rows:
