@@ -8,7 +8,7 @@ from torch import nn
 from switchlora.adapters import adapted_modules
 from switchlora.process import is_primary, together
 from switchlora.run.memory import memory_lines
-from switchlora.run.messages import final_table, never_switched_lines
+from switchlora.run.messages import final_table, never_switched_lines, not_finite_lines
 from switchlora.run.run import Run
 from switchlora.run.state import Ledger, Phase
 from switchlora.storage import environment, save_adapter, save_merged
@@ -81,6 +81,8 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
         "status": status,
         "num_updates": state.num_updates,
         "skipped_updates": ledger.skipped_updates,
+        "skipped_averages": ledger.skipped_averages,
+        "unmeasured": ledger.unmeasured,
         "val": {**(ledger.last_eval or {}), "best_top1": state.best_top1},
         "test": test,
         "switch": switch,
@@ -132,6 +134,7 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
     if test is not None:
         average = f" (EMA {test['ema_top1']:.2f} %)" if "ema_top1" in test else ""
         lines.append(f"test top1 {test['top1']:.2f} %{average}, loss {test['loss']:.4f}")
+    lines += not_finite_lines(ledger.skipped_averages, ledger.unmeasured)
     share = run.stopwatch.monitor_share
     lines.append(f"the monitor took {share:.2%} of the training time")
     names = ["model.safetensors", "summary.json", "metrics.jsonl"]

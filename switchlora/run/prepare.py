@@ -17,6 +17,7 @@ from switchlora.models import load_weights
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed, known_keys
+from switchlora.run.agreement import agree_on_data
 from switchlora.run.checks import check_config, check_recipes, rehearse_switch
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import restore, restore_parts
@@ -66,6 +67,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     """
     interruption = interruption or Interruption()
     parts = build_parts(config)
+    agree_on_data(parts.data)
     found = find(config.resume, folder, parts.plain, parts.model)
     loaded = None
     if found is None and config.init_checkpoint is not None:

@@ -33,6 +33,7 @@ from switchlora.storage.provenance import (
     environment as environment,
     machine as machine,
     machine_line as machine_line,
+    versions as versions,
 )
 from switchlora.storage.reading import FileDamaged as FileDamaged
 from switchlora.storage.records import (

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from switchlora.storage import AUTO, METRICS, find_all, finished_summary, read_s
 JOB = "job.json"
 TRUNK = "trunk"
 PARENT = "SWITCHLORA_PARENT"
+"""names the process that started a job's process"""
+SWEEP = "SWITCHLORA_SWEEP"
+"""names the process of the multirun, for the processes of a launcher such as joblib's"""
 POLL_SECONDS = 1.0
 NAME_LENGTH = 80
 JOB_PATIENCE = 30.0
@@ -57,7 +61,8 @@ class Sweep(Callback):
     running: "Sweep | None" = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Make the folder of the jobs; note it and the time of the start."""
+        """Make the folder of the jobs; note it, this process and the time of the start."""
+        os.environ[SWEEP] = str(os.getpid())
         self.folder = Path(config.hydra.sweep.dir)
         self.start = time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -231,13 +236,41 @@ def follow_parent() -> None:
     """
     parent = os.environ.pop(PARENT, None)
     if parent is not None:
-        threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
+        _follow_in_background(lambda: os.getppid() == int(parent))
 
 
-def _follow(parent: int) -> None:
-    while os.getppid() == parent:
+@cache
+def follow_sweep() -> None:
+    """End this process of a launcher when the multirun's own process dies.
+
+    The job that this process waits for then loses its parent: it saves and leaves too.
+    """
+    sweep = int(os.environ.get(SWEEP, os.getpid()))
+    if sweep == os.getpid():
+        return
+    if sweep == os.getppid():
+        _follow_in_background(lambda: os.getppid() == sweep)
+    else:
+        _follow_in_background(lambda: _is_alive(sweep))
+
+
+def _follow_in_background(lives: Callable[[], bool]) -> None:
+    threading.Thread(target=_follow, args=(lives,), daemon=True).start()
+
+
+def _follow(lives: Callable[[], bool]) -> None:
+    while lives():
         time.sleep(POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_alive(process: int) -> bool:
+    with suppress(PermissionError):  # it is another user's
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+    return True
 
 
 def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
@@ -246,6 +279,7 @@ def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
     JobFailed with the reason that the job leaves in ``failure.txt``. JobInterrupted when a signal
     ended it. If the launcher runs jobs at the same time, the output goes to ``output.log``.
     """
+    follow_sweep()
     failure = folder / "failure.txt"
     failure.unlink(missing_ok=True)
     environment = {**os.environ, PARENT: str(os.getpid()), FAILURE: str(failure)}
@@ -265,7 +299,11 @@ def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
     if number:
         raise JobInterrupted(f"it was ended by {signal.Signals(number).name}")
     if status:
-        why = failure.read_text() if failure.exists() else f"it ended with status {status}"
+        why = (
+            failure.read_text(encoding="utf-8")
+            if failure.exists()
+            else f"it ended with status {status}"
+        )
         raise JobFailed(why)
 
 

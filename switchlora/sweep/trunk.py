@@ -33,7 +33,7 @@ from switchlora.errors import (
 )
 from switchlora.monitor import Measurement
 from switchlora.policy import SwitchPolicy, decisions
-from switchlora.process import Interruption, distributed, one_line
+from switchlora.process import Interruption, distributed, one_line, say
 from switchlora.storage import (
     CONFIG,
     METRICS,
@@ -142,7 +142,7 @@ class Trunk:
         own: Found | None,
         run: Path,
         interruption: Interruption,
-        say: Say = print,
+        say: Say = say,
     ) -> Found | None:
         """Return the checkpoint from which the run in folder ``run`` goes on.
 
