@@ -34,7 +34,8 @@ class Failing:
     def write(self, text):
         raise self.error
 
-    flush = write
+    def flush(self):
+        raise self.error
 
 
 ERRORS = [BrokenPipeError(), OSError(5, "EIO"), OSError(28, "no space"), ValueError("closed file")]
@@ -78,6 +79,11 @@ def on_stream(descriptor, encoding, *words):
     program(*words)
 
 
+def in_file(path, encoding, *words):
+    """The program where what is said goes into a file, with the encoding of a poor terminal."""
+    on_stream(os.open(path, os.O_WRONLY | os.O_CREAT), encoding, *words)
+
+
 def nowhere(kind, *words):
     """The program where what is said goes nowhere: a closed pipe, a full disk, a lost terminal."""
     if kind == "pipe":
@@ -105,12 +111,12 @@ def test_a_run_that_nobody_hears_ends_as_any_other(tmp_path, kind):
 
 def test_a_folder_that_the_terminal_cannot_print_ends_no_run(tmp_path):
     folder = tmp_path / "Größe-日本"
-    said = os.open(tmp_path / "terminal", os.O_WRONLY | os.O_CREAT)
+    terminal = tmp_path / "terminal"
     words = (*FEW, f"hydra.run.dir={folder}")
-    with Started(tmp_path / "said", on_stream, said, "ascii", *words) as started:
+    with Started(tmp_path / "said", in_file, str(terminal), "ascii", *words) as started:
         assert started.finish().returncode == 0
     assert '"status": "finished"' in (folder / "summary.json").read_text()
-    assert "finished; everything is in" in (tmp_path / "terminal").read_text()
+    assert "finished; everything is in" in terminal.read_text()
 
 
 def test_a_failing_write_loses_its_text_and_the_next_one_is_written(tmp_path):

@@ -39,14 +39,17 @@ def patient(stream: Any) -> Any:
     """
     if stream is None:
         return open(os.devnull, "w")  # noqa: SIM115
-    raw = getattr(getattr(stream, "buffer", None), "raw", None)
-    if type(stream) is not io.TextIOWrapper or type(raw) is not io.FileIO:
+    if type(stream) is not io.TextIOWrapper:
+        return stream
+    buffered = hasattr(stream.buffer, "raw")  # not so under python -u
+    raw = stream.buffer.raw if buffered else stream.buffer
+    if type(raw) is not io.FileIO:
         return stream
     with suppress(OSError):
         stream.flush()
     file = PatientFile(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(file),
+        io.BufferedWriter(file) if buffered else file,  # type: ignore[arg-type]
         encoding=stream.encoding,
         errors=ESCAPED,
         line_buffering=stream.line_buffering,
