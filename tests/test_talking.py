@@ -112,7 +112,7 @@ def test_a_run_that_nobody_hears_ends_as_any_other(tmp_path, kind):
 def test_a_folder_that_the_terminal_cannot_print_ends_no_run(tmp_path):
     folder = tmp_path / "Größe-日本"
     terminal = tmp_path / "terminal"
-    words = (*FEW, f"hydra.run.dir={folder}")
+    words = (*FEW, f"hydra.run.dir='{folder}'")
     with Started(tmp_path / "said", in_file, str(terminal), "ascii", *words) as started:
         assert started.finish().returncode == 0
     assert '"status": "finished"' in (folder / "summary.json").read_text()

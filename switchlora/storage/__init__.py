@@ -71,3 +71,8 @@ from switchlora.storage.tensors import (
     random_states as random_states,
     set_random_states as set_random_states,
 )
+from switchlora.storage.wandb_log import (
+    BY_ENVIRONMENT as BY_ENVIRONMENT,
+    wandb_mode as wandb_mode,
+    wandb_options as wandb_options,
+)

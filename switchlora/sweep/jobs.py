@@ -30,7 +30,14 @@ from switchlora.config import Config, as_plain, identity, is_free, leaves, shapi
 from switchlora.errors import JobFailed, JobInterrupted
 from switchlora.names import near
 from switchlora.process import FAILURE, distributed, one_line
-from switchlora.storage import AUTO, METRICS, find_all, finished_summary, read_summary
+from switchlora.storage import (
+    AUTO,
+    BY_ENVIRONMENT,
+    METRICS,
+    find_all,
+    finished_summary,
+    read_summary,
+)
 
 JOB = "job.json"
 TRUNK = "trunk"
@@ -198,10 +205,10 @@ def job_values(config: DictConfig, sweep: Path, folder: Path) -> dict[str, Any]:
         values["resume"] = AUTO
     if config.trunk.dir == AUTO:
         values["trunk.dir"] = str(sweep / TRUNK)
-    if config.log.wandb.group is None:
-        values["log.wandb.group"] = f"{config.name}-{sweep.name}"
-    if config.log.wandb.name == config.name:
-        values["log.wandb.name"] = folder.name
+    own = {"group": f"{config.name}-{sweep.name}", "name": folder.name}
+    for key, value in own.items():
+        if config.log.wandb[key] is None and BY_ENVIRONMENT[key] not in os.environ:
+            values[f"log.wandb.{key}"] = value
     return values
 
 
