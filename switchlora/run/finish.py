@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from switchlora.adapters import adapted_modules
-from switchlora.process import is_primary, together
+from switchlora.process import is_primary, one_line, together
 from switchlora.run.memory import memory_lines
 from switchlora.run.messages import final_table, never_switched_lines, not_finite_lines
 from switchlora.run.run import Run
@@ -29,15 +29,21 @@ def finish(run: Run, status: str) -> dict[str, Any]:
             save_models(run, model, folder)
             run.log.summary(summary)
             if run.config["log"]["figures"]:
-                from switchlora.analysis.figures import (
-                    draw_figures,  # matplotlib: only where it draws
-                )
-
-                run.log.images(draw_figures(folder))
+                draw(run, folder)
     run.log.end_progress()
     for line in closing_lines(run, status, test, folder):
         run.log.line(line)
     return summary
+
+
+def draw(run: Run, folder: Path) -> None:
+    """Draw the figures of the run; a line says why there are none."""
+    try:
+        from switchlora.analysis.figures import draw_figures  # matplotlib: only where it draws
+
+        run.log.images(draw_figures(folder))
+    except Exception as error:
+        run.log.line(f"there are no figures: {one_line(error)}")
 
 
 def save_models(run: Run, model: nn.Module, folder: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,8 @@ def _check_login() -> None:
     """Raise ValueError if W&B would ask on the terminal for a key: nobody may be there."""
     import wandb
 
+    if "prompt" not in signature(wandb.login).parameters:  # an older W&B
+        return
     with redirect_stderr(io.StringIO()):
         known = wandb.login(prompt=False)
     if not known:

@@ -148,7 +148,7 @@ class Trunk:
 
         This is a checkpoint of the trunk, or else ``own``, that of the run itself (None: the run
         starts at the beginning). Afterwards ``extends`` says whether this run extends the trunk.
-        It does not when the trunk's log is damaged. Interrupted when a signal comes while the run
+        It does not when the trunk's log is damaged or the file system refuses. Interrupted when a signal comes while the run
         waits.
         """
         place, position, self.extends = distributed.from_primary(
@@ -206,10 +206,10 @@ class Trunk:
         interruption: Interruption,
         say: Say,
     ) -> tuple[Path | None, int, bool]:
-        """Return what ``_choose`` returns; leave a trunk whose log is damaged."""
+        """Return what ``_choose`` returns; leave a trunk that cannot be read or written."""
         try:
             return self._choose(policy, model, own, run, interruption, say)
-        except FileDamaged as error:
+        except (OSError, FileDamaged) as error:
             self._go_on_alone(error, say)
             shutil.rmtree(run / BORROWED, ignore_errors=True)
             return None, 0, False
