@@ -148,8 +148,8 @@ class Trunk:
 
         This is a checkpoint of the trunk, or else ``own``, that of the run itself (None: the run
         starts at the beginning). Afterwards ``extends`` says whether this run extends the trunk.
-        It does not when the trunk's log is damaged or the file system refuses. Interrupted when a signal comes while the run
-        waits.
+        It does not when the trunk's log is damaged or the file system refuses. Interrupted when a
+        signal comes while the run waits.
         """
         place, position, self.extends = distributed.from_primary(
             lambda: self._choose_or_leave(policy, model, own, run, interruption, say)
