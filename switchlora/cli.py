@@ -15,7 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from switchlora import __version__
 from switchlora.config import folder_of
 from switchlora.errors import Interrupted
-from switchlora.process import distributed, exit_with_one_line, prepare_words
+from switchlora.process import (
+    distributed,
+    exit_with_one_line,
+    prepare_words,
+    say,
+    talk_without_risk,
+)
 from switchlora.sweep import Sweep, failed, follow_parent, job_folder, objectives, run_job, told
 from switchlora.train import train
 
@@ -61,15 +67,17 @@ def main() -> None:
         print(f"switchlora {__version__}")
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing them
+    talk_without_risk()
     follow_parent()
     try:
         prepare_words()
         distributed.join()
+        start_time()  # here, so that no rank asks for it alone
         try:
             _hydra_main()
         finally:
             for line in told(Sweep.running):
-                print(line, flush=True)
+                say(line)
         distributed.leave()
         if failed(Sweep.running):
             sys.exit(1)

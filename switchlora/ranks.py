@@ -224,7 +224,8 @@ class StableRankRanks:
         stable = getattr(stats, f"{self.of}_stable_rank")
         factor = 1.0
         if self.scaled:
-            factor = full / context.initial_stable_ranks[name]
+            initial = context.initial_stable_ranks[name]
+            factor = full / initial if initial > 0 else 1.0  # a weight that began as zero
         wanted = math.ceil(self.multiplier * stable * factor)
         wanted = max(wanted, math.ceil(self.lowest * full))
         if self.accumulative is not None:

@@ -9,10 +9,11 @@ from switchlora.adapters import count_parameters
 from switchlora.config import as_plain
 from switchlora.errors import Interrupted, TrainingStopped
 from switchlora.learner import StepOutcome
-from switchlora.process import Interruption, distributed, one_line
+from switchlora.process import Interruption, distributed, one_line, say
 from switchlora.run import (
     Phase,
     Run,
+    agree_on_settings,
     consider_switch,
     end_joint_phase,
     end_window,
@@ -43,6 +44,7 @@ def train(config: DictConfig, folder: Path) -> dict:
     then not run again: its summary is read from the folder.
     """
     distributed.join()
+    agree_on_settings(as_plain(config))
     folder = distributed.from_primary(lambda: folder)
     interruption = Interruption()
     try:
@@ -50,7 +52,7 @@ def train(config: DictConfig, folder: Path) -> dict:
             summary = finished_summary(config.resume, folder, as_plain(config))
             if summary is not None:
                 if distributed.is_primary():
-                    print(f"{folder} holds a finished run; nothing to do")
+                    say(f"{folder} holds a finished run; nothing to do")
                 return summary
             return train_and_finish(prepare(config, folder, interruption))
     except Interrupted:
@@ -136,8 +138,7 @@ def step_done(run: Run, step: StepOutcome) -> None:
     run.stopwatch.lap()
     state.num_updates += 1
     state.skipped_in_a_row = 0
-    if run.ema is not None:
-        run.ema.update(run.model)
+    average_weights(run)
     log_step(run, step)
     if not run.ledger.recorded:
         record_memory(run)
@@ -145,6 +146,20 @@ def step_done(run: Run, step: StepOutcome) -> None:
         run.ledger.recorded = True
     run.count_flops()
     run.monitor.observe(step.loss, run.learner.decay(step.lr))
+
+
+def average_weights(run: Run) -> None:
+    """Move the weight average, if there is one.
+
+    Updates that it leaves out are counted. The first is told at once, all of them at the end.
+    """
+    lost = None if run.ema is None else run.ema.update(run.model)
+    if lost is None:
+        return
+    run.ledger.skipped_averages += 1
+    if run.ledger.skipped_averages == 1:
+        where = f"update {run.state.num_updates}"
+        run.log.line(f"the weight average (EMA) leaves out {where}: {lost} is not finite")
 
 
 def step_skipped(run: Run, step: StepOutcome) -> None:

@@ -1,6 +1,7 @@
 """What every rank of ``test_distributed.py`` does: one run, then a look around."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -8,10 +9,13 @@ import torch.distributed as dist
 
 import switchlora.run.transitions
 import switchlora.switching.changes
-from conf_yamls import composed
+from conf_yamls import build, composed
 from runs import SHORT
+from starts import program
+from switchlora.config import as_plain
+from switchlora.learner import Learner
 from switchlora.process import distributed
-from switchlora.run import finish, prepare
+from switchlora.run import agree_on_data, agree_on_settings, finish, prepare
 from switchlora.switching import trained_tensors
 from switchlora.train import fit
 
@@ -105,3 +109,54 @@ def run_with_a_broken_switch(folder, *overrides):
     """The same where the first switch fails on rank 1."""
     break_the_first_switch()
     run_and_look(folder, *overrides)
+
+
+def program_with_own_words(own, *words):
+    """``switchlora *words`` where rank 1 was given the word ``own`` too."""
+    extra = (own,) if os.environ["RANK"] == "1" else ()
+    program(*words, *extra)
+
+
+def program_with_a_changed_weight(number, *words):
+    """``switchlora *words`` where the memory of rank 1 flips a bit before an update."""
+    update = Learner.update
+
+    def spoiled(self, images, targets, loss_fn, num_updates):
+        if num_updates + 1 == int(number) and distributed.rank() == 1:
+            weight = self.model.get_parameter("blocks.1.mlp.fc1.weight").data
+            weight.view(torch.int32)[0, 0] ^= 1
+        return update(self, images, targets, loss_fn, num_updates)
+
+    Learner.update = spoiled
+    program(*words)
+
+
+def program_with_other_factors(*words):
+    """``switchlora *words`` where the switch gives rank 1 other factors."""
+    inject = switchlora.switching.changes.inject
+
+    def spoiled(model, *arguments):
+        found = inject(model, *arguments)
+        if distributed.rank() == 1:
+            for parameter in model.parameters():
+                parameter.data.mul_(1 + 1e-6)
+        return found
+
+    switchlora.switching.changes.inject = spoiled
+    program(*words)
+
+
+def compare_settings(folder, *words):
+    """What rank 0 hears when rank 1 has the same words and one of these beside them."""
+    distributed.join()
+    heard = {}
+    for word in words:
+        own = (word,) if distributed.rank() == 1 else ()
+        config = as_plain(composed(*SHORT, *own))
+        heard[word] = raised(lambda config=config: agree_on_settings(config))
+    for what, own in (("same data", ()), ("other data", ("data.train_size=640",))):
+        data = build(composed(*SHORT, *(own if distributed.rank() == 1 else ())).data)
+        heard[what] = raised(lambda data=data: agree_on_data(data))
+    if distributed.is_primary():
+        (Path(folder) / "heard.json").write_text(json.dumps(heard))
+    distributed.leave()

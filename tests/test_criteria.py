@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from conf_yamls import build_yaml, names
+from conf_yamls import build, build_yaml, composed, names
 from conftest import history, stats
 from switchlora.criteria import (
     LOSS,
@@ -186,6 +186,56 @@ def test_a_family_mean_that_hides_one_moving_layer_says_so():
 def test_weights_and_losses_of_zero_give_no_nan():
     verdict = PreLoRA()(history({"fc1": [stats(weight_norm=0.0)] * 3}, losses=[1.0] * 3))
     assert verdict.fires and all(np.isfinite(m) for m in verdict.margins.values())
+
+
+def with_last(measured, **changes):
+    """The history with other statistics of one target in its last window."""
+    last = measured[-1]
+    name = next(iter(last.layers))
+    layers = {**last.layers, name: dataclasses.replace(last.layers[name], **changes)}
+    return [*measured[:-1], dataclasses.replace(last, layers=layers)]
+
+
+BY_NUMBERS = sorted(set(CRITERIA) - {"never", "at_start", "at_epoch"})
+READ = ("weight_norm", "update_norm", "weight_stable_rank", "update_stable_rank")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", sorted(set(BY_NUMBERS) - {"any_of"}))  # one of its is a date
+def test_no_criterion_fires_on_what_is_not_finite(name, value):
+    criterion, measured = build_yaml("switch/criterion", name), settled(60)
+    assert criterion(measured).fires
+    lost = with_last(measured, **dict.fromkeys(READ, value), basis_stability=value)
+    lost[-1] = dataclasses.replace(lost[-1], train_loss=value)
+    verdict = criterion(lost)
+    assert not verdict.fires and "not finite" in verdict.reason
+
+
+@pytest.mark.parametrize("key", READ)
+@pytest.mark.parametrize("name", names("switch/criterion"))
+def test_no_policy_switches_on_a_measurement_that_is_not_finite(name, key):
+    policy = build(composed(f"switch/criterion={name}").switch)
+    verdict = policy.decide(with_last(settled(60), **{key: np.nan}))
+    assert not verdict.fires and not verdict.margins
+
+
+@pytest.mark.parametrize("losses", [(0.0,) * 4, (1.0, 0.5, 0.0, 0.0), (0.0, 1.0, 0.0, 1.0)])
+@pytest.mark.parametrize("name", BY_NUMBERS)
+def test_losses_and_norms_of_zero_end_in_a_verdict(name, losses):
+    nothing = dataclasses.replace(stats(0.0, 0.0, 0.0, 0.0, 0.0), basis_stability=0.0)
+    measured = history({"fc1": [nothing] * 12}, losses=[*losses] * 3)
+    assert build_yaml("switch/criterion", name)(measured).reason
+
+
+def test_a_loss_that_stays_zero_is_a_plateau_and_one_that_falls_below_zero_is_none():
+    layer = [stats()] * 4
+    assert LossPlateau()(history({"fc1": layer}, losses=[1.0, 0.0, 0.0, 0.0])[1:] * 2).fires
+    assert not LossPlateau()(history({"fc1": layer}, losses=[-1.0, -2.0, -4.0, -8.0])).fires
+
+
+def test_a_target_that_was_zero_for_a_window_is_judged_by_its_later_peak():
+    moves = [stats(weight_norm=0.0, update_norm=1.0), *[stats(update_norm=0.2)] * 4]
+    assert not UpdateNorm(fraction=0.5)(history({"fc1": moves})).fires
 
 
 def test_loss_plateau_measures_improvement_not_noise():

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from ranks import run_and_look, run_with_a_broken_switch
+from ranks import (
+    compare_settings,
+    program_with_a_changed_weight,
+    program_with_other_factors,
+    program_with_own_words,
+    run_and_look,
+    run_with_a_broken_switch,
+)
 from runs import SHORT, assert_same_run, make_run
 from starts import Started, program, torchrun
 from switchlora.storage import STATE, find_all, read_events
@@ -205,6 +212,64 @@ def test_a_switch_that_fails_on_one_rank_is_undone_on_all(tmp_path):
     (failed,) = read_events(tmp_path, "switch_failed")
     assert failed["num_updates"] == 20 and "broken on rank 1" in failed["reason"]
     assert switched_at(tmp_path) and switched_at(tmp_path)[0] > 20
+
+
+SHAPING = {
+    "full.optimizer.lr=0.5": "full.optimizer.lr, ",
+    "seed=7": "seed, 0 on rank 0 and 7 on rank 1",
+    "epochs=9": "epochs, 3 on rank 0 and 9 on rank 1",
+    "data.batch_size=8": "data.batch_size, ",
+    "switch.keep=[norm]": "switch.keep, ",
+    "checkpoint.every_updates=2": "checkpoint.every_updates, None on rank 0",
+    "resume=auto": "resume, None on rank 0 and auto on rank 1",
+    "log.cost_model=true": "log.cost_model, False on rank 0",
+    "+model.qk_norm=true": "model.qk_norm, which only rank 1 has",
+}
+OF_A_MACHINE = ("system.threads=2", "system.workers=1", "system.device=cpu", "data=digits")
+
+
+def test_ranks_agree_on_every_setting_but_those_of_a_machine(tmp_path):
+    words = (2, compare_settings, str(tmp_path), *SHAPING, *OF_A_MACHINE)
+    with Started(tmp_path / "said", torchrun, *words) as started:
+        assert started.finish().returncode == 0, started.said()
+    heard = json.loads((tmp_path / "heard.json").read_text())
+    for word, key in SHAPING.items():
+        assert heard[word].startswith(f"ranks disagree on {key}"), heard[word]
+    assert not any(heard[word] for word in OF_A_MACHINE), heard
+    assert heard["same data"] == "" and "ranks disagree on the data" in heard["other data"]
+
+
+def lines_at_the_end(tmp_path, act, *words):
+    """What the program says on standard error of a run of two ranks that is refused or stops."""
+    with Started(tmp_path / "said", torchrun, 2, act, *words) as started:
+        done = started.finish()
+    assert done.returncode != 0 and 'switchlora/train.py", line' not in done.stderr, done.stderr
+    return [x for x in done.stderr.splitlines() if x.startswith("switchlora") and ":" in x]
+
+
+def test_ranks_with_other_settings_end_with_one_line_before_anything_is_written(tmp_path):
+    words = (*SHORT, f"hydra.run.dir={tmp_path / 'run'}")
+    (line,) = lines_at_the_end(tmp_path, program_with_own_words, "data.batch_size=8", *words)
+    assert "ranks disagree on data.batch_size, 64 on rank 0 and 8 on rank 1" in line
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_weight_that_changes_on_one_rank_ends_the_run_at_the_end_of_the_epoch(tmp_path):
+    folder = tmp_path / "run"
+    words = (*SHORT, "switch/criterion=never", "checkpoint.every_minutes=null")
+    words += (f"hydra.run.dir={folder}",)
+    (line,) = lines_at_the_end(tmp_path, program_with_a_changed_weight, "25", *words)
+    assert "ranks hold different weights at update 40: blocks.1.mlp.fc1.weight" in line
+    assert "update-00000020; go on with: torchrun" in line
+    assert [path.name for path in find_all(folder)] == ["update-00000020"]
+
+
+def test_ranks_that_disagree_inside_a_switch_end_the_run_and_train_no_further(tmp_path):
+    folder = tmp_path / "run"
+    words = (*SHORT, *PLATEAU, "full.accumulation=1", f"hydra.run.dir={folder}")
+    (line,) = lines_at_the_end(tmp_path, program_with_other_factors, *words)
+    assert "ranks hold different tensors" in line and "update-00000020" in line
+    assert len(losses(folder)) == 20 and not list(read_events(folder, "switch_failed"))
 
 
 def children(pid):

@@ -82,6 +82,16 @@ def test_a_loss_that_is_no_number_is_behind():
     assert Guard()(FULL + lost, since=100).behind
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_losses_without_a_logarithm_are_left_out_of_the_power_law(value):
+    odd = [Loss(n, split, "full", value) for n in (0, 55, 105) for split in ("train", "val")]
+    assert extrapolate(FULL + odd, "train")(800) == pytest.approx(power(800), rel=1e-9)
+    alone = [loss._replace(value=value) for loss in FULL]
+    after = [Loss(n, split, "adapter", 0.0) for n in (110, 120) for split in ("train", "val")]
+    for full in (FULL, FULL + odd, alone):
+        assert not Guard()(full + after, since=105).behind
+
+
 def test_the_reason_names_loss_expectation_and_tolerance():
     reason = standing(1.2, 1.2).reason
     assert "validation loss" in reason and "20.0% above" in reason and "tolerance 10%" in reason

@@ -127,6 +127,32 @@ def test_a_run_logs_how_far_bases_turn_and_its_criterion_reads_it(tmp_path):
     }
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_measured_as_such_and_forgotten_when_it_is_whole(value):
+    model, monitor = monitored(exact=True, bases=True)
+    name = "blocks.0.mlp.fc1"
+    weight = model.get_submodule(name).weight
+    whole = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = value
+    lost = monitor.measure(10, 1.0)
+    assert lost.not_finite == [name] and math.isnan(lost.layers[name].weight_stable_rank)
+    with torch.no_grad():
+        weight.copy_(whole)
+    assert monitor.measure(20, 2.0).not_finite == []
+
+
+def test_a_decomposition_that_fails_gives_no_number_and_no_end(monkeypatch):
+    model, monitor = monitored(exact=True, bases=True)
+
+    def fail(*_, **__):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    for name in ("svd", "svdvals"):
+        monkeypatch.setattr(torch.linalg, name, fail)
+    assert monitor.measure(10, 1.0).not_finite == list(monitor.targets)
+
+
 def p_log(p):
     return torch.tensor(p).log().numpy()
 

@@ -82,6 +82,15 @@ def test_the_spectral_norm_of_zero_and_of_rank_one():
     assert spectral_norm(one, torch.ones(7), 5)[0] == pytest.approx(210**0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 900), (900, 1), (2, 700), (700, 2), (3, 3)])
+def test_the_spectral_norm_is_right_at_any_shape(shape):
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(shape, generator=generator)
+    start = torch.randn(shape[1], generator=generator)
+    exact = torch.linalg.matrix_norm(matrix, 2)
+    assert spectral_norm(matrix, start, 5)[0] == pytest.approx(exact.item(), rel=1e-4)
+
+
 def test_stable_rank_of_identity_of_rank_one_and_of_zero():
     one = torch.outer(torch.ones(5), torch.arange(4.0))
     for matrix, expected in [(torch.eye(6), 6.0), (one, 1.0), (torch.zeros(3, 3), 0.0)]:

@@ -304,6 +304,22 @@ def test_the_average_of_effective_weights_is_continuous_and_exact():
         assert torch.allclose(average, reference[name], atol=1e-6), name
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("switched", [False, True])
+def test_an_average_stays_as_it_is_where_a_weight_is_not_finite_and_names_it(switched, value):
+    trial = Trial()
+    ema = WeightEMA(trial.model, 0.9)
+    if switched:
+        trial.switch()
+    assert ema.update(trial.model) is None
+    kept = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
+    parameters = dict(trial.model.named_parameters())
+    name = next(n for n in parameters if "qkv" in n and parameters[n].requires_grad)
+    parameters[name].data.view(-1)[0] = value
+    assert ema.update(trial.model) == name
+    assert all(torch.equal(kept[n], tensor) for n, tensor in ema.state_dict().items())
+
+
 @pytest.mark.parametrize("split_qkv", [False, True])
 def test_bf16_autocast_and_compiled_graphs_switch(split_qkv):
     trial = Trial(

@@ -8,12 +8,15 @@ run. To add one, write a function, or a frozen dataclass with ``__call__``, and 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from operator import itemgetter
 
 from switchlora.errors import check_range, check_share
 from switchlora.monitor import LayerStats, Measurement
 
 LOSS = "train_loss"
+SMALLEST = 1e-12
+"""what is smaller counts as zero where a change is given in per cent"""
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,16 @@ class UpdateNorm:
         """Return the verdict; margin: ``fraction`` minus the largest u_t / peak of the windows."""
         if len(history) < self.patience + 1:
             return too_short(history, self.patience + 1)
-        margins = {}
+        norms = {}
         for name, stats in by_layer(history).items():
-            norms = [window.relative_update_norm for window in stats]
-            peak = max(norms)
-            latest = max(norms[-self.patience :])
-            margins[name] = self.fraction - latest / max(peak, 1e-30)
+            norms[name] = [window.relative_update_norm for window in stats]
+        recent = {name: values[-self.patience :] for name, values in norms.items()}
+        if verdict := held_back(recent, "update norm"):
+            return verdict
+        margins = {}
+        for name, values in norms.items():
+            peak = max(filter(isfinite, values))
+            margins[name] = self.fraction - max(recent[name]) / max(peak, 1e-30)
         rule = (
             f"update norms at or under {self.fraction:g} of their peak for {self.patience} windows"
         )
@@ -111,8 +118,10 @@ class LossPlateau:
         """Return the verdict; margin 'train_loss': tolerance minus the largest improvement."""
         if len(history) < self.patience + 1:
             return too_short(history, self.patience + 1)
-        last_windows = history[-self.patience - 1 :]
-        largest = max(_relative_falls(last_windows))
+        losses = [measured.train_loss for measured in history[-self.patience - 1 :]]
+        if verdict := held_back({LOSS: losses}, "mean"):
+            return verdict
+        largest = -min(relative_changes(losses))
         margin = self.tolerance - largest
         reason = (
             f"train loss fell by at most {largest:.3g} % a window over {self.patience} windows "
@@ -158,14 +167,26 @@ def by_layer(history: Sequence[Measurement]) -> dict[str, list[LayerStats]]:
 
 
 def relative_changes(values: Sequence[float]) -> list[float]:
-    """Return the change from each value to the next, in % of the earlier one."""
+    """Return the signed change from each value to the next, in % of the earlier one's size."""
     changes = []
     for before, after in pairwise(values):
-        change = 0.0
-        if max(abs(before), abs(after)) >= 1e-12:
-            change = 100 * abs(after - before) / max(abs(before), 1e-12)
-        changes.append(change)
+        if abs(before) < SMALLEST and abs(after) < SMALLEST:
+            changes.append(0.0)
+        else:
+            changes.append(100 * (after - before) / max(abs(before), SMALLEST))
     return changes
+
+
+def held_back(read: Mapping[str, Sequence[float]], what: str) -> Verdict | None:
+    """Return a verdict that does not fire if a number that the criterion reads is not finite.
+
+    ``read`` has the numbers by target, or by 'train_loss'. ``what`` says what they are.
+    """
+    lost = [name for name, values in read.items() if not all(map(isfinite, values))]
+    if not lost:
+        return None
+    others = f" and of {len(lost) - 1} more" if len(lost) > 1 else ""
+    return Verdict(False, {}, f"the {what} of {lost[0]}{others} is not finite")
 
 
 def vote(margins: Mapping[str, float], quorum: float, rule: str) -> Verdict:
@@ -183,15 +204,6 @@ def vote(margins: Mapping[str, float], quorum: float, rule: str) -> Verdict:
 def too_short(history: Sequence[Measurement], needed: int) -> Verdict:
     """Return the verdict of a criterion that needs more windows than are measured."""
     return Verdict(False, {}, f"{len(history)} of the {needed} windows it needs are measured")
-
-
-def _relative_falls(history: Sequence[Measurement]) -> list[float]:
-    """Return how far the train loss fell from each window to the next, in % of the earlier one."""
-    falls = []
-    for before, after in pairwise(history):
-        fall = before.train_loss - after.train_loss
-        falls.append(100 * fall / before.train_loss)
-    return falls
 
 
 def _reasons(verdicts: Sequence[Verdict], separator: str) -> str:

@@ -3,9 +3,18 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import mean
 
-from switchlora.criteria.basic import LOSS, Verdict, by_layer, relative_changes, too_short
+from switchlora.criteria.basic import (
+    LOSS,
+    SMALLEST,
+    Verdict,
+    by_layer,
+    held_back,
+    relative_changes,
+    too_short,
+)
 from switchlora.errors import check_choice, check_range
 from switchlora.monitor import LayerStats, Measurement
 from switchlora.names import family
@@ -47,9 +56,12 @@ class PreLoRA:
         if len(history) < self.windows:
             return too_short(history, self.windows)
         recent = history[-self.windows :]
+        losses = [measured.train_loss for measured in recent]
         changes = {name: self._changes(stats) for name, stats in by_layer(recent).items()}
+        if verdict := held_back({**changes, LOSS: losses}, "change"):
+            return verdict
         families = self._family_means(changes)
-        loss = max(relative_changes([m.train_loss for m in recent]))
+        loss = max(map(abs, relative_changes(losses)))
         margins = {name: self.tau - max(d) for name, d in changes.items()}
         margins[LOSS] = self.zeta - loss
         worst = max(families, key=lambda name: families[name])
@@ -59,9 +71,12 @@ class PreLoRA:
 
     def _changes(self, stats: Sequence[LayerStats]) -> list[float]:
         if self.signal == "weight_norm":
-            return relative_changes([s.weight_norm for s in stats])
-        pairs = zip(stats, stats[1:], strict=False)
-        return [100 * new.update_norm / max(old.weight_norm, 1e-12) for old, new in pairs]
+            norms = [window.weight_norm for window in stats]
+            return list(map(abs, relative_changes(norms)))
+        found = []
+        for old, new in pairwise(stats):
+            found.append(100 * new.update_norm / max(old.weight_norm, SMALLEST))
+        return found
 
     def _family_means(self, changes: Mapping[str, list[float]]) -> dict[str, float]:
         """Return, by family, the largest D_F(t) of the last windows."""

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from switchlora.criteria.basic import Verdict, by_layer, too_short, vote
+from switchlora.criteria.basic import Verdict, by_layer, held_back, too_short, vote
 from switchlora.errors import check_choice, check_range, check_share
 from switchlora.monitor import LayerStats, Measurement
 
@@ -57,9 +57,10 @@ class StableRank:
         """
         if len(history) < self.patience + 1:
             return too_short(history, self.patience + 1)
-        slopes = {}
-        for name, stats in by_layer(history).items():
-            slopes[name] = self.derivatives(self._ranks(stats))
+        ranks = {name: self._ranks(stats) for name, stats in by_layer(history).items()}
+        if verdict := held_back(ranks, f"{self.of} stable rank"):
+            return verdict
+        slopes = {name: self.derivatives(values) for name, values in ranks.items()}
         margins = dict.fromkeys(slopes, -inf)
         for t in range(len(history) - self.patience):
             epsilon = self.epsilon * self._factor(margins)
@@ -135,6 +136,8 @@ class BasisStability:
                     f"of {name}: set monitor.bases=true"
                 )
             margins[name] = stats.basis_stability - self.threshold
+        if verdict := held_back({name: [m] for name, m in margins.items()}, "basis stability"):
+            return verdict
         if len(history) < self.delay:
             return Verdict(False, {}, f"window {len(history)} of a delay of {self.delay}")
         return vote(margins, self.quorum, f"bases stable to a mean cosine >= {self.threshold:g}")

@@ -173,11 +173,13 @@ class Transformed(Dataset[Batch]):
     def digest(self) -> str:
         """Return a digest of the rows and of what the data set knows without decoding.
 
-        That is pixels, or names and classes.
+        That is pixels, or names and classes. The folder of the data is no part of it.
         """
-        known = [getattr(self.dataset, name, None) for name in ("root", "samples", "targets")]
+        root = str(getattr(self.dataset, "root", ""))
+        known = [getattr(self.dataset, name, None) for name in ("samples", "targets")]
+        names = repr(known).replace(root, "")
         pixels = np.asarray(getattr(self.dataset, "data", ()))
-        return digest_of(self.rows.numpy().data, repr(known).encode(), pixels.tobytes())
+        return digest_of(self.rows.numpy().data, names.encode(), pixels.tobytes())
 
 
 class EpochMixup(timm.data.Mixup):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from switchlora.errors import LoaderDied
+from switchlora.process import SIGNALS
 
 HAND_OVER_ERRORS = (OSError, EOFError, RuntimeError, UnpicklingError, ProcessError)
 DIED = (
@@ -93,7 +94,7 @@ def ignore_signals(worker: int) -> None:
 
     A worker ends with the run: see ``kill_workers``.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

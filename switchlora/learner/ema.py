@@ -24,9 +24,16 @@ class WeightEMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average toward the effective weights of ``model``."""
+    def update(self, model: nn.Module) -> str | None:
+        """Move the average toward the effective weights of ``model``.
+
+        An average never gets rid of a NaN. So if a tensor of ``model`` is not finite, the average
+        stays as it is, and the name of that tensor is returned.
+        """
         present = model.state_dict()
+        lost = _not_finite(present)
+        if lost is not None:
+            return lost
         with_residual = {}
         for name, module in adapted_modules(model).items():
             if module.kind == AdaptedLinear.kind:
@@ -41,6 +48,7 @@ class WeightEMA:
                 average.copy_(present[name])
         for name, module in with_residual.items():
             self._add_adapters(f"{name}.weight", module)
+        return None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averaged weights."""
@@ -55,3 +63,12 @@ class WeightEMA:
         for A, B, rows, s in module.adapters().values():
             part = average[rows]
             part.addmm_(B.to(part), A.to(part), alpha=(1 - self.decay) * s)
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with an entry that is not finite; None without one."""
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    flags = [tensors[name].isfinite().all() for name in names]
+    if not flags or torch.stack(flags).all():
+        return None
+    return next(name for name, flag in zip(names, flags, strict=True) if not flag)

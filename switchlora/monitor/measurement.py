@@ -32,10 +32,21 @@ class LayerStats:
 
     @property
     def relative_update_norm(self) -> float:
-        """||W - W_ref||_F / ||W||_F."""
-        if not self.weight_norm:
-            return math.inf
-        return self.update_norm / self.weight_norm
+        """||W - W_ref||_F / ||W||_F; 0 of a weight that is zero and stays zero."""
+        if self.weight_norm:
+            return self.update_norm / self.weight_norm
+        return math.inf if self.update_norm else 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether norms and stable ranks are numbers; there may be no gradient."""
+        numbers = (
+            self.weight_norm,
+            self.update_norm,
+            self.weight_stable_rank,
+            self.update_stable_rank,
+        )
+        return all(map(math.isfinite, numbers))
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,11 @@ class Measurement:
     train_loss: float
     """mean over the updates of the window"""
     layers: Mapping[str, LayerStats]
+
+    @property
+    def not_finite(self) -> list[str]:
+        """The targets of which a norm or a stable rank is no number."""
+        return [name for name, stats in self.layers.items() if not stats.finite]
 
     def only(self, targets: Collection[str]) -> "Measurement":
         """Return the measurement of some of the targets."""

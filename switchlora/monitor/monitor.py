@@ -113,6 +113,8 @@ class UpdateMonitor:
     def measure(self, num_updates: int, epoch: float) -> Measurement:
         """Return the statistics of every target at the end of the window.
 
+        What cannot be computed, such as the spectrum of a weight that is not finite, is NaN.
+
         Norms and stable ranks of all targets reach the host in one transfer.
         """
         measured = [self._measure_target(name) for name in self.targets]
@@ -216,8 +218,11 @@ class UpdateMonitor:
         else:
             start = _start_vector(matrix)
             iterations = FIRST_ITERATIONS
-        norm, vector = spectral_norm(matrix, start, iterations)
-        self._vectors[key] = vector
+        try:
+            norm, vector = spectral_norm(matrix, start, iterations)
+        except torch.linalg.LinAlgError:  # an entry that is not finite, or no convergence
+            return matrix.new_tensor(math.nan)
+        self._vectors[key] = torch.where(vector.isfinite().all(), vector, start)
         return norm
 
     def _exact_stats(self, name: str) -> dict[str, Any]:
@@ -227,7 +232,7 @@ class UpdateMonitor:
         if self.exact:
             matrices = {"weight": self._weight(name), "update": self.updates()[name]}
             for of, matrix in matrices.items():
-                values = torch.linalg.svdvals(matrix)
+                values = _singular_values(matrix)
                 leading = values[: self.leading]
                 stats[f"{of}_effective_rank"] = effective_rank(values)
                 stats[f"{of}_singular_values"] = tuple(leading.tolist())
@@ -257,8 +262,20 @@ def _key_of_update(name: str) -> str:
     return f"{name}:update"
 
 
+def _singular_values(matrix: Tensor) -> Tensor:
+    """Return the singular values; NaN where the decomposition fails."""
+    try:
+        return torch.linalg.svdvals(matrix)
+    except torch.linalg.LinAlgError:
+        return matrix.new_full((min(matrix.shape),), math.nan)
+
+
 def _orthogonal_factor(matrix: Tensor) -> Tensor:
-    U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    """Return U V^T of the decomposition U S V^T; NaN where that fails."""
+    try:
+        U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        return torch.full_like(matrix, math.nan)
     return U @ Vh
 
 

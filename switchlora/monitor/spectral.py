@@ -48,7 +48,8 @@ def spectral_norm(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tenso
     the leading singular values are close. Start it from the vector of the previous call. The
     estimate never exceeds the true norm by more than rounding.
     """
-    steps = min(iterations, min(matrix.shape) - 1)
+    rows, columns = matrix.shape
+    steps = min(iterations, rows, columns - 1)
     basis = matrix.new_zeros(matrix.shape[1], steps + 1)
     basis[:, 0] = _unit(start)
     for size in range(1, steps + 1):
@@ -60,14 +61,14 @@ def spectral_norm(matrix: Tensor, start: Tensor, iterations: int) -> tuple[Tenso
 
 
 def stable_rank(frobenius_norm: Tensor, spectral_norm: Tensor) -> Tensor:
-    """Return ||M||_F^2 / ||M||_2^2, between 1 and the rank; 0 for the zero matrix.
+    """Return ||M||_F^2 / ||M||_2^2, between 1 and the rank; 0 for the zero matrix, NaN for NaN.
 
     >>> singular = torch.tensor([4.0, 3.0])
     >>> stable_rank(singular.norm(), singular.max()).item()
     1.5625
     """
     ratio = (frobenius_norm / spectral_norm).square()
-    return torch.where(spectral_norm > 0, ratio, torch.zeros_like(ratio))
+    return torch.where(spectral_norm == 0, torch.zeros_like(ratio), ratio)
 
 
 def effective_rank(singular_values: Tensor) -> float:

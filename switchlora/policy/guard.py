@@ -115,19 +115,28 @@ class Guard:
 
 
 def _excess(value: float, expected: float) -> float:
-    """Return the share by which a loss is above the expected one; inf for NaN or inf."""
-    return value / expected - 1 if math.isfinite(value) else math.inf
+    """Return the share by which a loss is above the expected one; inf for NaN or inf.
+
+    A loss of 0 where 0 was expected is no excess.
+    """
+    if not math.isfinite(value):
+        return math.inf
+    if not expected:
+        return math.inf if value > 0 else 0.0
+    return value / expected - 1
 
 
 def extrapolate(full: Sequence[Loss], split: str) -> Callable[[int], float] | None:
     """Return L(n), the expected loss of full training on a ``split``; None with too few losses.
 
-    ``full`` holds the losses of the full phase. The slope comes from the train windows, since
+    ``full`` holds the losses of the full phase. A power law has no place for a loss that is not
+    finite, zero or negative: these are left out. The slope comes from the train windows, since
     there are more of them. The level comes from the split itself: on 'val' the last loss, on
     'train' the median of the last three, each carried along the line.
     """
-    train = [(loss.num_updates, loss.value) for loss in full if loss.split == "train"]
-    level = [(loss.num_updates, loss.value) for loss in full if loss.split == split]
+    usable = [loss for loss in full if loss.num_updates and 0 < loss.value < math.inf]
+    train = [(loss.num_updates, loss.value) for loss in usable if loss.split == "train"]
+    level = [(loss.num_updates, loss.value) for loss in usable if loss.split == split]
     if len(train) < LEAST_POINTS or not level:
         return None
     from scipy.stats import theilslopes  # this import takes seconds, and few runs need it

@@ -154,8 +154,13 @@ class SwitchPolicy:
     def decide(self, history: Sequence[Measurement], again: bool = False) -> Verdict:
         """Return the criterion's verdict; it never fires before ``earliest`` or after ``latest``.
 
+        It does not fire either when a number of the last measurement is not finite.
+
         Set ``again`` after a switch was taken back: the guard's criterion, if any, then decides.
         """
+        if history and (lost := history[-1].not_finite):
+            others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            return Verdict(False, {}, f"what is measured of {lost[0]}{others} is not finite")
         own = self.guard.criterion if again and self.guard else None
         verdict = (own or self.criterion)(history)
         done = history[-1].num_updates if history else 0

@@ -18,7 +18,13 @@ from switchlora.process.exits import (
     exit_with_one_line as exit_with_one_line,
     one_line as one_line,
 )
-from switchlora.process.signals import Interruption as Interruption
+from switchlora.process.signals import SIGNALS as SIGNALS, Interruption as Interruption
+from switchlora.process.talking import (
+    printable as printable,
+    say as say,
+    talk_without_risk as talk_without_risk,
+    talking as talking,
+)
 from switchlora.process.words import (
     check_kinds as check_kinds,
     checked as checked,

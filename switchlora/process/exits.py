@@ -12,9 +12,17 @@ import torch
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from switchlora.errors import JobFailed, LoaderDied, OtherRankFailed, RankLost, TrainingStopped
+from switchlora.errors import (
+    JobFailed,
+    LoaderDied,
+    OtherRankFailed,
+    RankLost,
+    RanksDisagree,
+    TrainingStopped,
+)
 from switchlora.names import near
 from switchlora.process import distributed
+from switchlora.process.talking import ESCAPED
 from switchlora.process.words import explained, spelled_out
 
 UNKNOWN_TARGET = re.compile(r"Error locating target '(switchlora\.[\w.]+)'")
@@ -29,6 +37,7 @@ USER_ERRORS = (
     LoaderDied,
     OtherRankFailed,
     RankLost,
+    RanksDisagree,
     OSError,
     torch.OutOfMemoryError,
     HydraException,
@@ -49,13 +58,14 @@ def exit_with_one_line(error: Exception) -> NoReturn:
         line = distributed.lost_rank(error)
     if FAILURE in os.environ and distributed.is_primary():
         with suppress(OSError):  # a full disk may be the very error
-            Path(os.environ[FAILURE]).write_text(line or f"{type(error).__name__}: {error}")
+            text = line or f"{type(error).__name__}: {error}"
+            Path(os.environ[FAILURE]).write_text(text, encoding="utf-8", errors=ESCAPED)
     if line is None or SHOW_TRACEBACK in os.environ:
         raise error
     if distributed.is_primary():
         sys.exit(f"switchlora: {line}")
     name = f"switchlora, rank {distributed.rank()}"
-    known = isinstance(error, ValueError | OtherRankFailed)
+    known = isinstance(error, ValueError | OtherRankFailed | RanksDisagree)
     sys.exit(1 if known else f"{name}: {line}")
 
 

@@ -7,16 +7,23 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REQUEUE = signal.SIGUSR2
+SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT),
+    signal.SIGHUP,  # the terminal or the connection is gone
+    signal.SIGXCPU,  # the limit on processor time is near
+    *(signal.SIGUSR1, REQUEUE),  # clusters send these before they take a machine away
+)
 Handler = Callable[[int, FrameType | None], None]
 
 
 class Interruption:
-    """Notes the first SIGTERM or SIGINT instead of dying of it; a second SIGINT kills at once.
+    """Notes the first of ``SIGNALS`` instead of dying of it; a second SIGINT kills at once.
 
-    Clusters send SIGUSR2 before they take a machine away. A job launcher (submitit) handles it by
-    putting the job back into the queue, and ignores SIGTERM. Under such a launcher:
+    A signal that somebody handles or ignores already is left alone, such as SIGHUP under nohup.
+
+    A job launcher (submitit) handles SIGUSR2 by putting the job back into the queue, and ignores
+    SIGTERM. Under such a launcher:
 
     - SIGUSR2 is noted. The run saves, and ``hand_over`` then calls the launcher's handler.
     - SIGTERM calls the launcher's handler at once. It may be the only warning of a cluster that
@@ -34,10 +41,11 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is not threading.main_thread():
             return self
+        under_launcher = callable(signal.getsignal(REQUEUE))
         for number in SIGNALS:
             if _is_unhandled(number):
                 self._handle(number, self._note)
-        if _is_handled(REQUEUE):
+        if under_launcher:
             self._handle(REQUEUE, self._note)
             if callable(signal.getsignal(signal.SIGTERM)):
                 self._handle(signal.SIGTERM, self._warn)
@@ -74,8 +82,3 @@ class Interruption:
 
 def _is_unhandled(number: signal.Signals) -> bool:
     return signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
-
-
-def _is_handled(number: signal.Signals) -> bool:
-    """Return whether the signal does something else than by default."""
-    return signal.getsignal(number) is not None and not _is_unhandled(number)

@@ -1,5 +1,10 @@
 """The steps of one run: prepare, train in windows, switch, save, finish."""
 
+from switchlora.run.agreement import (
+    agree_on_data as agree_on_data,
+    agree_on_settings as agree_on_settings,
+    agree_on_weights as agree_on_weights,
+)
 from switchlora.run.finish import finish as finish
 from switchlora.run.memory import (
     predict_memory as predict_memory,

@@ -17,14 +17,14 @@ from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import check_kinds
 from switchlora.run.state import Phase
+from switchlora.storage import wandb_mode
 from switchlora.switching import WHOLE, check_start, choose_ranks
 
 
 def check_config(config: DictConfig) -> None:
     """Raise ValueError for a number out of its range, or for settings that exclude each other."""
     check_kinds(as_plain(config))
-    modes = ("offline", "online", "disabled")
-    check_choice("log.wandb.mode", str(config.log.wandb.mode), modes)
+    wandb_mode(config.log.wandb.mode)
     for key, least in {"epochs": 1, "seed": 0, "max_skipped": 0, "log.every": 1}.items():
         check_whole(config, key, least)
     if config.max_updates is not None:

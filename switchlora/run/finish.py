@@ -6,9 +6,14 @@ from typing import Any
 from torch import nn
 
 from switchlora.adapters import adapted_modules
-from switchlora.process import is_primary, together
+from switchlora.process import is_primary, one_line, together
 from switchlora.run.memory import memory_lines
-from switchlora.run.messages import export_lines, final_table, never_switched_lines
+from switchlora.run.messages import (
+    export_lines,
+    final_table,
+    never_switched_lines,
+    not_finite_lines,
+)
 from switchlora.run.run import Run
 from switchlora.run.state import Ledger, Phase
 from switchlora.storage import environment, merged_for_peft, save_adapter, save_merged
@@ -29,15 +34,21 @@ def finish(run: Run, status: str) -> dict[str, Any]:
             save_models(run, model, folder)
             run.log.summary(summary)
             if run.config["log"]["figures"]:
-                from switchlora.analysis.figures import (
-                    draw_figures,  # matplotlib: only where it draws
-                )
-
-                run.log.images(draw_figures(folder))
+                draw(run, folder)
     run.log.end_progress()
     for line in closing_lines(run, status, test, folder):
         run.log.line(line)
     return summary
+
+
+def draw(run: Run, folder: Path) -> None:
+    """Draw the figures of the run; a line says why there are none."""
+    try:
+        from switchlora.analysis.figures import draw_figures  # matplotlib: only where it draws
+
+        run.log.images(draw_figures(folder))
+    except Exception as error:
+        run.log.line(f"there are no figures: {one_line(error)}")
 
 
 def save_models(run: Run, model: nn.Module, folder: Path) -> None:
@@ -81,6 +92,8 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
         "status": status,
         "num_updates": state.num_updates,
         "skipped_updates": ledger.skipped_updates,
+        "skipped_averages": ledger.skipped_averages,
+        "unmeasured": ledger.unmeasured,
         "val": {**(ledger.last_eval or {}), "best_top1": state.best_top1},
         "test": test,
         "switch": switch,
@@ -132,6 +145,7 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
     if test is not None:
         average = f" (EMA {test['ema_top1']:.2f} %)" if "ema_top1" in test else ""
         lines.append(f"test top1 {test['top1']:.2f} %{average}, loss {test['loss']:.4f}")
+    lines += not_finite_lines(ledger.skipped_averages, ledger.unmeasured)
     share = run.stopwatch.monitor_share
     lines.append(f"the monitor took {share:.2%} of the training time")
     names = ["model.safetensors", "summary.json", "metrics.jsonl"]

@@ -1,7 +1,5 @@
 """Predict the time of an update of a run with the cost model."""
 
-import torch
-
 from switchlora.cost import Prediction, measure_machine, predict, trace_batch
 from switchlora.learner import is_sharded
 from switchlora.process import any_rank, one_line, world_size
@@ -29,7 +27,7 @@ def predicted_update(run: Run) -> Prediction | None:
     if trace is not None and not failed:
         try:
             return predict(trace, measure_machine(run.device, run.recipe.precision), world_size())
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
             why = one_line(error)
     run.log.line(f"  the time of an update cannot be predicted: {why}")
     return None

@@ -177,6 +177,16 @@ def export_lines(merged: Sequence[str]) -> list[str]:
     ]
 
 
+def not_finite_lines(skipped_averages: int, unmeasured: int) -> list[str]:
+    """Return lines on how often a weight or a measured number was not finite; none for never."""
+    lines = []
+    if skipped_averages:
+        lines.append(f"the weight average (EMA) left out {skipped_averages} update(s)")
+    if unmeasured:
+        lines.append(f"{unmeasured} measurement(s) held a number that was not finite")
+    return lines
+
+
 def final_table(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a table of the phases side by side.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from timm.utils import random_seed
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from switchlora.models import load_weights
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed, known_keys
+from switchlora.run.agreement import agree_on_data
 from switchlora.run.checks import check_config, check_recipes, rehearse_switch
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import check_state, restore, restore_parts
@@ -30,6 +32,7 @@ from switchlora.storage import (
     SaveSchedule,
     find,
     machine_line,
+    wandb_options,
     write_whole,
 )
 from switchlora.sweep import Trunk, give_back, trunk_key
@@ -67,6 +70,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     """
     interruption = interruption or Interruption()
     parts = build_parts(config)
+    agree_on_data(parts.data)
     found = find(config.resume, folder, parts.plain, parts.model, check_state)
     loaded = None
     if found is None and config.init_checkpoint is not None:
@@ -314,5 +318,29 @@ def _open_log(
 
 
 def _wandb_options(config: DictConfig) -> dict[str, Any] | None:
-    options = as_plain(config.log.wandb)
+    """Return the options of the run in W&B, or None without one."""
+    given = as_plain(config.log.wandb)
+    words = telling_words(config)
+    defaults = {
+        "project": "switchlora",
+        "name": "_".join(words),
+        "tags": words[:-1],
+        "job_type": "train",
+    }
+    options = wandb_options(given, defaults)
     return None if options["mode"] == "disabled" else options
+
+
+def telling_words(config: DictConfig) -> list[str]:
+    """Return what tells a run from others: name, method or criterion, model, data, seed.
+
+    Without Hydra the choices of the groups are not known, and are left out.
+    """
+    words = [] if config.name == "run" else [config.name]
+    if config.method is not None:
+        words.append(config.method)
+    if HydraConfig.initialized():
+        choices = HydraConfig.get().runtime.choices
+        groups = ("switch/criterion", "model", "data")
+        words += [choices[group] for group in groups[config.method is not None :]]
+    return [*words, f"seed{config.seed}"]

@@ -9,8 +9,9 @@ from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 
-from switchlora.errors import Interrupted, LoaderDied, RankLost
+from switchlora.errors import Interrupted, LoaderDied, RankLost, RanksDisagree
 from switchlora.process import distributed
+from switchlora.run.agreement import agree_on_weights
 from switchlora.run.run import Run
 from switchlora.run.snapshot import state_of
 from switchlora.storage import checkpoint, retention
@@ -20,8 +21,10 @@ from switchlora.sweep import is_job
 def save(run: Run) -> None:
     """Write a checkpoint of the run as it is, and remove old checkpoints beyond the limit.
 
-    With ``checkpoint.keep=0`` nothing is written.
+    With ``checkpoint.keep=0`` nothing is written. RanksDisagree, and nothing is written either,
+    when ranks hold different weights: every checkpoint is one of ranks that agree.
     """
+    agree_on_weights(run.model, run.state.num_updates)
     if not run.saves.keep:
         return
     state, folder = run.state, run.log.folder
@@ -94,6 +97,7 @@ def how_to_go_on(run: Run) -> str:
 def faults_explained(run: Run) -> Iterator[None]:
     """Replace torch's error by one that says which process died and how to go on.
 
+    - RanksDisagree when ranks hold different weights.
     - LoaderDied when a process that loads images has ended.
     - RankLost when another rank has ended.
 
@@ -103,6 +107,8 @@ def faults_explained(run: Run) -> Iterator[None]:
         yield
     except RuntimeError as error:
         where = f"after update {run.state.num_updates}"
+        if isinstance(error, RanksDisagree):
+            raise RanksDisagree(f"{error}; {how_to_go_on(run)}") from error
         if isinstance(error, LoaderDied):
             raise LoaderDied(f"{error}; this was {where}; {how_to_go_on(run)}") from error
         if (lost := distributed.lost_rank(error)) is not None:

@@ -106,6 +106,10 @@ class Ledger:
     """speed, memory and parameter counts of each phase that has ended"""
     skipped_updates: int = 0
     """updates skipped because the loss or the gradient was not finite"""
+    skipped_averages: int = 0
+    """updates that the weight average left out because a weight was not finite"""
+    unmeasured: int = 0
+    """measurements with a number that was not finite"""
     last_eval: dict[str, float] | None = None
     """metrics of the last evaluation on the validation split"""
     recorded: bool = False
@@ -141,9 +145,12 @@ class Ledger:
         return plain
 
     def load_state_dict(self, plain: Mapping[str, Any]) -> None:
-        """Set every field from ``plain``, which came from ``state_dict``."""
+        """Set every field from ``plain``, which came from ``state_dict``.
+
+        A count that an older version did not make begins anew.
+        """
         for item in fields(self):
-            setattr(self, item.name, plain[item.name])
+            setattr(self, item.name, plain.get(item.name, getattr(self, item.name)))
         for name in ("phases", "memory", "flops"):
             by_phase = {Phase(phase): value for phase, value in plain[name].items()}
             setattr(self, name, by_phase)

@@ -11,6 +11,7 @@ What each change does is in ``transitions``, and what is told of it in ``tell``.
 from functools import partial
 
 from switchlora.adapters import cosine_mix, set_mix
+from switchlora.monitor import Measurement
 from switchlora.policy import Loss
 from switchlora.process import distributed
 from switchlora.run.run import Run
@@ -59,6 +60,7 @@ def end_window(run: Run) -> None:
         here = run.monitor.measure(state.num_updates, run.epoch)
         measured = distributed.from_primary(lambda: here)
         note_loss(run, "train", measured.train_loss)
+        note_unmeasured(run, measured)
     if state.phase in (Phase.FULL, Phase.STAGED):
         state.history.append(measured)
         state.undecided = True
@@ -80,6 +82,19 @@ def goes_on(run: Run) -> bool:
 def note_loss(run: Run, split: str, value: float) -> None:
     """Store a loss for the guard: of a window ('train'), or on the validation split ('val')."""
     run.state.losses.append(Loss(run.state.num_updates, split, str(run.state.phase), value))
+
+
+def note_unmeasured(run: Run, measured: Measurement) -> None:
+    """Count a measurement with a number that is not finite, and say of which targets."""
+    lost = measured.not_finite
+    if not lost:
+        return
+    run.ledger.unmeasured += 1
+    others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    run.log.line(
+        f"measured at update {measured.num_updates}: {lost[0]}{others} has a norm or a rank that "
+        "is not finite; no criterion fires on it"
+    )
 
 
 def guide(run: Run) -> None:

@@ -36,6 +36,7 @@ from switchlora.storage.provenance import (
     environment as environment,
     machine as machine,
     machine_line as machine_line,
+    versions as versions,
 )
 from switchlora.storage.reading import FileDamaged as FileDamaged
 from switchlora.storage.records import (
@@ -74,4 +75,9 @@ from switchlora.storage.tensors import (
     load_tensors as load_tensors,
     random_states as random_states,
     set_random_states as set_random_states,
+)
+from switchlora.storage.wandb_log import (
+    BY_ENVIRONMENT as BY_ENVIRONMENT,
+    wandb_mode as wandb_mode,
+    wandb_options as wandb_options,
 )

@@ -18,6 +18,7 @@ from switchlora.storage.events import METRICS, as_record, mended, plain_values, 
 from switchlora.storage.files import open_here, write_whole
 from switchlora.storage.progress import Progress
 from switchlora.storage.retention import free_name
+from switchlora.storage.wandb_log import WandbLog
 
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
@@ -93,8 +94,8 @@ class RunLog:
     ) -> None:
         self.folder = folder
         self._talks = is_primary()
-        self._wandb = None
-        self._step = 0
+        self._wandb: WandbLog | None = None
+        self._progress = Progress(total_updates, enabled=progress and self._talks)
         path = folder / METRICS if self._talks else Path(os.devnull)
         told: list[str] = []
         if self._talks:
@@ -104,12 +105,9 @@ class RunLog:
         self._file = path.open("a", buffering=1)  # noqa: SIM115
         if self._talks and wandb:
             known = position["wandb_id"] if position and source in (None, folder) else None
-            self._wandb = _start_wandb(folder, config, wandb, known)
-            self._first_step = self._wandb.starting_step
-        if self._talks:
+            self._wandb = WandbLog(folder, config, wandb, known, self.line)
             for record in read_events(folder):
-                self._to_wandb(record)
-        self._progress = Progress(total_updates, enabled=progress and self._talks)
+                self._wandb.log(record)
         for line in told:
             self.line(line)
 
@@ -146,7 +144,8 @@ class RunLog:
         text = json.dumps(record, allow_nan=False) + "\n"
         self._file.write(text)
         self._digest.update(text.encode())
-        self._to_wandb(record)
+        if self._wandb is not None:
+            self._wandb.log(record)
 
     def line(self, text: str) -> None:
         """Print one line on the terminal, above the progress bar."""
@@ -163,14 +162,8 @@ class RunLog:
 
     def images(self, paths: list[Path]) -> None:
         """Send pictures to W&B, under ``figures/<name>``."""
-        if self._wandb is None:
-            return
-        import wandb
-
-        pictures = {}
-        for path in paths:
-            pictures[f"figures/{path.stem}"] = wandb.Image(str(path))
-        self._wandb.log(pictures)
+        if self._wandb is not None:
+            self._wandb.images(paths)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write the values of the whole run to ``summary.json`` and to W&B's summary.
@@ -183,23 +176,7 @@ class RunLog:
         text = json.dumps(plain, indent=2, allow_nan=False)
         write_whole(self.folder / SUMMARY, text + "\n")
         if self._wandb is not None:
-            self._wandb.summary.update(plain)
-
-    def _to_wandb(self, record: Mapping[str, Any]) -> None:
-        """Send the next event to W&B, if there is a W&B run that does not know it yet."""
-        step = self._step
-        self._step += 1
-        if self._wandb is None or step < self._first_step:
-            return
-        import wandb
-
-        values: dict[str, Any] = {}
-        for key, value in record.items():
-            if isinstance(value, int | float):
-                values[key] = value
-            elif isinstance(value, Mapping) and set(value) == {"columns", "data"}:
-                values[key] = wandb.Table(columns=value["columns"], data=value["data"])
-        self._wandb.log(values, step=step)
+            self._wandb.summary(plain)
 
 
 def locked(folder: Path) -> TextIO | None:
@@ -266,37 +243,3 @@ def _told_of_damage(path: Path, source: Path, reasons: Sequence[str]) -> list[st
     shutil.copyfile(source, kept)
     more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
     return [f"{source} is damaged: {reasons[0]}{more}; the run goes on without, {kept} has all"]
-
-
-def _start_wandb(
-    folder: Path, config: Mapping[str, Any], options: Mapping[str, Any], known: str | None
-) -> Any:
-    """Start a W&B run, or reopen the ``known`` one.
-
-    An offline run cannot be reopened. It is written anew, whole, from metrics.jsonl. What the
-    interrupted process left is put aside. One offline folder thus holds everything.
-    """
-    import wandb
-
-    offline = options["mode"] == "offline"
-    if offline:
-        _put_aside(folder / "wandb")
-    run = wandb.init(
-        dir=str(folder),
-        config=dict(config),
-        reinit="create_new",
-        id=known,
-        resume="allow" if known and not offline else None,
-        settings=wandb.Settings(silent=True, console="off"),
-        **options,
-    )
-    run.define_metric("num_updates")
-    run.define_metric("*", step_metric="num_updates")
-    return run
-
-
-def _put_aside(folder: Path) -> None:
-    for left in folder.glob("offline-run-*"):
-        aside = folder / "interrupted"
-        aside.mkdir(exist_ok=True)
-        left.rename(free_name(aside, left.name))  # two runs of one second have the same name

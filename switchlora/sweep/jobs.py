@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,21 @@ from switchlora.config import Config, as_plain, identity, is_free, leaves, shapi
 from switchlora.errors import ODD, JobFailed, JobInterrupted
 from switchlora.names import near
 from switchlora.process import FAILURE, distributed, one_line
-from switchlora.storage import AUTO, METRICS, find_all, finished_summary, read_summary
+from switchlora.storage import (
+    AUTO,
+    BY_ENVIRONMENT,
+    METRICS,
+    find_all,
+    finished_summary,
+    read_summary,
+)
 
 JOB = "job.json"
 TRUNK = "trunk"
 PARENT = "SWITCHLORA_PARENT"
+"""names the process that started a job's process"""
+SWEEP = "SWITCHLORA_SWEEP"
+"""names the process of the multirun, for the processes of a launcher such as joblib's"""
 POLL_SECONDS = 1.0
 NAME_LENGTH = 80
 JOB_PATIENCE = 30.0
@@ -57,7 +68,8 @@ class Sweep(Callback):
     running: "Sweep | None" = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Make the folder of the jobs; note it, and the jobs' outcomes of earlier starts."""
+        """Make the folder of the jobs; note it, this process and the outcomes of before."""
+        os.environ[SWEEP] = str(os.getpid())
         self.folder = Path(config.hydra.sweep.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.before = {path: _stamp(path) for path in self.folder.glob(f"*/{JOB}")}
@@ -193,10 +205,10 @@ def job_values(config: DictConfig, sweep: Path, folder: Path) -> dict[str, Any]:
         values["resume"] = AUTO
     if config.trunk.dir == AUTO:
         values["trunk.dir"] = str(sweep / TRUNK)
-    if config.log.wandb.group is None:
-        values["log.wandb.group"] = f"{config.name}-{sweep.name}"
-    if config.log.wandb.name == config.name:
-        values["log.wandb.name"] = folder.name
+    own = {"group": f"{config.name}-{sweep.name}", "name": folder.name}
+    for key, value in own.items():
+        if config.log.wandb[key] is None and BY_ENVIRONMENT[key] not in os.environ:
+            values[f"log.wandb.{key}"] = value
     return values
 
 
@@ -231,13 +243,41 @@ def follow_parent() -> None:
     """
     parent = os.environ.pop(PARENT, None)
     if parent is not None:
-        threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
+        _follow_in_background(lambda: os.getppid() == int(parent))
 
 
-def _follow(parent: int) -> None:
-    while os.getppid() == parent:
+@cache
+def follow_sweep() -> None:
+    """End this process of a launcher when the multirun's own process dies.
+
+    The job that this process waits for then loses its parent: it saves and leaves too.
+    """
+    sweep = int(os.environ.get(SWEEP, os.getpid()))
+    if sweep == os.getpid():
+        return
+    if sweep == os.getppid():
+        _follow_in_background(lambda: os.getppid() == sweep)
+    else:
+        _follow_in_background(lambda: _is_alive(sweep))
+
+
+def _follow_in_background(lives: Callable[[], bool]) -> None:
+    threading.Thread(target=_follow, args=(lives,), daemon=True).start()
+
+
+def _follow(lives: Callable[[], bool]) -> None:
+    while lives():
         time.sleep(POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_alive(process: int) -> bool:
+    with suppress(PermissionError):  # it is another user's
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+    return True
 
 
 def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
@@ -246,6 +286,7 @@ def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
     JobFailed with the reason that the job leaves in ``failure.txt``. JobInterrupted when a signal
     ended it. If the launcher runs jobs at the same time, the output goes to ``output.log``.
     """
+    follow_sweep()
     failure = folder / "failure.txt"
     failure.unlink(missing_ok=True)
     environment = {**os.environ, PARENT: str(os.getpid()), FAILURE: str(failure)}
@@ -265,7 +306,11 @@ def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
     if number:
         raise JobInterrupted(f"it was ended by {signal.Signals(number).name}")
     if status:
-        why = failure.read_text() if failure.exists() else f"it ended with status {status}"
+        why = (
+            failure.read_text(encoding="utf-8")
+            if failure.exists()
+            else f"it ended with status {status}"
+        )
         raise JobFailed(why)
 
 

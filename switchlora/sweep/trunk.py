@@ -33,14 +33,13 @@ from switchlora.errors import (
 )
 from switchlora.monitor import Measurement
 from switchlora.policy import SwitchPolicy, decisions
-from switchlora.process import Interruption, distributed, one_line
+from switchlora.process import Interruption, distributed, one_line, say
 from switchlora.storage import (
     CONFIG,
     METRICS,
     TRUNK_KEY,
     FileDamaged,
     Found,
-    NoLocks,
     checkpoint,
     code_digest,
     locked,
@@ -143,14 +142,15 @@ class Trunk:
         own: Found | None,
         run: Path,
         interruption: Interruption,
-        say: Say = print,
+        say: Say = say,
     ) -> Found | None:
         """Return the checkpoint from which the run in folder ``run`` goes on.
 
         This is a checkpoint of the trunk, or else ``own``, that of the run itself (None: the run
         starts at the beginning). Afterwards ``extends`` says whether this run extends the trunk.
-        It does not when the trunk's log is damaged, or its file system has no locks. Interrupted
-        when a signal comes while the run waits.
+        It does not when the log of the trunk is damaged or the file system refuses, for example to
+        lock.
+        Interrupted when a signal comes while the run waits.
         """
         place, position, self.extends = distributed.from_primary(
             lambda: self._choose_or_leave(policy, model, own, run, interruption, say)
@@ -207,10 +207,10 @@ class Trunk:
         interruption: Interruption,
         say: Say,
     ) -> tuple[Path | None, int, bool]:
-        """Return what ``_choose`` returns; leave a trunk whose log is damaged."""
+        """Return what ``_choose`` returns; leave a trunk that cannot be read or written."""
         try:
             return self._choose(policy, model, own, run, interruption, say)
-        except (FileDamaged, NoLocks) as error:
+        except (OSError, FileDamaged) as error:
             self._go_on_alone(error, say)
             shutil.rmtree(run / BORROWED, ignore_errors=True)
             return None, 0, False

@@ -20,7 +20,7 @@ from switchlora.adapters import (
     round_residual,
     training_flags,
 )
-from switchlora.errors import SwitchFailed
+from switchlora.errors import RanksDisagree, SwitchFailed
 from switchlora.learner import (
     Learner,
     Moments,
@@ -88,7 +88,7 @@ def operate(
     - ``limit`` is the largest accepted drift of a logit on the probe.
 
     When anything fails on any rank, modules and flags are put back on all ranks and SwitchFailed
-    is raised. A lost rank and an interrupt are raised as they are.
+    is raised. A lost rank, ranks that disagree and an interrupt are raised as they are.
     """
     begin = time.perf_counter()
     learner, probe = scene.learner, scene.probe
@@ -119,7 +119,8 @@ def operate(
         except BaseException as error:
             _undo(model, replaced, exact, flags)
             set_checkpointing(model, learner.recipe.activation_checkpointing)
-            if isinstance(error, Exception) and lost_rank(error) is None:
+            ends_the_run = isinstance(error, RanksDisagree) or lost_rank(error) is not None
+            if isinstance(error, Exception) and not ends_the_run:
                 raise SwitchFailed(f"{type(error).__name__}: {error}") from error
             raise
     outcome = Outcome(

@@ -1,0 +1,108 @@
+"""W&B: what the environment says counts, and nothing that fails there ends a run."""
+
+from pathlib import Path
+
+import pytest
+
+from conf_yamls import composed
+from runs import DIGITS, make_run
+from switchlora.run.prepare import telling_words
+from switchlora.storage import wandb_mode, wandb_options
+from switchlora.storage.wandb_log import BY_ENVIRONMENT, WandbLog
+
+VARIABLES = (*BY_ENVIRONMENT.values(), "WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY")
+NOTHING = {"mode": None, "project": None, "name": None, "group": None, "tags": []}
+DEFAULTS = {"project": "p", "name": "n", "tags": ["t"], "job_type": "train"}
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch, tmp_path):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.mark.parametrize(
+    "variable, value, mode",
+    [
+        ("WANDB_MODE", "online", "online"),
+        ("WANDB_MODE", "dryrun", "offline"),
+        ("WANDB_MODE", "disabled", "disabled"),
+        ("WANDB_DISABLED", "true", "disabled"),
+    ],
+)
+def test_the_mode_is_the_environments_unless_the_config_says_otherwise(
+    monkeypatch, variable, value, mode
+):
+    assert wandb_mode(None) == "offline"
+    monkeypatch.setenv(variable, value)
+    assert wandb_mode(None) == mode
+    assert wandb_mode("offline") == "offline"
+
+
+def test_a_mode_that_there_is_not_is_refused_with_its_place(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "on")
+    with pytest.raises(ValueError, match="WANDB_MODE is 'on': choose one of offline, online"):
+        wandb_mode(None)
+
+
+@pytest.mark.parametrize("option", ["project", "name", "tags", "job_type"])
+def test_an_option_of_the_environment_is_left_to_wandb(monkeypatch, option):
+    assert wandb_options(NOTHING, DEFAULTS) == {**DEFAULTS, "mode": "offline"}
+    monkeypatch.setenv(BY_ENVIRONMENT[option], "theirs")
+    assert option not in wandb_options(NOTHING, DEFAULTS)
+    assert wandb_options({**NOTHING, option: "mine"}, DEFAULTS)[option] == "mine"
+
+
+def test_a_run_has_a_telling_name():
+    assert telling_words(composed("seed=3")) == ["seed3"]
+    assert telling_words(composed("name=mine", "method=null")) == ["mine", "seed0"]
+
+
+class Broken:
+    """A W&B run whose service has died."""
+
+    id, starting_step = "abc", 0
+
+    def __getattr__(self, name):
+        def fail(*_, **__):
+            raise ConnectionError("the service is gone")
+
+        return fail
+
+
+@pytest.mark.parametrize("act", ["log", "images", "summary", "finish"])
+def test_a_service_that_dies_is_told_once_and_left(monkeypatch, tmp_path, act):
+    monkeypatch.setattr("switchlora.storage.wandb_log._start", lambda *_: Broken())
+    said = []
+    log = WandbLog(tmp_path, {}, {"mode": "offline"}, None, said.append)
+    for _ in range(2):
+        getattr(log, act)({"log": {}, "images": [], "summary": {}, "finish": 0}[act])
+    assert said == ["W&B is left, the run goes on without it: the service is gone"]
+
+
+def test_without_a_service_there_is_a_run_all_the_same(monkeypatch, tmp_path):
+    def fail(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr("switchlora.storage.wandb_log._start", fail)
+    said = []
+    log = WandbLog(tmp_path, {}, {"mode": "online"}, None, said.append)
+    log.log({"loss": 1.0})
+    assert [line.split(":")[0] for line in said] == [
+        "W&B logs offline",
+        "W&B cannot start, the run goes on without it",
+    ]
+
+
+def test_online_without_a_login_is_one_line_and_an_offline_run(tmp_path, capfd):
+    few = ("epochs=1", "max_updates=2", "monitor.window=1", "switch/criterion=never")
+    small = ("model.depth=1", "model.embed_dim=16", "model.num_heads=1")
+    assert make_run(tmp_path, *DIGITS, *few, *small, "log.wandb.mode=online")["num_updates"] == 2
+    out, err = capfd.readouterr()
+    assert [x for x in out.splitlines() if "W&B" in x or "wandb" in x][0].startswith(
+        "W&B logs offline: there is no key"
+    )
+    assert "Traceback" not in out + err and "wandb" not in err
+    assert list(Path(tmp_path).glob("wandb/offline-run-*"))
