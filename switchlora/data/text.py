@@ -71,7 +71,7 @@ def build_text(
     - ``batch_size`` counts the windows of one update over all ``world_size`` processes.
     - ``train_size`` keeps only the first windows to train on.
 
-    ValueError if the text is too short for that. OSError if it cannot be read.
+    ValueError if the text is too short for that, or cannot be read.
     """
     check_range("data.context", context, 1)
     train, val, test = windows_of(read(path), context, val_fraction, test_fraction)
@@ -101,12 +101,18 @@ def windows_of(
 def read(path: str | None) -> Tensor:
     """Return the bytes (n,) uint8 of a file, or of Python's reference if ``path`` is None.
 
-    The reference changes with Python's version. OSError if the file cannot be read.
+    The reference changes with Python's version. ValueError if the file cannot be read.
     """
     if path is None:
         text = "\n".join(topics.values()).encode()
     else:
-        text = Path(path).read_bytes() or b"\0"
+        try:
+            text = Path(path).expanduser().read_bytes() or b"\0"
+        except OSError as error:
+            raise ValueError(
+                f"data.path={path} cannot be read ({error.strerror}): give a file of text, or "
+                "leave it out for Python's own reference"
+            ) from error
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 

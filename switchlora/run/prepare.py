@@ -66,7 +66,8 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     """
     interruption = interruption or Interruption()
     parts = build_parts(config)
-    found = find(config.resume, folder, parts.plain, parts.model)
+    distributed.from_primary(parts.data.digest)  # of the data that the run begins with
+    found = find(config.resume, folder, parts.plain, parts.model, parts.data.digest)
     loaded = None
     if found is None and config.init_checkpoint is not None:
         loaded = load_weights(parts.model, config.init_checkpoint)

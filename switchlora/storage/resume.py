@@ -1,5 +1,6 @@
 """Find the checkpoint to resume from; refuse to resume under another configuration."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,13 @@ class Found:
     """whether the checkpoint is from another run, or from a trunk"""
 
 
-def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> Found | None:
+def find(
+    resume: str | None,
+    folder: Path,
+    config: Config,
+    model: nn.Module,
+    data: Callable[[], str],
+) -> Found | None:
     """Return the newest usable checkpoint, or None to start from the beginning.
 
     ``resume`` is one of:
@@ -43,11 +50,11 @@ def find(resume: str | None, folder: Path, config: Config, model: nn.Module) -> 
     - 'auto': go on with the run in ``folder``, if there is one.
     - a path of a checkpoint or of a run folder elsewhere: branch off from it.
 
-    ``model`` is the plain model that the configuration builds. ValueError when ``folder`` holds
-    another run, when no checkpoint is usable, or when 'auto' meets a run of another
-    configuration.
+    ``model`` is the plain model that the configuration builds, and ``data()`` the digest of the
+    data. ValueError when ``folder`` holds another run, when no checkpoint is usable, or when
+    'auto' meets a run of another configuration or of other data.
     """
-    place = from_primary(lambda: _choose(resume, folder, config, model))
+    place = from_primary(lambda: _choose(resume, folder, config, model, data))
     if place is None:
         return None
     path, source, lines = place
@@ -87,13 +94,13 @@ def _refuse_another(folder: Path, old: Config, new: Config) -> None:
 
 
 def _choose(
-    resume: str | None, folder: Path, config: Config, model: nn.Module
+    resume: str | None, folder: Path, config: Config, model: nn.Module, data: Callable[[], str]
 ) -> tuple[Path, Path, list[str]] | None:
     """Return a checkpoint, the run folder that it is from, and lines for the user; or None."""
     if resume is not None:
         if resume == AUTO:
-            return _go_on(folder, config, model)
-        return _branch_off(Path(resume), folder, config, model)
+            return _go_on(folder, config, model, data)
+        return _branch_off(Path(resume), folder, config, model, data)
     if (folder / METRICS).exists():
         raise ValueError(
             f"{folder} already holds a run; go on with it by resume=auto, or choose another "
@@ -102,12 +109,19 @@ def _choose(
     return None
 
 
-def _go_on(folder: Path, config: Config, model: nn.Module) -> tuple[Path, Path, list[str]] | None:
+def _go_on(
+    folder: Path, config: Config, model: nn.Module, data: Callable[[], str]
+) -> tuple[Path, Path, list[str]] | None:
     candidates = retention.find_all(folder)
     if not candidates:
         return None
     path, state, lines = _newest_usable(candidates, model)
     _refuse_another(folder, state["config"], config)
+    if _has_other_data(state, data):
+        raise ValueError(
+            f"the data (data.root, data.path) have changed since {path} was written: bring back "
+            f"what was there, or branch off in another folder with resume={folder}"
+        )
     unusable = candidates[: candidates.index(path)]
     for left in unusable:
         retention.set_aside(left)
@@ -115,7 +129,7 @@ def _go_on(folder: Path, config: Config, model: nn.Module) -> tuple[Path, Path, 
 
 
 def _branch_off(
-    place: Path, folder: Path, config: Config, model: nn.Module
+    place: Path, folder: Path, config: Config, model: nn.Module, data: Callable[[], str]
 ) -> tuple[Path, Path, list[str]]:
     candidates, source = _elsewhere(place)
     if (folder / METRICS).exists() and retention.find_all(folder):
@@ -126,6 +140,9 @@ def _branch_off(
     path, state, lines = _newest_usable(candidates, model)
     changed = differences(state["config"], config)
     other_data = any(line.startswith("data.") for line in changed)
+    if not other_data and _has_other_data(state, data):
+        other_data = True
+        changed.append("data whose content has changed")
     if other_data and state["train"]["position"]:
         raise ValueError(
             f"{path} is in the middle of an epoch of other data ({_some(changed)}): choose a "
@@ -134,6 +151,11 @@ def _branch_off(
     if changed:
         lines.append(f"branches off with {_some(changed)}")
     return path, source, lines
+
+
+def _has_other_data(state: dict[str, Any], data: Callable[[], str]) -> bool:
+    """Return whether the digest of the data is not that of a checkpoint that has one."""
+    return state.get("data") not in (None, data())
 
 
 def _elsewhere(place: Path) -> tuple[list[Path], Path]:
