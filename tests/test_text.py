@@ -178,7 +178,7 @@ def test_a_text_that_has_changed_is_noticed_by_a_resume(tmp_path):
     text = tmp_path / "text"
     text.write_bytes(bytes(i % 251 for i in range(20_000)))
     words = (*TINY, f"data.path={text}", "data.val_fraction=0.1", "data.test_fraction=0.1")
-    words = (*words, "monitor.window=5", "switch/criterion=never", "max_updates=10")
+    words = (*words, "max_updates=10")
     run = prepare(composed(*words), tmp_path / "run")
     with run.log:
         save(run)
