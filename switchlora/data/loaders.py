@@ -44,6 +44,7 @@ class Data:
     - ``val`` is cut from the training set, in the same way for every seed.
     - ``test`` is the official split.
     - ``mixup`` maps (images, targets) to mixed images and soft targets.
+    - ``num_classes`` is above every label.
     - ``loss`` expects the targets that ``mixup`` makes, if there is a ``mixup``.
 
     With several processes each loader yields this process's share: sum over processes before you
@@ -55,6 +56,7 @@ class Data:
     test: Loader
     mixup: EpochMixup | None
     loss: nn.Module
+    num_classes: int
     _known: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -181,7 +183,7 @@ def build_data(
         views = transformed(splits, common, train_transform or {}, eval_transform or {})
     loss = build_loss(mixup, label_smoothing)
     loaders = make_loaders(views, sampler, workers, pin_memory)
-    return Data(loaders[0], loaders[1], loaders[2], mixup, loss)
+    return Data(loaders[0], loaders[1], loaders[2], mixup, loss, num_classes)
 
 
 def same_numbers(train: Dataset, test: Dataset) -> dict[int, int] | None:

@@ -74,13 +74,21 @@ def build_text(
     ValueError if the text is too short for that, or cannot be read.
     """
     check_range("data.context", context, 1)
-    train, val, test = windows_of(read(path), context, val_fraction, test_fraction)
+    text = read(path)
+    train, val, test = windows_of(text, context, val_fraction, test_fraction)
     size = len(train) if train_size is None else train_size
     if not 0 < size <= len(train):
         raise ValueError(f"data.train_size={size}, but the text has {len(train)} windows to train")
     sampler = EpochSampler(size, batch_size, seed, rank, world_size, items="windows")
     loaders = make_loaders((train, val, test), sampler, workers, pin_memory)
-    return Data(loaders[0], loaders[1], loaders[2], mixup=None, loss=TokenCrossEntropy())
+    return Data(
+        train=loaders[0],
+        val=loaders[1],
+        test=loaders[2],
+        mixup=None,
+        loss=TokenCrossEntropy(),
+        num_classes=int(text.max()) + 1,
+    )
 
 
 def windows_of(

@@ -17,7 +17,7 @@ from switchlora.models import load_weights
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed, known_keys
-from switchlora.run.checks import check_config, check_recipes, rehearse_switch
+from switchlora.run.checks import check_config, check_outputs, check_recipes, rehearse_switch
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import restore, restore_parts
 from switchlora.run.state import Phase
@@ -116,6 +116,7 @@ def check(parts: Parts, monitor: UpdateMonitor) -> None:
     """Try what the run will do, without an update. Raise ValueError where that does not work."""
     model, policy = parts.model, parts.policy
     images = probe_images(parts.data).to(_device_of(model))
+    check_outputs(model, images, parts.data.num_classes)
     check_targets_are_called(model, monitor.targets.values(), images)
     rehearse_switch(model, policy, monitor, parts.config.system.parallel)
     check_recipes(parts.recipes, policy, len(parts.data.train), parts.sharded)
