@@ -22,6 +22,7 @@ FREE = (
     "checkpoint",
     "trunk",
     "objectives",
+    "data.skip_unreadable",
 )
 """groups and keys of a configuration that change no result"""
 DIGITS = 10
@@ -74,7 +75,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def is_free(key: str) -> bool:
     """Return whether a dotted key changes no result; the place of the data is free too."""
-    return key.split(".")[0] in FREE or key.endswith("root")
+    return key.split(".")[0] in FREE or key in FREE or key.endswith("root")
 
 
 build = partial(instantiate, _convert_="all")

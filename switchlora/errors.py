@@ -35,6 +35,14 @@ class LoaderDied(RuntimeError):
     """A process that loads images has ended."""
 
 
+class DataUnusable(ValueError):
+    """An image or a label cannot be used; the message says which one, and why."""
+
+
+class UnreadableImage(DataUnusable):
+    """An image cannot be decoded, or its pixels cannot be used; the run may go on without it."""
+
+
 class OtherRankFailed(RuntimeError):
     """Another process of the run raised an error, whose own message says why."""
 

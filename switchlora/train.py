@@ -30,6 +30,7 @@ from switchlora.run import (
     record_memory,
     save,
     save_or_leave,
+    tell_skipped,
     watch_as_configured,
     window_complete,
 )
@@ -208,6 +209,7 @@ def evaluate_epoch(run: Run) -> None:
         finish_epoch(run, metrics)
         log_evaluation(run, metrics)
     run.log.line(eval_line(run.state.epoch, run.state.phase, metrics))
+    tell_skipped(run)
 
 
 def finish_epoch(run: Run, metrics: dict[str, float]) -> None:

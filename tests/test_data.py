@@ -25,14 +25,16 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData
 
+from starts import Started, torchrun
 from switchlora.data import (
+    Split,
     build_data,
     crop_and_flip,
     decode,
     images as datasets,
     torchvision_data,
 )
-from switchlora.process import one_line
+from switchlora.process import distributed, one_line
 
 CONF = Path(__file__).parents[1] / "conf"
 YAMLS = sorted({path.stem for path in (CONF / "data").glob("*.yaml")} - {"base", "bytes"})
@@ -207,12 +209,14 @@ def test_arrays_and_images_decode_to_the_same_bytes(fashion_root):
     rows = torch.tensor([5, 2, 59_999])
     known = datasets.FashionMNIST(fashion_root, train=True)
     images = [known[int(row)] for row in rows]
-    fast, slow = decode(known, rows, (1, 28, 28)), decode(images, torch.arange(3), (1, 28, 28))
+    fast = decode(Split("train", known, rows, 1), (1, 28, 28))
+    slow = decode(Split("train", images, torch.arange(3), 1), (1, 28, 28))
     assert same([fast], [slow]) and fast[1].tolist() == [5, 2, 9]
 
 
 def test_colour_images_keep_their_channels_in_order():
-    images, _ = decode([(Image.new("RGB", (8, 8), (1, 2, 3)), 0)], torch.arange(1), (3, 8, 8))
+    coloured = [(Image.new("RGB", (8, 8), (1, 2, 3)), 0)]
+    images, _ = decode(Split("train", coloured, torch.arange(1), 3), (3, 8, 8))
     assert images[0, :, 4, 4].tolist() == [1, 2, 3]
 
 
@@ -254,7 +258,6 @@ def test_the_loss_follows_mixup_and_smoothing():
         ({"train_size": 0}, "train_size=0"),
         ({"eval_size": 0}, "data.eval_size is 0"),
         ({"image_size": 9}, "8 x 8 pixels, but .*image_size=9"),
-        ({"in_chans": 3, "mean": [0] * 3, "std": [1] * 3}, "1 channels .*in_chans=3"),
         ({"train": Numbered(mode="RGB")}, "3 channels .*in_chans=1"),
         ({"train": Numbered(mode="RGB"), "eval_transform": {}}, "3 channels.*in_chans=1"),
         ({"mean": [0, 0, 0]}, "data.mean and data.std need 1"),
@@ -353,6 +356,39 @@ def test_a_download_is_told_before_it_begins_and_what_is_there_is_read_without_a
     assert capsys.readouterr().out == told
     assert len(torchvision_data("CIFAR10", root, train=False)) == 20
     assert capsys.readouterr().out == ""
+
+
+def test_grey_images_become_colour_where_three_channels_are_asked_for():
+    data = make(in_chans=3, mean=[0.0] * 3, std=[1 / 255] * 3)
+    images, _ = next(iter(data.test))
+    assert images.shape == (8, 3, 8, 8) and torch.equal(images[:, 0], images[:, 2])
+
+
+def fetch_together(folder):
+    """On each rank: bring a data set that is missing, slowly; note who did."""
+    distributed.join()
+    there = folder / "set"
+
+    def bring():
+        time.sleep(0.5)
+        there.write_text(f"brought by rank {distributed.rank()}")
+        with (folder / "brings").open("a") as file:
+            file.write(f"{distributed.rank()}\n")
+
+    def find():
+        return there.read_text() if there.exists() else None
+
+    found = datasets.found_or_brought(find, bring)
+    (folder / f"found-{distributed.rank()}").write_text(found)
+    distributed.leave()
+
+
+def test_of_several_ranks_the_primary_downloads_and_the_others_wait(tmp_path):
+    with Started(tmp_path / "said", torchrun, 2, fetch_together, tmp_path) as started:
+        done = started.finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "brings").read_text() == "0\n"
+    assert {(tmp_path / f"found-{rank}").read_text() for rank in (0, 1)} == {"brought by rank 0"}
 
 
 def mistake(name, *overrides):

@@ -16,6 +16,7 @@ from switchlora.data import build_text
 from switchlora.errors import Interrupted
 from switchlora.learner import evaluate
 from switchlora.models import CausalTransformer
+from switchlora.run import prepare, save
 from switchlora.storage import read_record
 from switchlora.train import train
 
@@ -165,6 +166,28 @@ def test_its_merged_weights_fit_the_plain_model(whole):
     folder, _ = whole
     plain = build(composed(*TINY).model)
     plain.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def test_a_text_that_cannot_be_read_is_told_with_its_key(tmp_path):
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(ValueError, match=f"data.path={path} cannot be read .*give a file"):
+            build_text(path=str(path), context=10, batch_size=8)
+
+
+def test_a_text_that_has_changed_is_noticed_by_a_resume(tmp_path):
+    text = tmp_path / "text"
+    text.write_bytes(bytes(i % 251 for i in range(20_000)))
+    words = (*TINY, f"data.path={text}", "data.val_fraction=0.1", "data.test_fraction=0.1")
+    words = (*words, "max_updates=10")
+    run = prepare(composed(*words), tmp_path / "run")
+    with run.log:
+        save(run)
+    prepare(composed(*words, "resume=auto"), tmp_path / "run")
+    text.write_bytes(b"\1" + text.read_bytes()[1:])
+    with pytest.raises(ValueError, match="the data .* have changed since .*update-00000000"):
+        prepare(composed(*words, "resume=auto"), tmp_path / "run")
+    branch = prepare(composed(*words, f"resume={tmp_path}/run"), tmp_path / "branch")
+    assert branch.state.num_updates == 0
 
 
 def test_a_run_over_text_goes_on_where_it_was_cut(whole, tmp_path, at_update):

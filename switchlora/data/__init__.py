@@ -14,5 +14,6 @@ from switchlora.data.loaders import (
     Data as Data,
     build_data as build_data,
 )
+from switchlora.data.split import IGNORED as IGNORED, Split as Split
 from switchlora.data.text import build_text as build_text
 from switchlora.data.workers import Loader as Loader

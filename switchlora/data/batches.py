@@ -8,9 +8,9 @@ number of processes, or on random numbers drawn before.
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
-from torchvision.datasets import CIFAR10, MNIST
+
+from switchlora.data.split import Split
 
 Key = tuple[Tensor, Tensor | None]  # rows of one batch, and their draws when training
 Batch = tuple[Tensor, Tensor]  # inputs and targets: images (B, C, H, W) float32 and (B,) int64
@@ -90,7 +91,7 @@ def eval_batches(size: int, batch_size: int, rank: int = 0, world_size: int = 1)
 
 
 class InMemory(Dataset[Batch]):
-    """Rows of a data set of (PIL image, class), decoded once: N * C * H * W bytes.
+    """The images of a split, decoded once: N * C * H * W bytes.
 
     ``shape`` is (C, H, W). ValueError if an image has another one. The key of an item is a whole
     batch. Rows with draws are cropped and flipped, rows without draws are not.
@@ -98,15 +99,15 @@ class InMemory(Dataset[Batch]):
 
     def __init__(
         self,
-        dataset: Dataset,
-        rows: Tensor,
+        split: Split,
         shape: tuple[int, int, int],
         mean: Sequence[float],
         std: Sequence[float],
         crop_padding: int = 0,
         hflip: float = 0.0,
     ) -> None:
-        self.images, self.targets = decode(dataset, rows, shape)
+        self.images, self.targets = decode(split, shape)
+        self.unread = split.skipped()
         self.mean = of_channels(mean)
         self.std = of_channels(std)
         self.crop_padding = crop_padding
@@ -123,63 +124,52 @@ class InMemory(Dataset[Batch]):
         shares = images.float().div_(255)
         return shares.sub_(self.mean).div_(self.std), self.targets[rows]
 
+    def skipped(self) -> list[str]:
+        """Return the names of the images that could not be read."""
+        return self.unread
+
     def digest(self) -> str:
         """Return a digest of all pixels and classes."""
         return digest_of(self.images.numpy().data, self.targets.numpy().data)
 
 
 class Transformed(Dataset[Batch]):
-    """Rows of a data set of (PIL image, class), decoded and transformed each time.
+    """The images of a split, decoded and transformed each time.
 
     The key of an item is a whole batch. A row with a draw is read and transformed with random
-    numbers that follow from the draw. ValueError if images do not have ``in_chans`` channels.
+    numbers that follow from the draw.
     """
 
-    def __init__(
-        self, dataset: Dataset, rows: Tensor, in_chans: int, transform: Callable[[Any], Tensor]
-    ) -> None:
-        self.dataset = dataset
-        self.rows = rows
+    def __init__(self, split: Split, transform: Callable[[Any], Tensor]) -> None:
+        self.split = split
+        self.split.pictures = True
         self.transform = transform
-        first, _ = dataset[int(rows[0])]
-        channels = len(first.getbands())
-        if channels != in_chans:
-            raise ValueError(f"images have {channels} channels, but data.in_chans={in_chans}")
-
-    @property
-    def targets(self) -> Tensor | None:
-        """The class of every row; None if the data set knows it only by decoding images."""
-        known = getattr(self.dataset, "targets", None)
-        if known is None:
-            return None
-        return torch.as_tensor(known)[self.rows]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.split)
 
     def __getitem__(self, key: Key) -> Batch:
         rows, draws = key
         images: list[Tensor] = []
         targets: list[int] = []
         with generators_kept():
-            for place, row in enumerate(self.rows[rows].tolist()):
+            for place, row in enumerate(rows.tolist()):
                 if draws is not None:
                     seed_generators(int(draws[place]))
-                image, target = self.dataset[row]
+                image, target = self.split.read(row)
                 images.append(self.transform(image))
-                targets.append(int(target))
+                targets.append(target)
         return torch.stack(images), torch.tensor(targets)
 
-    def digest(self) -> str:
-        """Return a digest of the rows and of what the data set knows without decoding.
+    def skipped(self) -> list[str]:
+        """Return the names of the images that could not be read so far."""
+        return self.split.skipped()
 
-        That is pixels, or names and classes. The folder of the data is no part of it.
-        """
-        root = str(getattr(self.dataset, "root", ""))
-        known = [getattr(self.dataset, name, None) for name in ("samples", "targets")]
-        names = repr(known).replace(root, "")
-        pixels = np.asarray(getattr(self.dataset, "data", ()))
-        return digest_of(self.rows.numpy().data, names.encode(), pixels.tobytes())
+    def digest(self) -> str:
+        """Return a digest of what is known of the images: see ``Split.digest_parts``."""
+        with generators_kept():
+            seed_generators(0)
+            return digest_of(*self.split.digest_parts())
 
 
 class EpochMixup(timm.data.Mixup):
@@ -215,50 +205,29 @@ def digest_of(*parts: bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
-def decode(dataset: Dataset, rows: Tensor, shape: tuple[int, int, int]) -> Batch:
-    """Return images (N, C, H, W) uint8 and targets (N,) int64 of the given rows.
+def decode(split: Split, shape: tuple[int, int, int]) -> Batch:
+    """Return all images (N, C, H, W) uint8 and targets (N,) int64 of a split.
 
     ``shape`` is (C, H, W). ValueError for an image of another shape.
     """
     channels, height, width = shape
-    images = np.empty((len(rows), height, width, channels), dtype=np.uint8)
-    targets = np.empty(len(rows), dtype=np.int64)
-    for place, (image, target) in enumerate(items(dataset, rows)):
+    images = np.empty((len(split), height, width, channels), dtype=np.uint8)
+    targets = np.empty(len(split), dtype=np.int64)
+    for place in range(len(split)):
+        image, targets[place] = split.read(place)
         pixels = np.asarray(image)
         if pixels.ndim == 2:  # grey
             pixels = pixels[:, :, np.newaxis]
-        if pixels.shape != (height, width, channels):
-            found = pixels.shape
+        found = pixels.shape
+        if found[:2] != (height, width) or found[2:] not in ((channels,), (1,)):
             raise ValueError(
-                f"an image has {found[2]} channels of {found[0]} x {found[1]} pixels, but "
-                f"data.in_chans={channels} and data.image_size={height}; change these, or let "
-                "data.eval_transform={} resize"
+                f"{split.name_of(place)}: it has {found[-1]} channels of {found[0]} x {found[1]} "
+                f"pixels, but data.in_chans={channels} and data.image_size={height}; change "
+                "these, or let data.eval_transform={} resize"
             )
         images[place] = pixels
-        targets[place] = int(target)
     channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
     return channels_first.contiguous(), torch.from_numpy(targets)
-
-
-def items(dataset: Dataset, rows: Tensor) -> Iterable[tuple[Any, Any]]:
-    """Yield (image, class) of each row.
-
-    For the MNIST and CIFAR families they come from the arrays at once.
-    """
-    if in_arrays(dataset):
-        images = np.asarray(dataset.data)[rows]
-        targets = np.asarray(dataset.targets)[rows]
-        yield from zip(images, targets, strict=True)
-    else:
-        for row in rows.tolist():
-            yield dataset[row]
-
-
-def in_arrays(dataset: Dataset) -> TypeGuard[MNIST | CIFAR10]:
-    """Return whether all images lie in arrays, and are given out as they are."""
-    if not isinstance(dataset, MNIST | CIFAR10) or dataset.transforms is not None:
-        return False
-    return type(dataset).__getitem__ in (MNIST.__getitem__, CIFAR10.__getitem__)
 
 
 def crop_and_flip(images: Tensor, draws: Tensor, padding: int, hflip: float) -> Tensor:

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import urllib.request
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
 from math import prod
@@ -21,9 +21,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.datasets import FashionMNIST, ImageFolder
+from torchvision.datasets.folder import is_image_file
 
+from switchlora.data.split import open_image
 from switchlora.names import near
-from switchlora.process import is_primary
+from switchlora.process import any_rank, distributed, is_primary, together
 
 FILES: dict[str, tuple[int, ...]] = {
     "train-images-idx3-ubyte": (60_000, 28, 28),
@@ -71,7 +73,31 @@ class Digits(Dataset):
         return len(self.targets)
 
 
-def image_folder(root: str, split: str) -> ImageFolder:
+class Folder(ImageFolder):
+    """Images in a folder for each class; what is hidden, or made by a system, is none of them."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root, loader=open_image, is_valid_file=self._is_image)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the names of the classes, and the number of each."""
+        found = [entry.name for entry in os.scandir(directory) if entry.is_dir()]
+        classes = sorted(name for name in found if not is_hidden(name))
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return classes, {name: number for number, name in enumerate(classes)}
+
+    def _is_image(self, path: str) -> bool:
+        inside = Path(path).relative_to(self.root).parts
+        return is_image_file(path) and not any(map(is_hidden, inside))
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden, or made by a system beside the user's."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+
+
+def image_folder(root: str, split: str) -> Folder:
     """Return the images of ``root/split/CLASS/``; ValueError if there are none."""
     if not Path(root, split).expanduser().is_dir():
         raise ValueError(
@@ -79,7 +105,7 @@ def image_folder(root: str, split: str) -> ImageFolder:
             "folder of images for each class in both; set data.root, or SWITCHLORA_DATA"
         )
     try:
-        return ImageFolder(f"{root}/{split}")
+        return Folder(f"{root}/{split}")
     except FileNotFoundError as error:
         raise ValueError(f"data.root={root}, folder {split}/: {first_line(error)}") from error
 
@@ -87,19 +113,41 @@ def image_folder(root: str, split: str) -> ImageFolder:
 def torchvision_data(name: str, root: str, **options: Any) -> Dataset:
     """Return a data set of torchvision by its name; download it if it is not under ``root``.
 
-    ValueError if it cannot be downloaded.
+    Of several processes the primary downloads, and the others wait. ValueError if it cannot be
+    downloaded.
     """
     if name not in datasets.__all__:
         raise ValueError(f"torchvision has no data set '{name}'; {near(name, datasets.__all__)}")
     kind = getattr(datasets, name)
-    try:
-        return kind(root, **options)
-    except RuntimeError:  # not there, or not whole
-        return downloaded(kind, root, options)
+
+    def find() -> Dataset | None:
+        try:
+            return kind(root, **options)
+        except RuntimeError:  # not there, or not whole
+            return None
+
+    return found_or_brought(find, lambda: download(kind, root, options))
 
 
-def downloaded(kind: type[Any], root: str, options: Mapping[str, Any]) -> Dataset:
-    """Say what is downloaded into ``root``, do it, and return the data set."""
+def found_or_brought(find: Callable[[], Dataset | None], bring: Callable[[], None]) -> Dataset:
+    """Return what ``find`` gives; before that let one process ``bring`` it where it is missing.
+
+    That is the primary rank. Then it is the first rank of each machine whose disk still lacks it.
+    """
+    for brings in (is_primary(), distributed.local_rank() == 0):
+        found = find()
+        if any_rank(found is None) == [False]:
+            break
+        with together():
+            if brings and found is None:
+                bring()
+    found = found or find()
+    assert found is not None
+    return found
+
+
+def download(kind: type[Any], root: str, options: Mapping[str, Any]) -> None:
+    """Say what is downloaded into ``root``, and do it; ValueError if that fails."""
     name = kind.__name__
     mirrors = getattr(kind, "mirrors", ["torchvision's host"])
     source = getattr(kind, "url", mirrors[0])
@@ -111,7 +159,7 @@ def downloaded(kind: type[Any], root: str, options: Mapping[str, Any]) -> Datase
         make_folder(folder, f"{name}: downloading from {source}")
     try:
         with patience():
-            return kind(root, download=True, **options)
+            kind(root, download=True, **options)
     except FAILURES as error:
         raise ValueError(
             f"{name} is not under {root} and could not be downloaded from {source} "
@@ -119,17 +167,22 @@ def downloaded(kind: type[Any], root: str, options: Mapping[str, Any]) -> Datase
         ) from error
 
 
-def fashion_mnist(root: str, train: bool) -> FashionMNIST:
+def fashion_mnist(root: str, train: bool) -> Dataset:
     """Return Fashion-MNIST under ``root``; fetch it first if it is missing or damaged there.
 
     It comes from torchvision's host. If that is out of reach, it comes from Debian's package
     ``dataset-fashion-mnist``, which is unpacked without being installed. ValueError if neither
-    works. Several processes may call this at the same time: files appear whole or not at all.
+    works. Of several ranks one fetches. Several programs may call this at the same time: files
+    appear whole or not at all.
     """
     raw = Path(root).expanduser() / "FashionMNIST" / "raw"
-    if any(problem(raw / name, shape) for name, shape in FILES.items()):
-        fetch(raw)
-    return FashionMNIST(root, train=train)
+
+    def find() -> Dataset | None:
+        if any(problem(raw / name, shape) for name, shape in FILES.items()):
+            return None
+        return FashionMNIST(root, train=train)
+
+    return found_or_brought(find, lambda: fetch(raw))
 
 
 def make_folder(folder: Path, purpose: str) -> None:

@@ -1,16 +1,15 @@
 """Build the loaders of a data config: splits, transforms, Mixup and the loss that fits them."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.data import create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from switchlora.data.augment import build_transform
 from switchlora.data.batches import (
     Batch,
     EpochMixup,
@@ -18,14 +17,21 @@ from switchlora.data.batches import (
     InMemory,
     Key,
     Transformed,
+    digest_of,
     eval_batches,
 )
+from switchlora.data.split import Split, classes_of
 from switchlora.data.workers import Loader
 from switchlora.errors import check_range
+from switchlora.names import near
+from switchlora.process import from_primary
 
 Options = Mapping[str, Any]
-Parts = Sequence[tuple[Dataset, Tensor]]  # a data set and its rows: to train, validate and test
 View = InMemory | Transformed
+TRIED = 8
+"""images of each split that are read before training"""
+HEADERS = 20_000
+"""training files whose headers are read before training"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Data:
     - ``val`` is cut from the training set, in the same way for every seed.
     - ``test`` is the official split.
     - ``mixup`` maps (images, targets) to mixed images and soft targets.
+    - ``num_classes`` is above every label.
     - ``loss`` expects the targets that ``mixup`` makes, if there is a ``mixup``.
 
     With several processes each loader yields this process's share: sum over processes before you
@@ -49,15 +56,31 @@ class Data:
     test: Loader
     mixup: EpochMixup | None
     loss: nn.Module
+    num_classes: int
+    _known: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def views(self) -> list[Any]:
+        """The data sets of the three loaders."""
+        return [loader.dataset for loader in (self.train, self.val, self.test)]
 
     def digest(self) -> str:
-        """Return a digest of the data to train and to validate on.
+        """Return a digest of the data, the same wherever they lie. It is computed once.
 
-        Images that are decoded anew for each batch may count by their names and classes only.
+        Of images that are decoded anew for each batch it knows files by their names and sizes,
+        and some by their contents.
         """
-        train, val = self.train.dataset, self.val.dataset
-        both = train.digest() + val.digest()  # type: ignore[attr-defined]
-        return hashlib.sha256(both.encode()).hexdigest()
+        if "digest" not in self._known:
+            self._known["digest"] = digest_of(*(view.digest().encode() for view in self.views))
+        return self._known["digest"]
+
+    def skipped(self) -> list[str]:
+        """Return the names of the images that this process could not read so far."""
+        names: list[str] = []
+        for view in self.views:
+            if isinstance(view, View):
+                names += view.skipped()
+        return names
 
     def example(self, count: int) -> Batch:
         """Return ``count`` inputs and targets, as the loss gets them, without their contents.
@@ -105,6 +128,7 @@ def build_data(
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
     label_smoothing: float = 0.0,
+    skip_unreadable: bool = False,
     root: str | None = None,
     seed: int = 0,
     workers: int = 0,
@@ -121,31 +145,65 @@ def build_data(
     - ``batch_size`` counts the images of one optimizer update over all ``world_size`` processes.
     - ``train_size`` limits training to a fixed subset of what validation leaves.
     - ``eval_size`` limits both validation and test to a fixed subset.
+    - ``skip_unreadable`` lets another image stand for one that cannot be read. Evaluation does not
+      count it.
     - ``root`` is not read. It is the key that ``train`` and ``test`` refer to in a config.
 
-    ValueError if sizes, channels, labels or options do not fit together.
+    Some images of each split are read at once, and the headers of files. ValueError if sizes,
+    channels, labels or options do not fit together.
     """
     fit, val = split(length(train), val_fraction, train_size)
     held_out = limited(torch.arange(length(test)), eval_size)
-    parts = [(train, fit), (train, limited(val, eval_size)), (test, held_out)]
     sampler = EpochSampler(len(fit), batch_size, seed, rank, world_size)
     mixup = build_mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes, sampler)
     if not len(mean) == len(std) == in_chans:
         raise ValueError(f"data.mean and data.std need {in_chans} numbers each, one a channel")
+    options: dict[str, Any] = {
+        "channels": in_chans,
+        "num_classes": num_classes,
+        "skip_unreadable": skip_unreadable,
+    }
+    numbers = same_numbers(train, test)
+    splits = [
+        Split("train", train, fit, **options),
+        Split("val", train, limited(val, eval_size), **options),
+        Split("test", test, held_out, numbers=numbers, **options),
+    ]
+    for each in splits:
+        each.check_labels()
+    views: list[View]
     if train_transform is None and eval_transform is None:
         workers = 0
         shape = (in_chans, image_size, image_size)
-        views = in_memory(parts, shape, mean, std, crop_padding, hflip)
+        views = in_memory(splits, shape, mean, std, crop_padding, hflip)
     elif crop_padding or hflip:
         raise ValueError("with data.train_transform, data.crop_padding and data.hflip must be 0")
     else:
         common = {"input_size": image_size, "mean": tuple(mean), "std": tuple(std)}
-        views = transformed(parts, in_chans, common, train_transform or {}, eval_transform or {})
-    for view in views:
-        check_labels(view.targets, num_classes)
+        views = transformed(splits, common, train_transform or {}, eval_transform or {})
     loss = build_loss(mixup, label_smoothing)
     loaders = make_loaders(views, sampler, workers, pin_memory)
-    return Data(loaders[0], loaders[1], loaders[2], mixup, loss)
+    return Data(loaders[0], loaders[1], loaders[2], mixup, loss, num_classes)
+
+
+def same_numbers(train: Dataset, test: Dataset) -> dict[int, int] | None:
+    """Return the number in ``train`` of each class of ``test``, by its name.
+
+    None if the numbers are the same, or if a data set does not name its classes. ValueError for a
+    class that ``train`` lacks, or a name that stands for two classes.
+    """
+    known, found = classes_of(train), classes_of(test)
+    place = getattr(test, "root", None)
+    where = f" in {place}" if place else ""
+    if not known or not found or known == found:
+        return None
+    for name in found:
+        if known.count(name) != 1 or found.count(name) != 1:
+            raise ValueError(
+                f"the test split{where} has a class '{name}' that the training split has not, or "
+                f"not once; {near(name, known)}; give both the same names of classes (folders)"
+            )
+    return {number: known.index(name) for number, name in enumerate(found)}
 
 
 def make_loaders(
@@ -214,7 +272,7 @@ def limited(rows: Tensor, size: int | None) -> Tensor:
 
 
 def in_memory(
-    parts: Parts,
+    splits: Sequence[Split],
     shape: tuple[int, int, int],
     mean: Sequence[float],
     std: Sequence[float],
@@ -226,42 +284,42 @@ def in_memory(
     A crop is taken after padding each side with ``crop_padding`` black pixels. ``hflip`` is the
     probability of a flip.
     """
-    (train, fit), *plain = parts
-    views: list[View] = [InMemory(train, fit, shape, mean, std, crop_padding, hflip)]
-    for dataset, rows in plain:
-        views.append(InMemory(dataset, rows, shape, mean, std))
+    train, *plain = splits
+    views: list[View] = [InMemory(train, shape, mean, std, crop_padding, hflip)]
+    for split in plain:
+        views.append(InMemory(split, shape, mean, std))
     return views
 
 
 def transformed(
-    parts: Parts, in_chans: int, common: Options, train_options: Options, eval_options: Options
+    splits: Sequence[Split], common: Options, train_options: Options, eval_options: Options
 ) -> list[View]:
     """Return views through ``timm.data.create_transform``; the options of training augment.
 
-    ValueError for options that timm refuses.
+    ValueError for options that timm refuses. DataUnusable if the primary rank finds files that
+    cannot be used.
     """
-    (train, fit), *plain = parts
+    train, *plain = splits
     try:
-        augment = create_transform(**common, is_training=True, **train_options)
-        keep = create_transform(**common, **eval_options)
-    except (TypeError, AssertionError) as error:
+        augment = build_transform(**common, is_training=True, **train_options)
+        keep = build_transform(**common, **eval_options)
+    except (TypeError, AssertionError, ValueError, KeyError) as error:
         raise ValueError(f"data.train_transform or data.eval_transform: {error}") from error
-    views: list[View] = [Transformed(train, fit, in_chans, augment)]
-    for dataset, rows in plain:
-        views.append(Transformed(dataset, rows, in_chans, keep))
-    return views
+    views = [Transformed(train, augment), *(Transformed(split, keep) for split in plain)]
+    from_primary(lambda: try_views(views))
+    return [*views]
 
 
-def check_labels(targets: Tensor | None, num_classes: int) -> None:
-    """Raise ValueError if a known label is not a class number."""
-    if targets is None:
-        return
-    lowest, highest = targets.min(), targets.max()
-    if lowest < 0 or highest >= num_classes:
-        raise ValueError(
-            f"labels run from {lowest} to {highest}, but "
-            f"data.num_classes={num_classes} allows 0 to {num_classes - 1}"
-        )
+def try_views(views: Sequence[Transformed]) -> None:
+    """Read the headers of files, and transform a few images of each split.
+
+    DataUnusable for an image that cannot be used.
+    """
+    for view in views:
+        view.split.check_headers(HEADERS if view.split.name == "train" else None)
+    for view in views:
+        rows = torch.arange(min(TRIED, len(view)))
+        view[rows, torch.zeros_like(rows)]
 
 
 def build_mixup(

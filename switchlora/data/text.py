@@ -71,16 +71,24 @@ def build_text(
     - ``batch_size`` counts the windows of one update over all ``world_size`` processes.
     - ``train_size`` keeps only the first windows to train on.
 
-    ValueError if the text is too short for that. OSError if it cannot be read.
+    ValueError if the text is too short for that, or cannot be read.
     """
     check_range("data.context", context, 1)
-    train, val, test = windows_of(read(path), context, val_fraction, test_fraction)
+    text = read(path)
+    train, val, test = windows_of(text, context, val_fraction, test_fraction)
     size = len(train) if train_size is None else train_size
     if not 0 < size <= len(train):
         raise ValueError(f"data.train_size={size}, but the text has {len(train)} windows to train")
     sampler = EpochSampler(size, batch_size, seed, rank, world_size, items="windows")
     loaders = make_loaders((train, val, test), sampler, workers, pin_memory)
-    return Data(loaders[0], loaders[1], loaders[2], mixup=None, loss=TokenCrossEntropy())
+    return Data(
+        train=loaders[0],
+        val=loaders[1],
+        test=loaders[2],
+        mixup=None,
+        loss=TokenCrossEntropy(),
+        num_classes=int(text.max()) + 1,
+    )
 
 
 def windows_of(
@@ -101,12 +109,18 @@ def windows_of(
 def read(path: str | None) -> Tensor:
     """Return the bytes (n,) uint8 of a file, or of Python's reference if ``path`` is None.
 
-    The reference changes with Python's version. OSError if the file cannot be read.
+    The reference changes with Python's version. ValueError if the file cannot be read.
     """
     if path is None:
         text = "\n".join(topics.values()).encode()
     else:
-        text = Path(path).read_bytes() or b"\0"
+        try:
+            text = Path(path).expanduser().read_bytes() or b"\0"
+        except OSError as error:
+            raise ValueError(
+                f"data.path={path} cannot be read ({error.strerror}): give a file of text, or "
+                "leave it out for Python's own reference"
+            ) from error
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from switchlora.errors import LoaderDied
+from switchlora.errors import DataUnusable, LoaderDied
 from switchlora.process import SIGNALS
 
 HAND_OVER_ERRORS = (OSError, EOFError, RuntimeError, UnpicklingError, ProcessError)
@@ -30,7 +30,7 @@ class Loader(DataLoader):
 
     torch shows a worker's death in many ways, depending on the moment: a message of its own, a
     reset or refused connection, an end of file, half a pickle. An exception that the data set
-    raised passes through.
+    raised passes through; DataUnusable without the traceback that torch puts into its message.
 
     torch's handler of SIGCHLD is not used. It would raise between any two lines of the program,
     once for each dead worker, and also after the first has ended the run. Without it a death is
@@ -49,6 +49,10 @@ class Loader(DataLoader):
             atexit.unregister(kill_workers)
             atexit.register(kill_workers)  # the last to be registered is the first to be called
             yield from batches
+        except DataUnusable as error:
+            if self.num_workers:
+                raise type(error)(last_line(error)) from error
+            raise
         except HAND_OVER_ERRORS as error:
             if self.num_workers and not raised_by_the_data(error):
                 said = f"{type(error).__name__}: {error}".strip().splitlines()
@@ -75,6 +79,11 @@ def raised_by_the_data(error: Exception) -> bool:
     """
     message = str(error)
     return WORKER_RAISED in message and NO_ROOM not in message
+
+
+def last_line(error: Exception) -> str:
+    """Return what an error said in a worker, the last line of the traceback in its message."""
+    return str(error).strip().splitlines()[-1].partition(": ")[2]
 
 
 def in_shared_memory(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

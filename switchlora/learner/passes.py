@@ -10,6 +10,7 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from switchlora.data import IGNORED
 from switchlora.learner.recipe import autocast
 from switchlora.models import eval_mode
 from switchlora.process import total
@@ -33,7 +34,7 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> d
             with autocast(device.type, precision):
                 logits = model(inputs.to(device)).flatten(0, -2)
             totals += _batch_totals(logits.float(), labels.flatten().to(device))
-            labels_seen += labels.numel()
+            labels_seen += int((labels != IGNORED).sum())
     loss, top1, top5, count = total([*totals.tolist(), labels_seen])
     means = {"loss": loss / count, "top1": top1 / count}
     if logits.shape[1] >= 5:

@@ -13,6 +13,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from switchlora.errors import (
+    DataUnusable,
     JobFailed,
     LoaderDied,
     OtherRankFailed,
@@ -65,8 +66,18 @@ def exit_with_one_line(error: Exception) -> NoReturn:
     if distributed.is_primary():
         sys.exit(f"switchlora: {line}")
     name = f"switchlora, rank {distributed.rank()}"
+    sys.exit(1 if told_by_another_rank(error) else f"{name}: {line}")
+
+
+def told_by_another_rank(error: Exception) -> bool:
+    """Return whether the primary rank meets the same mistake, or the rank that failed tells it.
+
+    An image that cannot be used in the middle of a run is met by one rank alone.
+    """
+    if isinstance(error, InstantiationException):
+        return isinstance(error.__cause__, ValueError | OtherRankFailed)
     known = isinstance(error, ValueError | OtherRankFailed | RanksDisagree)
-    sys.exit(1 if known else f"{name}: {line}")
+    return known and not isinstance(error, DataUnusable)
 
 
 def from_launcher(error: Exception) -> bool:

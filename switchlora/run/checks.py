@@ -6,13 +6,14 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from switchlora.adapters import FACTORS, adapted_linear
 from switchlora.config import as_plain, check_whole
 from switchlora.criteria import AtEpoch, at_start, never
 from switchlora.errors import NothingMeasured, check_choice
 from switchlora.learner import PARALLEL, Recipe, check_goes_with_fsdp
+from switchlora.models import eval_mode
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import check_kinds
@@ -35,6 +36,24 @@ def check_config(config: DictConfig) -> None:
             raise ValueError("system.parallel=fsdp shards over processes: start it with torchrun")
         if config.ema:
             raise ValueError("ema does not go with system.parallel=fsdp: its copy is not sharded")
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, inputs: Tensor, num_classes: int) -> None:
+    """Raise ValueError if the model has fewer logits than there are classes.
+
+    A GPU would end the process at the first such label. ``inputs`` (B, ...) give a shape alone.
+    """
+    try:
+        with eval_mode(model):
+            logits = model(torch.zeros_like(inputs[:1]))
+    except RuntimeError:  # check_targets_are_called says why
+        return
+    if logits.shape[-1] < num_classes:
+        raise ValueError(
+            f"the model gives {logits.shape[-1]} logits, but labels of the data run from 0 to "
+            f"{num_classes - 1}: raise model.num_classes (of text: model.vocabulary)"
+        )
 
 
 def rehearse_switch(

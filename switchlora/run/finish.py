@@ -16,6 +16,7 @@ from switchlora.run.messages import (
 )
 from switchlora.run.run import Run
 from switchlora.run.state import Ledger, Phase
+from switchlora.run.tell import tell_skipped
 from switchlora.storage import environment, merged_for_peft, save_adapter, save_merged
 
 
@@ -27,6 +28,7 @@ def finish(run: Run, status: str) -> dict[str, Any]:
     folder = run.log.folder
     run.ledger.end_segment(run.state.phase, run.state.num_updates, run.phase_summary())
     test = evaluate_on_test(run) if status == "finished" else None
+    tell_skipped(run)
     summary = summarise(run, status, test)
     model = run.learner.plain()
     with together():
@@ -88,7 +90,7 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
     }
     if report is not None:
         switch |= vars(report)
-    return {
+    found = {
         "status": status,
         "num_updates": state.num_updates,
         "skipped_updates": ledger.skipped_updates,
@@ -106,6 +108,9 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
         "monitor": {"time_share": run.stopwatch.monitor_share},
         "environment": environment(run.device, run.config["seed"]),
     }
+    if run.skipped:
+        found["skipped_images"] = sorted(run.skipped)
+    return found
 
 
 def phases_of(ledger: Ledger) -> dict[Phase, dict[str, Any]]:
@@ -142,6 +147,8 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
         if state.taken_back:
             lines.append(f"The switch was taken back {state.taken_back} time(s)")
         lines += never_switched_lines(state.verdict, len(state.history), state.failed_switches)
+    if run.skipped:
+        lines.append(f"{len(run.skipped)} images could not be read and were skipped")
     if test is not None:
         average = f" (EMA {test['ema_top1']:.2f} %)" if "ema_top1" in test else ""
         lines.append(f"test top1 {test['top1']:.2f} %{average}, loss {test['loss']:.4f}")

@@ -19,7 +19,7 @@ from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed, known_keys
 from switchlora.run.agreement import agree_on_data
-from switchlora.run.checks import check_config, check_recipes, rehearse_switch
+from switchlora.run.checks import check_config, check_outputs, check_recipes, rehearse_switch
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import check_state, restore, restore_parts
 from switchlora.run.state import Phase
@@ -71,7 +71,8 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     interruption = interruption or Interruption()
     parts = build_parts(config)
     agree_on_data(parts.data)
-    found = find(config.resume, folder, parts.plain, parts.model, check_state)
+    distributed.from_primary(parts.data.digest)  # of the data that the run begins with
+    found = find(config.resume, folder, parts.plain, parts.model, parts.data.digest, check_state)
     loaded = None
     if found is None and config.init_checkpoint is not None:
         loaded = load_weights(parts.model, config.init_checkpoint)
@@ -120,6 +121,7 @@ def check(parts: Parts, monitor: UpdateMonitor) -> None:
     """Try what the run will do, without an update. Raise ValueError where that does not work."""
     model, policy = parts.model, parts.policy
     images = probe_images(parts.data).to(_device_of(model))
+    check_outputs(model, images, parts.data.num_classes)
     check_adapters_work(model, monitor.targets.values(), images)
     rehearse_switch(model, policy, monitor, parts.config.system.parallel)
     check_recipes(parts.recipes, policy, len(parts.data.train), parts.sharded)

@@ -71,6 +71,8 @@ class Run:
     interruption: Interruption = field(default_factory=Interruption)
     trunk: Trunk | None = None
     """the full phase shared with runs that differ only in their switch; None without one"""
+    skipped: set[str] = field(default_factory=set)
+    """the images that no rank could read, as far as they have been told"""
     starts_elsewhere: bool = False
     """whether this run started from another run's checkpoint"""
 

@@ -9,7 +9,13 @@ from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 
-from switchlora.errors import Interrupted, LoaderDied, RankLost, RanksDisagree
+from switchlora.errors import (
+    Interrupted,
+    LoaderDied,
+    RankLost,
+    RanksDisagree,
+    UnreadableImage,
+)
 from switchlora.process import distributed
 from switchlora.run.agreement import agree_on_weights
 from switchlora.run.run import Run
@@ -76,8 +82,11 @@ def leave(run: Run) -> NoReturn:
     raise Interrupted(f"{where}; {how_to_go_on(run)}", number)
 
 
-def how_to_go_on(run: Run) -> str:
-    """Return a line with the last checkpoint and the command that goes on from it."""
+def how_to_go_on(run: Run, *changed: str) -> str:
+    """Return a line with the last checkpoint and the command that goes on from it.
+
+    ``changed`` are words of the command line that the command has too.
+    """
     found = retention.find_all(run.log.folder)
     if not found:
         return "there is no checkpoint"
@@ -87,7 +96,7 @@ def how_to_go_on(run: Run) -> str:
         launcher = ["torchrun", "--nproc-per-node", processes, "-m", "switchlora"]
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     kept = [word for word in given if not word.startswith("resume=")]
-    words = [*launcher, *kept, f"hydra.run.dir={run.log.folder}", "resume=auto"]
+    words = [*launcher, *kept, *changed, f"hydra.run.dir={run.log.folder}", "resume=auto"]
     if HydraConfig.initialized() and is_job():
         words.append("hydra.mode=RUN")
     return f"the last checkpoint is {found[0]}; go on with: {shlex.join(words)}"
@@ -100,11 +109,15 @@ def faults_explained(run: Run) -> Iterator[None]:
     - RanksDisagree when ranks hold different weights.
     - LoaderDied when a process that loads images has ended.
     - RankLost when another rank has ended.
+    - UnreadableImage when an image cannot be read.
 
     Every other error passes unchanged.
     """
     try:
         yield
+    except UnreadableImage as error:
+        without = how_to_go_on(run, "data.skip_unreadable=true")
+        raise UnreadableImage(f"{error}; {without}") from error
     except RuntimeError as error:
         where = f"after update {run.state.num_updates}"
         if isinstance(error, RanksDisagree):

@@ -37,6 +37,7 @@ def state_of(run: Run) -> dict[str, Any]:
     """
     return {
         "config": run.config,
+        "data": distributed.from_primary(run.data.digest),
         "train": {**run.state.state_dict(), **run.ledger.state_dict()},
         "adapters": adapter_layout(run.model),
         "start": run.learner.start,

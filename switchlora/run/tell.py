@@ -37,6 +37,20 @@ def tell_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> No
     run.log.line(measurement_line(measurement, verdict))
 
 
+def tell_skipped(run: Run) -> None:
+    """Name the images that have turned out to be unreadable since it was last called.
+
+    All ranks must call it.
+    """
+    if not run.config["data"].get("skip_unreadable"):
+        return
+    for names in distributed.gather(run.data.skipped()):
+        for name in names:
+            if name not in run.skipped:
+                run.log.line(f"skipped, since it cannot be read: {name}")
+            run.skipped.add(name)
+
+
 def _tell_switch(run: Run, change: Changed, report: SwitchReport) -> None:
     """Say why it switched, what changed, and how much faster an update should be."""
     state, verdict = run.state, change.verdict

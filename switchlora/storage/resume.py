@@ -46,6 +46,7 @@ def find(
     folder: Path,
     config: Config,
     model: nn.Module,
+    data: Callable[[], str],
     check: Check | None = None,
 ) -> Found | None:
     """Return the newest usable checkpoint, or None to start from the beginning.
@@ -56,13 +57,13 @@ def find(
     - 'auto': go on with the run in ``folder``, if there is one.
     - a path of a checkpoint or of a run folder elsewhere: branch off from it.
 
-    ``model`` is the plain model that the configuration builds. A checkpoint that is damaged, or
-    whose content fails ``check``, is left for the one before it. ValueError when ``folder`` holds
-    another run, when no checkpoint is usable, or when 'auto' meets a run of another
-    configuration.
+    ``model`` is the plain model that the configuration builds, and ``data()`` the digest of the
+    data. A checkpoint that is damaged, or whose content fails ``check``, is left for the one
+    before it. ValueError when ``folder`` holds another run, when no checkpoint is usable, or when 'auto'
+    meets a run of another configuration or of other data.
     """
     usable = partial(_newest_usable, model=model, check=check)
-    place = from_primary(lambda: _choose(resume, folder, config, usable))
+    place = from_primary(lambda: _choose(resume, folder, config, usable, data))
     if place is None:
         return None
     path, source, lines = place
@@ -106,13 +107,17 @@ def _refuse_another(folder: Path, old: Config, new: Config) -> None:
 
 
 def _choose(
-    resume: str | None, folder: Path, config: Config, usable: Usable
+    resume: str | None,
+    folder: Path,
+    config: Config,
+    usable: Usable,
+    data: Callable[[], str],
 ) -> tuple[Path, Path, list[str]] | None:
     """Return a checkpoint, the run folder that it is from, and lines for the user; or None."""
     if resume is not None:
         if resume == AUTO:
-            return _go_on(folder, config, usable)
-        return _branch_off(Path(resume), folder, config, usable)
+            return _go_on(folder, config, usable, data)
+        return _branch_off(Path(resume), folder, config, usable, data)
     if (folder / METRICS).exists():
         raise ValueError(
             f"{folder} already holds a run; go on with it by resume=auto, or choose another "
@@ -121,12 +126,19 @@ def _choose(
     return None
 
 
-def _go_on(folder: Path, config: Config, usable: Usable) -> tuple[Path, Path, list[str]] | None:
+def _go_on(
+    folder: Path, config: Config, usable: Usable, data: Callable[[], str]
+) -> tuple[Path, Path, list[str]] | None:
     candidates = retention.find_all(folder)
     if not candidates:
         return None
     path, state, lines = usable(candidates)
     _refuse_another(folder, state["config"], config)
+    if _has_other_data(state, data):
+        raise ValueError(
+            f"the data (data.root, data.path) have changed since {path} was written: bring back "
+            f"what was there, or branch off in another folder with resume={folder}"
+        )
     unusable = candidates[: candidates.index(path)]
     for left in unusable:
         retention.set_aside(left)
@@ -134,7 +146,7 @@ def _go_on(folder: Path, config: Config, usable: Usable) -> tuple[Path, Path, li
 
 
 def _branch_off(
-    place: Path, folder: Path, config: Config, usable: Usable
+    place: Path, folder: Path, config: Config, usable: Usable, data: Callable[[], str]
 ) -> tuple[Path, Path, list[str]]:
     candidates, source = _elsewhere(place)
     if (folder / METRICS).exists() and retention.find_all(folder):
@@ -145,6 +157,9 @@ def _branch_off(
     path, state, lines = usable(candidates)
     changed = differences(state["config"], config)
     other_data = any(line.startswith("data.") for line in changed)
+    if not other_data and _has_other_data(state, data):
+        other_data = True
+        changed.append("data whose content has changed")
     if other_data and state["train"]["position"]:
         raise ValueError(
             f"{path} is in the middle of an epoch of other data ({_some(changed)}): choose a "
@@ -153,6 +168,11 @@ def _branch_off(
     if changed:
         lines.append(f"branches off with {_some(changed)}")
     return path, source, lines
+
+
+def _has_other_data(state: dict[str, Any], data: Callable[[], str]) -> bool:
+    """Return whether the digest of the data is not that of a checkpoint that has one."""
+    return state.get("data") not in (None, data())
 
 
 def _elsewhere(place: Path) -> tuple[list[Path], Path]:
