@@ -5,7 +5,7 @@ run. To add one, write a function, or a frozen dataclass with ``__call__``, and 
 ``conf/switch/criterion``. The criteria on spectra are in ``spectra``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
@@ -177,7 +177,7 @@ def relative_changes(values: Sequence[float]) -> list[float]:
     return changes
 
 
-def held_back(read: Mapping[str, Sequence[float]], what: str) -> Verdict | None:
+def held_back(read: Mapping[str, Iterable[float]], what: str) -> Verdict | None:
     """Return a verdict that does not fire if a number that the criterion reads is not finite.
 
     ``read`` has the numbers by target, or by 'train_loss'. ``what`` says what they are.
