@@ -122,7 +122,7 @@ def test_the_metadata_of_a_sharded_checkpoint_runs_nothing(tmp_path):
 
 def written(path, state):
     """A checkpoint with right checksums."""
-    path.mkdir(exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     torch.save(state, path / STATE)
     (path / SUMS).write_text(f"{_digest(path / STATE)}  {STATE}\n")
     return path
