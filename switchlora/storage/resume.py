@@ -59,8 +59,8 @@ def find(
 
     ``model`` is the plain model that the configuration builds, and ``data()`` the digest of the
     data. A checkpoint that is damaged, or whose content fails ``check``, is left for the one
-    before it. ValueError when ``folder`` holds another run, when no checkpoint is usable, or when 'auto'
-    meets a run of another configuration or of other data.
+    before it. ValueError when ``folder`` holds another run, when no checkpoint is usable, or when
+    'auto' meets a run of another configuration or of other data.
     """
     usable = partial(_newest_usable, model=model, check=check)
     place = from_primary(lambda: _choose(resume, folder, config, usable, data))
