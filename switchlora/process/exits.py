@@ -12,7 +12,14 @@ import torch
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from switchlora.errors import JobFailed, LoaderDied, OtherRankFailed, RankLost, TrainingStopped
+from switchlora.errors import (
+    JobFailed,
+    LoaderDied,
+    OtherRankFailed,
+    RankLost,
+    SwitchFailed,
+    TrainingStopped,
+)
 from switchlora.names import near
 from switchlora.process import distributed
 from switchlora.process.words import explained, spelled_out
@@ -25,6 +32,7 @@ FAILURE = "SWITCHLORA_FAILURE"
 USER_ERRORS = (
     ValueError,
     TrainingStopped,
+    SwitchFailed,
     JobFailed,
     LoaderDied,
     OtherRankFailed,

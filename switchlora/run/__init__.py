@@ -1,6 +1,6 @@
 """The steps of one run: prepare, train in windows, switch, save, finish."""
 
-from switchlora.run.finish import finish as finish
+from switchlora.run.finish import finish as finish, status_at_end as status_at_end
 from switchlora.run.memory import (
     predict_memory as predict_memory,
     record_memory as record_memory,

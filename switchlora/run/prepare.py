@@ -18,6 +18,7 @@ from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed, known_keys
 from switchlora.run.checks import check_config, check_recipes, rehearse_switch
+from switchlora.run.lengths import Length, doubts
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import restore, restore_parts
 from switchlora.run.state import Phase
@@ -88,7 +89,7 @@ def build_parts(config: DictConfig) -> Parts:
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
-    device = _device(config.system.device)
+    device = _device("system.device", config.system.device)
     data = _build_data(config)
     sharded = config.system.parallel == "fsdp"
     return Parts(
@@ -106,7 +107,7 @@ def build_parts(config: DictConfig) -> Parts:
 def build_monitor(parts: Parts) -> UpdateMonitor:
     """Build the monitor of the policy's targets; their weights are its first references."""
     options = parts.config.monitor
-    _device(options.device)
+    _device("monitor.device", options.device)
     targets = parts.policy.find_targets(parts.model)
     return UpdateMonitor(parts.model, targets, **{**options, "window": parts.window})
 
@@ -164,6 +165,9 @@ def begin(
             f"monitor.window: {parts.window} updates, a tenth of the run, which has fewer than "
             f"{config.monitor.window}"
         )
+    length = Length(last_update, len(parts.data.train), parts.window)
+    for line in doubts(parts.plain, policy, length):
+        run.log.line(f"warning: {line}")
     if unused:
         run.log.line(f"frozen, since no gradient reaches them: {', '.join(unused)}")
     return run
@@ -205,7 +209,7 @@ def _build_data(config: DictConfig) -> Data:
     )
 
 
-def _device(name: str) -> torch.device:
+def _device(key: str, name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -217,7 +221,7 @@ def _device(name: str) -> torch.device:
         return device
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device '{name}' cannot be used: {reason}") from error
+        raise ValueError(f"{key} '{name}' cannot be used: {reason}") from error
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -311,4 +315,5 @@ def _open_log(
 
 def _wandb_options(config: DictConfig) -> dict[str, Any] | None:
     options = as_plain(config.log.wandb)
+    options["name"] = str(options["name"])
     return None if options["mode"] == "disabled" else options
