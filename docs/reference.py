@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchlora.config import folder_of
-from switchlora.process.words import BASE, groups, prefix_of
+from switchlora.process import kind_of
+from switchlora.process.words import BASE, groups, prefix_of, sets_whole_keys
 
 CONF = folder_of("conf")
 INTRODUCTION = """# Configuration
 
-Every key, with its default and what it does. This page is made from the yamls in `conf/`.
+Every key, with its default, the values that it takes and what it does. This page is made from
+the yamls in `conf/` and from `switchlora/process/schema.py`, which is checked before a run.
 
 - `key=value` sets a key: `switchlora epochs=5 full.optimizer.lr=2e-4`.
 - `group=choice` takes another yaml of a group: `switchlora data=cifar10 switch/rank=energy`.
@@ -89,8 +91,7 @@ def section(conf: Path, group: str, notes: Mapping[str, str]) -> Iterator[str]:
 
 def package(group: str, path: Path) -> str:
     """Return what stands before the keys of a yaml on the command line, with its dot."""
-    names_whole_keys = path.read_text().startswith("# @package _global_")
-    return "" if names_whole_keys else prefix_of(group, path.stem)
+    return "" if sets_whole_keys(path) else prefix_of(group, path.stem)
 
 
 def head(path: Path) -> str:
@@ -131,10 +132,12 @@ def rows(path: Path) -> list[Row]:
 
 def table(found: list[Row]) -> str:
     """Return rows as a Markdown table."""
-    lines = ["| key | default | what it does |", "|---|---|---|"]
+    lines = ["| key | default | takes | what it does |", "|---|---|---|---|"]
     for row in found:
         value = f"`{escaped(row.value)}`" if row.value else ""
-        lines.append(f"| `{row.key}` | {value} | {escaped(row.note)} |")
+        kind = kind_of(row.key)
+        takes = escaped(kind.words) if kind else ""
+        lines.append(f"| `{row.key}` | {value} | {takes} | {escaped(row.note)} |")
     return "\n".join(lines) + "\n"
 
 

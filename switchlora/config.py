@@ -65,8 +65,12 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and the value of everything in nested mappings; lists are values."""
-    if not isinstance(config, Mapping):
+    """Yield the dotted key and the value of everything in nested mappings.
+
+    Lists and empty mappings are values: what is empty differs from what is missing.
+    """
+    is_empty = bool(prefix) and not config
+    if not isinstance(config, Mapping) or is_empty:
         yield prefix, config
         return
     for key, value in config.items():
@@ -172,14 +176,6 @@ def as_plain(config: DictConfig) -> dict[str, Any]:
         if value == "???":
             raise ValueError(f"{key} has no value: give {key}={WANTED.get(key, 'VALUE')}")
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-
-
-def check_whole(config: DictConfig, key: str, least: int) -> None:
-    """Raise ValueError unless ``key`` holds a whole number of at least ``least``."""
-    value = OmegaConf.select(config, key)
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or value < least:
-        raise ValueError(f"{key} is {value!r}: give a whole number of at least {least}")
 
 
 def folder_of(name: str) -> Path:

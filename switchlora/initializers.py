@@ -109,6 +109,6 @@ def _zero_B(weight: Tensor, rank: int) -> Tensor:
 def _check_moved(update: Tensor, name: str) -> None:
     if not update.any():
         raise NothingMeasured(
-            f"init={name} needs a recent update, but the weights have not moved since the window "
-            "began; use init=zero_b, orthogonal or weight_svd to switch at the start"
+            f"switch/init={name} needs a recent update, but the weights have not moved since the "
+            "window began; use switch/init=zero_b, orthogonal or weight_svd to switch at the start"
         )

@@ -70,8 +70,8 @@ class Fixed:
             full = min(update.shape)
             if not 1 <= self.rank <= full:
                 raise ValueError(
-                    f"rank {self.rank} does not fit {name} of shape {tuple(update.shape)}: "
-                    f"give 1 to {full}"
+                    f"switch.rank.rank={self.rank} does not fit {name} of shape "
+                    f"{tuple(update.shape)}: give 1 to {full}"
                 )
         return dict.fromkeys(context.updates, self.rank)
 
@@ -86,7 +86,7 @@ class RankRatio:
     ratio: float = 0.25
 
     def __post_init__(self) -> None:
-        check_share("rank.ratio", self.ratio)
+        check_share("switch.rank.ratio", self.ratio)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target, at least 1."""
@@ -109,7 +109,7 @@ class ParameterRatio:
     ratio: float = 0.63
 
     def __post_init__(self) -> None:
-        check_share("rank.ratio", self.ratio)
+        check_share("switch.rank.ratio", self.ratio)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target, at least 1."""
@@ -141,16 +141,23 @@ class PreLoRARanks:
 
     def __post_init__(self) -> None:
         if not (_is_power_of_two(self.r_min) and _is_power_of_two(self.r_max)):
-            raise ValueError(f"r_min {self.r_min} and r_max {self.r_max} must be powers of two")
-        check_choice("rank.mode", self.mode, ("family", "all"))
-        check_choice("rank.signal", self.signal, ("grad_norm", "weight_norm", "update_norm"))
+            raise ValueError(
+                f"switch.rank.r_min={self.r_min} and switch.rank.r_max={self.r_max} must be "
+                "powers of two"
+            )
+        check_choice("switch.rank.mode", self.mode, ("family", "all"))
+        check_choice(
+            "switch.rank.signal", self.signal, ("grad_norm", "weight_norm", "update_norm")
+        )
         if self.r_min >= self.r_max:
-            raise ValueError(f"r_min {self.r_min} must be below r_max {self.r_max}")
+            raise ValueError(
+                f"switch.rank.r_min={self.r_min} must be below switch.rank.r_max={self.r_max}"
+            )
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target; NothingMeasured with fewer than two measurements."""
         if len(context.history) < 2:
-            raise NothingMeasured("rank=prelora compares two windows; fewer are measured")
+            raise NothingMeasured("switch/rank=prelora compares two windows; fewer are measured")
         before, after = context.history[-2:]
         changes: dict[str, float] = {}
         groups: dict[str, list[float]] = {}
@@ -203,16 +210,16 @@ class StableRankRanks:
     accumulative: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("rank.of", self.of, ("weight", "update"))
-        check_range("rank.multiplier", self.multiplier, 0)
-        check_range("rank.lowest", self.lowest, 0, 1)
+        check_choice("switch.rank.of", self.of, ("weight", "update"))
+        check_range("switch.rank.multiplier", self.multiplier, 0)
+        check_range("switch.rank.lowest", self.lowest, 0, 1)
         if self.accumulative is not None:
-            check_share("rank.accumulative", self.accumulative)
+            check_share("switch.rank.accumulative", self.accumulative)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target; NothingMeasured before the first measurement."""
         if not context.history:
-            raise NothingMeasured("rank=stable_rank needs a measurement; none is there yet")
+            raise NothingMeasured("switch/rank=stable_rank needs a measurement; none is there yet")
         ranks = {}
         for name, update in context.updates.items():
             full = min(update.shape)
@@ -248,9 +255,9 @@ class Energy:
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
-        check_share("rank.share", self.share)
+        check_share("switch.rank.share", self.share)
         if self.r_max is not None:
-            check_range("rank.r_max", self.r_max, 1)
+            check_range("switch.rank.r_max", self.r_max, 1)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target; NothingMeasured before the first update."""
@@ -289,8 +296,8 @@ class Budget:
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
-        check_share("rank.share", self.share)
-        check_range("rank.r_min", self.r_min, 0)
+        check_share("switch.rank.share", self.share)
+        check_range("switch.rank.r_min", self.r_min, 0)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
         """Return the rank per target; ValueError when ``r_min`` everywhere is above the budget."""
@@ -301,9 +308,9 @@ class Budget:
         left = self._budget(context) - smallest
         if left < 0:
             raise ValueError(
-                f"rank.share={self.share:g} is too small: r_min={self.r_min} on every target and "
-                f"{context.other_trainable:,} other trained parameters already need "
-                f"{-left:,} parameters more"
+                f"switch.rank.share={self.share:g} is too small: switch.rank.r_min={self.r_min} "
+                f"on every target and {context.other_trainable:,} other trained parameters already "
+                f"need {-left:,} parameters more"
             )
         ranks = dict.fromkeys(costs, self.r_min)
         offers = self._offers(context, costs)
@@ -359,7 +366,7 @@ def _energies(name: str, update: Tensor) -> Tensor:
     if not torch.any(energy):
         raise NothingMeasured(
             f"{name} has not moved since its window began: a rank policy that reads the updates "
-            "cannot switch here; use rank=fixed"
+            "cannot switch here; use switch/rank=fixed"
         )
     return energy
 

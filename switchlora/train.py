@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from switchlora.adapters import count_parameters
 from switchlora.config import as_plain
-from switchlora.errors import Interrupted, TrainingStopped
+from switchlora.errors import Interrupted, SwitchFailed, TrainingStopped
 from switchlora.learner import StepOutcome
 from switchlora.process import Interruption, distributed, one_line, say
 from switchlora.run import (
@@ -30,6 +30,7 @@ from switchlora.run import (
     record_memory,
     save,
     save_or_leave,
+    status_at_end,
     tell_skipped,
     watch_as_configured,
     window_complete,
@@ -65,13 +66,14 @@ def train_and_finish(run: Run) -> dict:
     """Train all epochs, write everything that a run leaves behind, and return its summary.
 
     The results are also written when training stops with an error. There is one exception: with
-    several processes, an error other than TrainingStopped writes nothing.
+    several processes, an error other than TrainingStopped writes nothing. SwitchFailed, after all
+    that, when a switch was due and none could be made.
     """
     with run.log:
         try:
             with faults_explained(run):
                 fit(run)
-                return finish(run, "finished")
+                summary = finish(run, status_at_end(run.state))
         except Exception as error:
             if isinstance(error, TrainingStopped) or distributed.world_size() == 1:
                 with suppress(Exception):  # the first error is the one to tell
@@ -80,6 +82,12 @@ def train_and_finish(run: Run) -> dict:
         finally:
             if run.trunk is not None:
                 run.trunk.release()
+        if summary["status"] != "finished":
+            raise SwitchFailed(
+                f"{summary['status']}; the run trained in full to its end, everything is in "
+                f"{run.log.folder}"
+            )
+        return summary
 
 
 def fit(run: Run) -> None:

@@ -19,7 +19,7 @@ from switchlora.adapters import DEFAULT_TARGETS
 from switchlora.config import as_plain
 from switchlora.learner import Recipe, build_learner
 from switchlora.policy import SwitchPolicy
-from switchlora.process import check_kinds, checked
+from switchlora.process import check_values, checked
 
 
 @pytest.mark.parametrize("part", ["criterion", "rank", "init", "scaling"])
@@ -177,8 +177,8 @@ def test_a_key_that_the_command_line_adds_or_deletes_is_followed(words):
 def test_an_added_key_that_the_adapter_phase_would_not_follow_is_refused():
     config = as_plain(composed("+full.optimizer.eps=1e-6"))
     with pytest.raises(ValueError, match="does not follow full.optimizer.eps.*adapter.optimizer"):
-        check_kinds(config)
-    check_kinds(as_plain(composed("+full.optimizer.eps=1e-6", "recipe@adapter=sgd")))
+        check_values(config)
+    check_values(as_plain(composed("+full.optimizer.eps=1e-6", "recipe@adapter=sgd")))
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from conf_yamls import composed
 from runs import BY_DATE, DIGITS, SHALLOW, SHORT as THREE_EPOCHS, history_row, wandb_records
 from switchlora.cli import main
 from switchlora.config import build
+from switchlora.errors import SwitchFailed
 from switchlora.learner import Learner
 from switchlora.models import eval_mode
-from switchlora.run import finish, prepare
+from switchlora.run import finish, prepare, transitions
 from switchlora.storage import KERNEL_LIMITS, cpu_name, read_events
 from switchlora.train import fit, train
 
@@ -202,12 +203,21 @@ def test_lora_from_the_start_needs_no_measurement(tmp_path):
     assert summary["num_updates"] == 5 and summary["phases"]["adapter"]["num_updates"] == 5
 
 
-def test_a_failed_switch_leaves_the_run_in_the_full_phase_and_says_so(tmp_path, capsys):
-    make_run(tmp_path, *BY_DATE, "switch/init=zero_b", "switch.max_drift=-1")
+def test_a_failed_switch_leaves_the_run_in_the_full_phase_and_says_so(
+    tmp_path, capsys, monkeypatch
+):
+    def fails(*_):
+        raise SwitchFailed("the logits moved, more than switch.max_drift")
+
+    monkeypatch.setattr(transitions, "switch", fails)
+    with pytest.raises(SwitchFailed, match="^switch failed: the logits moved.*in full to its end"):
+        make_run(tmp_path, *BY_DATE)
     said = capsys.readouterr()
     assert "the switch failed and was undone, full training goes on" in said.out + said.err
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["status"] == "finished" and not summary["switch"]["fired"]
+    assert summary["status"].startswith("switch failed: the logits moved")
+    assert not summary["switch"]["fired"] and summary["test"]["top1"] > 0
+    assert "not as configured, trained in full to the end" in said.out
     assert list(read_events(tmp_path, "switch_failed"))
     assert "The criterion fired, but the switch was undone" in said.out + said.err
     assert "max_drift" in summary["switch"]["failures"][0]
@@ -270,8 +280,11 @@ def test_too_many_bad_losses_stop_the_run_with_one_line_and_keep_everything(tmp_
             "'attn.qvk' matches no linear layer; near names: attn.qkv",
         ),
         (["switch.keep=[hed]"], "switch.keep 'hed' matches no parameter; near names: .*head"),
-        (["switch/rank=fixed", "switch.rank.rank=65"], "rank 65 does not fit blocks.0.attn.qkv"),
-        (["switch.rank.share=0.01"], "rank.share=0.01 is too small"),
+        (
+            ["switch/rank=fixed", "switch.rank.rank=65"],
+            "switch.rank.rank=65 does not fit blocks.0.attn.qkv",
+        ),
+        (["switch.rank.share=0.01"], "switch.rank.share=0.01 is too small"),
         (["monitor.window=81"], "window of 81 updates is longer than the run, which has 80"),
         (["monitor.window=0"], "monitor.window is 0"),
         (["epochs=0"], "epochs is 0: give a whole number of at least 1"),
@@ -299,15 +312,18 @@ def test_too_many_bad_losses_stop_the_run_with_one_line_and_keep_everything(tmp_
         (["log.progress=maybe"], "log.progress is 'maybe': give true or false"),
         (
             ["log.wandb=false"],
-            "log.wandb is 'False': it holds group, mode",
+            "log.wandb is false: it holds mode, project, name",
         ),
         (["log.wandb.mode=on"], "log.wandb.mode is 'on': choose one of offline, online"),
         (["switch.rank=8"], "switch.rank is a group: write switch/rank=CHOICE"),
-        (["switch/criterion=at_start"], "use rank=fixed"),
-        (["switch/criterion=at_start", "switch/rank=fixed"], "use init=zero_b"),
+        (["switch/criterion=at_start"], "use switch/rank=fixed"),
+        (["switch/criterion=at_start", "switch/rank=fixed"], "use switch/init=zero_b"),
         (["switch/rank=prelora", "switch.rank.mode=x"], "switch.rank.mode is 'x': choose"),
         (["switch/rank=stable_rank", "switch.rank.of=x"], "switch.rank.of is 'x'"),
-        (["switch.criterion.patience=0"], "switch.criterion.patience is 0: give at least 1"),
+        (
+            ["switch.criterion.patience=0"],
+            "switch.criterion.patience is 0: give a whole number of at least 1",
+        ),
         (["adapter.lr_scale=0"], "adapter.lr_scale is 0: give a number above 0"),
         (["full.compile=default"], "full.compile is 'default': give true, false, or"),
         (["adapter.optimizer.lr=much"], "adapter.optimizer.lr is 'much': give a number"),

@@ -40,12 +40,12 @@ SwitchCriterion = Callable[[Sequence[Measurement]], Verdict]
 
 def never(history: Sequence[Measurement]) -> Verdict:
     """Never fire: all parameters train to the end."""
-    return Verdict(False, {}, "criterion=never trains all parameters to the end")
+    return Verdict(False, {}, "switch/criterion=never trains all parameters to the end")
 
 
 def at_start(history: Sequence[Measurement]) -> Verdict:
     """Fire before the first update: LoRA from the start."""
-    return Verdict(True, {}, "criterion=at_start switches before the first update")
+    return Verdict(True, {}, "switch/criterion=at_start switches before the first update")
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,8 @@ class BasisStability:
         for name, stats in last.layers.items():
             if stats.basis_stability is None:
                 raise ValueError(
-                    f"criterion=oialr reads how far singular bases turn, which was not measured "
-                    f"of {name}: set monitor.bases=true"
+                    f"switch/criterion=oialr reads how far singular bases turn, which was not "
+                    f"measured of {name}: set monitor.bases=true"
                 )
             margins[name] = stats.basis_stability - self.threshold
         if verdict := held_back({name: [m] for name, m in margins.items()}, "basis stability"):

@@ -85,5 +85,5 @@ def _check_patches(name: str, model: nn.Module) -> None:
         if pixels % size:
             raise ValueError(
                 f"model '{name}' would not see the edges of its images: patches of {size} do not "
-                f"divide {pixels} pixels; change +model.patch_size or data.image_size"
+                f"divide {pixels} pixels; change ++model.patch_size or data.image_size"
             )

@@ -118,6 +118,12 @@ class SwitchPolicy:
     needs no backward pass"""
 
     def __post_init__(self) -> None:
+        for part in ("criterion", "rank", "init", "scaling", "adapter"):
+            if not callable(getattr(self, part)):
+                raise ValueError(
+                    f"switch.{part} is {getattr(self, part)!r}, which cannot be called: write "
+                    f"switch/{part}=CHOICE"
+                )
         check_choice("switch.moments", self.moments, ("surviving", "factors", "reset"))
         check_patterns("switch.targets", self.targets)
         check_patterns("switch.keep", self.keep)
@@ -133,7 +139,7 @@ class SwitchPolicy:
             )
         if self.latest is not None and self.latest < self.earliest:
             raise ValueError(
-                f"switch.latest {self.latest} is before switch.earliest {self.earliest}"
+                f"switch.latest={self.latest} is before switch.earliest={self.earliest}"
             )
         for one, other in (("stages", "joint_epochs"), ("stages", "restart")):
             if getattr(self, one) and getattr(self, other):

@@ -18,6 +18,11 @@ from switchlora.process.exits import (
     exit_with_one_line as exit_with_one_line,
     one_line as one_line,
 )
+from switchlora.process.schema import (
+    CheckFirst as CheckFirst,
+    check_values as check_values,
+    kind_of as kind_of,
+)
 from switchlora.process.signals import SIGNALS as SIGNALS, Interruption as Interruption
 from switchlora.process.talking import (
     printable as printable,
@@ -26,7 +31,6 @@ from switchlora.process.talking import (
     talking as talking,
 )
 from switchlora.process.words import (
-    check_kinds as check_kinds,
     checked as checked,
     known_keys as known_keys,
     prepare_words as prepare_words,

@@ -19,6 +19,7 @@ from switchlora.errors import (
     OtherRankFailed,
     RankLost,
     RanksDisagree,
+    SwitchFailed,
     TrainingStopped,
 )
 from switchlora.names import near
@@ -34,6 +35,7 @@ FAILURE = "SWITCHLORA_FAILURE"
 USER_ERRORS = (
     ValueError,
     TrainingStopped,
+    SwitchFailed,
     JobFailed,
     LoaderDied,
     OtherRankFailed,

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -37,8 +37,9 @@ WITHOUT_DEFAULT = ("method", "experiments")
 """groups of which a run has no choice by itself; Hydra wants a plus before them"""
 BASE = "base"
 """the yaml of a group that its others begin with; it is no choice"""
-NUMBERS_OR_WORDS = ("monitor.window",)
-"""keys that take a number or a word"""
+FOR_MULTIRUNS = re.compile(r"\+{0,2}(search|launch|hydra/sweeper|hydra/launcher)=.*")
+ALLOWS_THESE = re.compile(r"-\w*m|--multirun|hydra\.mode=.*|-h|-i|-c|-sc|--(?!config|package).*")
+"""a multirun, or that nothing is run"""
 QUOTE = "quote the whole argument, such as 'full.compile={mode: default}'"
 
 
@@ -58,6 +59,7 @@ def checked(words: Sequence[str]) -> list[str]:
     ``method=lora`` and ``experiments=demo`` become ``+method=lora`` and ``+experiments=demo``.
     Before a word stands its ``follower``.
     """
+    check_multirun(words)
     places = own_folders(words)
     found: list[str] = []
     rest = iter(words)
@@ -69,6 +71,13 @@ def checked(words: Sequence[str]) -> list[str]:
         else:
             found += [*follower(word, words), checked_word(word, places)]
     return found
+
+
+def check_multirun(words: Sequence[str]) -> None:
+    """Raise ValueError for what only a multirun reads, in the words of a single run."""
+    only = list(filter(FOR_MULTIRUNS.fullmatch, words))
+    if only and not any(map(ALLOWS_THESE.fullmatch, words)):
+        raise ValueError(f"{only[0]} does nothing in a single run: write switchlora -m {only[0]}")
 
 
 def own_folders(words: Sequence[str]) -> tuple[Path, ...]:
@@ -102,7 +111,7 @@ def checked_word(word: str, places: tuple[Path, ...]) -> str:
         return word
     if "." in key and not match["package"]:
         check_is_no_group(key, match["value"], places)
-    if match["sign"] == "+" and key.split(".")[0] not in sections():
+    if "+" in match["sign"] and key.split(".")[0] not in sections():
         raise ValueError(f"there is no key '{key}'; {near_keys(key)}")
     return word
 
@@ -198,83 +207,43 @@ class Known(NamedTuple):
 
 @cache
 def known_keys() -> dict[str, Known]:
-    """Map each key of any yaml to where it is known from."""
+    """Map each key of any yaml to where it is known from.
+
+    Yamls that set keys of several groups, such as methods, come last.
+    """
     conf = folder_of("conf")
     found: dict[str, Known] = {}
     add_keys(found, conf / "config.yaml", "", "")
-    for group in groups():
-        package = "@full" if group == "recipe" else ""
-        for path in sorted((conf / group).glob("*.yaml")):
-            prefix = prefix_of(group, path.stem)
-            owner = f"{group}{package}={path.stem}"
-            if path.stem == BASE:
-                owner = f"another choice of {group}"
-            add_keys(found, path, prefix, owner)
+    for names_whole_keys in (False, True):
+        for group in groups():
+            for path in sorted((conf / group).glob("*.yaml")):
+                if sets_whole_keys(path) is names_whole_keys:
+                    prefix = "" if names_whole_keys else prefix_of(group, path.stem)
+                    add_keys(found, path, prefix, owner_of(group, path.stem))
     for key in filter(lambda key: key.startswith(FOLLOWED), list(found)):
         found[key.replace("full", "adapter", 1)] = found[key]
     return found
 
 
-def add_keys(found: dict[str, Known], path: Path, prefix: str, choice: str) -> None:
-    """Add the keys of a yaml that belong to a group, unless ``found`` has them."""
-    text = path.read_text()
-    if text.startswith("# @package _global_"):
-        return
-    content = yaml.safe_load(text) or {}
+def sets_whole_keys(path: Path) -> bool:
+    """Return whether a yaml's keys stand as they are, whatever its group."""
+    return path.read_text().startswith("# @package _global_")
+
+
+def owner_of(group: str, choice: str) -> str:
+    """Return the words that choose a yaml."""
+    if choice == BASE:
+        return f"another choice of {group}"
+    package = "@full" if group == "recipe" else ""
+    return f"{group}{package}={choice}"
+
+
+def add_keys(found: dict[str, Known], path: Path, prefix: str, owner: str) -> None:
+    """Add the keys of a yaml that are not known yet."""
+    content = yaml.safe_load(path.read_text()) or {}
     for key, value in leaves(content):
-        if key.split(".")[0] not in ("defaults", "hydra"):
-            found.setdefault(prefix + key, Known(choice, value))
-
-
-def check_kinds(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a word in the place of a number, a switch or a section of keys.
-
-    Raise it also for a key of ``full`` that the adapter phase would not follow.
-    """
-    for key, value in leaves(config):
-        if isinstance(value, str | bool | int | float):
-            check_is_no_section(key, value)
-        if isinstance(value, str) and key not in NUMBERS_OR_WORDS:
-            check_kind(key, value)
-    for section in ("optimizer", "scheduler"):
-        check_followed(config, section)
-
-
-def check_is_no_section(key: str, value: Any) -> None:
-    """Raise ValueError for a single value of a key that holds other keys."""
-    before = f"{key}."
-    inside = [name.removeprefix(before) for name in known_keys() if name.startswith(before)]
-    if inside:
-        inside.sort()
-        parts = dict.fromkeys(name.split(".")[0] for name in inside)
-        raise ValueError(
-            f"{key} is '{value}': it holds {', '.join(parts)}; set one of these, such as "
-            f"{before}{inside[0]}=VALUE"
-        )
-
-
-def check_kind(key: str, value: str) -> None:
-    """Raise ValueError for a word as the value of a key that takes a number or a switch."""
-    if key not in known_keys():
-        return
-    default = known_keys()[key].value
-    if isinstance(default, bool):
-        raise ValueError(f"{key} is '{value}': give true or false")
-    if isinstance(default, int | float):
-        raise ValueError(f"{key} is '{value}': give a number, such as {default}")
-
-
-def check_followed(config: Mapping[str, Any], section: str) -> None:
-    """Raise ValueError for a key that a yaml adds to ``section`` of the full phase alone."""
-    full, adapter = config["full"][section], config["adapter"][section]
-    if full["_target_"] != adapter["_target_"]:
-        return
-    for name in full.keys() - adapter.keys():
-        key = f"full.{section}.{name}"
-        raise ValueError(
-            f"the adapter phase does not follow {key}, which is new: set "
-            f"adapter.{section}.{name} too, to a value or to '${{{key}}}'"
-        )
+        if key.split(".")[0] not in ("defaults", "hydra") and value != {}:
+            found.setdefault(prefix + key, Known(owner, value))
 
 
 def prefix_of(group: str, choice: str) -> str:

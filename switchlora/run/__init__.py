@@ -5,7 +5,7 @@ from switchlora.run.agreement import (
     agree_on_settings as agree_on_settings,
     agree_on_weights as agree_on_weights,
 )
-from switchlora.run.finish import finish as finish
+from switchlora.run.finish import finish as finish, status_at_end as status_at_end
 from switchlora.run.memory import (
     predict_memory as predict_memory,
     record_memory as record_memory,

@@ -15,19 +15,20 @@ from switchlora.run.messages import (
     not_finite_lines,
 )
 from switchlora.run.run import Run
-from switchlora.run.state import Ledger, Phase
+from switchlora.run.state import Ledger, Phase, TrainState
 from switchlora.run.tell import tell_skipped
+from switchlora.run.transitions import given_up
 from switchlora.storage import environment, merged_for_peft, save_adapter, save_merged
 
 
 def finish(run: Run, status: str) -> dict[str, Any]:
     """Write everything that a finished or stopped run leaves behind, and return its summary.
 
-    Test metrics are computed only with ``status`` "finished".
+    Test metrics are computed unless ``status`` says that training stopped.
     """
     folder = run.log.folder
     run.ledger.end_segment(run.state.phase, run.state.num_updates, run.phase_summary())
-    test = evaluate_on_test(run) if status == "finished" else None
+    test = None if status.startswith("stopped") else evaluate_on_test(run)
     tell_skipped(run)
     summary = summarise(run, status, test)
     model = run.learner.plain()
@@ -51,6 +52,19 @@ def draw(run: Run, folder: Path) -> None:
         run.log.images(draw_figures(folder))
     except Exception as error:
         run.log.line(f"there are no figures: {one_line(error)}")
+
+
+def status_at_end(state: TrainState) -> str:
+    """Return 'finished', or why a switch that was due is missing at the end of the run.
+
+    It is missing when each try failed, and also when the last tries failed for the same reason
+    and some weights still train in full.
+    """
+    failures = state.failed_switches
+    stuck = given_up(state) and state.phase is not Phase.ADAPTER
+    if failures and (state.switch_report is None or stuck):
+        return f"switch failed: {failures[-1]}"
+    return "finished"
 
 
 def save_models(run: Run, model: nn.Module, folder: Path) -> None:
@@ -161,5 +175,7 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
     if adapted_modules(run.model):
         names.append("adapter/")
         lines += export_lines(merged_for_peft(run.model))
+    if status.startswith("switch failed"):
+        status = f"not as configured, trained in full to the end, {status}"
     lines.append(f"{status}; everything is in {folder}: {', '.join(names)}")
     return lines

@@ -20,6 +20,7 @@ from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed, known_keys
 from switchlora.run.agreement import agree_on_data
 from switchlora.run.checks import check_config, check_outputs, check_recipes, rehearse_switch
+from switchlora.run.lengths import Length, doubts
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import check_state, restore, restore_parts
 from switchlora.run.state import Phase
@@ -94,7 +95,7 @@ def build_parts(config: DictConfig) -> Parts:
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
-    device = _device(config.system.device)
+    device = _device("system.device", config.system.device)
     data = _build_data(config)
     sharded = config.system.parallel == "fsdp"
     return Parts(
@@ -112,7 +113,7 @@ def build_parts(config: DictConfig) -> Parts:
 def build_monitor(parts: Parts) -> UpdateMonitor:
     """Build the monitor of the policy's targets; their weights are its first references."""
     options = parts.config.monitor
-    _device(options.device)
+    _device("monitor.device", options.device)
     targets = parts.policy.find_targets(parts.model)
     return UpdateMonitor(parts.model, targets, **{**options, "window": parts.window})
 
@@ -174,6 +175,9 @@ def begin(
         )
     for key in from_environment(config):
         run.log.line(f"{key} comes from the environment: the run's files keep its value in clear")
+    length = Length(last_update, len(parts.data.train), parts.window)
+    for line in doubts(parts.plain, policy, length):
+        run.log.line(f"warning: {line}")
     if unused:
         run.log.line(f"frozen, since no gradient reaches them: {', '.join(unused)}")
     return run
@@ -215,7 +219,7 @@ def _build_data(config: DictConfig) -> Data:
     )
 
 
-def _device(name: str) -> torch.device:
+def _device(key: str, name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -227,7 +231,7 @@ def _device(name: str) -> torch.device:
         return device
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device '{name}' cannot be used: {reason}") from error
+        raise ValueError(f"{key} '{name}' cannot be used: {reason}") from error
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -1,6 +1,7 @@
 """Save a run, leave when a signal asks for it, and tell the user how to go on."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from switchlora.run.agreement import agree_on_weights
 from switchlora.run.run import Run
 from switchlora.run.snapshot import state_of
 from switchlora.storage import checkpoint, retention
-from switchlora.sweep import is_job
+from switchlora.sweep import is_job, quoted
 
 
 def save(run: Run) -> None:
@@ -96,7 +97,10 @@ def how_to_go_on(run: Run, *changed: str) -> str:
         launcher = ["torchrun", "--nproc-per-node", processes, "-m", "switchlora"]
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     kept = [word for word in given if not word.startswith("resume=")]
-    words = [*launcher, *kept, *changed, f"hydra.run.dir={run.log.folder}", "resume=auto"]
+    place = str(run.log.folder)
+    if not re.fullmatch(r"[\w./+-]+", place):
+        place = quoted(place)
+    words = [*launcher, *kept, *changed, f"hydra.run.dir={place}", "resume=auto"]
     if HydraConfig.initialized() and is_job():
         words.append("hydra.mode=RUN")
     return f"the last checkpoint is {found[0]}; go on with: {shlex.join(words)}"

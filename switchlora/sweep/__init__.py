@@ -10,6 +10,7 @@ from switchlora.sweep.jobs import (
     job_folder as job_folder,
     job_values as job_values,
     objectives as objectives,
+    quoted as quoted,
     readable as readable,
     run_job as run_job,
     told as told,

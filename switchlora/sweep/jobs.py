@@ -351,11 +351,12 @@ def command(values: Mapping[str, Any], folder: Path) -> list[str]:
         if word.partition("=")[0] not in own:
             words.append(word)
     for key, value in own.items():
-        words.append(f"{key}={_quoted(value)}")
+        words.append(f"{key}={quoted(value)}")
     return words
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
+    """Return a value in the quotes in which Hydra takes it as it is."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 

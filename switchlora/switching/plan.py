@@ -125,7 +125,7 @@ def check_start(policy: SwitchPolicy, name: str, factors: Factors) -> None:
     if policy.residual_dtype is not None and len(factors.A) and not factors.B.any():
         raise ValueError(
             f"switch.residual_dtype={policy.residual_dtype} does not go with a start at B = 0, "
-            f"as {name} has: use switch/init=update_svd or residual_dtype=null"
+            f"as {name} has: use switch/init=update_svd or switch.residual_dtype=null"
         )
 
 

@@ -1,0 +1,155 @@
+"""What a user may type by mistake, and what the one line says."""
+
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from conf_yamls import build, composed
+from switchlora.cli import main
+from switchlora.config import as_plain
+from switchlora.process import check_values, checked, one_line
+
+TYPED = {
+    "switch/guard=ful": "choose one of full, ranks, warn",
+    "switch/stages=by_margins": "choose one of by_margin",
+    "+methods=lora": "there is no key 'methods'; near names: method",
+    "+lr=1e-3": "full.optimizer.lr",
+    "++epoch=3": "there is no key 'epoch'; near names: ",
+    "+log.evry=3": "there is no key 'log.evry'; near names: ",
+    "+checkpoint.kep=3": "there is no key 'checkpoint.kep'; near names: ",
+    "switch.init=pissa": "switch/init=CHOICE",
+    "++switch.init=pissa": "switch/init=CHOICE",
+    "switch.init=null": "switch.init is null: it is a group: write switch/init=CHOICE",
+    "switch.criterion=[]": "switch.criterion is []: it is a group: write switch/criterion=CHOICE",
+    "switch.guard=full": "switch.guard is a group: write switch/guard=CHOICE",
+    "switch.rank=8": "write switch/rank=CHOICE",
+    "switch/rank=8": "choose one of budget, cuttlefish",
+    "adapter.optimizer.lrr=1e-3": "adapter.optimizer.lr",
+    "lr=1e-3": "full.optimizer.lr",
+    "full.lr=1e-3": "full.optimizer.lr",
+    "optimizer=sgd": "recipe@full=sgd",
+    "full.optimizer=sgd": "recipe@full=sgd",
+    "epoch=3": "epochs",
+    "dataset=cifar10": "data",
+    "switch.criterion.tau=1": "switch.criterion.tau belongs to switch/criterion=prelora",
+    "full.optimizer.lr=-1": "full.optimizer.lr is -1: give a number of at least 0",
+    "full.optimizer.lr=1e-4x": "full.optimizer.lr is '1e-4x': give a number of at least 0",
+    "full.compile={mode: default": "quote the whole argument",
+    "switch.keep=[norm": "quote the whole argument",
+    "log.wandb=false": "log.wandb is false: it holds mode, project, name",
+    "log.wandb.mode=on": "choose one of offline, online, disabled",
+    "data=imagefolder": "give data.num_classes=",
+    "model=timm": "any of timm.list_models()",
+    "+launch=ray": "write switchlora -m +launch=ray",
+    "+search=optuna": "write switchlora -m +search=optuna",
+    "hydra/sweeper=optuna": "write switchlora -m hydra/sweeper=optuna",
+    "--epochs": "write epochs=VALUE",
+    "epochs": "write KEY=VALUE, such as epochs=3",
+    "train": "write KEY=VALUE",
+    "demo": "write +experiments=demo",
+    "~epochs": "epochs is missing",
+    "~system": "system is missing",
+    "checkpoint=null": "checkpoint is null: it holds",
+    "system=3": "system=3: choose one of default",
+    "switch/restart=relora switch.restart.init=svd": "switch.restart.init",
+    # numbers out of their range
+    "seed=1180591620717411303424": "seed is 1180591620717411303424: the largest number",
+    "epochs=0": "epochs is 0: give a whole number of at least 1",
+    "epochs=2.5": "epochs is 2.5: give a whole number",
+    "epochs=true": "epochs is true: give a whole number",
+    "ema=1": "ema is 1: give a share from 0 to below 1, or null",
+    "full.clip_grad=-1": "full.clip_grad is -1: give a number above 0, or null",
+    "adapter.clip_grad=0": "adapter.clip_grad is 0: give a number above 0, or null",
+    "full.weight_decay=nan": "full.weight_decay is nan: give a number of at least 0",
+    "full.optimizer.lr=nan": "full.optimizer.lr is nan",
+    "full.optimizer.lr=inf": "full.optimizer.lr is inf",
+    "adapter.optimizer.lr=-1": "adapter.optimizer.lr is -1",
+    "full.optimizer.betas=[0.9,1]": "full.optimizer.betas is [0.9, 1]: give two shares",
+    "full.accumulation=0": "full.accumulation is 0: give a whole number of at least 1",
+    "full.scheduler.warmup_t=-1": "full.scheduler.warmup_t is -1: give a whole number",
+    "full.precision=fp8": "full.precision is 'fp8': choose one of fp32, bf16, fp16",
+    "data.std=[0]": "data.std is [0]: give a list of numbers above 0",
+    "data.mean=0.3": "data.mean is 0.3: give a list of numbers",
+    "data.label_smoothing=2": "data.label_smoothing is 2: give a share",
+    "data.hflip=1.5": "data.hflip is 1.5: give a number from 0 to 1",
+    "data.train_transform=timm": "data.train_transform is 'timm': give options by name, or null",
+    "switch.rank.share=1.5": "switch.rank.share is 1.5: give a share above 0, at most 1",
+    "switch.criterion.quorum=0": "switch.criterion.quorum is 0: give a share above 0",
+    "switch.max_drift=-1": "switch.max_drift is -1: give a number of at least 0",
+    "switch.keep=head": "switch.keep is 'head': give a list, [head]",
+    "switch.targets=['attn.(q']": "switch.targets: 'attn.(q' is no regular expression",
+    "switch/criterion=at_epoch switch.criterion.epoch=nan": "switch.criterion.epoch is nan",
+    "switch/criterion=all_of switch.criterion.criteria.0.fraction=2": "criteria.0.fraction",
+    "switch/guard=full switch.guard.criterion.quorum=2": "switch.guard.criterion.quorum is 2",
+    "switch/rank=prelora switch.rank.r_min=3": "switch.rank.r_min=3",
+    "switch/rank=prelora switch.rank.mode=x": "switch.rank.mode is 'x': choose one of family, all",
+    "switch.latest=3 switch.earliest=4": "switch.latest=3 is before switch.earliest=4",
+    "system.threads=100000000": "system.threads is 100000000: give a whole number from 0 to 4096",
+    "log.figures=1": "log.figures is 1: give true or false",
+}
+
+
+def line_for(words):
+    """The line that stands in the way of a run with these words; None where there is none."""
+    try:
+        config = composed(*checked(words))
+        check_values(as_plain(config))
+        build(config.switch), build(config.full), build(config.adapter)
+    except Exception as error:
+        return one_line(error)
+    return None
+
+
+def split(typed):
+    """The words of a line; a space inside of brackets or braces ends none."""
+    return [typed] if "{" in typed else typed.split(" ")
+
+
+@pytest.mark.parametrize("typed,line", TYPED.items(), ids=TYPED)
+def test_what_is_typed_by_mistake_gets_the_line_that_helps(typed, line):
+    said = line_for(split(typed))
+    assert said is not None and line in said and "\n" not in said, said
+
+
+RIGHT = [
+    "method=lora",
+    "experiments=demo",
+    "full.compile=true",
+    "full.compile={mode: default}",
+    "full.optimizer.lr=0",
+    "adapter.optimizer.lr=1e-3",
+    "recipe@full=sgd",
+    "data=digits model=digits epochs=2",
+    "data.train_transform={}",
+    "+log.wandb.entity=mine",
+    "+model.drop_path_rate=0.1",
+    "switch/criterion=all_of switch.criterion.criteria.0.fraction=0.5",
+    "full.clip_grad=null",
+    "name=3",
+    "-m +search=optuna",
+    "hydra.mode=RUN +launch=joblib",
+    "--cfg job +search=optuna",
+]
+
+
+@pytest.mark.parametrize("typed", RIGHT)
+def test_what_is_right_gets_none(typed):
+    words = split(typed)
+    flags = {"-m", "--cfg", "job", "hydra.mode=RUN", "+search=optuna", "+launch=joblib"}
+    assert checked(words)
+    assert line_for([word for word in words if word not in flags]) is None
+
+
+@pytest.mark.parametrize("word", ["epochs=0", "switch.init=null", "+log.evry=3"])
+def test_a_mistake_leaves_no_run_folder(tmp_path, monkeypatch, word):
+    monkeypatch.setattr(sys, "argv", ["switchlora", word, f"hydra.run.dir={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit, match="^switchlora: .*$"):
+        main()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_of_a_yaml_of_ones_own_is_told():
+    config = OmegaConf.merge(composed(), {"epoch": 3})
+    with pytest.raises(ValueError, match="there is no key 'epoch'; near names: .*epoch"):
+        check_values(as_plain(config))

@@ -1,0 +1,236 @@
+"""The schema of the configuration: complete, and everything that it lets through can be built."""
+
+import ast
+import copy
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from torch import nn
+
+from conf_yamls import CONF, composed, names
+from switchlora.config import as_plain, differences
+from switchlora.criteria import AtEpoch, PreLoRA, UpdateNorm
+from switchlora.learner import PARALLEL
+from switchlora.process import USER_ERRORS, check_values, one_line
+from switchlora.process.schema import KINDS, OPEN, canonical, kind_of
+from switchlora.process.words import groups, known_keys
+from switchlora.run.lengths import Length, doubts
+
+PACKAGE = Path(__file__).parents[1] / "switchlora"
+BUILT = re.compile(r"(^|\.)_\w+_$|\.path$")
+"""keys that say what is built"""
+
+
+def test_every_key_of_every_yaml_has_a_kind_that_takes_its_value():
+    wrong = []
+    for key, known in known_keys().items():
+        section = canonical(key).rpartition(".")[0]
+        kind, value = kind_of(key), known.value
+        above = any(kind_of(key[: dot.start()]) for dot in re.finditer(r"\.", key))
+        is_built = isinstance(value, str | list) and re.search(r"\$\{|_target_|\?\?\?", str(value))
+        if BUILT.search(key) or is_built or section in OPEN or above or value is None:
+            continue
+        if kind is None or not kind.fits(value):
+            wrong.append((key, value))
+    assert not wrong
+
+
+@pytest.mark.parametrize("group", [name for name in groups() if name not in ("launch", "search")])
+def test_every_choice_of_every_group_is_right(group):
+    for name in names(group):
+        if name == "base" or (group, name) in {("model", "timm"), ("data", "imagefolder")}:
+            continue
+        word = f"recipe@full={name}" if group == "recipe" else f"{group}={name}"
+        words = ["data=bytes"] if (group, name) == ("model", "bytes") else []
+        words += ["model=bytes"] if (group, name) == ("data", "bytes") else []
+        if (group, name) != ("recipe", "adapter"):
+            new = "+" if group.startswith("method") else ""
+            below = ["+method=prelora"] if group == "method/prelora_bug" else []
+            check_values(as_plain(composed(*below, *words, f"{new}{word}")))
+
+
+@pytest.mark.parametrize("path", sorted((CONF.parent / "experiments").glob("*.yaml")))
+def test_every_experiment_is_right(path):
+    check_values(as_plain(composed(f"+experiments={path.stem}")))
+
+
+def test_the_schema_names_the_choices_of_the_code():
+    from switchlora.learner.recipe import PRECISIONS, RECOMPUTED
+    from switchlora.policy.guard import ACTIONS
+    from switchlora.policy.stages import GROUPS
+
+    choices = {
+        "system.parallel": PARALLEL,
+        "full.precision": PRECISIONS,
+        "full.activation_checkpointing": RECOMPUTED,
+        "switch.guard.act": ACTIONS,
+        "switch.stages.by": GROUPS,
+    }
+    for key, known in choices.items():
+        assert KINDS[key].words.startswith(f"one of {', '.join(known)}")
+
+
+def texts_of(node):
+    """The text of an error's message, with '{}' where values come in."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.JoinedStr):
+            pieces = [p.value if isinstance(p, ast.Constant) else "{}" for p in part.values]
+            yield "".join(map(str, pieces))
+        elif isinstance(part, ast.Constant) and isinstance(part.value, str):
+            yield part.value
+
+
+def messages():
+    """(file, whether it stands in __post_init__, text) of what errors and checks say."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).parts[0] in ("analysis", "bench"):
+            continue
+        tree = ast.parse(path.read_text())
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        inside = [f for f in functions if f.name == "__post_init__"]
+        completed = {id(node) for function in inside for node in ast.walk(function)}
+        for node in ast.walk(tree):
+            is_check = isinstance(node, ast.Call) and "check_" in ast.unparse(node.func)
+            if isinstance(node, ast.Raise) and node.exc or is_check:
+                said = node.exc if isinstance(node, ast.Raise) else (node.args or [node.func])[0]
+                for text in texts_of(said):
+                    yield path.name, id(node) in completed, text
+
+
+FIRST_WORDS = {key.split(".")[0] for key in KINDS} | {"adapter"}
+NOT_KEYS = {"resume.py", "words.py", "cli.py", "jobs.py"}
+"""files whose messages show command lines"""
+
+
+def is_key(word, completed):
+    """Whether a command line may have this word before its '='."""
+    sections = {key[: dot.start()] for key in known_keys() for dot in re.finditer(r"\.", key)}
+    known = {*known_keys(), *KINDS, *sections, *groups(), "hydra.run.dir"}
+    if "{}" in word or word in known or word.lstrip("+") in known:
+        return True
+    return completed and any(key.endswith(f".{word}") for key in known)
+
+
+def test_every_key_that_a_message_names_can_be_pasted():
+    """A message of ``__post_init__`` gets the names of its keys in full: ``spelled_out``."""
+    found, wrong = 0, []
+    for file, completed, text in messages():
+        assigned = re.findall(r"([+\w./{}]+)=(?=[\w{\[])", text)
+        dotted = re.findall(r"(?<![\w./{}-])([a-z]+(?:\.[a-zA-Z_]+)+)\b(?!\()", text)
+        keys = [word for word in dotted if word.split(".")[0] in FIRST_WORDS]
+        for word in [*assigned, *keys]:
+            found += 1
+            if file not in NOT_KEYS and not is_key(word, completed):
+                wrong.append((file, word, text))
+    assert found > 60 and not wrong
+
+
+ODD = [float("nan"), float("inf"), -float("inf"), -1, 0, 1, 0.5, 1e-320, 1e300, 2**70, True, None]
+ODD += ["", " ", "x", "nan", "1", "../x", "é\n", "(", [], [1], ["("], [None], [[1]], {}, {"a": 1}]
+ODD += [{"_target_": 3}, [{"_target_": "switchlora.criteria.UpdateNorm", "fraction": "x"}]]
+STARTS = [
+    (),
+    ("switch/guard=full", "switch/stages=by_margin", "recipe@full=sgd"),
+    ("switch/criterion=all_of", "switch/rank=prelora", "switch/restart=update_svd"),
+    ("switch/criterion=cuttlefish", "switch/rank=cuttlefish", "adapter/refactoring=reflora"),
+    ("switch/criterion=prelora", "switch/rank=energy", "switch/scaling=alpha_over_rank"),
+    ("switch/criterion=oialr", "switch/adapter=guided", "recipe@full=lion", "monitor.bases=true"),
+]
+
+
+def places(config, above=()):
+    """The path of everything in nested mappings and lists."""
+    pairs = config.items() if isinstance(config, Mapping) else enumerate(config)
+    for name, value in pairs:
+        yield (*above, name)
+        if isinstance(value, Mapping | list):
+            yield from places(value, (*above, name))
+
+
+def with_odd(config, draw):
+    """The config with one odd value at some place."""
+    changed = copy.deepcopy(config)
+    *above, last = draw.choice(list(places(config)))
+    section = changed
+    for name in above:
+        section = section[name]
+    section[last] = copy.deepcopy(draw.choice(ODD))
+    return changed, (*above, last)
+
+
+def check_and_build(config):
+    """All that can be built without data."""
+    check_values(config)
+    instantiate(config["switch"], _convert_="all")
+    for phase in ("full", "adapter"):
+        recipe = instantiate(config[phase], _convert_="all")
+        optimizer = recipe.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
+        recipe.scheduler(optimizer, t_initial=10)
+
+
+@pytest.mark.parametrize("start", STARTS, ids=" ".join)
+def test_any_value_at_any_place_is_built_or_gets_one_line(start):
+    config, draw = as_plain(composed(*start)), random.Random(str(start))
+    for _ in range(250):
+        changed, place = with_odd(config, draw)
+        try:
+            check_and_build(changed)
+        except USER_ERRORS as error:
+            line = one_line(error)
+            assert line and "\n" not in line, place
+        except Exception as error:
+            raise AssertionError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def test_an_empty_mapping_is_not_what_is_missing():
+    old, new = composed(), composed("data.train_transform={}")
+    found = differences(as_plain(old), as_plain(new))
+    assert found == ["data.train_transform: None there, {} here"]
+    assert not differences(as_plain(new), as_plain(new))
+
+
+@pytest.mark.parametrize(
+    "words,line",
+    [
+        (
+            ("switch/criterion=at_epoch", "switch.criterion.epoch=100"),
+            "switch.criterion.epoch=100",
+        ),
+        (("switch/criterion=at_epoch", "switch.criterion.epoch=1.99"), "epoch=1.99 is not before"),
+        (
+            ("full.scheduler.warmup_t=100",),
+            "full.scheduler.warmup_t=100 is no shorter than the run",
+        ),
+        (("full.scheduler.warmup_t=24",), "warmup_t=24 goes on past update 20"),
+        (("switch.earliest=40",), "switch.earliest=40 is not before the end"),
+        (("switch.latest=19",), "switch.latest=19 comes before the first measurement"),
+        (("switch.criterion.patience=7",), "switch.criterion needs 8 windows of 5 updates"),
+        (("switch.joint_epochs=2",), "switch.joint_epochs=2 is no shorter than the run"),
+        (("switch/restart=relora",), "switch.restart.every_epochs=2 is no shorter"),
+        (("adapter.rewarmup_updates=40",), "adapter.rewarmup_updates=40 is no shorter"),
+    ],
+)
+def test_settings_are_compared_with_the_length_of_the_run(words, line):
+    config = composed("full.scheduler.warmup_t=10", *words)
+    policy = instantiate(config.switch, _convert_="all")
+    (said,) = doubts(as_plain(config), policy, Length(updates=40, per_epoch=20, window=5))
+    assert line in said
+
+
+@pytest.mark.parametrize("criterion", [UpdateNorm(), AtEpoch(1), PreLoRA()], ids=str)
+def test_a_run_that_is_long_enough_is_not_doubted(criterion):
+    config = composed()
+    policy = instantiate({**config.switch, "criterion": None}, criterion=criterion)
+    assert not doubts(as_plain(config), policy, Length(4000, 400, 100))
+
+
+def test_the_reference_shows_what_a_key_takes():
+    text = (CONF.parent / "docs/configuration.md").read_text()
+    assert "| `full.clip_grad` | `1.0` | a number above 0, or null |" in text
+    assert yaml.safe_load((CONF / "recipe/base.yaml").read_text())["clip_grad"] == 1.0
