@@ -149,7 +149,7 @@ def test_torchvisions_own_folders_are_read_in_the_same_way(tmp_path):
         "image.png",
         None,
     ],
-    ids=str,
+    ids=["mode F", "mode I", "array of floats", "tensor of floats", "path", "nothing"],
 )
 def test_pixels_of_an_unknown_range_are_refused_by_name(image, transforms):
     items = Items([grey(1, "RGB")] * 12)
