@@ -308,8 +308,8 @@ class Budget:
         if left < 0:
             raise ValueError(
                 f"switch.rank.share={self.share:g} is too small: switch.rank.r_min={self.r_min} "
-                f"on every target and {context.other_trainable:,} other trained parameters already need "
-                f"{-left:,} parameters more"
+                f"on every target and {context.other_trainable:,} other trained parameters "
+                f"already need {-left:,} parameters more"
             )
         ranks = dict.fromkeys(costs, self.r_min)
         offers = self._offers(context, costs)
