@@ -312,7 +312,7 @@ def test_too_many_bad_losses_stop_the_run_with_one_line_and_keep_everything(tmp_
         (["log.progress=maybe"], "log.progress is 'maybe': give true or false"),
         (
             ["log.wandb=false"],
-            "log.wandb is false: it holds mode, project, name",
+            "log.wandb is false: it holds log.wandb.mode",
         ),
         (["log.wandb.mode=on"], "log.wandb.mode is 'on': choose one of offline, online"),
         (["switch.rank=8"], "switch.rank is a group: write switch/rank=CHOICE"),

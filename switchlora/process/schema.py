@@ -291,6 +291,10 @@ ALIKE = (
     (re.compile(r"^switch\.restart\.init"), "switch.init"),
     (re.compile(r"(\.criteria\.\d+)+"), ""),
 )
+BUILDERS = {"_target_": TEXT, "_partial_": FLAG, "_convert_": TEXT, "_recursive_": FLAG}
+"""keys of any section that say how it is built"""
+PLAIN = ("trunk", "checkpoint", "monitor", "system", "log", "log.wandb")
+"""sections that build nothing"""
 MAY_BE_NULL = (
     *("full.refactoring", "full.before_ddp", "adapter.refactoring", "adapter.before_ddp"),
     *("switch.stages", "switch.restart", "switch.restart.init"),
@@ -361,9 +365,9 @@ def check_keys(config: Config, above: str) -> None:
     """Raise ValueError for what is wrong in a section; ``above`` stands before its keys."""
     for name, value in config.items():
         key = f"{above}{name}"
-        if str(name).startswith("_") or is_foreign(value):
+        if is_foreign(value):
             continue
-        kind = kind_of(key)
+        kind = BUILDERS.get(str(name)) or kind_of(key)
         if kind is not None:
             check_value(key, value, kind)
             check_listed(key, value)
@@ -398,6 +402,8 @@ def check_listed(key: str, value: Any) -> None:
 def check_section(key: str, value: Any) -> None:
     """Raise ValueError unless the value of ``key`` is a section, all of whose keys are right."""
     if isinstance(value, Mapping):
+        if key not in PLAIN and "_target_" not in value:
+            raise ValueError(f"{key} has no _target_, which names what it builds")
         check_keys(value, f"{key}.")
         return
     if value is None and key in MAY_BE_NULL:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -109,6 +110,8 @@ def checked_word(word: str, places: tuple[Path, ...]) -> str:
     if choices or "/" in key:
         check_choice_of(word, key, match["value"], choices)
         return word
+    if key in MEANT and is_plain(match["value"]):
+        raise ValueError(f"{key} is no key that takes a value: write {MEANT[key]}")
     if "." in key and not match["package"]:
         check_is_no_group(key, match["value"], places)
     if "+" in match["sign"] and key.split(".")[0] not in sections():
@@ -263,7 +266,9 @@ def near_keys(key: str) -> str:
     if key in MEANT:
         return f"write {MEANT[key]}"
     last = key.split(".")[-1]
-    alike = [name for name in known_keys() if name.split(".")[-1] == last]
+    first = [name for name in known_keys() if "." not in name]
+    alike = get_close_matches(key, first, n=2)
+    alike += [name for name in known_keys() if name.split(".")[-1] == last]
     return f"near names: {', '.join(alike[:5])}" if alike else near(key, known_keys())
 
 
