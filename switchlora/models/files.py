@@ -4,6 +4,7 @@ import argparse
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +110,7 @@ def _read_torch(path: Path) -> object:
         raise ValueError("is damaged, or no file of weights") from error
 
 
-def _harmless() -> list[object]:
+def _harmless() -> list[Any]:
     """Return what checkpoints hold beside tensors: timm's options, and numbers of NumPy."""
     numbers = ("float64", "float32", "float16", "int64", "int32", "bool")
     dtypes = [type(np.dtype(name)) for name in numbers]
