@@ -47,7 +47,6 @@ SMALL = {
     "pvt_v2": ("pvt_v2_b0", THREE, 64),
     "qwen3_vit": ("qwen3_vit_88m", FLAT, 32),
     "sequencer": ("sequencer2d_s", {"layers": (1, 1, 1, 1)}, 64),
-    "swiftformer": ("swiftformer_xs", {"layers": (1, 1, 1, 1)}, 64),
     "swin_transformer": ("swin_tiny_patch4_window7_224", STAGES, 224),
     "swin_transformer_v2": ("swinv2_tiny_window8_256", HEADED, 256),
     "swin_transformer_v2_cr": ("swinv2_cr_tiny_224", HEADED, 224),
