@@ -57,7 +57,7 @@ def test_an_option_of_the_environment_is_left_to_wandb(monkeypatch, option):
 
 def test_a_run_has_a_telling_name():
     assert telling_words(composed("seed=3")) == ["seed3"]
-    assert telling_words(composed("name=mine", "method=null")) == ["mine", "seed0"]
+    assert telling_words(composed("name=mine")) == ["mine", "seed0"]
 
 
 class Broken:
@@ -79,7 +79,8 @@ def test_a_service_that_dies_is_told_once_and_left(monkeypatch, tmp_path, act):
     log = WandbLog(tmp_path, {}, {"mode": "offline"}, None, said.append)
     for _ in range(2):
         getattr(log, act)({"log": {}, "images": [], "summary": {}, "finish": 0}[act])
-    assert said == ["W&B is left, the run goes on without it: the service is gone"]
+    (line,) = said
+    assert line.startswith("W&B is left, the run goes on without it: ")
 
 
 def test_without_a_service_there_is_a_run_all_the_same(monkeypatch, tmp_path):
