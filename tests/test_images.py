@@ -1,6 +1,5 @@
 """Images of every mode, depth and state of repair, and the labels and folders that they are in."""
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -14,10 +13,9 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from conf_yamls import CONF, build, composed
-from starts import Started, program
 from switchlora.data import image_folder
 from switchlora.data.augment import build_transform
-from switchlora.data.loaders import build_data, split as split_rows
+from switchlora.data.loaders import build_data
 from switchlora.data.pixels import standard
 from switchlora.errors import DataUnusable
 from switchlora.learner import evaluate
@@ -454,44 +452,6 @@ def test_a_folder_with_grey_images_can_be_trained_in_grey(tmp_path):
     data = build(config.data, seed=0)
     assert next(iter(data.train))[0].shape == (2, 1, 8, 8)
     assert Path(config.data.root) == tmp_path
-
-
-def words_of_a_run(root, folder):
-    """A run of one epoch on three classes, with two workers."""
-    return (
-        *("data=imagefolder", f"data.root={root}", "data.num_classes=3", "data.image_size=32"),
-        *("data.batch_size=4", "model=vit_tiny_patch16_224", "+model.depth=1"),
-        *("+model.embed_dim=32", "+model.num_heads=2", "switch/criterion=never", "epochs=1"),
-        *("monitor.window=1", "log=quiet", "log.figures=false", "system.workers=2"),
-        *(f"hydra.run.dir={folder}", "checkpoint.every_updates=1", "system.threads=1"),
-    )
-
-
-def start(output, *words):
-    with Started(output, program, *words) as started:
-        return started.finish()
-
-
-def test_a_run_that_meets_a_damaged_image_ends_and_goes_on_as_it_says(tmp_path):
-    root = folders(tmp_path / "set", (12, 2), noise)
-    paths = [path for path, _ in image_folder(str(root), "train").samples]
-    late = paths[int(split_rows(len(paths), 0.1, None)[0][-1])]
-    cut(Path(late))
-    words = words_of_a_run(root, tmp_path / "run")
-    done = start(tmp_path / "first", *words)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    (told,) = (line for line in done.stderr.splitlines() if line.startswith("switchlora: "))
-    assert f"switchlora: train image {late}: " in told
-    assert "data.skip_unreadable=true" in told and "resume=auto" in told
-    done = start(tmp_path / "second", *words, "data.skip_unreadable=true", "resume=auto")
-    assert done.returncode == 0, done.stderr
-    assert f"skipped, since it cannot be read: train image {late}" in done.stdout
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "finished" and summary["skipped_images"] == [f"train image {late}"]
-    Path(paths[0]).write_bytes(b"")
-    Path(tmp_path / "run" / "summary.json").unlink()
-    done = start(tmp_path / "third", *words, "data.skip_unreadable=true", "resume=auto")
-    assert done.returncode == 1 and "have changed since" in done.stderr
 
 
 def test_a_model_with_too_few_logits_is_told_before_training(tmp_path):
