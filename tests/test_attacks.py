@@ -128,43 +128,6 @@ def written(path, state):
     return path
 
 
-OTHERS = (None, -1, 3.5, "x", [], {}, [1], {"a": 1}, True, 10**30)
-
-
-def retyped(tree, number):
-    """A copy in which a value, drawn with ``number`` as the seed, is another or is gone."""
-    draw = random.Random(number)
-    changed = copy.deepcopy(tree)
-    inside = changed
-    while True:
-        last = draw.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))
-        if not isinstance(inside[last], dict | list) or not inside[last] or draw.random() < 0.3:
-            break
-        inside = inside[last]
-    if draw.random() < 0.3:
-        del inside[last]
-    else:
-        inside[last] = draw.choice(OTHERS)
-    return changed
-
-
-@pytest.mark.parametrize("number", range(12))
-def test_a_checkpoint_of_any_content_gives_a_run_or_one_line(number, made, tmp_path):
-    state = torch.load(find_all(made)[0] / STATE, weights_only=True)
-    del state["config"]
-    changed = retyped(state, SEED + number)
-    changed["config"] = torch.load(find_all(made)[0] / STATE, weights_only=True)["config"]
-    path = written(tmp_path / "run" / "checkpoints" / "update-00000000", changed)
-    outcome(lambda: load_model(path))
-    (tmp_path / "run" / "metrics.jsonl").write_bytes((made / "metrics.jsonl").read_bytes())
-
-    def resumed():
-        run = prepare(composed(*TINY, "monitor.window=2", "resume=auto"), tmp_path / "run")
-        run.log.__exit__(None)
-
-    outcome(resumed)
-
-
 def outcome(act):
     """None, or the one line of the error that a user would see."""
     try:
