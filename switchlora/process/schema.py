@@ -235,7 +235,7 @@ KINDS: dict[str, Kind] = {
     "switch.max_drift": number(0),
     "switch.criterion.criteria": SECTIONS_LISTED,
     "switch.criterion.epoch": number(0),
-    "switch.criterion.fraction": number(0, 1),
+    "switch.criterion.fraction": number(0),
     "switch.criterion.patience": whole(1),
     "switch.criterion.quorum": SHARE,
     "switch.criterion.tolerance": number(),

@@ -145,12 +145,9 @@ class Ledger:
         return plain
 
     def load_state_dict(self, plain: Mapping[str, Any]) -> None:
-        """Set every field from ``plain``, which came from ``state_dict``.
-
-        A count that an older version did not make begins anew.
-        """
+        """Set every field from ``plain``, which came from ``state_dict``."""
         for item in fields(self):
-            setattr(self, item.name, plain.get(item.name, getattr(self, item.name)))
+            setattr(self, item.name, plain[item.name])
         for name in ("phases", "memory", "flops"):
             by_phase = {Phase(phase): value for phase, value in plain[name].items()}
             setattr(self, name, by_phase)
