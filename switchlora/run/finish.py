@@ -63,7 +63,7 @@ def status_at_end(state: TrainState) -> str:
     failures = state.failed_switches
     stuck = given_up(state) and state.phase is not Phase.ADAPTER
     if failures and (state.switch_report is None or stuck):
-        return f"switch failed: {failures[-1]}"
+        return f"switch failed: {failures[-1].removeprefix('switch: ')}"
     return "finished"
 
 
