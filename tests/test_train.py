@@ -325,7 +325,7 @@ def test_too_many_bad_losses_stop_the_run_with_one_line_and_keep_everything(tmp_
             "switch.criterion.patience is 0: give a whole number of at least 1",
         ),
         (["adapter.lr_scale=0"], "adapter.lr_scale is 0: give a number above 0"),
-        (["full.compile=default"], "full.compile is 'default': give true, false, or"),
+        (["full.compile=default"], "full.compile is 'default': give true, false, null, or"),
         (["adapter.optimizer.lr=much"], "adapter.optimizer.lr is 'much': give a number"),
         (["adapter.optimizer=sgd"], "adapter.optimizer is 'sgd': it holds .*lr"),
     ],
