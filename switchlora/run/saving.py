@@ -31,7 +31,8 @@ def save(run: Run) -> None:
     With ``checkpoint.keep=0`` nothing is written. RanksDisagree, and nothing is written either,
     when ranks hold different weights: every checkpoint is one of ranks that agree.
     """
-    agree_on_weights(run.model, run.state.num_updates)
+    if run.recipe.before_ddp is None:  # such a hook may let ranks differ on purpose
+        agree_on_weights(run.model, run.state.num_updates)
     if not run.saves.keep:
         return
     state, folder = run.state, run.log.folder
