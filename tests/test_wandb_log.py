@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 from conf_yamls import composed
 from runs import DIGITS, make_run
@@ -55,7 +56,8 @@ def test_an_option_of_the_environment_is_left_to_wandb(monkeypatch, option):
     assert wandb_options({**NOTHING, option: "mine"}, DEFAULTS)[option] == "mine"
 
 
-def test_a_run_has_a_telling_name():
+def test_a_run_has_a_telling_name(monkeypatch):
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: False)  # a test before may have begun
     assert telling_words(composed("seed=3")) == ["seed3"]
     assert telling_words(composed("name=mine")) == ["mine", "seed0"]
 
