@@ -39,6 +39,11 @@ def test_the_reference_has_a_row_for_every_key(words):
     assert not missing
 
 
+def test_the_committed_reference_is_that_of_the_yamls():
+    """After a change of a yaml: ``python docs/reference.py``."""
+    assert page() == (DOCS / "configuration.md").read_text()
+
+
 def test_the_reference_explains_the_keys_of_a_plain_run():
     silent = set(re.findall(r"^\| `([\w.]+)` \| .* \| .* \|  \|$", page(), re.M))
     ours = {
