@@ -28,12 +28,18 @@ def shard(model: nn.Module) -> nn.Module:
     return model
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """Return a copy of a plain model with its buffers, whose parameters take no memory."""
+def skeleton(model: nn.Module, keep_buffers: bool = True) -> nn.Module:
+    """Return a copy of a plain model whose parameters have shapes and dtypes, and no values.
+
+    Its buffers have values if ``keep_buffers``.
+    """
     copies: dict[int, Any] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         copies[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    if not keep_buffers:
+        for buffer in model.buffers():
+            copies[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(model, copies)
 
 

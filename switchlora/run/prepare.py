@@ -1,6 +1,7 @@
 """Build a run from its configuration, check it before it starts, and resume it."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ class Parts:
     def sharded(self) -> bool:
         """Whether the ranks share one model."""
         return self.config.system.parallel == "fsdp"
+
+    @cached_property
+    def images(self) -> Tensor:
+        """A few validation images, on the CPU; they are read once."""
+        return probe_images(self.data)
 
     @property
     def window(self) -> int:
@@ -121,7 +127,7 @@ def build_monitor(parts: Parts) -> UpdateMonitor:
 def check(parts: Parts, monitor: UpdateMonitor) -> None:
     """Try what the run will do, without an update. Raise ValueError where that does not work."""
     model, policy = parts.model, parts.policy
-    images = probe_images(parts.data).to(_device_of(model))
+    images = parts.images.to(_device_of(model))
     check_outputs(model, images, parts.data.num_classes)
     check_adapters_work(model, monitor.targets.values(), images)
     rehearse_switch(model, policy, monitor, parts.config.system.parallel)
@@ -256,12 +262,12 @@ def _freeze_unused(parts: Parts) -> list[str]:
     """Freeze parameters that DDP would wait for in vain, and return their names."""
     if distributed.world_size() == 1 or parts.sharded:
         return []
-    return freeze_unused(parts.model, probe_images(parts.data).to(parts.device))
+    return freeze_unused(parts.model, parts.images.to(parts.device))
 
 
 def _probe(parts: Parts) -> Tensor:
     """Return the probe images, the same on all ranks, on the device that trains."""
-    images = distributed.from_primary(lambda: probe_images(parts.data))
+    images = distributed.from_primary(lambda: parts.images)
     return images.to(parts.device)
 
 

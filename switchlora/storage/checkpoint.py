@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from switchlora.adapters import inject_empty
 from switchlora.config import build, check_saved, without_start
 from switchlora.errors import CheckpointUnusable
-from switchlora.learner import Learner, is_sharded, moments_of
+from switchlora.learner import Learner, is_sharded, moments_of, skeleton
 from switchlora.process import distributed
 from switchlora.storage.files import is_regular
 from switchlora.storage.retention import FOLDER, free_name, name_of, remove_unfinished, updates_of
@@ -34,7 +34,6 @@ from switchlora.storage.tensors import (
     PlainReader,
     check_moments,
     check_weights,
-    empty_copy,
     load_sharded,
     write_sharded,
 )
@@ -252,7 +251,7 @@ def _check_content(path: Path, state: Mapping[str, Any], model: nn.Module) -> No
         raise ValueError(f"its phase began at update {state['start']}")
     if state["log"]["bytes"] < 0 or state["monitor"]["window"] < 1:
         raise ValueError("its log or its window has no length")
-    empty = empty_copy(model)
+    empty = skeleton(model, keep_buffers=False)
     if state["ema"] is not None:
         check_weights(empty, state["ema"])
     inject_empty(empty, state["adapters"])

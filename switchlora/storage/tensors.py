@@ -1,6 +1,5 @@
 """Save and restore the tensors of a learner and the states of the random generators."""
 
-import copy
 import pickle
 import random
 import warnings
@@ -112,17 +111,6 @@ def _kind(optimizer: Optimizer) -> str:
         if optimizer.defaults.get(option):
             kind += f" with {option}"
     return kind
-
-
-def empty_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` whose tensors have shapes and dtypes, and no values."""
-    empty: dict[int, Tensor] = {}
-    for parameter in model.parameters():
-        shape = torch.empty_like(parameter, device="meta")
-        empty[id(parameter)] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        empty[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, empty)  # type: ignore[arg-type]
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -152,8 +153,9 @@ class Trunk:
         lock.
         Interrupted when a signal comes while the run waits.
         """
+        choose = partial(self._choose, policy, model, own, run, interruption, say)
         place, position, self.extends = distributed.from_primary(
-            lambda: self._choose_or_leave(policy, model, own, run, interruption, say)
+            lambda: self._or_leave(choose, run, say)
         )
         if place is None:
             return own
@@ -198,18 +200,12 @@ class Trunk:
             self._lock.close()
             self._lock = None
 
-    def _choose_or_leave(
-        self,
-        policy: SwitchPolicy,
-        model: nn.Module,
-        own: Found | None,
-        run: Path,
-        interruption: Interruption,
-        say: Say,
+    def _or_leave(
+        self, choose: Callable[[], tuple[Path | None, int, bool]], run: Path, say: Say
     ) -> tuple[Path | None, int, bool]:
-        """Return what ``_choose`` returns; leave a trunk that cannot be read or written."""
+        """Return what ``choose`` returns; leave a trunk that cannot be read or written."""
         try:
-            return self._choose(policy, model, own, run, interruption, say)
+            return choose()
         except (OSError, FileDamaged) as error:
             self._go_on_alone(error, say)
             shutil.rmtree(run / BORROWED, ignore_errors=True)
