@@ -1,5 +1,6 @@
 """Starts of the program in forks of a server that has imported it: a start costs no imports."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -72,6 +73,7 @@ class Started:
 
 def _enter(files, act, words):
     os.setsid()
+    gc.freeze()  # what the imports made stays
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     tqdm.set_lock(threading.RLock())  # its own would be told as leaked after a kill
     for descriptor, path in enumerate(files, start=1):
