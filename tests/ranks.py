@@ -154,7 +154,7 @@ def compare_settings(folder, *words):
         own = (word,) if distributed.rank() == 1 else ()
         config = as_plain(composed(*SHORT, *own))
         heard[word] = raised(lambda config=config: agree_on_settings(config))
-    for what, own in (("same data", ()), ("other data", ("data.train_size=640",))):
+    for what, own in (("same data", ()), ("other data", ("data.train_size=320",))):
         data = build(composed(*SHORT, *(own if distributed.rank() == 1 else ())).data)
         heard[what] = raised(lambda data=data: agree_on_data(data))
     if distributed.is_primary():

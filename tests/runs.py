@@ -15,7 +15,12 @@ from switchlora.train import train
 
 SHALLOW = "model.depth=2"
 DIGITS = ("data=digits", "model=digits", SHALLOW, "log=quiet", "log.figures=false")
-SHORT = (*DIGITS, "epochs=3", "full.scheduler.warmup_t=10", "monitor.window=10", "log.every=1")
+FEW = ("data.train_size=640", "data.batch_size=32")
+"""20 updates an epoch"""
+SHORT = (
+    *(*DIGITS, *FEW, "epochs=3", "full.scheduler.warmup_t=10"),
+    *("monitor.window=10", "log.every=1"),
+)
 BY_DATE = ("switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
 
 

@@ -250,7 +250,7 @@ def lines_at_the_end(tmp_path, act, *words):
 def test_ranks_with_other_settings_end_with_one_line_before_anything_is_written(tmp_path):
     words = (*SHORT, f"hydra.run.dir={tmp_path / 'run'}")
     (line,) = lines_at_the_end(tmp_path, program_with_own_words, "data.batch_size=8", *words)
-    assert "ranks disagree on data.batch_size, 64 on rank 0 and 8 on rank 1" in line
+    assert "ranks disagree on data.batch_size, 32 on rank 0 and 8 on rank 1" in line
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 

@@ -60,7 +60,7 @@ RANK_2 = ("switch/rank=fixed", "switch.rank.rank=2")
 KINDS = {
     "everything": EVERYTHING,
     "workers": WORKERS,
-    "sgd": (*BY_DATE, "recipe@full=sgd", "switch.moments=factors", "adapter.rewarmup_updates=8"),
+    "sgd": (*BY_DATE, "recipe@full=sgd", "switch.moments=factors", "adapter.rewarmup_updates=4"),
     "lion": (*BY_DATE, "recipe@full=lion", "switch.moments=reset", "full.precision=bf16"),
     "lean": (
         *BY_DATE,
@@ -86,11 +86,11 @@ KINDS = {
         *("switch.dropout=0.1", "ema=0.9", r"switch.targets=['blocks\.1\.mlp\.fc[12]']"),
     ),
     "joint": (
-        *("+method=prelora", "switch.joint_epochs=0.25", "monitor.window=5"),
+        *("+method=prelora", "switch.joint_epochs=0.25", "monitor.window=3"),
         *("switch.criterion.tau=90", "switch.criterion.zeta=90"),
     ),
     "staged": (
-        *("+method=staged", "switch.stages.interval=5", "monitor.window=5", *RANK_2),
+        *("+method=staged", "switch.stages.interval=3", "monitor.window=3", *RANK_2),
         *("switch.criterion.fraction=0.77", "switch.criterion.patience=1"),
     ),
     "restarts": (
@@ -101,7 +101,7 @@ KINDS = {
         *("switch/guard=full", "switch.guard.patience=1", "switch.guard.criterion.patience=1"),
         *("switch.guard.criterion.fraction=1.1", "adapter.lr_scale=100", *RANK_2),
         *("switch/criterion=at_epoch", "switch.criterion.epoch=0.4", "monitor.window=3"),
-        "full.scheduler.warmup_t=2",
+        *("full.scheduler.warmup_t=2", "data.train_size=640", "max_updates=42"),
     ),
 }
 CHANGES = {
@@ -112,8 +112,8 @@ CHANGES = {
     "taken back": {"switch", "take_back"},
 }
 """what a run of a kind must go through; {'switch'} for the others"""
-STOPS = (7, 20, 30, 31)
-"""in the middle of an epoch and at its end, at the switch and after it"""
+TEN = ("data.train_size=320", "full.scheduler.warmup_t=5", "monitor.window=5", "max_updates=22")
+"""10 updates an epoch"""
 
 
 @pytest.fixture
@@ -134,10 +134,11 @@ def killing(number):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopping_anywhere_and_resuming_is_bit_identical(kind, tmp_path, signal_at):
-    options = (*KINDS[kind], "max_updates=42")
+    options = (*TEN, *KINDS[kind])
     whole = make_run(tmp_path / "whole", *options)
     assert {each["kind"] for each in whole["transitions"]} == CHANGES.get(kind, {"switch"})
-    for stop in STOPS:
+    last = whole["transitions"][-1]["num_updates"]
+    for stop in sorted({3, 10, last, last + 1}):  # in an epoch, at its end, at a change, after it
         signal_at(signal.SIGTERM, stop)
         with pytest.raises(Interrupted, match=f"SIGTERM after update {stop}; the last checkpoint"):
             make_run(tmp_path / "stopped", *options, "resume=auto")
@@ -434,7 +435,7 @@ def test_a_branch_with_another_optimizer_starts_its_moments_anew_and_says_so(
 
 def test_a_branch_with_other_data_in_the_middle_of_an_epoch_is_refused(stopped, tmp_path):
     with pytest.raises(ValueError, match="in the middle of an epoch of other data .*batch_size"):
-        make_run(tmp_path / "branch", f"resume={stopped}", "data.batch_size=32")
+        make_run(tmp_path / "branch", f"resume={stopped}", "data.batch_size=16")
 
 
 def test_auto_starts_from_the_beginning_where_there_is_nothing(tmp_path):

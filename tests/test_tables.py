@@ -225,13 +225,13 @@ def test_seeds_that_did_not_recover_are_counted_apart():
 @pytest.mark.parametrize(
     ("overrides", "environment", "named"),
     [
-        (["data.batch_size=32"], {}, "data.batch_size is 64, not 32"),
+        (["data.batch_size=16"], {}, "data.batch_size is 32, not 16"),
         (["full.precision=bf16"], {}, "adapter.precision is fp32, not bf16"),
         (["adapter.precision=bf16"], {}, "adapter.precision is fp32, not bf16"),
         (["full.accumulation=2"], {}, "adapter.accumulation is 1, not 2"),
         (["model.drop_rate=0.1"], {}, "model.drop_rate is None, not 0.1"),
         (["model.depth=1"], {}, "model.depth is 2, not 1"),
-        (["data.train_size=100"], {}, "data.train_size is None, not 100"),
+        (["data.train_size=100"], {}, "data.train_size is 640, not 100"),
         (["data.hflip=0.5"], {}, "data.hflip is 0.0, not 0.5"),
         ([], {"device": "another"}, "device is 1 x CPU, not another"),
         ([], {"threads": 2}, "threads is 1, not 2"),

@@ -155,7 +155,7 @@ def test_a_run_repeats_bit_for_bit(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("train_size", [640, 704])  # 10 and 11 updates an epoch
+@pytest.mark.parametrize("train_size", [320, 352])  # 10 and 11 updates an epoch
 def test_accumulation_does_not_change_when_the_switch_fires(tmp_path, train_size):
     options = (
         "switch/criterion=loss_plateau",
@@ -374,7 +374,8 @@ def test_golden_losses_have_not_moved(tmp_path):
     you have, commit both. With kernels that no recording knows, it adds one when SWITCHLORA_GOLDEN
     is set to 'record'.
     """
-    make_run(tmp_path, *BY_DATE, "model.depth=3")
+    recorded = ("model.depth=3", "data.train_size=null", "data.batch_size=64")
+    make_run(tmp_path, *BY_DATE, *recorded)
     versions = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
     found = {"versions": versions, **kernels_here(), "losses": [x.hex() for x in losses(tmp_path)]}
     recordings = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else []

@@ -20,7 +20,7 @@ from switchlora.sweep import Trunk, TrunkLog, first_firing, trunk_key
 from switchlora.train import fit, train
 
 EARLY, LATE = "switch.criterion.epoch=0.5", "switch.criterion.epoch=1.5"
-SMALL = (*SHORT, "data.train_size=640", "monitor.window=5")
+SMALL = (*SHORT, "data.train_size=320", "monitor.window=5")
 """10 updates an epoch, 30 in all, a measurement every 5"""
 DATED = ("switch/criterion=at_epoch", "ema=0.9", "+model.drop_path_rate=0.1")
 CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_of_a_trunk_is_named_and_the_one_before_it_used(tmp
         "ema=0.8",
         "log.every=2",
         "switch.split_qkv=true",
-        "data.train_size=600",
+        "data.train_size=288",
     ],
 )
 def test_what_shapes_the_full_phase_has_a_trunk_of_its_own(change):
@@ -168,7 +168,7 @@ def test_other_images_have_a_trunk_of_their_own():
     def digest(*words):
         return build(composed(*SMALL, *words).data).digest()
 
-    assert digest() == digest() != digest("data.train_size=600")
+    assert digest() == digest() != digest("data.train_size=288")
     decoded = ("data.train_transform={}", "data.eval_transform={}")
     assert digest(*decoded) == digest(*decoded) != digest(*decoded, "data.val_fraction=0.2")
 
