@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import nn
@@ -203,3 +204,18 @@ def test_options_that_torch_compile_does_not_have_are_told_by_their_key():
     recipe = build(composed("full.compile={mood: default}").full)
     with pytest.raises(ValueError, match="full.compile is {'mood': 'default'}: torch says .*mood"):
         build_learner(nn.Linear(2, 2), recipe, 10)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("+method=prelora", "epochs=3", "+model.drop_rate=0.1", "~log.wandb.tags"),
+        ("switch.rank.rank=3", "switch/rank=fixed", "recipe@full=sgd", "+experiments=demo"),
+        ("data=digits", "data.train_transform={}", "switch.freeze=[a,'b,c']", "name=${data.root}"),
+    ],
+)
+def test_what_the_tests_compose_in_two_steps_is_what_hydra_composes(words):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose("config", overrides=list(words))
+    assert composed(*words) == whole
+    assert OmegaConf.to_yaml(composed(*words)) == OmegaConf.to_yaml(whole)
