@@ -28,7 +28,9 @@ PLATEAU = (
     "switch.criterion.patience=1",
     "checkpoint.keep=99",
     "full.accumulation=2",
+    *("data.train_size=320", "monitor.window=5", "full.scheduler.warmup_t=5"),
 )
+"""10 updates an epoch; the switch is at update 10"""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -70,10 +72,10 @@ def sharded(tmp_path_factory):
 
 def assert_like(alone, folder):
     """The same losses to fp32 accuracy, the same switch, each update once."""
-    assert switched_at(folder) == switched_at(alone) == [20]
+    assert switched_at(folder) == switched_at(alone) == [10]
     assert losses(folder) == pytest.approx(losses(alone), rel=2e-5)
     counts = [e["num_updates"] for e in read_events(folder, "train")]
-    assert counts == list(range(1, 61))
+    assert counts == list(range(1, 31))
 
 
 def test_two_ranks_make_the_run_of_one_process(alone, pair):
@@ -162,27 +164,27 @@ def checkpoint_at(folder, name):
     return folder / "checkpoints" / name
 
 
-@pytest.mark.parametrize("name", ["update-00000020", "update-00000040"])
+@pytest.mark.parametrize("name", ["update-00000010", "update-00000020"])
 def test_one_process_goes_on_from_the_checkpoint_of_two(alone, pair, name, tmp_path):
     make_run(tmp_path, *PLATEAU, f"resume={checkpoint_at(pair[0], name)}")
     assert_like(alone, tmp_path)
 
 
 def test_one_process_goes_on_from_a_sharded_checkpoint(alone, sharded, tmp_path):
-    folder = checkpoint_at(sharded[0], "update-00000040")
+    folder = checkpoint_at(sharded[0], "update-00000020")
     assert (folder / "tensors" / ".metadata").exists() and (folder / STATE).exists()
     make_run(tmp_path, *PLATEAU, f"resume={folder}")
     assert_like(alone, tmp_path)
 
 
 def test_four_ranks_go_on_from_the_checkpoint_of_two(alone, pair, tmp_path):
-    found = run_ranks(4, tmp_path, *PLATEAU, f"resume={checkpoint_at(pair[0], 'update-00000020')}")
+    found = run_ranks(4, tmp_path, *PLATEAU, f"resume={checkpoint_at(pair[0], 'update-00000010')}")
     assert found["spread"] == 0.0
     assert_like(alone, tmp_path)
 
 
 def test_two_ranks_that_resume_are_bit_identical_to_two_that_did_not(pair, tmp_path):
-    run_ranks(2, tmp_path, *PLATEAU, f"resume={checkpoint_at(pair[0], 'update-00000040')}")
+    run_ranks(2, tmp_path, *PLATEAU, f"resume={checkpoint_at(pair[0], 'update-00000020')}")
     assert_same_run(pair[0], tmp_path)
 
 
@@ -200,7 +202,7 @@ def test_ranks_that_take_their_full_phase_from_a_trunk_make_the_same_run(pair, t
 
 
 def test_sharded_ranks_go_on_from_the_checkpoint_of_replicas(alone, pair, tmp_path):
-    path = checkpoint_at(pair[0], "update-00000020")
+    path = checkpoint_at(pair[0], "update-00000010")
     run_ranks(2, tmp_path, *PLATEAU, "system.parallel=fsdp", f"resume={path}")
     assert_like(alone, tmp_path)
 
@@ -210,8 +212,8 @@ def test_a_switch_that_fails_on_one_rank_is_undone_on_all(tmp_path):
     found = run_ranks(2, tmp_path, *options, act=run_with_a_broken_switch)
     assert found["spread"] == 0.0
     (failed,) = read_events(tmp_path, "switch_failed")
-    assert failed["num_updates"] == 20 and "broken on rank 1" in failed["reason"]
-    assert switched_at(tmp_path) and switched_at(tmp_path)[0] > 20
+    assert failed["num_updates"] == 10 and "broken on rank 1" in failed["reason"]
+    assert switched_at(tmp_path) and switched_at(tmp_path)[0] > 10
 
 
 SHAPING = {
@@ -268,8 +270,8 @@ def test_ranks_that_disagree_inside_a_switch_end_the_run_and_train_no_further(tm
     folder = tmp_path / "run"
     words = (*SHORT, *PLATEAU, "full.accumulation=1", f"hydra.run.dir={folder}")
     (line,) = lines_at_the_end(tmp_path, program_with_other_factors, *words)
-    assert "ranks hold different tensors" in line and "update-00000020" in line
-    assert len(losses(folder)) == 20 and not list(read_events(folder, "switch_failed"))
+    assert "ranks hold different tensors" in line and "update-00000010" in line
+    assert len(losses(folder)) == 10 and not list(read_events(folder, "switch_failed"))
 
 
 def children(pid):
@@ -289,7 +291,7 @@ def test_a_rank_killed_at_the_switch_ends_the_run_and_one_process_goes_on(alone,
     command += ["--nproc-per-node", "2", "-m", "switchlora", *options]
     with open(tmp_path / "said", "w") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, env=ENVIRONMENT)
-        while not checkpoint_at(folder, "update-00000020").exists():
+        while not checkpoint_at(folder, "update-00000010").exists():
             assert process.poll() is None, (tmp_path / "said").read_text()
             time.sleep(0.001)
         (victim,) = [pid for pid in children(process.pid) if rank_of(pid) == b"1"]

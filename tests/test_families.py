@@ -63,14 +63,24 @@ SMALL = {
 """a model of the family, options that make it tiny, and the size of its images"""
 
 
+SIZES = ("test", "atto", "femto", "pico", "nano", "xxs", "tiny", "small", "_t", "_s")
+"""what names say of models, from small to large"""
+
+
 def smallest_names():
-    """The shortest name of each of timm's modules that is not in ``SMALL``."""
+    """A small model of each of timm's modules that is not in ``SMALL``."""
     found = {}
     for family in list_modules():
         names = timm.list_models(module=family)
         if family not in SMALL and names:
-            found[family] = min(names, key=lambda name: (len(name), name))
+            found[family] = min(names, key=size_of)
     return found
+
+
+def size_of(name):
+    """Sorts models by what their names say of their size."""
+    told = [size for size, word in enumerate(SIZES) if word in name]
+    return (*told, len(SIZES))[0], len(name), name
 
 
 def targets_of(model):
