@@ -4,6 +4,7 @@ import copy
 import gc
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import takewhile
 
 import pytest
 import torch

@@ -19,6 +19,7 @@ from switchlora.analysis.figures import Style, run_styles, tidy
 from switchlora.analysis.scaling_fit import PowerLaw
 
 BAND_POINTS = 50
+FEW_DECADES = 20  # up to this ratio of the ends, an axis has labels at many steps
 SHOWN_FROM = 0.1  # share of a run; earlier losses, of the warm-up, would flatten the rest
 
 
@@ -87,13 +88,16 @@ def draw_ends(axis: Axes, members: Sequence[Any], label: str, law: PowerLaw, sty
 
 
 def tidy_logarithms(axis: Axes) -> None:
-    """Make both axes logarithmic, with labels at 1, 2 and 5 of each decade of FLOPs.
+    """Make both axes logarithmic, with labels at several steps of each decade of FLOPs.
 
-    The loss spans less than a decade, so it has plain numbers at even steps.
+    About a decade has more of them than several decades. The loss spans less than a decade, so it
+    has plain numbers at even steps.
     """
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    low, high = axis.get_xlim()
+    steps = (1, 2, 3, 4, 6, 8) if high / low < FEW_DECADES else (1, 2, 5)
+    axis.xaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
     axis.xaxis.set_major_formatter(FuncFormatter(flops_text))
     axis.yaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 2.5, 5, 10]))
     axis.yaxis.set_major_formatter(ScalarFormatter())

@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 FACTORIZED = ("factorized_linear", "guided_linear")
 """what makes layers of factors instead of weights"""
 MARKER = 6.0  # points
-DISTANCES = (6, 14, 24, 36, 50, 66, 84, 104, 130, 160, 200)  # points from a point to its name
+DISTANCES = (8, 15, 24, 36, 50, 66, 84, 104, 130, 160, 200)  # points from a point to its name
 ANGLES = (0, 180, 90, 270, 45, 135, 315, 225)  # degrees
 FEW_NAMES = 8  # up to so many names fit into a small picture
 STEPS: dict[str, Any] = {
@@ -137,8 +137,14 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
     axes.step(costs, accuracies, where="post", **STEPS)
     _draw_full_training(axes, rows)
     _draw_legend(axes, rows, has_dominated=len(front) < len(rows))
-    place_names(axes, rows, short_names([row.label for row in rows]), steps)
+    place_names(axes, rows, short_names(list(map(_name, rows))), steps)
     return figure
+
+
+def _name(row: Row) -> str:
+    """Return a row's label; that of full training when nothing else distinguishes it."""
+    is_plain = row.settings.keys() <= {CRITERION, METHOD}
+    return FULL_TRAINING if is_plain and kind_of(row) == FULL else row.label
 
 
 def short_names(labels: Sequence[str]) -> list[str]:
