@@ -250,7 +250,7 @@ def test_what_cannot_switch_is_called_full_training_everywhere(tmp_path, words):
     write_run(tmp_path / "sweep" / "b", "switch.criterion.fraction=0.5", switch=40)
     records = find_records([tmp_path / "sweep"])
     table = make_table(records)
-    assert [row.label for row in table.rows] == ["full training", "update_norm, fraction=0.5"]
+    assert [row.label for row in table.rows] == ["full training", "update_norm"]
     assert kind_of(table.rows[0]) == FULL and table.rows[0].trains_in_full
     assert run_names(records)[0] == "full training, seed 0"
     page = write_page(tmp_path / "sweep", tmp_path / "page.html").read_text()
@@ -320,10 +320,8 @@ def sweep(tmp_path):
 def test_the_page_begins_with_a_sentence_and_four_tiles_and_folds_the_rest(sweep):
     text = write_page(sweep, sweep / "page.html").read_text()
     order = Order(text)
-    title, heading, sentence, *tiles = order.shown[:11]
-    assert heading == "sweep" or title == "sweep – switchlora"
     said = (
-        "Of 2 settings beside full training, update_norm, fraction=0.3 does best: it ends 0.50 ± "
+        "Of 2 settings beside full training, fraction=0.3 does best: it ends 0.50 ± "
         "0.00 points of val top1 below it and costs 75 % of its training FLOPs."
     )
     assert said in order.shown[:3]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from switchlora.analysis.tables.columns import Cell
-from switchlora.analysis.tables.rows import FULL_TRAINING, Row, Table
+from switchlora.analysis.tables.rows import FULL_TRAINING, Row, Table, short_names
 from switchlora.storage import Record
 
 NONE = "–"
@@ -29,14 +29,15 @@ def sentence(table: Table) -> str:
         top1 = with_spread(full.cells[TOP1])
         return f"Full training reaches {top1} % val top1; no other setting has finished."
     best = max(others, key=_top1)
+    label = _name(best, table)
     count = f"{len(others)} settings" if len(others) > 1 else "1 setting"
     if DIFFERENCE not in best.cells:
         top1 = with_spread(best.cells[TOP1])
         return (
-            f"Of {count}, {best.label} does best, with {top1} % val top1; there is no full "
+            f"Of {count}, {label} does best, with {top1} % val top1; there is no full "
             "training that it can be compared with."
         )
-    return f"Of {count} beside full training, {best.label} does best: {_compared(best)}."
+    return f"Of {count} beside full training, {label} does best: {_compared(best)}."
 
 
 def _compared(best: Row) -> str:
@@ -53,7 +54,7 @@ def tiles(table: Table, records: Sequence[Record]) -> list[Tile]:
     finished = sum(record.finished for record in records)
     full = _full(table)
     best = max(_others(table), key=_top1, default=None)
-    label = best.label if best else "no other setting"
+    label = _name(best, table) if best else "no other setting"
     share = _share(best) if best and COST in best.cells else NONE
     return [
         Tile(f"{finished} of {len(records)}", "runs finished"),
@@ -61,6 +62,12 @@ def tiles(table: Table, records: Sequence[Record]) -> list[Tile]:
         Tile(_percent(best), f"val top1, {label}"),
         Tile(share, f"of full training's FLOPs, {label}"),
     ]
+
+
+def _name(row: Row, table: Table) -> str:
+    """Return a row's label without what it shares with all others."""
+    labels = [other.label for other in table.rows]
+    return short_names(labels)[labels.index(row.label)]
 
 
 def with_spread(cell: Cell) -> str:

@@ -16,7 +16,14 @@ from matplotlib.transforms import Bbox
 from switchlora.analysis.marks import BLUE, GREY, ORANGE
 from switchlora.analysis.output import save
 from switchlora.analysis.tables.columns import Cell
-from switchlora.analysis.tables.rows import CRITERION, FULL_TRAINING, METHOD, Row, Table
+from switchlora.analysis.tables.rows import (
+    CRITERION,
+    FULL_TRAINING,
+    METHOD,
+    Row,
+    Table,
+    short_names,
+)
 from switchlora.analysis.tables.systems import has_switched
 
 COST_KEY = "cost_flops"
@@ -145,15 +152,6 @@ def _name(row: Row) -> str:
     """Return a row's label; that of full training when nothing else distinguishes it."""
     is_plain = row.settings.keys() <= {CRITERION, METHOD}
     return FULL_TRAINING if is_plain and kind_of(row) == FULL else row.label
-
-
-def short_names(labels: Sequence[str]) -> list[str]:
-    """Return the labels of rows without the first word that all rows with several words share."""
-    heads = {label.split(", ")[0] for label in labels if ", " in label}
-    if len(heads) != 1:
-        return list(labels)
-    (head,) = heads
-    return [label.removeprefix(f"{head}, ") for label in labels]
 
 
 def _size(count: int) -> tuple[float, float]:

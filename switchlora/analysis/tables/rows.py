@@ -124,7 +124,7 @@ def with_methods(members: Members) -> list[Settings]:
     """
     found = list(map(named_full, members))
     if len(set(map(repr, found))) < len(found):
-        found = [settings_of(row[0].config) for row in members]
+        found = [named_full(row, keep=True) for row in members]
     methods = list(map(method_of, members))
     if len(set(methods)) < 2:
         return found
@@ -134,14 +134,17 @@ def with_methods(members: Members) -> list[Settings]:
     return named
 
 
-def named_full(row: Sequence[Record]) -> Settings:
-    """Return the settings of a row; those of full training when its criterion cannot fire."""
+def named_full(row: Sequence[Record], keep: bool = False) -> Settings:
+    """Return the settings of a row; those of full training when its criterion cannot fire.
+
+    ``keep`` keeps the keys of that criterion.
+    """
     settings = settings_of(row[0].config)
     if not cannot_fire(settings) or any(map(_fired, row)):
         return settings
     kept = {}
     for key, value in settings.items():
-        if not key.startswith(f"{CRITERION}."):
+        if keep or not key.startswith(f"{CRITERION}."):
             kept[key] = value
     return {**kept, CRITERION: NEVER}
 
@@ -256,6 +259,8 @@ def telling_settings(all_settings: Sequence[Settings]) -> list[Settings]:
         for key, value in settings.items():
             if other.get(key) != value:
                 differ.add(key)
+    if any(settings.get(CRITERION) == NEVER for settings in all_settings):
+        differ.add(CRITERION)
     return [_subset(settings, differ) for settings in all_settings]
 
 
@@ -318,6 +323,15 @@ def _label(settings: Settings, keys: set[str]) -> str:
         if key not in (METHOD, CRITERION):
             words.append(f"{short_key(key, keys)}={value_text(value)}")
     return ", ".join(words)
+
+
+def short_names(labels: Sequence[str]) -> list[str]:
+    """Return the labels of rows without the first word that all rows with several words share."""
+    heads = {label.split(", ")[0] for label in labels if ", " in label}
+    if len(heads) != 1:
+        return list(labels)
+    (head,) = heads
+    return [label.removeprefix(f"{head}, ") for label in labels]
 
 
 def run_names(records: Sequence[Record]) -> list[str]:
