@@ -39,7 +39,7 @@ from switchlora.analysis.tables.formats import shown
 from switchlora.analysis.tables.pareto import FULL, KINDS, kind_of, pareto_figure
 from switchlora.analysis.tables.rows import run_names
 from switchlora.analysis.tables.table import make_table
-from switchlora.analysis.timeline import UPDATE_NORM, read_timeline
+from switchlora.analysis.timeline import UPDATE_NORM, Change, read_timeline
 from switchlora.run.messages import memory_table
 from switchlora.storage import find_records, read_record
 
@@ -218,6 +218,9 @@ def test_the_common_full_phase_is_drawn_once_and_grey():
     assert svg.split('id="x-trunk-0"')[1].split("</g>")[0].count("var(--trunk)") > 0
     own = svg.split('id="x-g1-1"')[1].split("</g>")[0]
     assert len(re.findall(r"[ML] ", own)) == 3, "it begins where the common phase ends"
+    switched = [Change("switch", 25)]
+    twins = [Curve(group, updates, [1.0, 2.0, 3.0, 4.0], switched) for group in (0, 1)]
+    assert [curve.shared_until for curve in with_common_phases(twins)] == [25, 25]
 
 
 def test_the_difference_to_full_training_is_in_points_and_fills_its_axis(tmp_path):

@@ -52,6 +52,14 @@ from switchlora.storage import is_run, read_events, read_record, warn
 
 UNMEASURED = "#eeeeee"
 RULE = "#000000"
+CROSSING: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 5,
+    "markeredgecolor": "black",
+    "markeredgewidth": 0.6,
+    "zorder": 3,
+}
+"""the dot where a target crosses the rule's line"""
 SMOOTHED_OVER = 15  # the smoothed training loss is a mean over this part of a run's logged losses
 FULL_LINE: dict[str, Any] = {"color": "#000000", "linestyle": (0, (5, 2)), "linewidth": 1.2}
 """how full training is drawn beside a run"""
@@ -139,10 +147,8 @@ def _mark_crossing(axis: Axes, line: Line2D, fraction: float) -> None:
     updates, shares = np.asarray(line.get_data(orig=True), dtype=float)
     place = crossing(shares, fraction)
     if place is not None:
-        dot = {"markersize": 5, "markeredgecolor": "black", "markeredgewidth": 0.6, "zorder": 3}
-        axis.plot(
-            updates[place], shares[place], "o", color=line.get_color(), gid="crossing", **dot
-        )
+        color = line.get_color()
+        axis.plot(updates[place], shares[place], color=color, gid="crossing", **CROSSING)
 
 
 def small_multiples(

@@ -39,6 +39,7 @@ SVG_STYLE: dict[Any, Any] = {
     "font.size": 10,
 }
 MARGINS = {"left": 0.13, "right": 0.97, "bottom": 0.21, "top": 0.95}
+SWITCHES = ("switch", "stage")
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 MARKER: dict[str, Any] = {
     "zorder": 5,
@@ -164,13 +165,17 @@ def late_limits(curves: Sequence[Curve]) -> Limits | None:
 
 
 def with_common_phases(curves: Sequence[Curve]) -> list[Curve]:
-    """Return the curves, each with the update until which one of another group is the same."""
+    """Return the curves, each with the update until which one of another group is the same.
+
+    What comes after a run's first switch is its own, even when another run does the same.
+    """
     found = []
     for curve in curves:
         others = [other for other in curves if other.group != curve.group]
         count = max((common_points(curve, other) for other in others), default=0)
         until = curve.updates[count - 1] if count else -math.inf
-        found.append(replace(curve, shared_until=until))
+        switches = [change.num_updates for change in curve.changes if change.kind in SWITCHES]
+        found.append(replace(curve, shared_until=min([until, *switches])))
     return found
 
 
@@ -279,7 +284,8 @@ def _draw(axis: Axes, curve: Curve, gid: str) -> None:
     color, dash = STYLES[curve.group % len(STYLES)]
     lengths = list(map(float, dash.split()))
     dashes = (0, lengths) if lengths else "solid"
-    own = np.asarray(curve.updates) >= curve.shared_until
+    common = np.count_nonzero(np.asarray(curve.updates) <= curve.shared_until)
+    own = slice(max(common - 1, 0), None)
     updates, values = np.asarray(curve.updates)[own], np.asarray(curve.values)[own]
     axis.plot(updates, values, color=color, linestyle=dashes, linewidth=1.3, gid=gid)
     if len(curve.updates):

@@ -262,7 +262,7 @@ def place_names(
     taken = [_box(axes, line).padded(half) for line in lines]
     for row, name in zip(rows, names, strict=True):
         point = _point(row)
-        look = {"fontsize": 8, "color": KINDS[kind_of(row)]["color"]}
+        look: dict[str, Any] = {"fontsize": 8, "color": KINDS[kind_of(row)]["color"]}
         note = axes.annotate(name, point, (0, 0), textcoords="offset points", **look)
         size = np.asarray(note.get_window_extent().size)
         pixel = axes.transData.transform(point)
