@@ -51,10 +51,10 @@ from switchlora.analysis.page.parts import (
     status,
     switch_of,
 )
-from switchlora.analysis.tables.columns import Cell
+from switchlora.analysis.tables.columns import Cell, Column
 from switchlora.analysis.tables.formats import grouped, shown
 from switchlora.analysis.tables.pareto import draw_pareto
-from switchlora.analysis.tables.rows import Table, run_names
+from switchlora.analysis.tables.rows import Row, Table, run_names
 from switchlora.analysis.tables.systems import transitions
 from switchlora.analysis.tables.table import make_table
 from switchlora.storage import Record, find_records
@@ -109,8 +109,7 @@ def content(sweep: Path) -> dict[str, Any]:
         "page_colors": PAGE,
         "problems": problems(sweep, records),
         "table": table,
-        "parts": grouped(table.columns),
-        "rows": _cells(table),
+        "parts": _parts(table),
         "pareto": _pareto(table),
         "legend": group_swatches(_labels(records, table, groups, names)),
         "charts": _charts(records, groups, table.references),
@@ -129,17 +128,23 @@ def title(sweep: Path) -> str:
     return sweep.parent.name if sweep.name == "sweep" else sweep.name
 
 
-def _cells(table: Table) -> list[tuple[str, Texts]]:
-    """Return the label of each row with the text and the sort value of its cells."""
-    rows = []
-    for row in table.rows:
-        cells = []
-        for _, columns in grouped(table.columns):
-            for column in columns:
-                cell = row.cells.get(column.key)
-                cells.append((shown(cell, column), _sort_value(cell)))
-        rows.append((row.label, cells))
-    return rows
+def _parts(table: Table) -> list[tuple[str, list[Column], list[tuple[str, Texts]]]]:
+    """Return the parts of a table: name, columns, and the label of each row with its cells."""
+    parts = []
+    if table.rows:
+        for name, columns in grouped(table.columns):
+            rows = [(row.label, _cells(row, columns)) for row in table.rows]
+            parts.append((name, columns, rows))
+    return parts
+
+
+def _cells(row: Row, columns: Sequence[Column]) -> Texts:
+    """Return the text and the sort value of a row's cells."""
+    cells = []
+    for column in columns:
+        cell = row.cells.get(column.key)
+        cells.append((shown(cell, column), _sort_value(cell)))
+    return cells
 
 
 def _sort_value(cell: Cell | None) -> str:
