@@ -46,7 +46,7 @@ def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
     for axis in (way, end):
         tidy_logarithms(axis)
         axis.set_xlabel("training FLOPs", fontsize=9)
-    end.legend(fontsize=8, frameon=False)
+    end.legend(fontsize=8, frameon=False, loc="lower left")
     way.set_ylabel("loss, nats", fontsize=9)
     return figure
 
