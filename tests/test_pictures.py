@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -480,8 +481,6 @@ def test_every_picture_can_be_png_pdf_and_svg_with_the_same_bytes_again(tmp_path
 def test_each_command_that_draws_refuses_an_unknown_format_in_one_line(
     command, monkeypatch, capsys
 ):
-    from importlib import import_module
-
     main = import_module(f"switchlora.analysis.{command}").main
     monkeypatch.setattr("sys.argv", ["x", "run", "--out", "o", "--formats", "gif"])
     with pytest.raises(SystemExit):

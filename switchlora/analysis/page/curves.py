@@ -135,8 +135,8 @@ def difference_curve(record: Record, references: Sequence[Record], group: int) -
     """
     mine = _top1_by_update(record)
     theirs = list(map(_top1_by_update, references))
-    updates = [update for update in mine if all(update in each for each in theirs)]
-    if not updates or not theirs:
+    updates = sorted(set(mine).intersection(*theirs)) if theirs else []
+    if not updates:
         return None
     values = []
     for update in updates:
