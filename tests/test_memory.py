@@ -4,6 +4,7 @@ import copy
 import gc
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import takewhile
 
 import pytest
 import torch
@@ -99,7 +100,8 @@ def cells_of(said):
     """Cells of the only memory table by the label of their row."""
     before, after = said.split("  memory, MiB")
     assert "SWITCH at" in before and "monitor took" not in before
-    lines = after.splitlines()[1 : 1 + len(MEMORY_PARTS)]
+    lines = list(takewhile(lambda line: "total on" not in line, after.splitlines()[1:]))
+    lines.append(after.splitlines()[1 + len(lines)])
     return {line[2:26].strip(): line[26:].split() for line in lines}
 
 

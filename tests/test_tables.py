@@ -284,7 +284,8 @@ def test_thresholds_that_never_fire_are_the_baseline_where_no_other_is(tmp_path)
         del summary["phases"]["adapter"]
         path.write_text(json.dumps(summary))
     _, rows = table_of(tmp_path)
-    assert rows["fraction=0.6"].cells["speed_ratio"].values == (1.5,)
+    assert list(rows)[0] == "full training"
+    assert rows["update_norm, fraction=0.6"].cells["speed_ratio"].values == (1.5,)
 
 
 def test_seeds_are_compared_with_the_same_seeds_or_with_the_mean(tmp_path):

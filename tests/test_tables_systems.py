@@ -117,9 +117,14 @@ def test_rows_of_which_not_all_seeds_switched_say_so(tmp_path, preset):
     rewrite(run, switch={**fired, "waiting": ["blocks.0.attn.qkv"]})
     run = write_run(tmp_path / "back", "method=back", "switch.dropout=0.2")
     rewrite(run, switch=held, transitions=[change("switch", 30), change("take_back", 60)])
-    notes = table_of(tmp_path, preset)[0].notes
-    assert "lora: 2 of 3 seeds switched; the row counts all." in notes
-    assert "late: 0 of 1 seeds switched; the row counts all." in notes
+    table, rows = table_of(tmp_path, preset)
+    notes = table.notes
+    held = {
+        label: row.cells["not_switched"].mean for label, row in rows.items() if label != "full"
+    }
+    assert held == {"lora": pytest.approx(1 / 3), "late": 1, "part": 0, "back": 0}
+    assert "not_switched" not in rows["full"].cells
+    assert any(note.startswith("Not switched: the share of seeds") for note in notes)
     assert "part: in 1 of 1 seeds some targets train in full to the end." in notes
     assert "back: in 1 of 1 seeds the guard took the switch back." in notes
     assert not any(note.startswith(("full: ", "back: 0", "part: 0")) for note in notes)

@@ -5,15 +5,16 @@ A RUN may be a sweep. The pictures are:
   several runs show their medians.
 - a map of layers by time for each run.
 
-Every picture is a PNG for the screen and a PDF for print, and can be read in grey.
+Every picture is a PNG for the screen and a PDF for print, and can be read in grey. ``--formats``
+chooses others.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,12 +27,14 @@ from switchlora.analysis.figures import (
     family_panels,
     heat_map,
     results_folder,
-    run_labels,
     run_styles,
     statistics_figures,
     window_note,
 )
 from switchlora.analysis.marks import tick
+from switchlora.analysis.output import add_formats, save
+from switchlora.analysis.rule import Rule, rule_of
+from switchlora.analysis.tables.rows import run_names
 from switchlora.analysis.timeline import (
     UPDATE_NORM,
     Timeline,
@@ -51,10 +54,6 @@ LEGEND_COLUMNS = 3
 LAYERS = "lines: median of the layers; bands: quartiles"
 SWITCH = "vertical lines and large markers: switch"
 CHANGES = "large markers: switches; vertical lines: all changes but restarts, which are ticks"
-FORMATS: dict[str, dict[str, Any]] = {
-    "png": {"dpi": 150},
-    "pdf": {"metadata": {"CreationDate": None}},
-}
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,8 @@ class Curves:
 
     label: str
     course: Timeline
+    rule: Rule | None = None
+    """of its criterion, when that judges update norms"""
 
 
 def main() -> None:
@@ -70,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, help="curves/ in the run or sweep by default")
+    add_formats(parser, "png,pdf")
     options = parser.parse_args()
     folder = options.out or results_folder(options.runs, "curves")
     written = []
@@ -78,7 +80,7 @@ def main() -> None:
             find_records(options.runs, warn, lambda record: read_curves([record]))
         )
         for name, figure in draw(runs).items():
-            written += save(figure, folder, name)
+            written += save(figure, folder, name, options.formats)
     except USER_ERRORS as error:
         sys.exit(f"curves: {one_line(error)}")
     if silent:
@@ -91,13 +93,13 @@ def read_curves(records: Sequence[Record]) -> tuple[list[Curves], list[str]]:
 
     Raise ValueError when no run measured anything, or when the runs trained different models.
     """
-    labels = run_labels([record.folder for record in records])
+    labels = run_names(records)
     measured: list[tuple[Curves, Record]] = []
     silent = []
     for label, record in zip(labels, records, strict=True):
         course = read_timeline(list(record.events()))
         if course.windows:
-            measured.append((Curves(label, course), record))
+            measured.append((Curves(label, course, rule_of(record.config)), record))
         else:
             silent.append(label)
     if not measured:
@@ -139,14 +141,14 @@ def draw(runs: Sequence[Curves]) -> dict[str, Figure]:
     Raise ValueError for more than ``MOST_RUNS`` runs.
     """
     if len(runs) == 1:
-        return statistics_figures(runs[0].course)
+        return statistics_figures(runs[0].course, runs[0].rule)
     if len(runs) > MOST_RUNS:
         raise ValueError(f"{len(runs)} runs cannot be told apart: give at most {MOST_RUNS}")
     pictures = {}
     for name, (key, label, unit) in STATISTICS.items():
         pictures[name] = overlay(runs, key, label, unit)
     for run in runs:
-        name = run.label.replace("/", "-")
+        name = re.sub(r"[^\w.=+-]+", "-", run.label)
         pictures[f"update_norm_map-{name}"] = heat_map(run.course, UPDATE_NORM)
     return pictures
 
@@ -244,14 +246,3 @@ def quartiles(values: np.ndarray) -> np.ndarray:
     seen = np.isfinite(values).any(axis=1)
     found[:, seen] = np.nanpercentile(values[seen], QUARTILES, axis=1)
     return found
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure in each format, and return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for ending, options in FORMATS.items():
-        path = folder / f"{name}.{ending}"
-        figure.savefig(path, **options)
-        paths.append(path)
-    return paths

@@ -17,7 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from switchlora.analysis.counterparts import Counterpart, find_counterparts
 from switchlora.analysis.marks import (
     BLUE,
     GREY,
@@ -30,6 +32,8 @@ from switchlora.analysis.marks import (
     shade,
     tick,
 )
+from switchlora.analysis.output import add_formats, save
+from switchlora.analysis.rule import Rule, crossing, over_own_peak, rule_of
 from switchlora.analysis.timeline import (
     UPDATE_NORM,
     Event,
@@ -44,9 +48,23 @@ from switchlora.analysis.timeline import (
 from switchlora.errors import ODD
 from switchlora.names import family
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import read_events, warn
+from switchlora.storage import is_run, read_events, read_record, warn
 
 UNMEASURED = "#eeeeee"
+RULE = "#000000"
+CROSSING: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 5,
+    "markeredgecolor": "black",
+    "markeredgewidth": 0.6,
+    "zorder": 3,
+}
+"""the dot where a target crosses the rule's line"""
+SMOOTHED_OVER = 15  # the smoothed training loss is a mean over this part of a run's logged losses
+FULL_LINE: dict[str, Any] = {"color": "#000000", "linestyle": (0, (5, 2)), "linewidth": 1.2}
+"""how full training is drawn beside a run"""
+LATE_MARGIN = 0.03  # share of a run before its later part that is shown too
+SHORTENED_DASHES = ((0, (1, 1.2)), (0, (4, 1, 1, 1)), (0, (2, 2)))
 RUN_COLORS = (BLUE, ORANGE, "#000000", "#cc79a7", "#009e73", "#e69f00", "#56b4e9")
 """the colour-blind-safe palette of Okabe and Ito"""
 RUN_DASHES = ("-", "--", "-.", (0, (1, 1.2)))
@@ -65,51 +83,88 @@ Points = tuple[list[int], list[float]]
 """updates and values"""
 
 
-def draw_figures(folder: Path) -> list[Path]:
-    """Draw the measurements of the run in ``folder`` into ``folder/figures``; return the files."""
+def draw_figures(folder: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draw the measurements of the run in ``folder`` into ``folder/figures``; return the files.
+
+    Full training of the same setting is drawn beside it where such a run is found.
+    """
     events = list(read_events(folder))
-    pictures = layer_figures(events)
+    rule = rule_of(read_record(folder).config) if is_run(folder) else None
+    pictures = layer_figures(events, rule)
     kinds = {event["event"] for event in events}
     if "train" in kinds or "eval" in kinds:
-        pictures["training"] = training_curves(events)
+        pictures["training"] = training_curves(events, find_counterparts(folder))
     paths = []
     for name, figure in pictures.items():
-        path = folder / "figures" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=150)
-        paths.append(path)
+        paths += save(figure, folder / "figures", name, formats)
     return paths
 
 
-def layer_figures(events: Sequence[Event]) -> dict[str, Figure]:
+def layer_figures(events: Sequence[Event], rule: Rule | None = None) -> dict[str, Figure]:
     """Return, by name, the pictures of the monitor's measurements of each layer.
 
     The dictionary is empty when nothing was measured.
     """
     course = read_timeline(events)
-    return statistics_figures(course) if course.windows else {}
+    return statistics_figures(course, rule) if course.windows else {}
 
 
-def statistics_figures(course: Timeline) -> dict[str, Figure]:
-    """Return, by name, a picture of each statistic and the map of layers by time."""
+def statistics_figures(course: Timeline, rule: Rule | None = None) -> dict[str, Figure]:
+    """Return, by name, a picture of each statistic and the map of layers by time.
+
+    With the ``rule`` of a criterion, update norms are drawn as it judges them.
+    """
     pictures = {}
     for name, (key, label, unit) in STATISTICS.items():
         pictures[name] = small_multiples(course, key, label, unit)
+    if rule is not None:
+        pictures["update_norms"] = judged_norms(course, rule)
     pictures["update_norm_map"] = heat_map(course, UPDATE_NORM)
     return pictures
 
 
-def small_multiples(course: Timeline, key: str, label: str, unit: float = 1.0) -> Figure:
+def judged_norms(course: Timeline, rule: Rule) -> Figure:
+    """Draw update norms over their own peaks, the rule's line, and where each target crosses it.
+
+    A dot is where a target goes to the line or under it and stays there.
+    """
+    label = "update norm / its own peak so far"
+    figure = small_multiples(course, UPDATE_NORM, label, by_peak=True)
+    told = f"at or under {rule.fraction:g} of the own peak for {rule.patience} windows"
+    families = by_family(measured_targets(course, UPDATE_NORM))
+    for members, axis in zip(families.values(), figure.axes, strict=False):
+        for line in axis.get_lines()[: len(members)]:
+            _mark_crossing(axis, line, rule.fraction)
+        axis.axhline(rule.fraction, color=RULE, linewidth=1.1, zorder=2.5)
+    figure.axes[0].set_ylim(0, 1.05)
+    meaning = f"line: {told}; dots: a target comes to it and stays"
+    figure.supxlabel(f"{figure.get_supxlabel()}\n{meaning}", fontsize=9)
+    return figure
+
+
+def _mark_crossing(axis: Axes, line: Line2D, fraction: float) -> None:
+    """Draw a dot on the ``line`` where it goes under ``fraction`` for good."""
+    updates, shares = np.asarray(line.get_data(orig=True), dtype=float)
+    place = crossing(shares, fraction)
+    if place is not None:
+        color = line.get_color()
+        axis.plot(updates[place], shares[place], color=color, gid="crossing", **CROSSING)
+
+
+def small_multiples(
+    course: Timeline, key: str, label: str, unit: float = 1.0, by_peak: bool = False
+) -> Figure:
     """Draw one panel per family with a line per layer.
 
     The line of the first block is dark, that of the last block is light. A line ends where its
-    layer switches, unless the layer is measured between restarts.
+    layer switches, unless the layer is measured between restarts. ``by_peak`` divides each value
+    by the largest of its layer so far.
     """
     names = measured_targets(course, key)
     families = by_family(names)
     figure, axes = family_panels(list(families))
     for members, axis in zip(families.values(), axes.flat, strict=False):
-        _draw_layers(axis, course, key, members, unit)
+        _draw_layers(axis, course, key, members, unit, by_peak)
         _mark(axis, course)
     if not course.ends_at_switch:
         handles = keys(course, course.last_measured)
@@ -122,12 +177,14 @@ def small_multiples(course: Timeline, key: str, label: str, unit: float = 1.0) -
 
 
 def _draw_layers(
-    axis: Axes, course: Timeline, key: str, members: Sequence[str], unit: float
+    axis: Axes, course: Timeline, key: str, members: Sequence[str], unit: float, by_peak: bool
 ) -> None:
     shades = colormaps["viridis"]
     last = max(len(members) - 1, 1)
     for place, member in enumerate(members):
         updates, values = series(course.windows, [f"{key}/{member}"], unit)
+        if by_peak:
+            values = over_own_peak(values)
         color = shades(0.9 * place / last)
         axis.plot(updates, values[:, 0], color=color, linewidth=1.4)
 
@@ -189,10 +246,10 @@ def results_folder(runs: Sequence[Path], name: str) -> Path:
 
 
 def heat_map(course: Timeline, key: str) -> Figure:
-    """Draw a map of layers by time: each target's relative update norm, and where it switched."""
+    """Draw a map of layers by time: each target's norm over its own largest, and its switch."""
     names = sorted(measured_targets(course, key), key=_family_and_depth)
     columns = [f"{key}/{name}" for name in names]
-    updates, values = series(course.windows, columns, 100)
+    updates, values = series(course.windows, columns)
     height = 1.2 + 0.16 * len(names)
     figure = Figure(figsize=(7.2, height), layout="constrained")
     axis = figure.subplots()
@@ -202,8 +259,9 @@ def heat_map(course: Timeline, key: str) -> Figure:
     mesh = axis.pcolormesh(
         edges,
         rows,
-        values.T,
+        over_largest(values).T,
         vmin=0,
+        vmax=1,
         cmap="viridis",
         rasterized=True,
     )
@@ -211,8 +269,14 @@ def heat_map(course: Timeline, key: str) -> Figure:
     axis.set_ylim(len(names), 0)
     axis.set_xlabel("optimizer updates")
     axis.set_title(_mark_map(axis, course, names), fontsize=10)
-    figure.colorbar(mesh, label="relative update norm, %")
+    figure.colorbar(mesh, label="update norm / its largest in the row")
     return figure
+
+
+def over_largest(values: np.ndarray) -> np.ndarray:
+    """Return values (windows, targets) over the largest of each target; NaN stays."""
+    largest = np.fmax.reduce(values, axis=0)
+    return values / np.where(largest > 0, largest, np.nan)
 
 
 def _family_and_depth(name: str) -> tuple[str, list[int]]:
@@ -252,22 +316,85 @@ def _mark_other_changes(axis: Axes, course: Timeline) -> list[str]:
     return told
 
 
-def training_curves(events: Sequence[Event]) -> Figure:
-    """Draw train and validation loss, and top1, with the phases shaded."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+def training_curves(events: Sequence[Event], beside: Sequence[Counterpart] = ()) -> Figure:
+    """Draw train and validation loss, and top1, with the phases shaded.
+
+    The training loss is smoothed, and its logged values lie behind it. The axis of top1 shows the
+    later part of training, where small differences matter. Full training ``beside`` it is drawn in
+    black.
+    """
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     loss, top1 = figure.subplots(1, 2)
-    updates, losses = _points(events, "train", "train/loss")
-    loss.plot(updates, losses, color=GREY, linewidth=0.6, label="train")
+    _draw_train_loss(loss, _points(events, "train", "train/loss"))
     _draw_validation(loss, _points(events, "eval", "val/loss"))
     _draw_validation(top1, _points(events, "eval", "val/top1"))
     averaged = _points(events, "eval", "val/ema_top1")
     if averaged[0]:
         _draw_validation(top1, averaged, ORANGE, "validation, EMA")
+    _draw_counterparts(loss, beside, "val/loss")
+    _draw_counterparts(top1, beside, "val/top1")
     course = read_timeline(events)
     last = max(event["num_updates"] for event in events)
     _finish_panel(loss, "loss", course, last)
     _finish_panel(top1, "top1, %", course, last)
+    _focus(top1, course, last)
     return figure
+
+
+def _draw_train_loss(axis: Axes, points: Points) -> None:
+    """Draw the logged training losses faintly, and their running mean."""
+    updates, losses = points
+    axis.plot(updates, losses, color=GREY, linewidth=0.5, alpha=0.4)
+    axis.plot(updates, smoothed(losses), color=GREY, linewidth=1.2, label="train, smoothed")
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Return the running mean over a part of the values; at the ends over what is there.
+
+    Values that are not finite are left out of the means.
+    """
+    found = np.asarray(values, dtype=float)
+    half = len(found) // (2 * SMOOTHED_OVER)
+    means = np.full(len(found), math.nan)
+    for place in range(len(found)):
+        near = found[max(place - half, 0) : place + half + 1]
+        finite = near[np.isfinite(near)]
+        if finite.size:
+            means[place] = finite.mean()
+    return means
+
+
+def _draw_counterparts(axis: Axes, beside: Sequence[Counterpart], key: str) -> None:
+    """Draw the validations of full training and of shortened full training."""
+    dashes = cycle(SHORTENED_DASHES)
+    for counterpart in beside:
+        updates, values = counterpart.points(key)
+        look = {**FULL_LINE, "label": counterpart.label}
+        if counterpart.shortened:
+            look |= {"linestyle": next(dashes), "color": GREY}
+        if len(updates) == 1:
+            look |= {"linestyle": "", "marker": "D", "markersize": 5, "clip_on": False}
+        axis.plot(updates, values, zorder=2.2, **look)
+
+
+def _focus(axis: Axes, course: Timeline, last: int) -> None:
+    """Limit both axes to the later part of training.
+
+    That is from half of the run on, or from the switch on when that comes earlier, but never the
+    first quarter.
+    """
+    begin = last / 2 if course.switch is None else min(last / 2, course.switch)
+    begin = max(begin, last / 4)
+    late: list[float] = []
+    for line in axis.get_lines():
+        updates, values = np.asarray(line.get_data(orig=True), dtype=float)
+        if line.get_transform() == axis.transData:
+            late += values[(updates >= begin) & np.isfinite(values)].tolist()
+    if late and min(late) < max(late):
+        margin = 0.12 * (max(late) - min(late))
+        axis.set_ylim(min(late) - margin, max(late) + margin)
+        axis.set_xlim(begin - LATE_MARGIN * last, last)
+        axis.set_title(f"{axis.get_title()}, later part of training", fontsize=10)
 
 
 def _points(events: Sequence[Event], kind: str, key: str) -> Points:
@@ -296,7 +423,7 @@ def _finish_panel(axis: Axes, title: str, course: Timeline, last: int) -> None:
     axis.set_title(title, fontsize=10)
     handles, _ = axis.get_legend_handles_labels()
     handles += restart_key(course.changes, last)
-    axis.legend(handles=handles, fontsize=8, framealpha=1, edgecolor="none")
+    axis.legend(handles=handles, fontsize=7, framealpha=0.85, edgecolor="none")
     tidy(axis)
 
 
@@ -328,11 +455,13 @@ def main() -> None:
     """Draw the pictures of each run into its ``figures`` folder and print the files."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    for folder in parser.parse_args().runs:
+    add_formats(parser)
+    options = parser.parse_args()
+    for folder in options.runs:
         if not (folder / "metrics.jsonl").is_file():
             sys.exit(f"{folder} holds no metrics.jsonl: give the folder of a run")
         try:
-            written = draw_figures(folder)
+            written = draw_figures(folder, options.formats)
         except (*USER_ERRORS, *ODD) as error:
             warn(f"left out: {folder}: {one_line(error)}")
             continue

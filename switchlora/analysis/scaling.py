@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from switchlora.analysis.output import add_formats, save
 from switchlora.analysis.scaling_fit import LEAST_RUNS, PowerLaw, fit_power_law, verdict
 from switchlora.analysis.scaling_picture import draw
 from switchlora.process import USER_ERRORS, one_line
@@ -47,18 +48,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, required=True)
+    add_formats(parser)
     options = parser.parse_args()
     try:
         records = find_records(options.runs, warn, attempt)
         points = read_points(records)
         laws = fit(points)
-        write(points, laws, options.out)
+        write(points, laws, options.out, options.formats)
     except USER_ERRORS as error:
         sys.exit(f"scaling: {one_line(error)}")
     if len(points) < len(records):
         print(f"left out, since they have not finished: {len(records) - len(points)} run(s)")
     print("\n".join(sentences(laws)))
-    print(f"written to {options.out}: scaling.json scaling.md scaling.png")
+    pictures = " ".join(f"scaling.{ending}" for ending in options.formats)
+    print(f"written to {options.out}: scaling.json scaling.md {pictures}")
 
 
 def attempt(record: Record) -> None:
@@ -194,8 +197,10 @@ def sentences(laws: Laws) -> list[str]:
     return found or ["There are no low-rank runs to compare with."]
 
 
-def write(points: Sequence[Point], laws: Laws, folder: Path) -> None:
-    """Write scaling.json, scaling.md and scaling.png into ``folder``."""
+def write(
+    points: Sequence[Point], laws: Laws, folder: Path, formats: Sequence[str] = ("png",)
+) -> None:
+    """Write scaling.json, scaling.md and the picture into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {
         "fits": {label: asdict(law) for label, law in laws.items()},
@@ -205,7 +210,7 @@ def write(points: Sequence[Point], laws: Laws, folder: Path) -> None:
     (folder / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
     text = "\n".join(report(points, laws))
     (folder / "scaling.md").write_text(text + "\n")
-    draw(points, laws).savefig(folder / "scaling.png", dpi=150)
+    save(draw(points, laws), folder, "scaling", formats)
 
 
 def report(points: Sequence[Point], laws: Laws) -> list[str]:

@@ -31,6 +31,18 @@ class PowerLaw:
         """Standard error of the exponent."""
         return (self.high - self.low) / 2 / quantile(self.runs - 2)
 
+    def band(self, at: np.ndarray, flops: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the 95 % interval of the fitted loss ``at`` FLOPs; it was fitted to ``flops``.
+
+        It is the confidence band of the line through (log C, log L).
+        """
+        logs = np.log(flops)
+        spread = np.sum((logs - logs.mean()) ** 2)
+        away = (np.log(at) - logs.mean()) ** 2
+        stderr = self.stderr * np.sqrt(spread / self.runs + away)
+        factor = np.exp(quantile(self.runs - 2) * stderr)
+        return self(at) / factor, self(at) * factor
+
     def steeper_by(self, other: "PowerLaw") -> tuple[float, float, float]:
         """Return how much larger its exponent is than the ``other``'s, with a 95 % interval.
 

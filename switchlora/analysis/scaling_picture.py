@@ -7,11 +7,19 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    ScalarFormatter,
+)
 
 from switchlora.analysis.figures import Style, run_styles, tidy
 from switchlora.analysis.scaling_fit import PowerLaw
 
+BAND_POINTS = 50
+FEW_DECADES = 20  # up to this ratio of the ends, an axis has labels at many steps
 SHOWN_FROM = 0.1  # share of a run; earlier losses, of the warm-up, would flatten the rest
 
 
@@ -19,7 +27,8 @@ def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
     """Draw two panels with logarithmic axes.
 
     - Left: training losses during training. A line is the mean of the runs of one width.
-    - Right: validation losses at the end. A marker is a run, a line is the fit.
+    - Right: validation losses at the end. A marker is a run, a line is the fit, a band its 95 %
+      interval.
 
     ``points`` are ``scaling.Point`` objects.
     """
@@ -37,7 +46,7 @@ def draw(points: Sequence[Any], laws: Mapping[str, PowerLaw]) -> Figure:
     for axis in (way, end):
         tidy_logarithms(axis)
         axis.set_xlabel("training FLOPs", fontsize=9)
-    end.legend(fontsize=8, frameon=False)
+    end.legend(fontsize=8, frameon=False, loc="lower left")
     way.set_ylabel("loss, nats", fontsize=9)
     return figure
 
@@ -64,7 +73,9 @@ def draw_ends(axis: Axes, members: Sequence[Any], label: str, law: PowerLaw, sty
     axis.plot(flops, losses, style["marker"], color=style["color"], **open_marker)
     interval = f"[{law.low:.3f}, {law.high:.3f}]"
     told = f"{label}: b = {law.exponent:.3f} {interval}, n = {law.runs}"
-    ends = np.geomspace(min(flops), max(flops), 2)
+    ends = np.geomspace(min(flops), max(flops), BAND_POINTS)
+    low, high = law.band(ends, flops)
+    axis.fill_between(ends, low, high, color=style["color"], alpha=0.15, linewidth=0)
     # without markers, but for the one in the legend
     axis.plot(
         ends,
@@ -77,15 +88,24 @@ def draw_ends(axis: Axes, members: Sequence[Any], label: str, law: PowerLaw, sty
 
 
 def tidy_logarithms(axis: Axes) -> None:
-    """Make both axes logarithmic, with plain numbers for the loss.
+    """Make both axes logarithmic, with labels at several steps of each decade of FLOPs.
 
-    The loss spans less than a decade, so powers of ten would be too few labels.
+    About a decade has more of them than several decades. The loss spans less than a decade, so it
+    has plain numbers at even steps.
     """
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.xaxis.set_major_locator(LogLocator(numticks=6))
-    axis.yaxis.set_major_locator(MaxNLocator(6))
+    low, high = axis.get_xlim()
+    steps = (1, 2, 3, 4, 6, 8) if high / low < FEW_DECADES else (1, 2, 5)
+    axis.xaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
+    axis.xaxis.set_major_formatter(FuncFormatter(flops_text))
+    axis.yaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 2.5, 5, 10]))
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.minorticks_off()
     tidy(axis)
+
+
+def flops_text(flops: float, _: int | None = None) -> str:
+    """Return FLOPs as on a label: 2e+12 is '2e12'."""
+    return f"{flops:.0e}".replace("e+", "e")

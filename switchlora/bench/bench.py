@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from switchlora.adapters import DEFAULT_TARGETS, count_parameters, find_targets
+from switchlora.analysis.output import add_formats, save
 from switchlora.bench.arms import (
     ARMS,
     ON_DEMAND,
@@ -104,6 +105,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--fit", type=float, metavar="GIB", help="the largest batch that full training fits there")
     add("--out", type=Path, default=Path("runs/bench"))
     add("--against", type=Path, help="bench.json of an earlier run to compare with")
+    add_formats(parser)
     options = parser.parse_args(words)
     options.model = options.model or ["vit_small_patch16_224"]
     return options
@@ -129,7 +131,7 @@ def bench(options: argparse.Namespace) -> None:
             measure(cell, options, result)
         finally:
             if distributed.is_primary() and worth_keeping(result, options):
-                keep(result, options.out)
+                keep(result, options.out, options.formats)
         release_memory(device)
 
 
@@ -391,11 +393,11 @@ def worth_keeping(result: Result, options: argparse.Namespace) -> bool:
     return any(wanted & set(arm) for arm in result["arms"].values())
 
 
-def keep(result: Result, folder: Path) -> None:
+def keep(result: Result, folder: Path, formats: Sequence[str]) -> None:
     """Add the result to those in ``folder``, redraw the picture, and print the new result."""
     picture = draw(append(folder, result))
     if picture is not None:
-        picture.savefig(folder / PICTURE, dpi=150)
+        save(picture, folder, PICTURE, formats)
     paragraphs = [*tables(result), *result.get("against", []), f"written to {folder}", ""]
     say("\n\n".join(paragraphs))
 

@@ -12,7 +12,7 @@ from switchlora.bench.arms import ARMS, ON_DEMAND
 from switchlora.bench.memory import MIB
 from switchlora.bench.report import Result, predicted_ratio, ratio_to
 
-PICTURE = "bench.png"
+PICTURE = "bench"
 RANKLESS = {"full": "full", "frozen": "frozen limit"}
 """labels of the arms without a rank"""
 COLORS = {"full": "#999999", "adapter": "#56b4e9", "peft": "#e69f00", "frozen": "#eeeeee"}

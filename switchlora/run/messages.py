@@ -26,6 +26,10 @@ MEMORY_PARTS = {
 }
 
 
+NOTHING = f"{0:,.2f}"
+"""MiB of a part that holds nothing"""
+
+
 def switch_metrics(report: SwitchReport, verdict: Verdict) -> dict[str, Any]:
     """Return the keys and values of the 'switch' event."""
     metrics: dict[str, Any] = {
@@ -240,8 +244,9 @@ def memory_table(
 ) -> list[str]:
     """Return a table of the MiB of each part in the full phase and in the latest phase.
 
-    A '-' stands for an unknown value. ``devices`` has two names: ``model``, the device whose total
-    is shown, and ``reference``, the device of the monitor's reference weights.
+    A '-' stands for an unknown value. A part that holds nothing has no row. ``devices`` has two
+    names: ``model``, the device whose total is shown, and ``reference``, the device of the
+    monitor's reference weights.
     """
     later = next((phase for phase in LATER_PHASES if phase in memory), "adapter")
     columns = []
@@ -253,6 +258,8 @@ def memory_table(
     for part, label in MEMORY_PARTS.items():
         sizes = [column.get(part) for column in columns]
         cells = ["-" if size is None else f"{size / 2**20:,.2f}" for size in sizes]
+        if part != "total" and NOTHING in cells and not set(cells) - {NOTHING, "-"}:
+            continue
         full, _, adapter, _ = sizes
         cells.append(f"{adapter / full:.2f}" if full and adapter is not None else "-")
         lines.append(_memory_row(label.format(**devices), cells))

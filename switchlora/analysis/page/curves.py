@@ -16,12 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from switchlora.analysis.figures import STATISTICS
+from switchlora.analysis.page.colors import COLORS, PAGE_COLORS, TRUNK
 from switchlora.analysis.timeline import Change, measured_targets, number, read_timeline, series
 from switchlora.names import family
 from switchlora.storage import Record
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")
-"""the colour-blind-safe palette of Okabe and Ito; black becomes the page's text colour"""
 DASHES = ("", "6 2", "1.5 1.5", "7 2 1.5 2")
 STYLES = [(color, dash) for dash, color in product(DASHES, COLORS)]
 """colour and SVG dashes of each group of runs"""
@@ -32,17 +31,15 @@ HEADINGS = {
 }
 """by statistic, the heading of its charts"""
 VALIDATION = {"val/top1": "Validation top1, %", "val/loss": "Validation loss"}
+DIFFERENCE = "Top1, difference to full training, points"
 MOST_POINTS = 240  # on a curve, so that the page stays small
-PAGE_COLORS = {
-    **dict.fromkeys(("#000000", "#111111", "#555555"), "currentColor"),
-    "#ffffff": "var(--card)",
-}
 SVG_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "switchlora",
     "font.size": 10,
 }
 MARGINS = {"left": 0.13, "right": 0.97, "bottom": 0.21, "top": 0.95}
+SWITCHES = ("switch", "stage")
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 MARKER: dict[str, Any] = {
     "zorder": 5,
@@ -70,6 +67,8 @@ class Curve:
     updates: Sequence[float] | np.ndarray
     values: Sequence[float] | np.ndarray
     changes: Sequence[Change] = ()
+    shared_until: float = -math.inf
+    """the last update until which a run of another group has the same values"""
 
     def thinned(self) -> "Curve":
         """Return the curve with at most ``MOST_POINTS`` finite points, including both ends."""
@@ -129,18 +128,90 @@ def validation_curves(record: Record, group: int) -> dict[str, Curve]:
     return curves
 
 
-def panel(curves: Sequence[Curve], name: str, description: str, limits: Limits | None) -> Markup:
+def difference_curve(record: Record, references: Sequence[Record], group: int) -> Curve | None:
+    """Return top1 minus the mean of the ``references``, at the updates at which all have one.
+
+    Return None when there are no such updates.
+    """
+    mine = _top1_by_update(record)
+    theirs = list(map(_top1_by_update, references))
+    updates = sorted(set(mine).intersection(*theirs)) if theirs else []
+    if not updates:
+        return None
+    values = []
+    for update in updates:
+        mean = sum(each[update] for each in theirs) / len(theirs)
+        values.append(mine[update] - mean)
+    return Curve(group, updates, values, read_timeline(list(record.events())).changes)
+
+
+def _top1_by_update(record: Record) -> dict[int, float]:
+    found = {}
+    for event in record.events("eval"):
+        if "val/top1" in event:
+            found[event["num_updates"]] = number(event["val/top1"])
+    return found
+
+
+def late_limits(curves: Sequence[Curve]) -> Limits | None:
+    """Return limits of a y axis that shows 0, and the curves in the second half of the updates."""
+    last = max((curve.updates[-1] for curve in curves if len(curve.updates)), default=0)
+    late = []
+    for curve in curves:
+        updates = np.asarray(curve.updates)
+        values = np.asarray(curve.values, dtype=float)[updates >= last / 2]
+        late.append(replace(curve, values=[0.0, *values]))
+    return shared_limits(late)
+
+
+def with_common_phases(curves: Sequence[Curve]) -> list[Curve]:
+    """Return the curves, each with the update until which one of another group is the same.
+
+    What comes after a run's first switch is its own, even when another run does the same.
+    """
+    found = []
+    for curve in curves:
+        others = [other for other in curves if other.group != curve.group]
+        count = max((common_points(curve, other) for other in others), default=0)
+        until = curve.updates[count - 1] if count else -math.inf
+        switches = [change.num_updates for change in curve.changes if change.kind in SWITCHES]
+        found.append(replace(curve, shared_until=min([until, *switches])))
+    return found
+
+
+def common_points(one: Curve, other: Curve) -> int:
+    """Return how many points at the beginning of two curves are equal."""
+    size = min(len(one.updates), len(other.updates))
+    points = np.array([one.updates[:size], one.values[:size]], dtype=float)
+    others = np.array([other.updates[:size], other.values[:size]], dtype=float)
+    same = ((points == others) | (np.isnan(points) & np.isnan(others))).all(axis=0)
+    return size if same.all() else int(np.argmin(same))
+
+
+def panel(
+    curves: Sequence[Curve],
+    name: str,
+    description: str,
+    limits: Limits | None,
+    zero: bool = False,
+) -> Markup:
     """Draw a chart as inline SVG. Its ids begin with ``name``, which must be unique on the page.
 
-    - A curve is a ``<g>`` whose id ends in ``-g<group>-<number>``.
+    - What runs of several groups have in common is drawn once, in grey: ``-trunk-<number>``.
+    - The rest of a curve is a ``<g>`` whose id ends in ``-g<group>-<number>``.
     - A change on a curve is a marker. Its id is the curve's id followed by ``-<kind>``. From the
       second change of one kind on, a number follows.
 
-    ``limits`` are the limits of the y axis; with None the axis chooses its own.
+    ``limits`` are the limits of the y axis; with None the axis chooses its own. ``zero`` draws a
+    line at 0.
     """
+    curves = with_common_phases(curves)
     with matplotlib.rc_context(SVG_STYLE):
         figure = Figure(figsize=(3.6, 2.3))
         axis = figure.subplots(gridspec_kw=MARGINS)
+        if zero:
+            axis.axhline(0, color="#555555", linewidth=0.8)
+        _draw_common(axis, curves)
         for place, curve in enumerate(curves):
             _draw(axis, curve.thinned(), f"g{curve.group}-{place}")
         axis.set_xlabel("optimizer updates")
@@ -195,11 +266,28 @@ def _with_two_decimals(path: re.Match[str]) -> str:
     return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
 
 
+def _draw_common(axis: Axes, curves: Sequence[Curve]) -> None:
+    """Draw what curves of several groups have in common, each stretch once."""
+    drawn: list[Curve] = []
+    for curve in sorted(curves, key=lambda curve: curve.shared_until, reverse=True):
+        count = int(np.sum(np.asarray(curve.updates) <= curve.shared_until))
+        if not count or any(common_points(curve, other) >= count for other in drawn):
+            continue
+        common = replace(curve, updates=curve.updates[:count], values=curve.values[:count])
+        shown = common.thinned()
+        look: dict[str, Any] = {"color": TRUNK, "linewidth": 1.6, "gid": f"trunk-{len(drawn)}"}
+        axis.plot(shown.updates, shown.values, **look)
+        drawn.append(common)
+
+
 def _draw(axis: Axes, curve: Curve, gid: str) -> None:
     color, dash = STYLES[curve.group % len(STYLES)]
     lengths = list(map(float, dash.split()))
     dashes = (0, lengths) if lengths else "solid"
-    axis.plot(curve.updates, curve.values, color=color, linestyle=dashes, linewidth=1.3, gid=gid)
+    common = np.count_nonzero(np.asarray(curve.updates) <= curve.shared_until)
+    own = slice(max(common - 1, 0), None)
+    updates, values = np.asarray(curve.updates)[own], np.asarray(curve.values)[own]
+    axis.plot(updates, values, color=color, linestyle=dashes, linewidth=1.3, gid=gid)
     if len(curve.updates):
         _mark_changes(axis, curve, color, gid)
 

@@ -1,8 +1,9 @@
 """Write one page for a whole sweep: ``switchlora-runs report SWEEP [--out FILE]``.
 
-The page is a single HTML file that needs no other file, no network and no JavaScript. It has the
-table of ``switchlora-runs tables``, curves, ranks, the settings that differ between the runs, the
-runs that did not finish, and the environment of the runs. The path of the file is printed.
+The page is a single HTML file that needs no other file, no network and no JavaScript. It begins
+with a sentence of result and four numbers. Folded below are the table of ``switchlora-runs
+tables``, curves, ranks, the settings that differ between the runs, the runs that did not finish,
+and the environment of the runs. The path of the file is printed.
 """
 
 import argparse
@@ -18,18 +19,23 @@ import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from switchlora.analysis.page.colors import PAGE
 from switchlora.analysis.page.curves import (
+    DIFFERENCE,
     HEADINGS,
     SVG_STYLE,
     Curve,
     Limits,
     adopted,
+    difference_curve,
     family_medians,
     group_swatches,
+    late_limits,
     panel,
     shared_limits,
     validation_curves,
 )
+from switchlora.analysis.page.headline import sentence, tiles
 from switchlora.analysis.page.parts import (
     NONE,
     Groups,
@@ -45,15 +51,15 @@ from switchlora.analysis.page.parts import (
     status,
     switch_of,
 )
-from switchlora.analysis.tables.columns import Cell
+from switchlora.analysis.tables.columns import Cell, Column
 from switchlora.analysis.tables.formats import grouped, shown
 from switchlora.analysis.tables.pareto import draw_pareto
-from switchlora.analysis.tables.rows import Table
+from switchlora.analysis.tables.rows import Row, Table, run_names
 from switchlora.analysis.tables.systems import transitions
 from switchlora.analysis.tables.table import make_table
 from switchlora.storage import Record, find_records
 
-PAGE = "report.html"
+FILE = "report.html"
 TEMPLATE = "report_page.html"
 Curves = dict[str, list[Curve]]
 """by the title of a chart, the curves of all runs"""
@@ -67,10 +73,10 @@ def main() -> None:
     """Write the page of a sweep and print its path. Exit with one line on a mistake."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sweep", type=Path, help="a folder of run folders")
-    parser.add_argument("--out", type=Path, help=f"the file; default: {PAGE} in the sweep")
+    parser.add_argument("--out", type=Path, help=f"the file; default: {FILE} in the sweep")
     options = parser.parse_args()
     try:
-        out = options.out or options.sweep / PAGE
+        out = options.out or options.sweep / FILE
         print(write_page(options.sweep, out))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
@@ -95,21 +101,22 @@ def content(sweep: Path) -> dict[str, Any]:
     groups = groups_of(records, table)
     keys, settings = differing_settings(records)
     common, differing = provenance(records)
+    names = dict(zip([record.folder for record in records], run_names(records), strict=True))
     return {
         "title": title(sweep.resolve()),
-        "count": len(records),
-        "finished": sum(record.finished for record in records),
+        "sentence": sentence(table),
+        "tiles": tiles(table, records),
+        "page_colors": PAGE,
         "problems": problems(sweep, records),
         "table": table,
-        "parts": grouped(table.columns),
-        "rows": _cells(table),
+        "parts": _parts(table),
         "pareto": _pareto(table),
-        "legend": group_swatches(_labels(records, table, groups)),
-        "charts": _charts(records, groups),
+        "legend": group_swatches(_labels(records, table, groups, names)),
+        "charts": _charts(records, groups, table.references),
         "maps": rank_maps(records),
         "keys": keys,
-        "settings": settings,
-        "runs": [_run(record, differing) for record in records],
+        "settings": [(names[record.folder], values) for record, values in settings],
+        "runs": [_run(record, names[record.folder], differing) for record in records],
         "changes": any(map(_several_changes, records)),
         "common": common,
         "differing": differing,
@@ -121,53 +128,74 @@ def title(sweep: Path) -> str:
     return sweep.parent.name if sweep.name == "sweep" else sweep.name
 
 
-def _cells(table: Table) -> list[tuple[str, Texts]]:
-    """Return the label of each row with the text and the sort value of its cells."""
-    rows = []
-    for row in table.rows:
-        cells = []
-        for _, columns in grouped(table.columns):
-            for column in columns:
-                cell = row.cells.get(column.key)
-                cells.append((shown(cell, column), _sort_value(cell)))
-        rows.append((row.label, cells))
-    return rows
+def _parts(table: Table) -> list[tuple[str, list[Column], list[tuple[str, Texts]]]]:
+    """Return the parts of a table: name, columns, and the label of each row with its cells."""
+    parts = []
+    if table.rows:
+        for name, columns in grouped(table.columns):
+            rows = [(row.label, _cells(row, columns)) for row in table.rows]
+            parts.append((name, columns, rows))
+    return parts
+
+
+def _cells(row: Row, columns: Sequence[Column]) -> Texts:
+    """Return the text and the sort value of a row's cells."""
+    cells = []
+    for column in columns:
+        cell = row.cells.get(column.key)
+        cells.append((shown(cell, column), _sort_value(cell)))
+    return cells
 
 
 def _sort_value(cell: Cell | None) -> str:
     return "" if cell is None else repr(cell.mean).replace("inf", "Infinity")
 
 
-def _labels(records: Sequence[Record], table: Table, groups: Groups) -> dict[int, str]:
-    """Return each group's label: its row in the table, or else the folder of its first run."""
+def _labels(
+    records: Sequence[Record], table: Table, groups: Groups, names: Mapping[Path, str]
+) -> dict[int, str]:
+    """Return each group's label: its row in the table, or else the name of its first run."""
     labels: dict[int, str] = {}
     for record in records:
-        labels.setdefault(groups[record.folder], record.folder.name)
+        labels.setdefault(groups[record.folder], names[record.folder])
     for row in table.rows:
         labels[groups[row.records[0].folder]] = row.label
     return labels
 
 
-def _charts(records: Sequence[Record], groups: Groups) -> list[tuple[str, Panels]]:
-    """Return the heading of each group of charts, with the title and picture of each chart."""
+def _charts(
+    records: Sequence[Record], groups: Groups, references: Mapping[Path, Sequence[Record]]
+) -> list[tuple[str, Panels]]:
+    """Return the heading of each group of charts, with the title and picture of each chart.
+
+    ``references`` are the runs of full training that a run is compared with, by its folder.
+    """
     medians: dict[str, Curves] = defaultdict(dict)
     validations: Curves = {}
+    differences: list[Curve] = []
     for record in sorted(records, key=lambda record: groups[record.folder]):
         group = groups[record.folder]
         try:
             of_statistics = family_medians(record, group)
             of_validation = validation_curves(record, group)
+            compared = references.get(record.folder, ())
+            difference = difference_curve(record, compared, group)
         except ValueError:
             continue  # a damaged log: ``problems`` names it
         for key, curves in of_statistics.items():
             _collect(curves, medians[key])
         _collect(of_validation, validations)
+        if difference is not None:
+            differences.append(difference)
     charts = []
     for key, heading in HEADINGS.items():
         limits = shared_limits(chain.from_iterable(medians[key].values()))
         panels = _panels(key, heading, medians[key], limits)
         charts.append((heading, panels))
-    charts.append(("Validation", _panels("val", "", validations, None)))
+    validation = _panels("val", "", validations, None)
+    if differences:
+        validation.insert(0, (DIFFERENCE, _difference_panel(differences)))
+    charts.insert(0, ("Validation", validation))
     return [(heading, panels) for heading, panels in charts if panels]
 
 
@@ -185,6 +213,11 @@ def _panels(key: str, heading: str, charts: Curves, limits: Limits | None) -> Pa
     return panels
 
 
+def _difference_panel(curves: Sequence[Curve]) -> Markup:
+    told = f"{DIFFERENCE}, of each run over optimizer updates; its axis shows the second half"
+    return panel(curves, "difference", told, late_limits(curves), zero=True)
+
+
 def _pareto(table: Table) -> Markup | str:
     """Return the picture of accuracy against cost, or a text that says why there is none."""
     with TemporaryDirectory() as folder, matplotlib.rc_context(SVG_STYLE):
@@ -192,15 +225,16 @@ def _pareto(table: Table) -> Markup | str:
             path = draw_pareto(table, Path(folder) / "pareto.svg")
         except ValueError as error:
             return str(error)
-        return adopted(path.read_text(), "pareto", "top1 against training cost, one dot a row")
+        return adopted(path.read_text(), "pareto", "top1 against training cost, one mark a row")
 
 
-def _run(record: Record, differing: Sequence[str]) -> dict[str, Any]:
+def _run(record: Record, name: str, differing: Sequence[str]) -> dict[str, Any]:
     """Return the values of one line in the list of runs."""
     found = environment_of(record)
     switch = switch_of(record).get("num_updates")
     return {
-        "name": record.folder.name,
+        "name": name,
+        "folder": record.folder.name,
         "seed": record.config.get("seed", NONE),
         "status": status(record),
         "switch": NONE if switch is None else f"{switch:,}",

@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from switchlora.analysis.page.curves import by_family
-from switchlora.analysis.tables.rows import Table, without_seed
+from switchlora.analysis.tables.rows import Table, run_names, without_seed
 from switchlora.analysis.tables.systems import transitions
 from switchlora.config import identity, leaves, shaping
 from switchlora.storage import CONFIG, Record, is_run
@@ -65,10 +65,10 @@ def rank_maps(records: Sequence[Record]) -> list[RankMap]:
     All maps share one colour scale.
     """
     switches = {}
-    for record in records:
+    for record, name in zip(records, run_names(records), strict=True):
         switch = switch_of(record)
         if switch.get("ranks"):
-            switches[record.folder.name] = switch
+            switches[name] = switch
     largest = 0
     names: dict[str, None] = {}
     for switch in switches.values():

@@ -19,10 +19,12 @@ from pathlib import Path
 from hydra import initialize_config_dir
 
 from switchlora.adapters import Target
-from switchlora.analysis.figures import results_folder, run_labels
+from switchlora.analysis.figures import results_folder
 from switchlora.analysis.formats import markdown
+from switchlora.analysis.output import add_formats, save
 from switchlora.analysis.replay.picture import draw
 from switchlora.analysis.replay.settings import labels, policy_of, split
+from switchlora.analysis.tables.rows import run_names
 from switchlora.config import folder_of
 from switchlora.criteria import Verdict
 from switchlora.monitor import Measurement
@@ -71,7 +73,7 @@ def main() -> None:
         answers = replay(records, options.overrides, options.config_dir, options.allow)
         folder = options.out or results_folder(options.runs, "replay")
         text = report(records, options.overrides, answers)
-        written = write(folder, records, options.overrides, answers, text)
+        written = write(folder, records, options.overrides, answers, text, options.formats)
     except USER_ERRORS as error:
         sys.exit(f"replay: {one_line(error)}")
     print(text)
@@ -83,6 +85,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("words", nargs="+", metavar="RUN or KEY=VALUE")
     parser.add_argument("--out", type=Path, help="replay/ in the run or sweep by default")
+    add_formats(parser)
     parser.add_argument("--config-dir", type=Path, help="a folder with yamls of your own")
     parser.add_argument(
         "--allow", action="append", default=[], metavar="NAME", help="your class that a run names"
@@ -116,7 +119,7 @@ def replay(
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = split(words)
         histories = [record.history() for record in records]
-        names = run_labels([record.folder for record in records])
+        names = run_names(records)
         answers = []
         for setting, label in zip(settings, labels(settings), strict=True):
             for record, history, name in zip(records, histories, names, strict=True):
@@ -249,6 +252,7 @@ def write(
     words: Sequence[str],
     answers: Sequence[Answer],
     text: str,
+    formats: Sequence[str] = ("png",),
 ) -> list[Path]:
     """Write the answers as JSON, Markdown and a picture; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -259,8 +263,6 @@ def write(
     }
     as_json = folder / "replay.json"
     as_markdown = folder / "replay.md"
-    picture = folder / "replay.png"
     as_json.write_text(json.dumps(content, indent=1) + "\n")
     as_markdown.write_text(text + "\n")
-    draw(answers).savefig(picture, dpi=150)
-    return [as_json, as_markdown, picture]
+    return [as_json, as_markdown, *save(draw(answers), folder, "replay", formats)]

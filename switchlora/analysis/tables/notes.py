@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 from switchlora.analysis.figures import run_labels
-from switchlora.analysis.tables.baseline import mixed_machines
-from switchlora.analysis.tables.rows import Row
 from switchlora.analysis.tables.systems import STEP, SYSTEMS
 from switchlora.learner import WARMUP_UPDATES
 from switchlora.storage import Record
@@ -49,30 +47,6 @@ def general_notes(preset: str, times: bool) -> list[str]:
     if times:
         notes += OF_TIMES[preset]
     return notes
-
-
-def time_notes(rows: Sequence[Row]) -> list[str]:
-    """Return notes on times: rows with different machines, and rows that used a trunk."""
-    return [*mixed_machines(rows), *reused_notes(rows)]
-
-
-def reused_notes(rows: Sequence[Row]) -> list[str]:
-    """Return a note for each row with updates that were taken from a shared trunk."""
-    notes = []
-    for row in rows:
-        reused = list(map(_reused_updates, row.records))
-        if any(reused):
-            told = ", ".join(f"{updates:,}" for updates in reused)
-            notes.append(
-                f"{row.label}: {told} updates of the full phase (by seed) were taken from a "
-                "shared trunk with their times, not made anew; costs and times count them."
-            )
-    return notes
-
-
-def _reused_updates(record: Record) -> int:
-    trunk = record.result.get("trunk")
-    return trunk["reused_updates"] if trunk else 0
 
 
 def unfinished_notes(records: Sequence[Record]) -> list[str]:

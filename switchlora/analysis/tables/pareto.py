@@ -1,4 +1,4 @@
-"""Draw accuracy against training cost, with the Pareto front."""
+"""Draw accuracy against training cost: kinds of methods, the Pareto front, full training."""
 
 import math
 from collections.abc import Sequence
@@ -7,40 +7,57 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from switchlora.analysis.figures import BLUE
-from switchlora.analysis.marks import GREY
+from switchlora.analysis.marks import BLUE, GREY, ORANGE
+from switchlora.analysis.output import save
 from switchlora.analysis.tables.columns import Cell
-from switchlora.analysis.tables.rows import Row, Table
+from switchlora.analysis.tables.rows import (
+    CRITERION,
+    FULL_TRAINING,
+    METHOD,
+    Row,
+    Table,
+    short_names,
+)
+from switchlora.analysis.tables.systems import has_switched
 
 COST_KEY = "cost_flops"
 ACCURACY_KEY = "val_top1"
 BOTH = {COST_KEY, ACCURACY_KEY}
+FULL, SWITCH, LOW_RANK, LORA = FULL_TRAINING, "switch", "low rank", "LoRA"
+KINDS: dict[str, dict[str, Any]] = {
+    FULL: {"marker": "*", "color": "#111111", "markersize": 12.0},
+    SWITCH: {"marker": "o", "color": BLUE},
+    LOW_RANK: {"marker": "s", "color": "#009e73"},
+    LORA: {"marker": "^", "color": ORANGE},
+}
+"""the look of each kind of row"""
+FACTORIZED = ("factorized_linear", "guided_linear")
+"""what makes layers of factors instead of weights"""
 MARKER = 6.0  # points
-DISTANCES = (6, 14, 24, 36, 50, 66, 84, 104)  # points from a point to its name
+DISTANCES = (8, 15, 24, 36, 50, 66, 84, 104, 130, 160, 200)  # points from a point to its name
 ANGLES = (0, 180, 90, 270, 45, 135, 315, 225)  # degrees
-MOST_NAMES = 8
-ON_FRONT: dict[str, Any] = {
-    "marker": "o",
-    "linestyle": "",
-    "color": BLUE,
-    "markersize": MARKER,
-}
-BEATEN: dict[str, Any] = {
-    **ON_FRONT,
-    "marker": "s",
-    "color": GREY,
-    "markerfacecolor": "white",
-}
+FEW_NAMES = 8  # up to so many names fit into a small picture
 STEPS: dict[str, Any] = {
-    "color": BLUE,
+    "color": GREY,
     "linewidth": 1,
     "linestyle": (0, (1, 1.5)),
     "zorder": 1,
+}
+NOISE: dict[str, Any] = {"color": GREY, "alpha": 0.15, "linewidth": 0, "zorder": 0}
+"""the band of the seeds' noise"""
+LENGTH_KEYS = {"epochs", "max_updates"}
+SHORTENED: dict[str, Any] = {
+    "label": "full training, shortened",
+    "color": "#111111",
+    "linewidth": 1.2,
+    "linestyle": (0, (5, 2)),
+    "zorder": 1.5,
 }
 LEAD: dict[str, Any] = {
     "arrowstyle": "-",
@@ -56,10 +73,10 @@ Line = tuple[Point, Point]
 
 
 def pareto_front(points: Sequence[Point]) -> list[int]:
-    """Return the indices of the (cost, accuracy) points that no other point beats, by cost.
+    """Return the indices of the (cost, accuracy) points that no other point dominates, by cost.
 
-    Lower cost and higher accuracy are better. A point beats another when it is no worse in both
-    and better in one. Equal points do not beat each other.
+    Lower cost and higher accuracy are better. A point dominates another when it is no
+    worse in both and better in one. Equal points do not dominate each other.
     """
 
     def cheapest_first(index: int) -> Point:
@@ -85,43 +102,63 @@ def draw_pareto(table: Table, path: Path) -> Path:
     if not rows:
         raise ValueError("no row has both FLOPs and val top1: there is no Pareto front to draw")
     figure = pareto_figure(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    save(figure, path.parent, path.stem, [path.suffix.removeprefix(".")], dpi=200)
     return path
 
 
-def pareto_figure(rows: Sequence[Row]) -> Figure:
-    """Draw the rows as points with error bars and names.
+def kind_of(row: Row) -> str:
+    """Return the kind of a row: full training, switch, low rank or LoRA.
 
-    Points on the front are filled and joined by steps. More than ``MOST_NAMES`` rows get numbers
-    instead of names, in the order of cost, and a key beside the picture.
+    - full training: no run ever switched.
+    - low rank: factors stand instead of weights.
+    - LoRA: adapters beside frozen weights from the first update on.
+    """
+    if not row.records:
+        return SWITCH
+    if row.trains_in_full or not any(map(has_switched, row.records)):
+        return FULL
+    switch = row.records[0].config["switch"]
+    adapter = switch.get("adapter") or {}
+    maker = adapter.get("path", adapter.get("_target_", ""))
+    if maker.rpartition(".")[2] in FACTORIZED:
+        return LOW_RANK
+    criterion = switch["criterion"].get("path", "")
+    return LORA if criterion.endswith(".at_start") else SWITCH
+
+
+def pareto_figure(rows: Sequence[Row]) -> Figure:
+    """Draw the rows as named points, coloured by kind, with error bars.
+
+    Points on the front are filled and joined by steps; dominated ones are open. Full training has
+    a band of its seeds' noise, and a line through its shortened runs.
     """
     rows = sorted(rows, key=lambda row: _cost(row).mean)
     points = list(map(_point, rows))
     front = pareto_front(points)
     steps = [points[index] for index in front]
-    names = [row.label for row in rows]
-    numbered = len(rows) > MOST_NAMES
-    figure = Figure(figsize=_size(len(rows), numbered), layout="constrained")
+    figure = Figure(figsize=_size(len(rows)), layout="constrained")
     axes = _empty_axes(figure)
     for index, row in enumerate(rows):
         _draw_point(axes, row, index in front)
     costs, accuracies = zip(*steps, strict=True)
     axes.step(costs, accuracies, where="post", **STEPS)
-    _draw_legend(axes, beaten=len(front) < len(rows))
-    if numbered:
-        numbers = [str(index + 1) for index in range(len(rows))]
-        _draw_key(axes, numbers, names)
-        names = numbers
-    place_names(axes, rows, names, steps)
+    _draw_full_training(axes, rows)
+    _draw_legend(axes, rows, has_dominated=len(front) < len(rows))
+    place_names(axes, rows, short_names(list(map(_name, rows))), steps)
     return figure
 
 
-def _size(count: int, numbered: bool) -> tuple[float, float]:
+def _name(row: Row) -> str:
+    """Return a row's label; that of full training when nothing else distinguishes it."""
+    is_plain = row.settings.keys() <= {CRITERION, METHOD}
+    return FULL_TRAINING if is_plain and kind_of(row) == FULL else row.label
+
+
+def _size(count: int) -> tuple[float, float]:
     """Return the width and height in inches of a picture of ``count`` rows."""
-    if not numbered:
+    if count <= FEW_NAMES:
         return 7.2, 4.4
-    return 9.6, max(4.4, 1.2 + 0.165 * count)
+    return 9.6, max(5.4, 1.6 + 0.22 * count)
 
 
 def _empty_axes(figure: Figure) -> Axes:
@@ -132,6 +169,27 @@ def _empty_axes(figure: Figure) -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.16, 0.16)
     return axes
+
+
+def _draw_full_training(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw the noise of the longest full training, and the line through shortened ones."""
+    full = [row for row in rows if kind_of(row) == FULL]
+    if not full:
+        return
+    accuracy = _accuracy(full[-1])
+    if accuracy.std is not None:
+        label = f"full training ± std of {accuracy.n} seeds"
+        low, high = accuracy.mean - accuracy.std, accuracy.mean + accuracy.std
+        axes.axhspan(low, high, label=label, gid="noise", **NOISE)
+    lengths = list(filter(_differs_in_length, full))
+    if len(lengths) > 1:
+        costs, accuracies = zip(*map(_point, lengths), strict=True)
+        axes.plot(costs, accuracies, gid="shortened", **SHORTENED)
+
+
+def _differs_in_length(row: Row) -> bool:
+    """Return whether only its length distinguishes a row of full training."""
+    return row.settings.keys() <= {CRITERION, METHOD, *LENGTH_KEYS}
 
 
 def _point(row: Row) -> Point:
@@ -147,39 +205,40 @@ def _accuracy(row: Row) -> Cell:
 
 
 def _draw_point(axes: Axes, row: Row, on_front: bool) -> None:
+    look = {"markersize": MARKER, **KINDS[kind_of(row)]}
     axes.errorbar(
         *_point(row),
         xerr=_cost(row).std,
         yerr=_accuracy(row).std,
-        **(ON_FRONT if on_front else BEATEN),
-        elinewidth=0.9,
-        capsize=2.5,
+        linestyle="",
+        markerfacecolor=look["color"] if on_front else "white",
+        elinewidth=0.7,
+        capsize=0,
         zorder=3 if on_front else 2,
+        **look,
     )
 
 
-def _draw_legend(axes: Axes, beaten: bool) -> None:
-    """Draw a legend of what the marks mean."""
-    handles = axes.plot([], [], label="Pareto front", **ON_FRONT | STEPS)
-    if beaten:
-        handles += axes.plot([], [], label="beaten", **BEATEN)
-    axes.figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
+def _draw_legend(axes: Axes, rows: Sequence[Row], has_dominated: bool) -> None:
+    """Draw a legend of what colours, marks and lines mean."""
+    kinds = set(map(kind_of, rows))
+    handles: list[Artist] = []
+    for kind, look in KINDS.items():
+        if kind in kinds:
+            style = {**look, "markersize": MARKER, "linestyle": ""}
+            handles += axes.plot([], [], label=kind, **style)
+    plain: dict[str, Any] = {"marker": "o", "color": GREY, "markersize": MARKER}
+    handles += axes.plot([], [], label="Pareto front", **STEPS | plain)
+    if has_dominated:
+        open_mark = {**plain, "markerfacecolor": "white", "linestyle": ""}
+        handles += axes.plot([], [], label="dominated", **open_mark)
+    handles += [artist for artist in (*axes.patches, *axes.lines) if _is_of_full(artist)]
+    axes.figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False)
 
 
-def _draw_key(axes: Axes, numbers: Sequence[str], labels: Sequence[str]) -> None:
-    """Draw the key right of the picture: each row's number and its label."""
-    handles = []
-    for number, label in zip(numbers, labels, strict=True):
-        handles.extend(axes.plot([], [], " ", label=f"{number}: {label}"))
-    axes.figure.legend(
-        handles=handles,
-        loc="outside right center",
-        frameon=False,
-        fontsize=8,
-        handlelength=0,
-        handletextpad=0,
-        labelspacing=0.35,
-    )
+def _is_of_full(artist: Artist) -> bool:
+    """Return whether an artist is the noise or the line of full training."""
+    return artist.get_gid() in ("noise", "shortened")
 
 
 def place_names(
@@ -203,7 +262,8 @@ def place_names(
     taken = [_box(axes, line).padded(half) for line in lines]
     for row, name in zip(rows, names, strict=True):
         point = _point(row)
-        note = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8)
+        look: dict[str, Any] = {"fontsize": 8, "color": KINDS[kind_of(row)]["color"]}
+        note = axes.annotate(name, point, (0, 0), textcoords="offset points", **look)
         size = np.asarray(note.get_window_extent().size)
         pixel = axes.transData.transform(point)
         offset, box = _free_place(axes, pixel, size, taken)

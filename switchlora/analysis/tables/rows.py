@@ -3,11 +3,14 @@
 The runs of one row differ only in their seed.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -22,6 +25,11 @@ CRITERION, NEVER = "switch.criterion", "never"
 METHOD = "method"
 OF_METHODS = ("switch.", "adapter.", "monitor.")  # keys that the name of a method stands for
 FULL_TRAINING = "full training"
+THRESHOLDS = {
+    "update_norm": "switch.criterion.fraction",
+    "prelora": "switch.criterion.tau",
+}
+"""by criterion, the threshold that at 0 keeps it from firing"""
 UNUSED_BY_FULL_TRAINING = ("switch.", "adapter.")
 NUMBER = r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 Settings = dict[str, Any]
@@ -45,8 +53,8 @@ class Row:
 
     @property
     def trains_in_full(self) -> bool:
-        """Whether its criterion is 'never'."""
-        return settings_of(self.records[0].config)[CRITERION] == NEVER
+        """Whether its criterion is 'never', or one that cannot fire and did not."""
+        return bool(self.records) and named_full(self.records)[CRITERION] == NEVER
 
     @property
     def never_switched(self) -> bool:
@@ -61,6 +69,8 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    references: Mapping[Path, Sequence[Record]] = field(default_factory=dict)
+    """by folder of a run, the runs of full training that it is compared with"""
 
 
 def make_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
@@ -112,7 +122,9 @@ def with_methods(members: Members) -> list[Settings]:
 
     A row without a method gets the name of its criterion instead.
     """
-    found = [settings_of(row[0].config) for row in members]
+    found = list(map(named_full, members))
+    if len(set(map(repr, found))) < len(found):
+        found = [named_full(row, keep=True) for row in members]
     methods = list(map(method_of, members))
     if len(set(methods)) < 2:
         return found
@@ -120,6 +132,37 @@ def with_methods(members: Members) -> list[Settings]:
     for settings, method in zip(found, methods, strict=True):
         named.append({METHOD: method or criterion_name(settings), **settings})
     return named
+
+
+def named_full(row: Sequence[Record], keep: bool = False) -> Settings:
+    """Return the settings of a row; those of full training when its criterion cannot fire.
+
+    ``keep`` keeps the keys of that criterion.
+    """
+    settings = settings_of(row[0].config)
+    if not cannot_fire(settings) or any(map(_fired, row)):
+        return settings
+    kept = {}
+    for key, value in settings.items():
+        if keep or not key.startswith(f"{CRITERION}."):
+            kept[key] = value
+    return {**kept, CRITERION: NEVER}
+
+
+def cannot_fire(settings: Settings) -> bool:
+    """Return whether a criterion's threshold or date is one that no run reaches."""
+    threshold = settings.get(THRESHOLDS.get(settings.get(CRITERION, ""), ""))
+    if threshold is not None:
+        return threshold <= 0
+    date = settings.get(f"{CRITERION}.epoch")
+    if settings.get(CRITERION) != "at_epoch" or date is None:
+        return False
+    return date >= settings.get("epochs", math.inf)
+
+
+def _fired(record: Record) -> bool:
+    switch = (record.summary or {}).get("switch") or {}
+    return bool(switch.get("fired"))
 
 
 def method_of(row: Sequence[Record]) -> str | None:
@@ -216,6 +259,8 @@ def telling_settings(all_settings: Sequence[Settings]) -> list[Settings]:
         for key, value in settings.items():
             if other.get(key) != value:
                 differ.add(key)
+    if any(settings.get(CRITERION) == NEVER for settings in all_settings):
+        differ.add(CRITERION)
     return [_subset(settings, differ) for settings in all_settings]
 
 
@@ -278,6 +323,54 @@ def _label(settings: Settings, keys: set[str]) -> str:
         if key not in (METHOD, CRITERION):
             words.append(f"{short_key(key, keys)}={value_text(value)}")
     return ", ".join(words)
+
+
+def short_names(labels: Sequence[str]) -> list[str]:
+    """Return the labels of rows without the first word that all rows with several words share."""
+    heads = {label.split(", ")[0] for label in labels if ", " in label}
+    if len(heads) != 1:
+        return list(labels)
+    (head,) = heads
+    return [label.removeprefix(f"{head}, ") for label in labels]
+
+
+def run_names(records: Sequence[Record]) -> list[str]:
+    """Return names of runs by their settings and seeds, such as '0.3, seed 0'.
+
+    Runs are named by their folders when their settings do not tell them apart.
+    """
+    folders = run_labels([record.folder for record in records])
+    if not all(CRITERION in settings_of(record.config) for record in records):
+        return folders
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(identity(without_seed(record.config)), []).append(record)
+    told = telling_settings(with_methods(list(map(tuple, groups.values()))))
+    of_groups = dict(zip(groups, _short_labels(told), strict=True))
+    names = []
+    for record in records:
+        label = of_groups[identity(without_seed(record.config))]
+        names.append(f"{label}, seed {record.config.get('seed', 0)}")
+    counts = Counter(names)
+    for place, folder in enumerate(folders):
+        if counts[names[place]] > 1:
+            names[place] = f"{names[place]} ({folder})"
+    return names
+
+
+def _short_labels(told: Sequence[Settings]) -> list[str]:
+    """Return labels of rows: the value alone when the rows that switch differ in one key."""
+    switching = [settings for settings in told if settings.get(CRITERION) != NEVER]
+    keys: set[str] = set().union(*switching)
+    criteria = {settings.get(CRITERION) for settings in switching}
+    keys -= {CRITERION}
+    if METHOD in keys or len(keys) != 1 or len(criteria) != 1:
+        return labels(told)
+    (key,) = keys
+    short = []
+    for settings, label in zip(told, labels(told), strict=True):
+        short.append(value_text(settings[key]) if settings in switching else label)
+    return short
 
 
 def short_key(key: str, keys: set[str]) -> str:

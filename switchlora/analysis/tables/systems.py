@@ -16,7 +16,6 @@ from switchlora.analysis.tables.columns import (
     trainable_share,
     val_top1,
 )
-from switchlora.analysis.tables.rows import Row
 from switchlora.learner import WARMUP_UPDATES
 from switchlora.storage import Record
 
@@ -90,41 +89,19 @@ def transitions(record: Record) -> Sequence[Mapping[str, Any]]:
     return (record.summary or {}).get("transitions") or ()
 
 
-def switch_notes(rows: Sequence[Row]) -> list[str]:
-    """Return notes on rows in which some run did not switch for good, or not all its targets."""
-    notes = []
-    for row in rows:
-        if not row.trains_in_full:
-            notes.extend(_notes_on(row))
-    return notes
-
-
-def _notes_on(row: Row) -> list[str]:
-    of_all = f"of {len(row.records)} seeds"
-    switched = sum(map(has_switched, row.records))
-    back = sum(map(_taken_back, row.records))
-    waiting = sum(map(_waits, row.records))
-    notes = []
-    if switched < len(row.records):
-        notes.append(f"{row.label}: {switched} {of_all} switched; the row counts all.")
-    if back:
-        notes.append(f"{row.label}: in {back} {of_all} the guard took the switch back.")
-    if waiting:
-        notes.append(f"{row.label}: in {waiting} {of_all} some targets train in full to the end.")
-    return notes
-
-
 def has_switched(record: Record) -> bool:
     """Return whether the run ever switched, even when the switch was taken back later."""
     made = any(change["kind"] in SWITCHES for change in transitions(record))
     return made or bool(_switch(record)["fired"])
 
 
-def _taken_back(record: Record) -> bool:
+def taken_back(record: Record) -> bool:
+    """Return whether the guard took a switch back."""
     return any(change["kind"] == "take_back" for change in transitions(record))
 
 
-def _waits(record: Record) -> bool:
+def waits(record: Record) -> bool:
+    """Return whether some targets train in full to the end of a run that switched."""
     return bool(_switch(record).get("waiting"))
 
 

@@ -5,6 +5,7 @@ show mean ± standard deviation over seeds (number of runs). A ratio to a baseli
 conditions is refused, and a note names the difference. Options:
 - ``--preset systems`` makes one table of methods, each compared with full training.
 - ``--preset prelora`` makes PreLoRA's table, with its published numbers beside the runs' numbers.
+- ``--formats png,pdf,svg`` chooses the files of the picture.
 - ``--no-times`` leaves out the numbers of clocks and memory counters. The same runs made again
   then give the same bytes.
 """
@@ -15,18 +16,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from switchlora.analysis.output import add_formats
 from switchlora.analysis.tables.baseline import (
     Comparison,
     compare_rows,
+    mixed_machines,
     prelora_columns,
     ratio_columns,
 )
 from switchlora.analysis.tables.columns import Cell, Column, make_cell, run_columns
 from switchlora.analysis.tables.formats import csv_text, latex, markdown
-from switchlora.analysis.tables.notes import general_notes, time_notes, unfinished_notes
+from switchlora.analysis.tables.notes import general_notes, unfinished_notes
 from switchlora.analysis.tables.pareto import draw_pareto
+from switchlora.analysis.tables.remarks import remarked
 from switchlora.analysis.tables.rows import Row, Table, make_rows
-from switchlora.analysis.tables.systems import switch_notes, systems_columns
+from switchlora.analysis.tables.systems import systems_columns
 from switchlora.storage import Record, find_records, is_run, warn
 
 STEMS = {"default": "table", "systems": "systems", "prelora": "prelora"}
@@ -59,6 +63,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--preset", choices=STEMS, default="default")
     parser.add_argument("--baseline", metavar="SETTING", help="label of a row; full training")
     parser.add_argument("--out", type=Path, help="tables/ in the sweep, or here for loose runs")
+    add_formats(parser)
     parser.add_argument("--no-times", action="store_true", help="no clock and no memory counter")
     return parser.parse_args(words)
 
@@ -83,7 +88,8 @@ def run(options: argparse.Namespace) -> list[str]:
     lines = [markdown(table)]
     if options.preset != "prelora":
         try:
-            written.append(draw_pareto(table, out / "pareto.png"))
+            for ending in options.formats:
+                written.append(draw_pareto(table, out / f"pareto.{ending}"))
         except ValueError as why:
             lines.append(f"No picture: {why}.")
     return [*lines, f"wrote {', '.join(map(str, written))}"]
@@ -112,14 +118,16 @@ def make_table(
     columns = columns_of(preset, comparison)
     if not times:
         columns = [column for column in columns if not column.timed]
+    told, remarks = remarked(rows, preset, times)
+    columns += told
     rows = [_filled(row, columns) for row in rows]
-    notes = [*general_notes(preset, times), *comparison.notes, *switch_notes(rows)]
+    notes = [*general_notes(preset, times), *comparison.notes, *remarks]
     if times:
-        notes += time_notes(rows)
+        notes += mixed_machines(rows)
     notes += [*duplicates, *unfinished_notes(records)]
     if preset == "prelora" and rows:
         rows.append(published_row(columns))
-    return Table(tuple(columns), tuple(rows), tuple(notes))
+    return Table(tuple(columns), tuple(rows), tuple(notes), comparison.references)
 
 
 def columns_of(preset: str, comparison: Comparison) -> list[Column]:
