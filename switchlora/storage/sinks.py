@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from switchlora.config import leaves
 from switchlora.process import one_line
 
+AXES = ("num_updates", "epoch")
+"""what places an event, and is no measurement"""
 SUMMARISED = ("val.", "test.", "cost.")
 """what the keys of a summary begin with whose numbers sinks show beside the events"""
 
@@ -89,10 +91,10 @@ class Patient:
 
 
 def numbers(event: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of an event; its 'num_updates' is the axis, and no number on it."""
+    """Return what an event measured, as numbers."""
     found = {}
     for key, value in event.items():
-        if isinstance(value, int | float) and key != "num_updates":
+        if isinstance(value, int | float) and key not in AXES:
             found[key] = float(value)
     return found
 
