@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -78,8 +79,11 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def is_free(key: str) -> bool:
-    """Return whether a dotted key changes no result; the place of the data is free too."""
-    return key.split(".")[0] in FREE or key in FREE or key.endswith("root")
+    """Return whether a dotted key or a group changes no result.
+
+    The place of the data is free too.
+    """
+    return re.split(r"[./]", key)[0] in FREE or key in FREE or key.endswith("root")
 
 
 build = partial(instantiate, _convert_="all")

@@ -35,7 +35,7 @@ from switchlora.run import (
     watch_as_configured,
     window_complete,
 )
-from switchlora.storage import FolderLock, finished_summary
+from switchlora.storage import FolderLock, finished_summary, unused_removed
 from switchlora.sweep import JOB_PATIENCE, is_job
 
 
@@ -45,6 +45,12 @@ def train(config: DictConfig, folder: Path) -> dict:
     With ``resume=auto`` an interrupted run goes on from its last checkpoint. A finished run is
     then not run again: its summary is read from the folder.
     """
+    with unused_removed(folder):
+        return train_in(folder, config)
+
+
+def train_in(folder: Path, config: DictConfig) -> dict:
+    """Do what ``train`` does, and leave the folder as it is at an error."""
     distributed.join()
     agree_on_settings(as_plain(config))
     folder = distributed.from_primary(lambda: folder)

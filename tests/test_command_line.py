@@ -1,5 +1,9 @@
 """What a user may type by mistake, and what the one line says."""
 
+import os
+import shlex
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -8,6 +12,8 @@ from conf_yamls import build, composed
 from switchlora.cli import main
 from switchlora.config import as_plain
 from switchlora.process import check_values, checked, one_line
+from switchlora.storage import read_summary, unused_removed
+from switchlora.sweep import quoted
 
 TYPED = {
     "switch/guard=ful": "choose one of full, ranks, warn",
@@ -37,6 +43,9 @@ TYPED = {
     "switch.keep=[norm": "quote the whole argument",
     "log.wandb=false": "log.wandb is false: it holds log.wandb.mode",
     "log.wandb.mode=on": "choose one of offline, online, disabled",
+    "log/sinks=[tensorbord]": "choose one of mlflow, tensorboard",
+    "log.tensorboard=true": "write log/sinks=tensorboard",
+    "log.sinks=mlflow": "write log/sinks=tensorboard",
     "data=imagefolder": "give data.num_classes=",
     "model=timm": "any of timm.list_models()",
     "+launch=ray": "write switchlora -m +launch=ray",
@@ -145,6 +154,75 @@ def test_a_mistake_leaves_no_run_folder(tmp_path, monkeypatch, word):
     with pytest.raises(SystemExit, match="^switchlora: .*$"):
         main()
     assert not (tmp_path / "run").exists()
+
+
+SMALL = (
+    *("data=digits", "model=digits", "model.depth=1", "model.embed_dim=16", "model.num_heads=1"),
+    *("log=quiet", "log.figures=false", "epochs=1", "monitor.window=5"),
+    *("switch/rank=fixed", "switch.rank.rank=2"),
+)
+FOUND_WHILE_BUILDING = [
+    "data=imagefolder data.num_classes=3 data.root=/nonexistent",
+    "switch.targets=[nope]",
+    "model=timm model.name=resnet18 ~model.embed_dim ~model.depth ~model.num_heads",
+    "data.batch_size=100000",
+    "init_checkpoint=/nonexistent.pth",
+    "resume=/nonexistent",
+    "switch/criterion=at_start switch/guard=warn",
+]
+
+
+def mistaken(monkeypatch, folder, typed):
+    """Call the program with a mistake that is found while the run is built."""
+    words = [*SMALL, *typed.split(), f"hydra.run.dir={folder}"]
+    monkeypatch.setattr(sys, "argv", ["switchlora", *words])
+    with pytest.raises(SystemExit, match="^switchlora: .*$"):
+        main()
+
+
+@pytest.mark.parametrize("typed", FOUND_WHILE_BUILDING)
+def test_a_mistake_that_is_found_while_building_leaves_no_run_folder(tmp_path, monkeypatch, typed):
+    mistaken(monkeypatch, tmp_path / "run", typed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_was_there_before_stays(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    mistaken(monkeypatch, tmp_path / "run", "data.batch_size=100000")
+    assert (tmp_path / "run").exists()
+
+
+def test_a_folder_in_which_anything_was_written_stays(tmp_path):
+    with pytest.raises(ZeroDivisionError), unused_removed(tmp_path / "run"):
+        (tmp_path / "run/checkpoints").mkdir(parents=True)
+        raise ZeroDivisionError
+    assert (tmp_path / "run/checkpoints").exists()
+
+
+def test_the_command_of_a_stopped_run_works_when_pasted_whatever_its_folder_is_called(
+    tmp_path, monkeypatch, capsys, at_update
+):
+    yamls = tmp_path / "my yamls/model"
+    yamls.mkdir(parents=True)
+    yamls.joinpath("mine.yaml").write_text("defaults: [digits]\nembed_dim: 8\n")
+    folder = tmp_path / r"a=1,b it's (c) [d] \e $HOME"
+    words = [*SMALL, "max_updates=4", "model=mine", "switch.keep=[head]", "name='my run'"]
+    at_update(3, lambda images: os.kill(os.getpid(), signal.SIGTERM) or images)
+    place = f"hydra.run.dir={quoted(str(folder))}"
+    monkeypatch.setattr(
+        sys, "argv", ["switchlora", "--config-dir", str(yamls.parent), *words, place]
+    )
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 128 + signal.SIGTERM
+    command = capsys.readouterr().err.partition("go on with: ")[2].strip()
+    program = f'switchlora() {{ {shlex.quote(sys.executable)} -m switchlora "$@"; }}\n'
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pasted = subprocess.run(
+        ["bash", "-c", program + command], env=environment, capture_output=True, text=True
+    )
+    assert pasted.returncode == 0, pasted.stderr
+    assert read_summary(folder)["status"] == "finished" and "update 3" in pasted.stdout
 
 
 def test_an_unknown_key_of_a_yaml_of_ones_own_is_told():

@@ -85,6 +85,7 @@ def test_the_documented_files_of_ones_own_train_and_switch_from_a_folder_of_ones
         text=True,
     )
     assert "all targets are still" in shown.stdout + shown.stderr
+    assert "the summary has " in shown.stdout
 
 
 def built_here(content, group, name):

@@ -8,8 +8,9 @@ from hydra.core.hydra_config import HydraConfig
 from conf_yamls import composed
 from runs import DIGITS, make_run
 from switchlora.run.prepare import telling_words
-from switchlora.storage import wandb_mode, wandb_options
-from switchlora.storage.wandb_log import BY_ENVIRONMENT, WandbLog
+from switchlora.storage import RunInfo, WandbLog, wandb_mode, wandb_options
+from switchlora.storage.sinks import Patient
+from switchlora.storage.wandb_log import BY_ENVIRONMENT
 
 VARIABLES = (*BY_ENVIRONMENT.values(), "WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY")
 NOTHING = {"mode": None, "project": None, "name": None, "group": None, "tags": []}
@@ -74,13 +75,21 @@ class Broken:
         return fail
 
 
-@pytest.mark.parametrize("act", ["log", "images", "summary", "finish"])
+def started(folder, mode, said):
+    """A W&B run as the log has it, and what it says."""
+    (folder / "metrics.jsonl").touch()
+    log = Patient("W&B", WandbLog({"mode": mode}, None), said.append)
+    log.start(RunInfo(folder, {}, [], False, said.append))
+    return log
+
+
+@pytest.mark.parametrize("act", ["log", "figures", "summary", "finish"])
 def test_a_service_that_dies_is_told_once_and_left(monkeypatch, tmp_path, act):
     monkeypatch.setattr("switchlora.storage.wandb_log._start", lambda *_: Broken())
     said = []
-    log = WandbLog(tmp_path, {}, {"mode": "offline"}, None, said.append)
+    log = started(tmp_path, "offline", said)
     for _ in range(2):
-        getattr(log, act)({"log": {}, "images": [], "summary": {}, "finish": 0}[act])
+        getattr(log, act)({"log": {}, "figures": [], "summary": {}, "finish": None}[act])
     (line,) = said
     assert line.startswith("W&B is left, the run goes on without it: ")
 
@@ -91,7 +100,7 @@ def test_without_a_service_there_is_a_run_all_the_same(monkeypatch, tmp_path):
 
     monkeypatch.setattr("switchlora.storage.wandb_log._start", fail)
     said = []
-    log = WandbLog(tmp_path, {}, {"mode": "online"}, None, said.append)
+    log = started(tmp_path, "online", said)
     log.log({"loss": 1.0})
     assert [line.split(":")[0] for line in said] == [
         "W&B logs offline",

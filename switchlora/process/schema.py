@@ -3,7 +3,9 @@
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -152,6 +154,10 @@ KINDS: dict[str, Kind] = {
     "log.wandb.name": or_null(NAME),
     "log.wandb.group": or_null(NAME),
     "log.wandb.tags": NAMES,
+    "log.sinks.mlflow.tracking_uri": or_null(TEXT),
+    "log.sinks.mlflow.experiment": or_null(NAME),
+    "log.sinks.mlflow.name": or_null(NAME),
+    "log.sinks.mlflow.model": FLAG,
     "data.root": TEXT,
     "data.path": or_null(TEXT),
     "data.context": whole(1),
@@ -293,7 +299,7 @@ ALIKE = (
 )
 BUILDERS = {"_target_": TEXT, "_partial_": FLAG, "_convert_": TEXT, "_recursive_": FLAG}
 """keys of any section that say how it is built"""
-PLAIN = ("trunk", "checkpoint", "monitor", "system", "log", "log.wandb")
+PLAIN = ("trunk", "checkpoint", "monitor", "system", "log", "log.wandb", "log.sinks")
 """sections that build nothing"""
 MAY_BE_NULL = (
     *("full.refactoring", "full.before_ddp", "adapter.refactoring", "adapter.before_ddp"),
@@ -315,7 +321,12 @@ def sections() -> Iterator[str]:
             yield ".".join(words[:count])
 
 
-SECTIONS = frozenset(sections())
+SECTIONS = frozenset(sections()) | {"log.sinks.tensorboard"}
+PACKAGES = {
+    "switchlora.storage.TensorBoard": "tensorboard",
+    "switchlora.storage.MLflow": "mlflow",
+}
+"""by what is built, the package that it needs and that no run needs otherwise"""
 
 
 def kind_of(key: str) -> Kind | None:
@@ -342,6 +353,7 @@ def check_values(config: Config) -> None:
     """
     check_complete(config)
     check_keys(config, "")
+    check_sinks(config["log"].get("sinks") or {})
     for section in ("optimizer", "scheduler"):
         check_followed(config, section)
 
@@ -389,6 +401,14 @@ def check_value(key: str, value: Any, kind: Kind) -> None:
         raise ValueError(f"{key} is '{value}': give a list, [{value}]")
     verb = "choose" if kind.words.startswith("one of") else "give"
     raise ValueError(f"{key} is {written(value)}: {verb} {kind.words}")
+
+
+def check_sinks(sinks: Config) -> None:
+    """Raise ValueError for a sink whose package is not installed."""
+    for name, section in sinks.items():
+        package = PACKAGES.get(section["_target_"])
+        if package is not None and find_spec(package) is None:
+            raise ValueError(f"log/sinks={name} needs a package: pip install {package}")
 
 
 def check_listed(key: str, value: Any) -> None:
@@ -453,10 +473,15 @@ def written(value: Any) -> str:
 class CheckFirst(Callback):
     """Check the configuration before the folder of the run is made: a Hydra callback."""
 
+    new_folder: ClassVar[Path | None] = None
+    """the folder of the run, if there was none before"""
+
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Leave with one line for a configuration that no run can have."""
         try:
             names = [str(name) for name in config if name != "hydra"]
             check_values(as_plain(OmegaConf.masked_copy(config, names)))
+            folder = Path(config.hydra.run.dir).absolute()
         except Exception as error:
             exit_with_one_line(error)
+        CheckFirst.new_folder = None if folder.exists() else folder

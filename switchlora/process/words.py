@@ -32,7 +32,15 @@ UNREADABLE = re.compile(r"(no viable alternative|mismatched|extraneous|token rec
 ADDS = re.compile(r"(?P<sign>\+\+?|~)full\.(?P<leaf>(optimizer|scheduler)\.[\w.]+)(=.*)?", re.S)
 FOLLOWED = ("full.optimizer.", "full.scheduler.")
 """what the keys begin with that the adapter phase follows one by one"""
-MEANT = {"optimizer": "recipe@full=sgd", "full.optimizer": "recipe@full=sgd"}
+MEANT = {
+    "optimizer": "recipe@full=sgd",
+    "full.optimizer": "recipe@full=sgd",
+    "log.sinks": "log/sinks=tensorboard",
+    "log.tensorboard": "log/sinks=tensorboard",
+    "log.mlflow": "log/sinks=mlflow",
+    "tensorboard": "log/sinks=tensorboard",
+    "mlflow": "log/sinks=mlflow",
+}
 """what sets a thing that is no key of its own"""
 WITHOUT_DEFAULT = ("method", "experiments")
 """groups of which a run has no choice by itself; Hydra wants a plus before them"""
@@ -142,9 +150,9 @@ def check_choice_of(word: str, group: str, value: str, choices: Sequence[str]) -
     """Raise ValueError unless ``value`` names choices of a group, or nothing."""
     if not choices:
         raise ValueError(f"there is no group '{group}'; {near(group, groups())}")
-    if re.search(r"[\[\](){}$]", value):
+    if re.search(r"[(){}$]", value):
         return
-    for choice in value.split(","):
+    for choice in re.sub(r"[\[\]\s'\"]", "", value).split(","):
         if choice not in (*choices, "null", ""):
             raise ValueError(f"{word}: choose one of {', '.join(choices)}")
 

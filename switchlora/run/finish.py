@@ -49,7 +49,7 @@ def draw(run: Run, folder: Path) -> None:
     try:
         from switchlora.analysis.figures import draw_figures  # matplotlib: only where it draws
 
-        run.log.images(draw_figures(folder))
+        run.log.figures(draw_figures(folder))
     except Exception as error:
         run.log.line(f"there are no figures: {one_line(error)}")
 

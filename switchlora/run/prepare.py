@@ -32,6 +32,8 @@ from switchlora.storage import (
     Found,
     RunLog,
     SaveSchedule,
+    Sink,
+    WandbLog,
     find,
     machine_line,
     wandb_options,
@@ -52,6 +54,7 @@ class Parts:
     policy: SwitchPolicy
     recipes: dict[Phase, Recipe]
     total_updates: int
+    sinks: dict[str, Sink]
 
     @property
     def sharded(self) -> bool:
@@ -102,6 +105,7 @@ def build_parts(config: DictConfig) -> Parts:
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     device = _device("system.device", config.system.device)
+    sinks = {name: build(section) for name, section in (config.log.get("sinks") or {}).items()}
     data = _build_data(config)
     sharded = config.system.parallel == "fsdp"
     return Parts(
@@ -113,6 +117,7 @@ def build_parts(config: DictConfig) -> Parts:
         policy=build(config.switch),
         recipes=build_recipes(config),
         total_updates=config.epochs * len(data.train),
+        sinks=sinks,
     )
 
 
@@ -163,7 +168,7 @@ def begin(
         ledger=ledger,
         stopwatch=Stopwatch(parts.device),
         saves=SaveSchedule(**config.checkpoint),
-        log=_open_log(config, parts.plain, folder, last_update, found),
+        log=_open_log(parts, folder, last_update, found),
         ema=ema,
         total_updates=parts.total_updates,
         last_update=last_update,
@@ -302,23 +307,19 @@ def _first_learner(parts: Parts, recipe: Recipe, found: Found | None) -> Learner
         raise ValueError(f"full.optimizer or full.scheduler: {error}") from error
 
 
-def _open_log(
-    config: DictConfig,
-    plain: dict[str, Any],
-    folder: Path,
-    last_update: int,
-    found: Found | None,
-) -> RunLog:
+def _open_log(parts: Parts, folder: Path, last_update: int, found: Found | None) -> RunLog:
     """Return the log of the run in ``folder``.
 
     The primary rank also writes the run's config there. It removes the summary of an earlier start
     that stopped.
     """
+    config = parts.config
     log = RunLog(
         folder,
-        plain,
+        parts.plain,
         total_updates=last_update,
-        wandb=_wandb_options(config),
+        sinks={**_wandb(config, folder, found), **parts.sinks},
+        words=telling_words(config),
         progress=config.log.progress,
         position=found.state["log"] if found else None,
         source=found.source if found else None,
@@ -329,8 +330,8 @@ def _open_log(
     return log
 
 
-def _wandb_options(config: DictConfig) -> dict[str, Any] | None:
-    """Return the options of the run in W&B, or None without one."""
+def _wandb(config: DictConfig, folder: Path, found: Found | None) -> dict[str, Sink]:
+    """Return the run in W&B, by that name; nothing without one."""
     given = as_plain(config.log.wandb)
     words = telling_words(config)
     defaults = {
@@ -340,7 +341,10 @@ def _wandb_options(config: DictConfig) -> dict[str, Any] | None:
         "job_type": "train",
     }
     options = wandb_options(given, defaults)
-    return None if options["mode"] == "disabled" else options
+    if options["mode"] == "disabled":
+        return {}
+    known = found.state["log"]["wandb_id"] if found and found.source == folder else None
+    return {"W&B": WandbLog(options, known)}
 
 
 def telling_words(config: DictConfig) -> list[str]:

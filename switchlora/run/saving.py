@@ -22,7 +22,7 @@ from switchlora.run.agreement import agree_on_weights
 from switchlora.run.run import Run
 from switchlora.run.snapshot import state_of
 from switchlora.storage import checkpoint, retention
-from switchlora.sweep import is_job, quoted
+from switchlora.sweep import is_job, quoted, words_for_yamls
 
 
 def save(run: Run) -> None:
@@ -96,7 +96,9 @@ def how_to_go_on(run: Run, *changed: str) -> str:
     if distributed.world_size() > 1:
         processes = os.environ.get("LOCAL_WORLD_SIZE", str(distributed.world_size()))
         launcher = ["torchrun", "--nproc-per-node", processes, "-m", "switchlora"]
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    given: list[str] = []
+    if HydraConfig.initialized():
+        given = [*words_for_yamls(), *HydraConfig.get().overrides.task]
     kept = [word for word in given if not word.startswith("resume=")]
     place = str(run.log.folder)
     if not re.fullmatch(r"[\w./+-]+", place):

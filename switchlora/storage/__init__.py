@@ -29,6 +29,7 @@ from switchlora.storage.export import (
     save_merged as save_merged,
 )
 from switchlora.storage.files import write_whole as write_whole
+from switchlora.storage.mlflow_log import MLflow as MLflow
 from switchlora.storage.provenance import (
     KERNEL_LIMITS as KERNEL_LIMITS,
     code_digest as code_digest,
@@ -70,14 +71,18 @@ from switchlora.storage.runlog import (
     RunLog as RunLog,
     locked as locked,
 )
+from switchlora.storage.sinks import RunInfo as RunInfo, Sink as Sink
+from switchlora.storage.tensorboard_log import TensorBoard as TensorBoard
 from switchlora.storage.tensors import (
     learner_state as learner_state,
     load_tensors as load_tensors,
     random_states as random_states,
     set_random_states as set_random_states,
 )
+from switchlora.storage.unused import unused_removed as unused_removed
 from switchlora.storage.wandb_log import (
     BY_ENVIRONMENT as BY_ENVIRONMENT,
+    WandbLog as WandbLog,
     wandb_mode as wandb_mode,
     wandb_options as wandb_options,
 )

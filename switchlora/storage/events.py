@@ -58,9 +58,9 @@ def read_placed(path: Path) -> Iterator[Placed]:
         place = end
 
 
-def read_events(folder: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
+def read_events(folder: Path | str, event: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield the events of a run folder in order: those named ``event``, or all."""
-    for placed in read_placed(folder / METRICS):
+    for placed in read_placed(Path(folder) / METRICS):
         if event in (None, placed.event["event"]):
             yield placed.event
 

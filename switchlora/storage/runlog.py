@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl always, W&B when asked, and lines on the terminal."""
+"""The log of a run: metrics.jsonl always, sinks when asked, and lines on the terminal."""
 
 import errno
 import fcntl
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from switchlora.process import is_primary, together
-from switchlora.storage.events import METRICS, as_record, mended, plain_values, read_events
+from switchlora.storage.events import METRICS, as_record, mended, plain_values
 from switchlora.storage.files import open_here, write_whole
 from switchlora.storage.progress import Progress
 from switchlora.storage.retention import free_name
+from switchlora.storage.sinks import Patient, RunInfo, Sink
 from switchlora.storage.wandb_log import WandbLog
 
 SUMMARY = "summary.json"
@@ -69,10 +70,11 @@ def _locked_within(folder: Path, patience: float) -> TextIO:
 
 
 class RunLog:
-    """The log of one run; a context manager that ends the W&B run with the right exit code.
+    """The log of one run; a context manager that tells the sinks how the run ended.
 
-    Every event is one line with a JSON object in ``metrics.jsonl``, the source of truth. It is
-    also one W&B step with the same keys. Only the primary rank writes and talks.
+    Every event is one line with a JSON object in ``metrics.jsonl``, the source of truth. Each of
+    ``sinks``, by name, gets the same events. Only the primary rank writes and talks. ``words`` are
+    what tells the run from others.
 
     A resumed run passes ``position``: the value of ``RunLog.position`` in the checkpoint. Later
     lines are cut off, since their updates come again. ``source`` is the folder that the earlier
@@ -87,13 +89,15 @@ class RunLog:
         folder: Path,
         config: Mapping[str, Any],
         total_updates: int,
-        wandb: Mapping[str, Any] | None = None,
+        sinks: Mapping[str, Sink] | None = None,
+        words: Sequence[str] = (),
         progress: bool = True,
         position: Mapping[str, Any] | None = None,
         source: Path | None = None,
     ) -> None:
         self.folder = folder
         self._talks = is_primary()
+        self._sinks: list[Patient] = []
         self._wandb: WandbLog | None = None
         self._progress = Progress(total_updates, enabled=progress and self._talks)
         path = folder / METRICS if self._talks else Path(os.devnull)
@@ -103,11 +107,10 @@ class RunLog:
             told = _begin(path, (source or folder) / METRICS, position)
         self._digest = hashlib.sha256(path.read_bytes())
         self._file = path.open("a", buffering=1)  # noqa: SIM115
-        if self._talks and wandb:
-            known = position["wandb_id"] if position and source in (None, folder) else None
-            self._wandb = WandbLog(folder, config, wandb, known, self.line)
-            for record in read_events(folder):
-                self._wandb.log(record)
+        if self._talks:
+            goes_on = position is not None and source in (None, folder)
+            about = RunInfo(folder, config, words, goes_on, self.line)
+            self._start(sinks or {}, about)
         for line in told:
             self.line(line)
 
@@ -117,8 +120,16 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._progress.close()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        for sink in self._sinks:
+            sink.finish(kind)
+
+    def _start(self, sinks: Mapping[str, Sink], about: RunInfo) -> None:
+        for name, sink in sinks.items():
+            if isinstance(sink, WandbLog):
+                self._wandb = sink
+            patient = Patient(name, sink, self.line)
+            patient.start(about)
+            self._sinks.append(patient)
 
     def position(self) -> dict[str, Any]:
         """Write the log to the disk; return its bytes, their digest, and the id of the W&B run."""
@@ -144,8 +155,8 @@ class RunLog:
         text = json.dumps(record, allow_nan=False) + "\n"
         self._file.write(text)
         self._digest.update(text.encode())
-        if self._wandb is not None:
-            self._wandb.log(record)
+        for sink in self._sinks:
+            sink.log(record)
 
     def line(self, text: str) -> None:
         """Print one line on the terminal, above the progress bar."""
@@ -160,13 +171,13 @@ class RunLog:
         """Close the progress bar; later lines are printed below it."""
         self._progress.close()
 
-    def images(self, paths: list[Path]) -> None:
-        """Send pictures to W&B, under ``figures/<name>``."""
-        if self._wandb is not None:
-            self._wandb.images(paths)
+    def figures(self, paths: Sequence[Path]) -> None:
+        """Pass pictures to the sinks."""
+        for sink in self._sinks:
+            sink.figures(paths)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Write the values of the whole run to ``summary.json`` and to W&B's summary.
+        """Write the values of the whole run to ``summary.json`` and pass them to the sinks.
 
         The file is written whole or not at all.
         """
@@ -175,8 +186,8 @@ class RunLog:
         plain = plain_values(values)
         text = json.dumps(plain, indent=2, allow_nan=False)
         write_whole(self.folder / SUMMARY, text + "\n")
-        if self._wandb is not None:
-            self._wandb.summary(plain)
+        for sink in self._sinks:
+            sink.summary(plain)
 
 
 def locked(folder: Path) -> TextIO | None:

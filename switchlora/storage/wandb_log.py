@@ -1,9 +1,9 @@
-"""A run in Weights & Biases that never ends the training: what fails there is told, and left."""
+"""A run in Weights & Biases: ``log.wandb``."""
 
 import io
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from inspect import signature
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 from switchlora.errors import check_choice
 from switchlora.process import one_line
+from switchlora.storage.events import read_events
 from switchlora.storage.retention import free_name
+from switchlora.storage.sinks import RunInfo
 
 MODES = ("offline", "online", "disabled")
 SPELLINGS = {"dryrun": "offline", "run": "online", "": "offline"}
@@ -56,77 +58,57 @@ def wandb_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 
 class WandbLog:
-    """One run in W&B. What fails is told in one line, and the training goes on without it.
+    """One run in W&B, a sink.
 
     An offline run cannot be reopened. It is written anew, whole, from metrics.jsonl. What the
     interrupted process left is put aside. One offline folder thus holds everything.
+    ``known`` is the id that the run has in W&B from an earlier process.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        options: Mapping[str, Any],
-        known: str | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self._folder = folder
-        self._say = say
-        self._run = self._begin(config, options, known)
-        self.id = None if self._run is None else self._run.id
-        self._first_step = 0 if self._run is None else self._run.starting_step
+    def __init__(self, options: Mapping[str, Any], known: str | None) -> None:
+        self._options = options
+        self._known = known
         self._step = 0
+        self.id: str | None = None
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def start(self, run: RunInfo) -> None:
+        """Begin a run in W&B, or reopen the known one; offline where it cannot be online."""
+        try:
+            self._run = _start(run.folder, run.config, self._options, self._known)
+        except Exception as error:
+            if self._options["mode"] == "offline":
+                raise
+            run.say(
+                f"W&B logs offline: {one_line(error)} What is in {run.folder / 'wandb'} can be "
+                "sent later with 'wandb sync'"
+            )
+            offline = {**self._options, "mode": "offline"}
+            self._run = _start(run.folder, run.config, offline, self._known)
+        self.id = self._run.id
+        self._first_step = self._run.starting_step
+        for event in read_events(run.folder):
+            self.log(event)
+
+    def log(self, event: Mapping[str, Any]) -> None:
         """Send the next event, unless W&B knows it from an earlier process."""
         step = self._step
         self._step += 1
         if step >= self._first_step:
-            self._attempt(lambda run: run.log(_as_values(record), step=step))
+            self._run.log(_as_values(event), step=step)
 
-    def images(self, paths: list[Path]) -> None:
+    def figures(self, paths: Sequence[Path]) -> None:
         """Send pictures, under ``figures/<name>``."""
+        import wandb
 
-        def send(run: Any) -> None:
-            import wandb
-
-            run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
-
-        self._attempt(send)
+        self._run.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write the values of the whole run to W&B's summary."""
-        self._attempt(lambda run: run.summary.update(values))
+        self._run.summary.update(values)
 
-    def finish(self, exit_code: int) -> None:
+    def finish(self, error: type[BaseException] | None) -> None:
         """End the W&B run."""
-        self._attempt(lambda run: run.finish(exit_code=exit_code))
-
-    def _attempt(self, act: Callable[[Any], Any]) -> None:
-        """Do something with the W&B run; leave W&B when that fails."""
-        if self._run is None:
-            return
-        try:
-            act(self._run)
-        except Exception as error:
-            self._run = None
-            self._say(f"W&B is left, the run goes on without it: {one_line(error)}")
-
-    def _begin(
-        self, config: Mapping[str, Any], options: Mapping[str, Any], known: str | None
-    ) -> Any:
-        """Return a W&B run; offline where it cannot be online, None where it cannot be at all."""
-        try:
-            return _start(self._folder, config, options, known)
-        except Exception as error:
-            if options["mode"] == "offline":
-                self._say(f"W&B cannot start, the run goes on without it: {one_line(error)}")
-                return None
-            self._say(
-                f"W&B logs offline: {one_line(error)} What is in {self._folder / 'wandb'} can be "
-                "sent later with 'wandb sync'"
-            )
-            return self._begin(config, {**options, "mode": "offline"}, known)
+        self._run.finish(exit_code=0 if error is None else 1)
 
 
 def _start(

@@ -14,6 +14,7 @@ from switchlora.sweep.jobs import (
     readable as readable,
     run_job as run_job,
     told as told,
+    words_for_yamls as words_for_yamls,
 )
 from switchlora.sweep.trunk import (
     Trunk as Trunk,

@@ -209,6 +209,9 @@ def job_values(config: DictConfig, sweep: Path, folder: Path) -> dict[str, Any]:
     for key, value in own.items():
         if config.log.wandb[key] is None and BY_ENVIRONMENT[key] not in os.environ:
             values[f"log.wandb.{key}"] = value
+    mlflow = (config.log.get("sinks") or {}).get("mlflow", {})
+    if mlflow.get("name", "") is None:
+        values["log.sinks.mlflow.name"] = folder.name
     return values
 
 
@@ -341,12 +344,7 @@ def command(values: Mapping[str, Any], folder: Path) -> list[str]:
     hydra = HydraConfig.get()
     own = {**values, "hydra.run.dir": os.path.relpath(folder), "hydra.mode": "RUN"}
     words = [sys.executable, "-m", "switchlora", "--config-name", str(hydra.job.config_name)]
-    for source in hydra.runtime.config_sources:
-        if source.provider == "command-line":
-            words += ["--config-dir", source.path]
-    for word in hydra.overrides.hydra:
-        if word.startswith("hydra.searchpath"):
-            words.append(word)
+    words += words_for_yamls()
     for word in hydra.overrides.task:
         if word.partition("=")[0] not in own:
             words.append(word)
@@ -355,9 +353,26 @@ def command(values: Mapping[str, Any], folder: Path) -> list[str]:
     return words
 
 
+def words_for_yamls() -> list[str]:
+    """Return the words of the command line that say where further yamls are."""
+    hydra = HydraConfig.get()
+    words = []
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            words += ["--config-dir", source.path]
+    for word in hydra.overrides.hydra:
+        if word.startswith("hydra.searchpath"):
+            words.append(word)
+    return words
+
+
 def quoted(value: str) -> str:
-    """Return a value in the quotes in which Hydra takes it as it is."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    """Return a value in the quotes in which Hydra takes it as it is.
+
+    Hydra takes a backslash as it is too, unless a quote follows.
+    """
+    doubled = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value)
+    escaped = doubled.replace("'", "\\'")
     return f"'{escaped}'"
 
 
