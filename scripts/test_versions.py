@@ -42,8 +42,8 @@ def lower_bound(requirement: Requirement) -> str:
     raise ValueError(f"pyproject.toml: {requirement} has no lower bound")
 
 
-def oldest() -> list[str]:
-    """Return a line for pip's constraints for each requirement: exactly its lower bound."""
+def lower_bounds() -> list[str]:
+    """Return pip's constraints that hold each requirement to exactly its lower bound."""
     return [f"{found.name}=={lower_bound(found)}" for found in requirements()]
 
 
@@ -54,9 +54,10 @@ def install(which: str, python: Path) -> None:
     command = [python, "-m", "pip", "install", "--quiet", "--editable", DEVELOPMENT]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
-        constraints.write_text("\n".join(oldest()))
+        constraints.write_text("\n".join(lower_bounds()))
         command += ["--constraint", constraints] if which == "oldest" else NEWEST
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            sys.exit(f"pip cannot install the {which} packages; the lines above say why")
 
 
 def versions(python: Path | str) -> dict[str, str]:
@@ -67,7 +68,7 @@ def versions(python: Path | str) -> dict[str, str]:
 
 
 def version_lines(there: dict[str, str], here: dict[str, str]) -> list[str]:
-    """Return a line for each package of ``pyproject.toml``, and one for each other that differs."""
+    """Return a line for each package that is required, and for each other that differs."""
     named = {canonicalize_name(found.name) for found in requirements()}
     lines = []
     for name in sorted(named | set(there)):
@@ -77,7 +78,7 @@ def version_lines(there: dict[str, str], here: dict[str, str]) -> list[str]:
     return lines
 
 
-def test(python: Path, words: list[str]) -> int:
+def run_tests(python: Path, words: list[str]) -> int:
     """Run the suite, and return pytest's exit status."""
     command = [python, "-m", "pytest", *TWO_PROCESSES, *words]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **ONE_THREAD, **QUIET}).returncode
@@ -91,7 +92,7 @@ def main() -> None:
     python = ROOT / f".venv-{given.which}" / "bin" / "python"
     install(given.which, python)
     print("\n".join(version_lines(versions(python), versions(sys.executable))), flush=True)
-    sys.exit(test(python, words))
+    sys.exit(run_tests(python, words))
 
 
 if __name__ == "__main__":
