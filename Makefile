@@ -5,10 +5,10 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-hard thresholds systems guard pretrained scaling killtest check docs format clean
+.PHONY: help install demo test test-hard test-oldest test-newest thresholds systems guard pretrained scaling killtest check docs format clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 install: .venv/.installed  ## create .venv and install switchlora with its development tools
 
@@ -26,6 +26,12 @@ test: .venv/.installed  ## run the tests
 
 test-hard: .venv/.installed  ## run the tests with other kernels, threads, orders, under load, as another user
 	$(BIN)/python scripts/test_hard.py
+
+test-oldest: .venv/.installed  ## run the tests with the oldest packages that pyproject.toml admits
+	$(BIN)/python scripts/test_versions.py oldest
+
+test-newest: .venv/.installed  ## run the tests with the newest release of every package
+	$(BIN)/python scripts/test_versions.py newest
 
 systems: .venv/.installed  ## run every system of the field on the same images and make their table, in hours
 	$(BIN)/switchlora +experiments=systems

@@ -55,7 +55,7 @@ SMALL = {
     "twins": ("twins_svt_small", THREE, 64),
     "vision_transformer": ("test_vit", FLAT, 32),
     "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", FLAT, 32),
-    "vision_transformer_relpos": ("test_vit_relpos", {}, 160),
+    "vision_transformer_relpos": ("vit_relpos_small_patch16_224", FLAT, 32),
     "vision_transformer_sam": ("samvit_base_patch16_224", FLAT, 64),
     "vitamin": ("vitamin_small_224", {"depth": 1}, 64),
     "xcit": ("xcit_nano_12_p16_224", FLAT, 32),

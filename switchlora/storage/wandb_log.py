@@ -140,10 +140,11 @@ def _check_login() -> None:
     """Raise ValueError if W&B would ask on the terminal for a key: nobody may be there."""
     import wandb
 
-    if "prompt" not in signature(wandb.login).parameters:  # an older W&B
-        return
-    with redirect_stderr(io.StringIO()):
-        known = wandb.login(prompt=False)
+    if "prompt" in signature(wandb.login).parameters:
+        with redirect_stderr(io.StringIO()):
+            known = wandb.login(prompt=False)
+    else:  # W&B before 0.30
+        known = bool(wandb.api.api_key)
     if not known:
         raise ValueError("there is no key: 'wandb login' or WANDB_API_KEY gives one.")
 
