@@ -145,7 +145,7 @@ def test_the_prediction_is_that_of_the_cost_models_trace_and_moves_no_generator(
     random = torch.get_rng_state()
     predicted = predict_memory(run)
     assert torch.equal(random, torch.get_rng_state())
-    traced = trace_batch(run.model, run.recipe, *run.data.example(64), run.data.loss).memory
+    traced = trace_batch(run.model, run.recipe, *run.data.example(32), run.data.loss).memory
     assert {part: predicted[part] for part in traced} == traced
     assert all(p.grad is None and p.device.type == "cpu" for p in run.model.parameters())
 
