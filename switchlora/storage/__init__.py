@@ -29,6 +29,7 @@ from switchlora.storage.export import (
     save_merged as save_merged,
 )
 from switchlora.storage.files import write_whole as write_whole
+from switchlora.storage.hub import save_hub_layout as save_hub_layout
 from switchlora.storage.provenance import (
     KERNEL_LIMITS as KERNEL_LIMITS,
     code_digest as code_digest,
@@ -70,6 +71,7 @@ from switchlora.storage.runlog import (
     RunLog as RunLog,
     locked as locked,
 )
+from switchlora.storage.saved import Saved as Saved, load_saved as load_saved
 from switchlora.storage.tensors import (
     learner_state as learner_state,
     load_tensors as load_tensors,
