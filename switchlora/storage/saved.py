@@ -118,11 +118,17 @@ def _merge(weights: dict[str, Tensor], factors: Mapping[str, Tensor], path: Path
             continue
         name = f"{found['name']}.weight"
         B = factors.get(key.replace(".lora_A.", ".lora_B."))
-        fits = B is not None and name in weights and B.ndim == A.ndim == 2
-        if not fits or weights[name].shape != (len(B), A.shape[1]) or B.shape[1] != len(A):
+        weight = weights.get(name)
+        if B is None or weight is None or not _fit(weight, A, B):
             raise ValueError(f"{path} does not fit its {RESIDUAL}: {found['name']}")
-        product = B.float() @ A.float()
-        weights[name] = (weights[name].float() + product).to(weights[name].dtype)
+        weights[name] = (weight.float() + B.float() @ A.float()).to(weight.dtype)
+
+
+def _fit(weight: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Return whether B A has the shape of the weight."""
+    if A.ndim != 2 or B.ndim != 2:
+        return False
+    return len(A) == B.shape[1] and weight.shape == (len(B), A.shape[1])
 
 
 def _description(*folders: Path) -> tuple[Config, Path]:
