@@ -86,11 +86,13 @@ def assert_as_recorded(found, folder):
 
 
 @pytest.mark.parametrize(
-    "form", ["", "model.safetensors", "adapter", "adapter/residual.safetensors", "checkpoint"]
+    "form",
+    ["", "model.safetensors", "adapter", "adapter/residual.safetensors", "checkpoint", "state"],
 )
 def test_eval_gives_what_the_run_recorded_whatever_form_the_model_has(form, finished):
     folder, _ = finished
-    path = find_all(folder)[0] if form == "checkpoint" else folder / form
+    checkpoint = find_all(folder)[0]
+    path = {"checkpoint": checkpoint, "state": checkpoint / "state.pt"}.get(form, folder / form)
     found = evaluated(path)
     assert found["images"] == 360
     assert_as_recorded(found, folder)

@@ -53,6 +53,8 @@ def load_saved(path: Path, allow: Collection[str] = ()) -> Saved:
     """
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder; give {FORMS}")
+    if path.name == STATE:
+        path = path.parent
     if path.is_file():
         is_adapter = (path.parent / ADAPTER_CONFIG).is_file()
         return _adapter(path.parent, allow) if is_adapter else _merged(path, allow)
