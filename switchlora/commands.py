@@ -8,6 +8,10 @@ from switchlora.errors import ODD
 from switchlora.names import near
 
 RUNS = {
+    "eval": (
+        "analysis.evaluate",
+        "loss and accuracy of a saved model, on its test split or others",
+    ),
     "tables": ("analysis.tables.table", "accuracy, cost, speed and memory of runs, side by side"),
     "report": ("analysis.page.page", "one HTML page with tables, curves and pictures of runs"),
     "curves": ("analysis.curves", "update norms and ranks over the updates, runs overlaid"),

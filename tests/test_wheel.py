@@ -36,6 +36,7 @@ def call(run, *words):
 
 (one,) = sys.argv[1:]
 for words in (
+    ["eval", one],
     ["tables", "sweep", "--out", "tables"],
     ["report", "sweep", "--out", "page.html"],
     ["curves", "sweep", "--out", "curves"],
@@ -52,6 +53,7 @@ for name in ("update", "switch", "systems"):
 """
 LEFT = ("tables/table.md", "page.html", "lowrank/speed.md")
 SAID = (
+    "its own test split",
     *("0.2", "is neither dense nor low-rank", "bit-equal"),
     *(f"usage: switchlora-bench {name}" for name in ("update", "switch", "systems")),
 )

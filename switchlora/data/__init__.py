@@ -13,7 +13,8 @@ from switchlora.data.images import (
 from switchlora.data.loaders import (
     Data as Data,
     build_data as build_data,
+    build_test as build_test,
 )
-from switchlora.data.split import IGNORED as IGNORED, Split as Split
+from switchlora.data.split import IGNORED as IGNORED, Split as Split, classes_of as classes_of
 from switchlora.data.text import build_text as build_text
 from switchlora.data.workers import Loader as Loader

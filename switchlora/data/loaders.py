@@ -45,6 +45,7 @@ class Data:
     - ``test`` is the official split.
     - ``mixup`` maps (images, targets) to mixed images and soft targets.
     - ``num_classes`` is above every label.
+    - ``classes`` are the names of the classes, in their order; none if the data do not tell them.
     - ``loss`` expects the targets that ``mixup`` makes, if there is a ``mixup``.
 
     With several processes each loader yields this process's share: sum over processes before you
@@ -57,6 +58,7 @@ class Data:
     mixup: EpochMixup | None
     loss: nn.Module
     num_classes: int
+    classes: tuple[str, ...] = ()
     _known: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -156,14 +158,14 @@ def build_data(
     held_out = limited(torch.arange(length(test)), eval_size)
     sampler = EpochSampler(len(fit), batch_size, seed, rank, world_size)
     mixup = build_mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes, sampler)
-    if not len(mean) == len(std) == in_chans:
-        raise ValueError(f"data.mean and data.std need {in_chans} numbers each, one a channel")
+    check_normalisation(mean, std, in_chans)
     options: dict[str, Any] = {
         "channels": in_chans,
         "num_classes": num_classes,
         "skip_unreadable": skip_unreadable,
     }
-    numbers = same_numbers(train, test)
+    classes = classes_of(train)
+    numbers = same_numbers(classes, test)
     splits = [
         Split("train", train, fit, **options),
         Split("val", train, limited(val, eval_size), **options),
@@ -183,16 +185,67 @@ def build_data(
         views = transformed(splits, common, train_transform or {}, eval_transform or {})
     loss = build_loss(mixup, label_smoothing)
     loaders = make_loaders(views, sampler, workers, pin_memory)
-    return Data(loaders[0], loaders[1], loaders[2], mixup, loss, num_classes)
+    return Data(loaders[0], loaders[1], loaders[2], mixup, loss, num_classes, tuple(classes))
 
 
-def same_numbers(train: Dataset, test: Dataset) -> dict[int, int] | None:
-    """Return the number in ``train`` of each class of ``test``, by its name.
+def build_test(
+    test: Dataset,
+    classes: Sequence[str],
+    *,
+    num_classes: int,
+    in_chans: int,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    eval_size: int | None = None,
+    train_transform: Options | None = None,
+    eval_transform: Options | None = None,
+    skip_unreadable: bool = False,
+    workers: int = 0,
+    **_: Any,
+) -> Loader:
+    """Return the loader of a test split alone, the same as that of ``build_data``.
 
-    None if the numbers are the same, or if a data set does not name its classes. ValueError for a
-    class that ``train`` lacks, or a name that stands for two classes.
+    ``classes`` are the names of the classes of training; labels are numbered as these. The other
+    keys of a data config are not read.
     """
-    known, found = classes_of(train), classes_of(test)
+    check_normalisation(mean, std, in_chans)
+    split = Split(
+        "test",
+        test,
+        limited(torch.arange(length(test)), eval_size),
+        channels=in_chans,
+        num_classes=num_classes,
+        numbers=same_numbers(classes, test),
+        skip_unreadable=skip_unreadable,
+    )
+    split.check_labels()
+    view: View
+    if train_transform is None and eval_transform is None:
+        workers = 0
+        view = InMemory(split, (in_chans, image_size, image_size), mean, std)
+    else:
+        common = {"input_size": image_size, "mean": tuple(mean), "std": tuple(std)}
+        view = Transformed(split, transform_of(common, eval_transform or {}))
+        try_views([view])
+    return Loader(view, sampler=eval_batches(len(view), batch_size), num_workers=workers)
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
+    """Raise ValueError unless there is a mean and a deviation for each channel."""
+    if not len(mean) == len(std) == in_chans:
+        raise ValueError(f"data.mean and data.std need {in_chans} numbers each, one a channel")
+
+
+def same_numbers(classes: Sequence[str], test: Dataset) -> dict[int, int] | None:
+    """Return the number in training of each class of ``test``, by its name.
+
+    ``classes`` are those of training. None if the numbers are the same, or if one of both does not
+    name its classes. ValueError for a class that training lacks, or a name that stands for two
+    classes.
+    """
+    known, found = list(classes), classes_of(test)
     place = getattr(test, "root", None)
     where = f" in {place}" if place else ""
     if not known or not found or known == found:
@@ -300,14 +353,19 @@ def transformed(
     cannot be used.
     """
     train, *plain = splits
-    try:
-        augment = build_transform(**common, is_training=True, **train_options)
-        keep = build_transform(**common, **eval_options)
-    except (TypeError, AssertionError, ValueError, KeyError) as error:
-        raise ValueError(f"data.train_transform or data.eval_transform: {error}") from error
+    augment = transform_of({**common, "is_training": True}, train_options)
+    keep = transform_of(common, eval_options)
     views = [Transformed(train, augment), *(Transformed(split, keep) for split in plain)]
     from_primary(lambda: try_views(views))
     return [*views]
+
+
+def transform_of(common: Options, options: Options) -> Any:
+    """Return timm's transform with both options; ValueError for what timm refuses."""
+    try:
+        return build_transform(**common, **options)
+    except (TypeError, AssertionError, ValueError, KeyError) as error:
+        raise ValueError(f"data.train_transform or data.eval_transform: {error}") from error
 
 
 def try_views(views: Sequence[Transformed]) -> None:

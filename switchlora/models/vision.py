@@ -18,7 +18,8 @@ def create_model(name: str, **options: object) -> nn.Module:
     ``img_size`` is left out for a family that refuses it, since it takes images of any size.
     EVA's and BEiT's attention is set to call its qkv linear and to add the bias apart. By default
     it reads the weight directly and would bypass an adapter. ValueError also if patches do not
-    divide the image. A file ``checkpoint_path`` is read by ``load_weights``.
+    divide the image. A file ``checkpoint_path`` is read by ``load_weights``. The options that timm
+    took stay with the model, as ``timm_options``.
     """
     if not timm.is_model(name):
         raise ValueError(f"unknown model '{name}'; {near(name, timm.list_models())}")
@@ -35,13 +36,15 @@ def create_model(name: str, **options: object) -> nn.Module:
 
 def _built(name: str, options: Mapping[str, object]) -> nn.Module:
     try:
-        return timm.create_model(name, **options)  # type: ignore[arg-type]
+        model = timm.create_model(name, **options)  # type: ignore[arg-type]
     except (TypeError, AssertionError) as error:
         if "img_size" in options and re.search("unexpected keyword.*img_size", str(error)):
             others = dict(options)
             del others["img_size"]
             return _built(name, others)
         raise ValueError(f"model '{name}' refuses its options: {error}") from error
+    model.timm_options = dict(options)  # type: ignore[assignment]
+    return model
 
 
 @contextmanager

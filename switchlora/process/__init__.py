@@ -20,6 +20,7 @@ from switchlora.process.exits import (
 )
 from switchlora.process.schema import (
     CheckFirst as CheckFirst,
+    check_keys as check_keys,
     check_values as check_values,
     kind_of as kind_of,
 )

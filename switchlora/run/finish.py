@@ -18,7 +18,13 @@ from switchlora.run.run import Run
 from switchlora.run.state import Ledger, Phase, TrainState
 from switchlora.run.tell import tell_skipped
 from switchlora.run.transitions import given_up
-from switchlora.storage import environment, merged_for_peft, save_adapter, save_merged
+from switchlora.storage import (
+    environment,
+    merged_for_peft,
+    save_adapter,
+    save_hub_layout,
+    save_merged,
+)
 
 
 def finish(run: Run, status: str) -> dict[str, Any]:
@@ -36,12 +42,22 @@ def finish(run: Run, status: str) -> dict[str, Any]:
         if is_primary():
             save_models(run, model, folder)
             run.log.summary(summary)
+            describe(run, model, summary, folder)
             if run.config["log"]["figures"]:
                 draw(run, folder)
     run.log.end_progress()
     for line in closing_lines(run, status, test, folder):
         run.log.line(line)
     return summary
+
+
+def describe(run: Run, model: nn.Module, summary: dict[str, Any], folder: Path) -> None:
+    """Write what the hub and timm read beside the weights; a line says what is not written."""
+    try:
+        for line in save_hub_layout(folder, model, run.config, run.data.classes, summary):
+            run.log.line(line)
+    except Exception as error:
+        run.log.line(f"there is no model card: {one_line(error)}")
 
 
 def draw(run: Run, folder: Path) -> None:

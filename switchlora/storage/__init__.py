@@ -29,6 +29,7 @@ from switchlora.storage.export import (
     save_merged as save_merged,
 )
 from switchlora.storage.files import write_whole as write_whole
+from switchlora.storage.hub import save_hub_layout as save_hub_layout
 from switchlora.storage.mlflow_log import MLflow as MLflow
 from switchlora.storage.provenance import (
     KERNEL_LIMITS as KERNEL_LIMITS,
@@ -71,6 +72,7 @@ from switchlora.storage.runlog import (
     RunLog as RunLog,
     locked as locked,
 )
+from switchlora.storage.saved import Saved as Saved, load_saved as load_saved
 from switchlora.storage.sinks import RunInfo as RunInfo, Sink as Sink
 from switchlora.storage.tensorboard_log import TensorBoard as TensorBoard
 from switchlora.storage.tensors import (

@@ -271,7 +271,11 @@ def load_model(path: Path, allow: Collection[str] = ()) -> nn.Module:
     The checkpoint says what to build. CheckpointUnusable for a class or function that is no part
     of this program, unless ``allow`` has its name, such as 'my_models.Perceptron': it would run.
     """
-    state = read(path)
+    return rebuild(path, read(path), allow)
+
+
+def rebuild(path: Path, state: Mapping[str, Any], allow: Collection[str] = ()) -> nn.Module:
+    """Do what ``load_model`` does with the state that ``read`` returned."""
     with content_checked(path):
         config = without_start(state["config"]["model"])
     try:

@@ -19,6 +19,7 @@ from switchlora.adapters import (
 from switchlora.models import HALF, RESIDUAL, read_directly
 from switchlora.storage.files import follow_umask
 
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -56,8 +57,8 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
             dense[f"{name}.weight"] = A.new_zeros(module.out_features, module.in_features)
     residual = without_adapters(model) | dense
     _save(residual, folder / RESIDUAL, HALF)
-    _save(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(_peft_config(ranks), indent=2))
+    _save(tensors, folder / ADAPTER)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(_peft_config(ranks), indent=2))
     return folder
 
 
@@ -106,6 +107,7 @@ def _peft_config(ranks: dict[str, int]) -> dict[str, object]:
     pattern = {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items()}
     return {
         "peft_type": "LORA",
+        "base_model_name_or_path": RESIDUAL,
         "r": largest,
         "lora_alpha": largest,
         "target_modules": sorted(ranks),

@@ -1,0 +1,196 @@
+"""Load a saved model, whatever form it was saved in, without trusting its files."""
+
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from switchlora.config import TARGET, Config, build_saved, without_start
+from switchlora.models import RESIDUAL, read_file
+from switchlora.storage.checkpoint import STATE, read, rebuild
+from switchlora.storage.export import ADAPTER, ADAPTER_CONFIG, PEFT_PREFIX
+from switchlora.storage.hub import BUILDER, HUB_CONFIG
+from switchlora.storage.reading import FileDamaged, content_of, parse_json
+from switchlora.storage.records import read_config
+from switchlora.storage.retention import find_all
+from switchlora.storage.runlog import CONFIG
+from switchlora.storage.tensors import check_weights
+
+MERGED = "model.safetensors"
+FACTOR = re.compile(rf"{re.escape(PEFT_PREFIX)}(?P<name>.+)\.lora_A\.weight")
+FORMS = f"a run folder, a checkpoint, {MERGED}, or an adapter beside its {RESIDUAL}"
+OTHER_SCALINGS = ("use_rslora", "use_dora")
+"""settings of PEFT with which the scaling is not alpha / rank"""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved model, and what its files say of it."""
+
+    model: nn.Module
+    config: Config
+    """the run's configuration; of ``config.json`` alone, ``model`` and a part of ``data``"""
+    source: Path
+    """what the weights were read from"""
+    classes: tuple[str, ...]
+    """names of the classes, if they are known"""
+    adapted: bool
+    """whether the model has adapters, or had them before they were merged"""
+
+
+def load_saved(path: Path, allow: Collection[str] = ()) -> Saved:
+    """Return the model of a run folder, a checkpoint, a file of merged weights, or an adapter.
+
+    ``config.yaml`` of the run, or ``config.json`` of timm, says what to build. ValueError, with
+    the path, for what holds no model, half of one or another one. ValueError also for a class or
+    function that is no part of this program, unless ``allow`` has its name.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder; give {FORMS}")
+    if path.name == STATE:
+        path = path.parent
+    if path.is_file():
+        is_adapter = (path.parent / ADAPTER_CONFIG).is_file()
+        return _adapter(path.parent, allow) if is_adapter else _merged(path, allow)
+    if (path / STATE).is_file():
+        return _checkpoint(path, allow)
+    if (path / ADAPTER_CONFIG).is_file():
+        return _adapter(path, allow)
+    if (path / MERGED).is_file():
+        return _merged(path / MERGED, allow)
+    checkpoints = find_all(path)
+    if not checkpoints:
+        raise ValueError(f"{path} holds no model; give {FORMS}")
+    return _checkpoint(checkpoints[0], allow)
+
+
+def _checkpoint(path: Path, allow: Collection[str]) -> Saved:
+    state = read(path)
+    model = rebuild(path, state, allow)
+    classes = _classes(path.parent.parent)
+    return Saved(model, state["config"], path, classes, bool(state["adapters"]))
+
+
+def _merged(path: Path, allow: Collection[str]) -> Saved:
+    config, folder = _description(path.parent)
+    try:
+        weights = read_file(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    model = _model(config, folder, weights, path, allow)
+    return Saved(model, config, path, _classes(folder), (folder / "adapter").is_dir())
+
+
+def _adapter(folder: Path, allow: Collection[str]) -> Saved:
+    config, described = _description(folder, folder.parent)
+    settings = parse_json(content_of(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
+    alike = settings.get("lora_alpha") == settings.get("r")
+    alike &= settings.get("alpha_pattern") == settings.get("rank_pattern")
+    if not alike or any(settings.get(key) for key in OTHER_SCALINGS):
+        raise ValueError(
+            f"{folder}: this adapter was not written by switchlora; merge it with PEFT, and give "
+            "the file of its weights"
+        )
+    weights = _tensors(folder / RESIDUAL)
+    _merge(weights, _tensors(folder / ADAPTER), folder / ADAPTER)
+    model = _model(config, described, weights, folder, allow)
+    return Saved(model, config, folder, _classes(described), adapted=True)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: an adapter needs {ADAPTER} and {RESIDUAL}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise FileDamaged(f"{path} is a damaged file of safetensors ({error})") from error
+
+
+def _merge(weights: dict[str, Tensor], factors: Mapping[str, Tensor], path: Path) -> None:
+    """Add the products B A of ``factors`` to the weights that they belong to."""
+    for key, A in factors.items():
+        found = FACTOR.fullmatch(key)
+        if found is None:
+            continue
+        name = f"{found['name']}.weight"
+        B = factors.get(key.replace(".lora_A.", ".lora_B."))
+        weight = weights.get(name)
+        if B is None or weight is None or not _fit(weight, A, B):
+            raise ValueError(f"{path} does not fit its {RESIDUAL}: {found['name']}")
+        weights[name] = (weight.float() + B.float() @ A.float()).to(weight.dtype)
+
+
+def _fit(weight: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Return whether B A has the shape of the weight."""
+    if A.ndim != 2 or B.ndim != 2:
+        return False
+    return len(A) == B.shape[1] and weight.shape == (len(B), A.shape[1])
+
+
+def _description(*folders: Path) -> tuple[Config, Path]:
+    """Return what says which model to build, and the folder in which it stands."""
+    for folder in folders:
+        if (folder / CONFIG).is_file():
+            return read_config(folder), folder
+        if (folder / HUB_CONFIG).is_file():
+            path = folder / HUB_CONFIG
+            return _as_run(parse_json(content_of(path), path), path), folder
+    raise ValueError(
+        f"{folders[0]} does not say which model its weights belong to: put {CONFIG} of the run, "
+        f"or {HUB_CONFIG} of timm, beside them"
+    )
+
+
+def _as_run(content: Mapping[str, Any], path: Path) -> Config:
+    """Return the model, and the shape of its data, that timm's ``config.json`` describes."""
+    try:
+        known = content["pretrained_cfg"]
+        channels, height, width = known["input_size"]
+        shape = {"in_chans": channels, "mean": known["mean"], "std": known["std"]}
+        classes = content.get("num_classes", known["num_classes"])
+        options = dict(content.get("model_args") or {})
+        name = content["architecture"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileDamaged(f"{path} does not describe a model of timm ({error})") from error
+    if height != width:
+        raise ValueError(f"{path}: images of {height} x {width} pixels are not square")
+    model = {**options, TARGET: BUILDER, "name": name, "num_classes": classes}
+    return {"model": model, "data": {**shape, "image_size": height, "num_classes": classes}}
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    """Return the names of classes that ``config.json`` in a folder holds, if there are any."""
+    path = folder / HUB_CONFIG
+    names: object = None
+    if path.is_file():
+        with suppress(FileDamaged):  # a file of somebody else's
+            names = parse_json(content_of(path), path).get("label_names")
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _model(
+    config: Config,
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    source: Path,
+    allow: Collection[str],
+) -> nn.Module:
+    """Build the model that ``config`` of a folder describes, with exactly these weights."""
+    described = config.get("model")
+    if not isinstance(described, Mapping):
+        raise FileDamaged(f"{folder / CONFIG} is damaged: it has no 'model'")
+    model: nn.Module = build_saved(without_start(described), f"{folder}: model", allow)
+    try:
+        check_weights(model, weights)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{source} is no model as the configuration in {folder} describes it: {error.args[0]}"
+        ) from error
+    model.load_state_dict(weights)
+    return model.eval()
