@@ -1,13 +1,19 @@
 """What a user may type by mistake, and what the one line says."""
 
+import re
+import shlex
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from conf_yamls import build, composed
 from switchlora.cli import main
 from switchlora.config import as_plain
 from switchlora.process import check_values, checked, one_line
+from switchlora.run.saving import how_to_go_on
 
 TYPED = {
     "switch/guard=ful": "choose one of full, ranks, warn",
@@ -151,3 +157,42 @@ def test_an_unknown_key_of_a_yaml_of_ones_own_is_told():
     config = {**as_plain(composed()), "epoch": 3}
     with pytest.raises(ValueError, match="there is no key 'epoch'; near names: epochs"):
         check_values(config)
+
+
+REPOSITORY = Path(__file__).parents[1]
+SHOWN = (
+    *(REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "conf").rglob("*.yaml")),
+    *sorted((REPOSITORY / "experiments").glob("*.yaml")),
+)
+EXAMPLE = re.compile(r"`(switchlora [^`\n]*)`|^[\s#$]*(switchlora(?:-\w+)? .*)$", re.MULTILINE)
+
+
+def examples(path):
+    """The command lines that a page or a yaml shows, without comments."""
+    for found in EXAMPLE.finditer(path.read_text()):
+        line = found[1] or found[2]
+        yield re.sub(r"\s+#.*$| \([^)]*\)$", "", line)
+
+
+def test_every_example_can_be_pasted_into_any_shell():
+    """zsh takes a bracket that is not quoted for a pattern, and says that no file matches it."""
+    lines = [line for path in SHOWN for line in examples(path)]
+    assert len(lines) > 50
+    for line in lines:
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", line)
+        assert not re.search(r"[\[\]{}*]|=\S*\(", bare), line
+
+
+@pytest.mark.parametrize(
+    "name", ["a=b,c", "it's", "two words", "ü✓", "[x]", "$(x)", "a#b", "~", "-"]
+)
+def test_the_command_that_goes_on_can_be_pasted_whatever_the_folders_name(name, tmp_path):
+    folder = tmp_path / name
+    (folder / "checkpoints" / "update-00000001").mkdir(parents=True)
+    said = how_to_go_on(SimpleNamespace(log=SimpleNamespace(folder=folder)))
+    words = shlex.split(said.partition("go on with: ")[2])
+    (place,) = (word for word in words if word.startswith("hydra.run.dir="))
+    (override,) = OverridesParser.create().parse_overrides([place])
+    assert override.value() == str(folder)
