@@ -335,7 +335,7 @@ def test_a_run_that_skips_an_image_and_is_killed_ends_as_one_that_was_left_alone
         again = started.finish()
     assert again.returncode == 0, again.stderr
     assert f"skipped, since it cannot be read: train image {broken}" in done.stdout
-    assert "1 images could not be read and were skipped" in again.stdout
+    assert "1 image(s) could not be read and were skipped" in again.stdout
     summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
     assert summary["skipped_images"] == [f"train image {broken}"]
     assert_same_run(tmp_path / "left", tmp_path / "killed")

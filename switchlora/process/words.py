@@ -25,6 +25,7 @@ FLAGS_WITH_VALUE = (
     *("--cfg", "-c", "--package", "-p"),
 )
 WORD = re.compile(r"(?P<sign>[+~]*)(?P<key>[\w./]+)(?P<package>@[\w.:]+)?=(?P<value>.*)", re.S)
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 HOME = re.compile(r"(?<=[=,])~(?=[/,]|$)")
 NO_BRACKETS = re.compile(r"\\.|'[^']*'|\"[^\"]*\"", re.S)
 """parts of a word in which Hydra sees no brackets"""
@@ -105,6 +106,10 @@ def checked_word(word: str, places: tuple[Path, ...]) -> str:
             return word
         raise ValueError(no_setting(word, places))
     key = match["key"]
+    if key in FOLDERS and match["value"] in ("", "null", "''", '""'):
+        raise ValueError(
+            f"{key} is empty: the files of a run would lie where you are; give a name"
+        )
     if key.startswith(("hydra.", "hydra/")):
         return word
     choices = choices_of(key, places)
