@@ -22,7 +22,16 @@ from switchlora.process import (
     say,
     talk_without_risk,
 )
-from switchlora.sweep import Sweep, failed, follow_parent, job_folder, objectives, run_job, told
+from switchlora.sweep import (
+    Sweep,
+    failed,
+    follow_parent,
+    is_empty,
+    job_folder,
+    objectives,
+    run_job,
+    told,
+)
 from switchlora.train import train
 
 
@@ -79,6 +88,8 @@ def main() -> None:
             for line in told(Sweep.running):
                 say(line)
         distributed.leave()
+        if is_empty(Sweep.running):
+            raise ValueError("the multirun has no job: a word sweeps over nothing")
         if failed(Sweep.running):
             sys.exit(1)
     except Interrupted as stop:

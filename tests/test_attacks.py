@@ -3,7 +3,6 @@
 import copy
 import os
 import pickle
-import random
 import stat
 import sys
 from pathlib import Path
@@ -23,9 +22,7 @@ from switchlora.run import prepare, save
 from switchlora.storage import (
     STATE,
     SUMS,
-    FileDamaged,
     FolderLock,
-    events,
     find_all,
     find_records,
     load_model,
@@ -37,7 +34,6 @@ from switchlora.storage import (
 from switchlora.storage.checkpoint import _digest
 from switchlora.storage.files import write_whole
 
-SEED = 7
 TINY = (
     *(*DIGITS, "model.depth=1", "model.embed_dim=16", "model.num_heads=1", "epochs=1"),
     *("switch/rank=fixed", "switch.rank.rank=1", "full.scheduler.warmup_t=2"),
@@ -128,76 +124,12 @@ def written(path, state):
     return path
 
 
-def outcome(act):
-    """None, or the one line of the error that a user would see."""
-    try:
-        act()
-    except ValueError as error:
-        assert "\n" not in str(error), error
-        return str(error)
-    return None
-
-
 FILES = {
     "metrics.jsonl": b'{"event": "train", "num_updates": 1, "epoch": 0.1, "train/loss": 2.0}\n'
     * 3,
     "summary.json": b'{"status": "finished", "val": {"top1": 1.0}, "phases": {"full": {}}}\n',
     "config.yaml": b"seed: 0\nname: x\nswitch:\n  criterion:\n    path: a.never\n",
 }
-
-
-def spoiled(content, draw):
-    """Bytes cut, flipped, doubled or filled with others."""
-    place = draw.randrange(len(content))
-    kind = draw.choice(("cut", "flip", "line", "fill", "insert"))
-    if kind == "cut":
-        return content[:place]
-    if kind == "flip":
-        return (
-            content[:place]
-            + bytes([content[place] ^ (1 << draw.randrange(8))])
-            + content[place + 1 :]
-        )
-    if kind == "line":
-        return content[:place] + b"\n" + content[place + 1 :]
-    if kind == "fill":
-        return content[:place] + bytes(len(content) - place)
-    return content[:place] + draw.randbytes(3) + content[place:]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_records_of_any_bytes_give_a_run_or_one_line(name, tmp_path):
-    for other, content in FILES.items():
-        (tmp_path / other).write_bytes(content)
-    draw = random.Random(SEED)
-    for _ in range(300):
-        (tmp_path / name).write_bytes(spoiled(FILES[name], draw))
-
-        def looked_at():
-            record = read_record(tmp_path)
-            return [*record.events(), record.finished, *record.history()]
-
-        line = outcome(looked_at)
-        assert line is None or str(tmp_path) in line
-        said = []
-        outcome(lambda said=said: find_records([tmp_path], said.append))
-        assert bool(said) == bool(line)
-
-
-def test_a_log_of_any_bytes_is_mended_at_the_same_length(tmp_path):
-    draw = random.Random(SEED)
-    log = FILES["metrics.jsonl"]
-    for _ in range(300):
-        content = spoiled(log, draw)
-        try:
-            whole, reasons = events.mended(content, tmp_path / "metrics.jsonl")
-        except FileDamaged as error:
-            assert len(content) < len(events.LOST) and "remove the file" in str(error)
-            continue
-        assert len(whole) == len(content)
-        assert (whole == content) == (not reasons)
-        (tmp_path / "metrics.jsonl").write_bytes(whole)
-        list(events.read_events(tmp_path))
 
 
 def test_a_run_that_a_command_fails_on_is_left_out_with_a_line(tmp_path):

@@ -1,17 +1,24 @@
 """What a user may type by mistake, and what the one line says."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from conf_yamls import build, composed
+from starts import Started, program
 from switchlora.cli import main
 from switchlora.config import as_plain
 from switchlora.process import check_values, checked, one_line
+from switchlora.run import prepare
+from switchlora.run.saving import how_to_go_on
 from switchlora.storage import read_summary, unused_removed
 from switchlora.sweep import quoted
 
@@ -92,6 +99,10 @@ TYPED = {
     "switch/rank=prelora switch.rank.r_min=3": "switch.rank.r_min=3",
     "switch/rank=prelora switch.rank.mode=x": "switch.rank.mode is 'x': choose one of family, all",
     "switch.latest=3 switch.earliest=4": "switch.latest=3 is before switch.earliest=4",
+    "hydra.run.dir=": "hydra.run.dir is empty",
+    "hydra.sweep.dir=null": "hydra.sweep.dir is empty",
+    "seed=-1": "seed is -1: give a whole number of at least 0",
+    "full.optimizer.lr=1,5e-3": "Ambiguous value for argument 'full.optimizer.lr=1,5e-3'",
     "system.threads=100000000": "system.threads is 100000000: give a whole number from 0 to 4096",
     "log.figures=1": "log.figures is 1: give true or false",
 }
@@ -229,3 +240,70 @@ def test_an_unknown_key_of_a_yaml_of_ones_own_is_told():
     config = {**as_plain(composed()), "epoch": 3}
     with pytest.raises(ValueError, match="there is no key 'epoch'; near names: epochs"):
         check_values(config)
+
+
+def test_a_tilde_is_the_home_folder_where_a_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["data.root=~/images", "resume=~", "-m", "init_checkpoint=~/a,~/b", "name=a~/b"]
+    right = ["data.root=/home/me/images", "resume=/home/me", "-m"]
+    assert checked(words) == [*right, "init_checkpoint=/home/me/a,/home/me/b", "name=a~/b"]
+    assert checked(["~trunk"]) == ["~trunk"]
+
+
+def test_an_error_of_the_system_begins_with_its_file(tmp_path):
+    with pytest.raises(OSError) as caught:
+        tmp_path.read_text()
+    assert one_line(caught.value) == f"{tmp_path}: Is a directory"
+
+
+def test_a_multirun_over_nothing_is_a_mistake(tmp_path):
+    words = ("-m", "seed=range(0,0)", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    with Started(tmp_path / "said", program, *words) as started:
+        done = started.finish()
+    assert done.returncode == 1
+    assert "switchlora: the multirun has no job: a word sweeps over nothing" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["meta", "gpu"])
+def test_a_device_that_cannot_train_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"system.device '{name}' cannot be used"):
+        prepare(composed("data=digits", "model=digits", f"system.device={name}"), tmp_path)
+
+
+REPOSITORY = Path(__file__).parents[1]
+SHOWN = (
+    *(REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "conf").rglob("*.yaml")),
+    *sorted((REPOSITORY / "experiments").glob("*.yaml")),
+)
+EXAMPLE = re.compile(r"`(switchlora [^`\n]*)`|^[\s#$]*(switchlora(?:-\w+)? .*)$", re.MULTILINE)
+
+
+def examples(path):
+    """The command lines that a page or a yaml shows, without comments."""
+    for found in EXAMPLE.finditer(path.read_text()):
+        line = found[1] or found[2]
+        yield re.sub(r"\s+#.*$| \([^)]*\)$", "", line)
+
+
+def test_every_example_can_be_pasted_into_any_shell():
+    """zsh takes a bracket that is not quoted for a pattern, and says that no file matches it."""
+    lines = [line for path in SHOWN for line in examples(path)]
+    assert len(lines) > 50
+    for line in lines:
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", line)
+        assert not re.search(r"[\[\]{}*]|=\S*\(", bare), line
+
+
+@pytest.mark.parametrize(
+    "name", ["a=b,c", "it's", "two words", "ü✓", "[x]", "$(x)", "a#b", "~", "-"]
+)
+def test_the_command_that_goes_on_can_be_pasted_whatever_the_folders_name(name, tmp_path):
+    folder = tmp_path / name
+    (folder / "checkpoints" / "update-00000001").mkdir(parents=True)
+    said = how_to_go_on(SimpleNamespace(log=SimpleNamespace(folder=folder)))
+    words = shlex.split(said.partition("go on with: ")[2])
+    (place,) = (word for word in words if word.startswith("hydra.run.dir="))
+    (override,) = OverridesParser.create().parse_overrides([place])
+    assert override.value() == str(folder)

@@ -206,6 +206,47 @@ def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
     assert found.classes == ["a", "b", "c"] and len(found) == 18
 
 
+def test_files_that_are_no_images_by_their_names_are_told(tmp_path, capsys):
+    folders(tmp_path)
+    for name in ("0.heic", "1.heic", "2.gif", "._3.gif", "Thumbs"):
+        (tmp_path / "train" / "a" / name).write_bytes(b"x")
+    assert len(image_folder(str(tmp_path), "train")) == 18
+    said = capsys.readouterr().out
+    assert "no images by their names are left aside: 2 of .heic" in said
+    assert "1 of .gif" in said and "1 of no ending" in said
+    image_folder(str(tmp_path), "val")
+    assert not capsys.readouterr().out
+
+
+def test_more_classes_than_the_folders_are_told(tmp_path, capsys):
+    of_folders(folders(tmp_path), num_classes=5)
+    assert "warning: data.num_classes=5, but the data have 3 classes" in capsys.readouterr().out
+    of_folders(tmp_path)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_names_of_classes_may_hold_any_letters(tmp_path):
+    folders(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "b").rename(tmp_path / split / "zwei Wörter, = ✓")
+    assert brightness(of_folders(tmp_path).test) == pytest.approx({0: 0, 1: 200, 2: 100}, abs=1)
+
+
+def test_odd_images_of_one_folder_are_read_without_a_warning(tmp_path):
+    """A palette with transparency, one pixel, a turned photograph, a file in capitals."""
+    folders(tmp_path)
+    inside = tmp_path / "train" / "a"
+    noise(1).quantize(16).save(inside / "6.png", transparency=bytes(range(0, 160, 10)))
+    noise(2).resize((1, 1)).save(inside / "7.PNG")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise(3).resize((8, 4)).save(inside / "8.jpg", exif=turned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = of_folders(tmp_path, **PLAIN, batch_size=1)
+        assert sum(len(images) for images, _ in data.train) + len(data.val.dataset) == 21
+
+
 def test_a_root_below_a_hidden_folder_is_read(tmp_path):
     folders(tmp_path / ".cache" / "set")
     assert len(image_folder(str(tmp_path / ".cache" / "set"), "val")) == 6

@@ -215,6 +215,22 @@ def test_the_content_says_what_a_file_is_and_not_its_name(name, file, tmp_path):
     assert equal(one, two)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_numbers_of_any_width_are_loaded(dtype, tmp_path):
+    state = {key: tensor.to(dtype) for key, tensor in tiny_vit().state_dict().items()}
+    model = tiny_vit()
+    load_weights(model, saved(tmp_path / "m.pth", state))
+    assert all(tensor.equal(state[key].float()) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_quantised_weights_are_refused_by_name(dtype, tmp_path):
+    state = dict(tiny_vit().state_dict())
+    state["blocks.1.mlp.fc1.weight"] = state["blocks.1.mlp.fc1.weight"].to(dtype)
+    with pytest.raises(ValueError, match="is quantised: blocks.1.mlp.fc1.weight holds no float"):
+        load_weights(tiny_vit(), saved(tmp_path / "m.pth", state))
+
+
 class Attack:
     """Makes a file when it is unpickled."""
 

@@ -1,6 +1,7 @@
 """Runs read back from their folders."""
 
 import math
+import os
 import re
 
 import pytest
@@ -117,6 +118,12 @@ def test_a_damaged_file_is_named_with_what_is_wrong_and_the_other_runs_can_stay(
 def test_a_file_that_the_system_cannot_read_is_named(tmp_path):
     (write_run(tmp_path / "run") / "summary.json").mkdir()
     with pytest.raises(FileDamaged, match="summary.json cannot be read: Is a directory"):
+        read_record(tmp_path / "run")
+
+
+def test_a_pipe_in_the_place_of_a_file_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(write_run(tmp_path / "run") / "summary.json")
+    with pytest.raises(FileDamaged, match="summary.json cannot be read: it is a pipe or a device"):
         read_record(tmp_path / "run")
 
 

@@ -52,7 +52,7 @@ def main() -> None:
     """Write the report's JSON, or publish it. Exit with one line on a mistake."""
     options = parse(sys.argv[1:])
     try:
-        records = find_records(options.runs, warn)
+        records = find_records(options.runs, warn, lambda record: build_report([record], "", ""))
         entity = options.entity if options.publish else ""
         report = build_report(records, entity, options.project)
         if options.publish:

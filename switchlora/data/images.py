@@ -9,6 +9,7 @@ import subprocess
 import threading
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -25,7 +26,7 @@ from torchvision.datasets.folder import is_image_file
 
 from switchlora.data.split import open_image
 from switchlora.names import near
-from switchlora.process import any_rank, distributed, is_primary, together
+from switchlora.process import any_rank, distributed, is_primary, say, together
 
 FILES: dict[str, tuple[int, ...]] = {
     "train-images-idx3-ubyte": (60_000, 28, 28),
@@ -77,6 +78,8 @@ class Folder(ImageFolder):
     """Images in a folder for each class; what is hidden, or made by a system, is none of them."""
 
     def __init__(self, root: str) -> None:
+        self.other: Counter[str] = Counter()
+        """numbers of the files that are no images by their names, by ending"""
         super().__init__(root, loader=open_image, is_valid_file=self._is_image)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
@@ -89,7 +92,12 @@ class Folder(ImageFolder):
 
     def _is_image(self, path: str) -> bool:
         inside = Path(path).relative_to(self.root).parts
-        return is_image_file(path) and not any(map(is_hidden, inside))
+        if any(map(is_hidden, inside)):
+            return False
+        if not is_image_file(path):
+            self.other[Path(path).suffix or "no ending"] += 1
+            return False
+        return True
 
 
 def is_hidden(name: str) -> bool:
@@ -98,16 +106,23 @@ def is_hidden(name: str) -> bool:
 
 
 def image_folder(root: str, split: str) -> Folder:
-    """Return the images of ``root/split/CLASS/``; ValueError if there are none."""
+    """Return the images of ``root/split/CLASS/``; ValueError if there are none.
+
+    One line tells of files that are no images by their names, such as ``.heic`` and ``.gif``.
+    """
     if not Path(root, split).expanduser().is_dir():
         raise ValueError(
             f"data.root={root} has no folder {split}/: it must hold train/ and val/, with a "
             "folder of images for each class in both; set data.root, or SWITCHLORA_DATA"
         )
     try:
-        return Folder(f"{root}/{split}")
+        found = Folder(f"{root}/{split}")
     except FileNotFoundError as error:
         raise ValueError(f"data.root={root}, folder {split}/: {first_line(error)}") from error
+    if found.other and is_primary():
+        kinds = ", ".join(f"{count} of {ending}" for ending, count in found.other.most_common(3))
+        say(f"{root}/{split}: files that are no images by their names are left aside: {kinds}")
+    return found
 
 
 def torchvision_data(name: str, root: str, **options: Any) -> Dataset:

@@ -80,6 +80,8 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
     """Return an image of 8 bits with ``channels`` channels; ValueError if colour would be lost."""
     check_channels(image, channels)
     modes = MODES[channels]
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns on any other way
     return image if image.mode in modes else image.convert(modes[0])
 
 

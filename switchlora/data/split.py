@@ -18,6 +18,7 @@ from torchvision.datasets.folder import default_loader
 
 from switchlora.data.pixels import as_picture, check_channels, check_range_is_known, standard
 from switchlora.errors import DataUnusable, UnreadableImage
+from switchlora.process import is_primary, say
 
 IGNORED = -100
 """torch's label of what no loss and no metric counts"""
@@ -168,6 +169,9 @@ class Split:
                 f"{self.name} labels run from {lowest} to {highest}{self._called(worst)}, but "
                 f"data.num_classes={self.num_classes} allows 0 to {self.num_classes - 1}"
             )
+        named = len(classes_of(self.dataset))
+        if self.name == "train" and 0 < named < self.num_classes and is_primary():
+            say(f"warning: data.num_classes={self.num_classes}, but the data have {named} classes")
 
     def known_labels(self) -> Tensor | None:
         """Return the class number of every row; None if reading images alone tells them."""

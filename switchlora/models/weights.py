@@ -90,10 +90,12 @@ def _read(model: nn.Module, source: str) -> dict[str, Tensor]:
             "half a model; give the merged model: model.safetensors of a run, or what PEFT's "
             "merge_and_unload() returns"
         )
+    weights = {}
     for key, tensor in found.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        weights[key] = _in_float32(tensor)
+        if tensor.is_floating_point() and not torch.isfinite(weights[key]).all():
             raise ValueError(f"init_checkpoint={source}: {key} holds numbers that are not finite")
-    return {key: _in_float32(tensor) for key, tensor in found.items()}
+    return weights
 
 
 def _read_remote(name: str) -> dict[str, Tensor]:
@@ -104,7 +106,7 @@ def _read_remote(name: str) -> dict[str, Tensor]:
 
 
 def _in_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+    return tensor.to_dense().float() if tensor.is_floating_point() else tensor
 
 
 def _fitting(whole: Weights, model: nn.Module, source: str) -> tuple[str, dict[str, Tensor]]:
@@ -197,13 +199,23 @@ def _check_fit(source: str, weights: Weights, model: nn.Module) -> None:
     other = []
     for key in _reshaped(weights, own):
         other.append(f"{key} {tuple(weights[key].shape)}, here {tuple(own[key].shape)}")
+    quantised = [key for key in own if key in weights and _is_quantised(weights[key], own[key])]
     problems = {"lacks": missing, "has besides": besides, "differs in": other}
+    if quantised:
+        raise ValueError(
+            f"init_checkpoint={source} is quantised: {_some(quantised)} holds no floating-point "
+            "numbers; give the weights as they were before"
+        )
     told = [f"{what} {_some(keys)}" for what, keys in problems.items() if keys]
     if told:
         raise ValueError(
             f"init_checkpoint={source} is another model's: it {', '.join(told)}; choose the "
             "model.name, and options, that it was made with"
         )
+
+
+def _is_quantised(weight: Tensor, own: Tensor) -> bool:
+    return own.is_floating_point() and not weight.is_floating_point()
 
 
 def _reshaped(one: Weights, other: Weights) -> list[str]:

@@ -95,6 +95,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and isinstance(cause, USER_ERRORS):
         built = BUILT_FROM.search(message)
         return spelled_out(one_line(cause), built[1]) if built else one_line(cause)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        message = f"{error.filename}: {error.strerror}"
     line = explained(message)
     if line is not None:
         return line

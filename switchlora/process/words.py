@@ -1,5 +1,6 @@
 """The words of the command line: what is a group, what a key, and what was probably meant."""
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ FLAGS_WITH_VALUE = (
     *("--cfg", "-c", "--package", "-p"),
 )
 WORD = re.compile(r"(?P<sign>[+~]*)(?P<key>[\w./]+)(?P<package>@[\w.:]+)?=(?P<value>.*)", re.S)
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+HOME = re.compile(r"(?<=[=,])~(?=[/,]|$)")
 NO_BRACKETS = re.compile(r"\\.|'[^']*'|\"[^\"]*\"", re.S)
 """parts of a word in which Hydra sees no brackets"""
 MISSING_KEY = re.compile(r"Could not override '([\w.]+)'")
@@ -66,7 +69,8 @@ def checked(words: Sequence[str]) -> list[str]:
     - A new key needs a section that is there.
 
     ``method=lora`` and ``experiments=demo`` become ``+method=lora`` and ``+experiments=demo``.
-    Before a word stands its ``follower``.
+    Before a word stands its ``follower``. ``~/`` behind '=' is the home folder: most shells leave
+    it as it is.
     """
     check_multirun(words)
     places = own_folders(words)
@@ -78,6 +82,7 @@ def checked(words: Sequence[str]) -> list[str]:
         elif FLAGS.match(word) or word.startswith(FLAGS_WITH_VALUE):
             found.append(word)
         else:
+            word = HOME.sub(lambda _: os.path.expanduser("~"), word)
             found += [*follower(word, words), checked_word(word, places)]
     return found
 
@@ -109,6 +114,10 @@ def checked_word(word: str, places: tuple[Path, ...]) -> str:
             return word
         raise ValueError(no_setting(word, places))
     key = match["key"]
+    if key in FOLDERS and match["value"] in ("", "null", "''", '""'):
+        raise ValueError(
+            f"{key} is empty: the files of a run would lie where you are; give a name"
+        )
     if key.startswith(("hydra.", "hydra/")):
         return word
     choices = choices_of(key, places)

@@ -178,7 +178,7 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
             lines.append(f"The switch was taken back {state.taken_back} time(s)")
         lines += never_switched_lines(state.verdict, len(state.history), state.failed_switches)
     if run.skipped:
-        lines.append(f"{len(run.skipped)} images could not be read and were skipped")
+        lines.append(f"{len(run.skipped)} image(s) could not be read and were skipped")
     if test is not None:
         average = f" (EMA {test['ema_top1']:.2f} %)" if "ema_top1" in test else ""
         lines.append(f"test top1 {test['top1']:.2f} %{average}, loss {test['loss']:.4f}")

@@ -236,7 +236,9 @@ def _device(key: str, name: str) -> torch.device:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
     try:
-        device = torch.zeros((), device=name).device
+        zero = torch.zeros((), device=name)
+        zero.item()  # the device 'meta' holds no numbers
+        device = zero.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return device

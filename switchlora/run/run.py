@@ -170,6 +170,15 @@ class Run:
         inputs, _ = next(iter(self.data.val))
         return inputs[: self.micro_batch].to(self.device)
 
+    def all_skipped(self) -> set[str]:
+        """Return the names of the images that have turned out to be unreadable, on any rank.
+
+        All ranks must call it.
+        """
+        if not self.config["data"].get("skip_unreadable"):
+            return self.skipped
+        return self.skipped.union(*distributed.gather(self.data.skipped()))
+
     def count_flops(self) -> None:
         """Add the FLOPs of the update that was just made to ``ledger.train_flops``.
 

@@ -45,6 +45,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "ema": run.ema and run.ema.state_dict(),
         "stopwatch": run.stopwatch.state_dict(),
         "log": run.log.position(),
+        "skipped": sorted(run.all_skipped()),
         "random": distributed.gather(random_states()),
         **learner_state(run.learner),
     }
@@ -59,6 +60,7 @@ def check_state(state: Mapping[str, Any]) -> None:
     for numbers in (state["monitor"]["losses"], state["stopwatch"]["laps"]):
         fsum(numbers)
     fsum(state["monitor"]["initial_stable_ranks"].values())
+    "".join(_skipped(state))
     now = random_states()
     try:
         for states in state["random"]:
@@ -101,6 +103,8 @@ def restore(run: Run, found: Found) -> None:
         run.stopwatch.load_state_dict(saved["stopwatch"])
         run.saves.done(run.state.num_updates)
         _set_random_states(saved["random"], run.config["seed"] + run.state.num_updates)
+    if not found.branches:  # it may have other data
+        run.skipped.update(_skipped(saved))
     for line in lines:
         run.log.line(line)
     run.log.line(
@@ -109,6 +113,11 @@ def restore(run: Run, found: Found) -> None:
     if distributed.world_size() > 1 and not is_sharded(run.model):
         same = distributed.agreed_checksum(trained_tensors(run.model))
         run.log.line(distributed.agreement_line(same))
+
+
+def _skipped(state: Mapping[str, Any]) -> list[str]:
+    """Return the images that the run had skipped; earlier versions did not save them."""
+    return state.get("skipped", [])
 
 
 def _set_random_states(states: list[dict[str, Any]], seed: int) -> None:

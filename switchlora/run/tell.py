@@ -42,13 +42,10 @@ def tell_skipped(run: Run) -> None:
 
     All ranks must call it.
     """
-    if not run.config["data"].get("skip_unreadable"):
-        return
-    for names in distributed.gather(run.data.skipped()):
-        for name in names:
-            if name not in run.skipped:
-                run.log.line(f"skipped, since it cannot be read: {name}")
-            run.skipped.add(name)
+    skipped = run.all_skipped()
+    for name in sorted(skipped - run.skipped):
+        run.log.line(f"skipped, since it cannot be read: {name}")
+    run.skipped = skipped
 
 
 def _tell_switch(run: Run, change: Changed, report: SwitchReport) -> None:

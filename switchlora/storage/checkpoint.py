@@ -143,9 +143,11 @@ def read(path: Path) -> dict[str, Any]:
         state = load(path, mmap=True)
     if not isinstance(state, dict):
         raise CheckpointUnusable(f"{path} holds a {type(state).__name__}: it is no checkpoint")
-    if state.get("format") != FORMAT:
+    version = state.get("format")
+    if not isinstance(version, int) or version != FORMAT:
+        told = " ".join(str(version).split())[:LONGEST]
         raise CheckpointUnusable(
-            f"{path} has format {state.get('format')}, this version of switchlora reads {FORMAT}"
+            f"{path} has format {told}, this version of switchlora reads {FORMAT}"
         )
     _check_types(path, state, CONTENT)
     for part, kinds in PARTS.items():

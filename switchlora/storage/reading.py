@@ -17,6 +17,8 @@ class FileDamaged(ValueError):
 def content_of(path: Path) -> bytes:
     """Return the bytes of a file; FileDamaged when the system cannot read it."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # it may have no end
+            raise FileDamaged(f"{path} cannot be read: it is a pipe or a device")
         return path.read_bytes()
     except OSError as error:
         raise FileDamaged(f"{path} cannot be read: {error.strerror}") from error

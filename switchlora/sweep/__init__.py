@@ -6,6 +6,7 @@ from switchlora.sweep.jobs import (
     Sweep as Sweep,
     failed as failed,
     follow_parent as follow_parent,
+    is_empty as is_empty,
     is_job as is_job,
     job_folder as job_folder,
     job_values as job_values,

@@ -114,6 +114,11 @@ def told(sweep: Sweep | None) -> Sequence[str]:
     return sweep.lines()
 
 
+def is_empty(sweep: Sweep | None) -> bool:
+    """Return whether a multirun had no job at all, such as one of ``seed=range(0,0)``."""
+    return sweep is not None and not sweep.jobs()
+
+
 def failed(sweep: Sweep | None) -> bool:
     """Return whether a job of the multirun failed or was interrupted."""
     if sweep is None:

@@ -96,7 +96,8 @@ def write_page(sweep: Path, out: Path) -> Path:
 
 def content(sweep: Path) -> dict[str, Any]:
     """Return the values that the template shows."""
-    records = find_records([sweep])
+    left_out: list[str] = []
+    records = find_records([sweep], left_out.append, _attempt)
     table = make_table(records)
     groups = groups_of(records, table)
     keys, settings = differing_settings(records)
@@ -107,7 +108,7 @@ def content(sweep: Path) -> dict[str, Any]:
         "sentence": sentence(table),
         "tiles": tiles(table, records),
         "page_colors": PAGE,
-        "problems": problems(sweep, records),
+        "problems": [*problems(sweep, records), *(("left out", line) for line in left_out)],
         "table": table,
         "parts": _parts(table),
         "pareto": _pareto(table),
@@ -121,6 +122,16 @@ def content(sweep: Path) -> dict[str, Any]:
         "common": common,
         "differing": differing,
     }
+
+
+def _attempt(record: Record) -> None:
+    """Read all that the page shows of one run."""
+    make_table([record])
+    family_medians(record, 0)
+    validation_curves(record, 0)
+    rank_maps([record])
+    differing_settings([record])
+    _run(record, provenance([record])[1])
 
 
 def title(sweep: Path) -> str:
