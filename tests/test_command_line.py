@@ -99,6 +99,10 @@ TYPED = {
     "switch/rank=prelora switch.rank.r_min=3": "switch.rank.r_min=3",
     "switch/rank=prelora switch.rank.mode=x": "switch.rank.mode is 'x': choose one of family, all",
     "switch.latest=3 switch.earliest=4": "switch.latest=3 is before switch.earliest=4",
+    "experiments=demoo": "experiments=demoo: choose one of",
+    "data=imagefolder data.num_classes=2 data.train_transform={foo: 1}": (
+        "data.train_transform has no 'foo' yet: write +data.train_transform.foo=VALUE"
+    ),
     "hydra.run.dir=": "hydra.run.dir is empty",
     "hydra.sweep.dir=null": "hydra.sweep.dir is empty",
     "seed=-1": "seed is -1: give a whole number of at least 0",
@@ -121,7 +125,7 @@ def line_for(words):
 
 def split(typed):
     """The words of a line; a space inside of brackets or braces ends none."""
-    return [typed] if "{" in typed else typed.split(" ")
+    return [typed] if "{mode" in typed else re.split(r" (?![^{]*})", typed)
 
 
 @pytest.mark.parametrize("typed,line", TYPED.items(), ids=TYPED)
@@ -133,6 +137,7 @@ def test_what_is_typed_by_mistake_gets_the_line_that_helps(typed, line):
 RIGHT = [
     "method=lora",
     "experiments=demo",
+    "-m method=lora,relora",
     "full.compile=true",
     "full.compile={mode: default}",
     "full.optimizer.lr=0",

@@ -246,7 +246,61 @@ TYPED = {
         "command_line: a_mistake_leaves_no_run_folder",
     ),
 }
-ROWS = RESULTS | TYPED | DATA | FAULTS
+OUTSIDE = {
+    "4.1 what a wheel has": (
+        "wheel: a_wheel_knows_its_commit_and_its_readme_stands_alone",
+        "wheel: a_sweep_and_every_command_on_it_work_from_a_wheel_in_another_folder",
+    ),
+    "4.2 modes of files": ("attacks: written_files_follow_the_umask",),
+    "4.3 eval": (
+        "hub: eval_gives_what_the_run_recorded_whatever_form_the_model_has",
+        "hub: a_file_that_is_not_right_is_one_line_and_runs_nothing",
+        "hub: a_wrong_word_is_one_line",
+    ),
+    "4.4 a layout of the hub": (
+        "hub: timm_loads_the_folder_with_the_logits_and_the_images_of_the_run",
+        "hub: the_card_is_a_valid_one_and_tells_what_the_run_recorded",
+        "hub: peft_loads_the_adapter_that_names_its_base",
+    ),
+    "4.5 TensorBoard and MLflow": (
+        "sinks: tensorboard_has_each_number_once_also_after_a_kill",
+        "sinks: mlflow_has_each_number_once_also_after_a_kill",
+        "sinks: a_sink_that_fails_is_told_once_and_left",
+    ),
+    "4.6 torch.func": ("layers: function_transforms_see_the_plain_form",),
+    "4.7 settings that are checked": ("schema: every_choice_of_every_group_is_right",),
+}
+PICTURES = {
+    "5.1 without the switch": (
+        "pictures: full_training_of_the_same_setting_and_seed_is_drawn_beside_a_run",
+        "pictures: a_run_alone_shows_smoothed_loss_and_the_accuracies_that_matter",
+    ),
+    "5.2 the rule": (
+        "pictures: update_norms_are_drawn_over_their_own_peak_with_the_rules_line_and_crossings",
+    ),
+    "5.3 the common full phase": (
+        "pictures: the_common_full_phase_is_drawn_once_and_grey",
+        "pictures: the_difference_to_full_training_is_in_points_and_fills_its_axis",
+    ),
+    "5.4 a fraction of 0": ("pictures: what_cannot_switch_is_called_full_training_everywhere",),
+    "5.5 the page": (
+        "pictures: the_page_begins_with_a_sentence_and_four_tiles_and_folds_the_rest",
+        "pictures: notes_that_differ_in_numbers_alone_are_a_column",
+    ),
+    "5.6 the Pareto picture": (
+        "pictures: each_row_is_named_at_its_point_and_coloured_by_its_kind",
+        "pictures: shortened_full_training_is_a_line_and_dominated_points_are_open",
+    ),
+    "5.7 scaling, maps, formats, dark mode, names": (
+        "pictures: scaling_shows_intervals_as_bands_and_many_tick_labels",
+        "pictures: each_row_of_the_map_is_over_its_own_largest",
+        "pictures: every_picture_can_be_png_pdf_and_svg_with_the_same_bytes_again",
+        "pictures: lines_on_the_page_have_contrast_in_both_modes",
+        "pictures: runs_are_named_by_setting_and_seed",
+    ),
+    "5.8 rows of zeros": ("pictures: parts_that_hold_nothing_have_no_row_in_the_memory_table",),
+}
+ROWS = RESULTS | TYPED | DATA | OUTSIDE | PICTURES | FAULTS
 
 
 def defined(name):
@@ -263,7 +317,10 @@ def test_every_row_has_a_test(row):
         assert f"test_{name}" in defined(file), test
 
 
-@pytest.mark.parametrize("rows, number, count", [(RESULTS, 1, 13), (DATA, 3, 10), (FAULTS, 6, 20)])
+@pytest.mark.parametrize(
+    "rows, number, count",
+    [(RESULTS, 1, 13), (DATA, 3, 10), (OUTSIDE, 4, 7), (PICTURES, 5, 8), (FAULTS, 6, 20)],
+)
 def test_no_row_is_left_out(rows, number, count):
     assert [row.split()[0] for row in rows] == [f"{number}.{n}" for n in range(1, count + 1)]
 

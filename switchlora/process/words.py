@@ -30,6 +30,8 @@ HOME = re.compile(r"(?<=[=,])~(?=[/,]|$)")
 NO_BRACKETS = re.compile(r"\\.|'[^']*'|\"[^\"]*\"", re.S)
 """parts of a word in which Hydra sees no brackets"""
 MISSING_KEY = re.compile(r"Could not override '([\w.]+)'")
+MISSING_INSIDE = re.compile(r"Key '(\w+)' is not in struct\s+full_key: [\w.]+\.\1\b")
+"""an option that a section given as a value lacks"""
 MISSING_PLUGIN = re.compile(r"Could not find 'hydra/(launcher|sweeper)/([a-z]+)")
 UNREADABLE = re.compile(r"(no viable alternative|mismatched|extraneous|token recognition error).*")
 ADDS = re.compile(r"(?P<sign>\+\+?|~)full\.(?P<leaf>(optimizer|scheduler)\.[\w.]+)(=.*)?", re.S)
@@ -122,8 +124,10 @@ def checked_word(word: str, places: tuple[Path, ...]) -> str:
         return word
     choices = choices_of(key, places)
     if key in WITHOUT_DEFAULT:
-        names_a_choice = match["value"] in choices and not match["sign"]
-        return f"+{word}" if names_a_choice else word
+        names_choices = all(value in choices for value in match["value"].split(","))
+        if key == "experiments" and not match["sign"]:
+            check_choice_of(word, key, match["value"], choices)
+        return f"+{word}" if names_choices and not match["sign"] else word
     if choices or "/" in key:
         check_choice_of(word, key, match["value"], choices)
         return word
@@ -324,6 +328,8 @@ def explained(message: str) -> str | None:
     key = missing[1]
     if key in MEANT:
         return f"{key} is no key that takes a value: write {MEANT[key]}"
+    if inside := MISSING_INSIDE.search(message):
+        return f"{key} has no '{inside[1]}' yet: write +{key}.{inside[1]}=VALUE"
     owner = known_keys()[key].owner if key in known_keys() else ""
     if owner:
         return f"{key} belongs to {owner}: choose that too"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from switchlora.adapters import check_adapters_work, coverage_line, freeze_unused
 from switchlora.config import as_plain, build, from_environment
 from switchlora.data import Data
+from switchlora.errors import ODD
 from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_learner
 from switchlora.models import load_weights
 from switchlora.monitor import UpdateMonitor
@@ -304,8 +305,11 @@ def _first_learner(parts: Parts, recipe: Recipe, found: Found | None) -> Learner
     start = found.state["start"] if found else 0
     parallel = parts.config.system.parallel
     try:
-        return build_learner(parts.model, recipe, parts.total_updates, start, parallel)
-    except TypeError as error:
+        learner = build_learner(parts.model, recipe, parts.total_updates, start, parallel)
+        for number in (parts.total_updates - 1, start):
+            learner.scheduler.step_update(number)
+        return learner
+    except ODD as error:
         raise ValueError(f"full.optimizer or full.scheduler: {error}") from error
 
 

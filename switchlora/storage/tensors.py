@@ -77,8 +77,17 @@ def load_tensors(
     load_moments(learner.model, learner.optimizer, moments)
     if not branches:
         for group, saved in zip(learner.optimizer.param_groups, state["groups"], strict=True):
+            _check_group(group, saved)
             group.update(saved)
     return []
+
+
+def _check_group(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise an error unless the values of an optimizer's group have the names and kinds of now."""
+    for name, value in saved.items():
+        is_number = isinstance(value, int | float) and isinstance(now[name], int | float)
+        if not is_number and type(value) is not type(now[name]):
+            raise TypeError(f"'{name}' of the optimizer is {value!r}")
 
 
 def learner_state(learner: Learner) -> dict[str, Any]:
@@ -128,6 +137,8 @@ def check_moments(model: nn.Module, moments: Mapping[str, Mapping[str, Any]]) ->
     parameters = dict(model.named_parameters())
     for name, state in moments.items():
         for key, value in state.items():
+            if value is not None and not isinstance(value, Tensor | int | float):
+                raise TypeError(f"moment {key} of {name} is no number")
             alike = key in POWERS and value is not None
             if alike and value.shape != parameters[name].shape:
                 raise ValueError(f"moment {key} of {name} has the shape {tuple(value.shape)}")
