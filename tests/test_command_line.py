@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from conf_yamls import build, composed
+from conf_yamls import build, by_hydra, composed
 from starts import Started, program
 from switchlora.cli import main
 from switchlora.config import as_plain
@@ -115,7 +115,7 @@ TYPED = {
 def line_for(words):
     """The line that stands in the way of a run with these words; None where there is none."""
     try:
-        config = composed(*checked(words))
+        config = by_hydra(*checked(words))
         check_values(as_plain(config))
         build(config.switch), build(config.full), build(config.adapter)
     except Exception as error:
@@ -137,7 +137,6 @@ def test_what_is_typed_by_mistake_gets_the_line_that_helps(typed, line):
 RIGHT = [
     "method=lora",
     "experiments=demo",
-    "-m method=lora,relora",
     "full.compile=true",
     "full.compile={mode: default}",
     "full.optimizer.lr=0",
@@ -162,6 +161,10 @@ def test_what_is_right_gets_none(typed):
     flags = {"-m", "--cfg", "job", "hydra.mode=RUN", "+search=optuna", "+launch=joblib"}
     assert checked(words)
     assert line_for([word for word in words if word not in flags]) is None
+
+
+def test_a_sweep_over_methods_needs_no_sign():
+    assert checked(["-m", "method=lora,relora"]) == ["-m", "+method=lora,relora"]
 
 
 @pytest.mark.parametrize("word", ["epochs=0", "switch.init=null", "+log.evry=3"])

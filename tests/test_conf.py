@@ -10,12 +10,11 @@ import sys
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import nn
 
-from conf_yamls import CONF, build, composed, names
+from conf_yamls import CONF, build, by_hydra, composed, names
 from switchlora.adapters import DEFAULT_TARGETS
 from switchlora.config import as_plain
 from switchlora.learner import Recipe, build_learner
@@ -216,7 +215,6 @@ def test_options_that_torch_compile_does_not_have_are_told_by_their_key():
     ],
 )
 def test_what_the_tests_compose_in_two_steps_is_what_hydra_composes(words):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        whole = compose("config", overrides=list(words))
+    whole = by_hydra(*words)
     assert composed(*words) == whole
     assert OmegaConf.to_yaml(composed(*words)) == OmegaConf.to_yaml(whole)

@@ -155,7 +155,7 @@ FAULTS = {
     ),
     "6.10 a sweep without its parent": (
         "talking: a_launchers_process_ends_with_the_process_of_the_multirun",
-        "trials: jobs_of_a_sweep_whose_parent_is_killed_save_and_stop",
+        "trials: jobs_at_the_same_time_whose_parent_is_killed_save_and_stop_and_say_so_in_files",
     ),
     "6.11 no locks": ("attacks: a_file_system_without_locks_is_told_and_the_run_goes_on",),
     "6.12 SIGHUP": (
@@ -413,7 +413,7 @@ def members(session):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it needs Linux's /proc")
-def test_jobs_of_a_sweep_whose_parent_is_killed_save_and_stop(tmp_path):
+def test_jobs_at_the_same_time_whose_parent_is_killed_save_and_stop_and_say_so_in_files(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="it is not installed")
     words = (*DIGITS, "switch/criterion=never", "epochs=100000", "log.every=1", "system.threads=1")
     words += ("+launch=joblib", "seed=0,1", f"hydra.sweep.dir={tmp_path}")

@@ -97,7 +97,7 @@ def one_line(error: BaseException) -> str:
         return spelled_out(one_line(cause), built[1]) if built else one_line(cause)
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {error.strerror}"
-    line = explained(message)
+    line = explained(f"{message}\n{cause or ''}")
     if line is not None:
         return line
     if unknown := UNKNOWN_TARGET.search(message):

@@ -30,7 +30,9 @@ HOME = re.compile(r"(?<=[=,])~(?=[/,]|$)")
 NO_BRACKETS = re.compile(r"\\.|'[^']*'|\"[^\"]*\"", re.S)
 """parts of a word in which Hydra sees no brackets"""
 MISSING_KEY = re.compile(r"Could not override '([\w.]+)'")
-MISSING_INSIDE = re.compile(r"Key '(\w+)' is not in struct\s+full_key: [\w.]+\.\1\b")
+MISSING_INSIDE = re.compile(
+    r"Key '(?P<option>\w+)' is not in struct\s+full_key: (?P<place>[\w.]+)\.\1\b"
+)
 """an option that a section given as a value lacks"""
 MISSING_PLUGIN = re.compile(r"Could not find 'hydra/(launcher|sweeper)/([a-z]+)")
 UNREADABLE = re.compile(r"(no viable alternative|mismatched|extraneous|token recognition error).*")
@@ -328,8 +330,10 @@ def explained(message: str) -> str | None:
     key = missing[1]
     if key in MEANT:
         return f"{key} is no key that takes a value: write {MEANT[key]}"
-    if inside := MISSING_INSIDE.search(message):
-        return f"{key} has no '{inside[1]}' yet: write +{key}.{inside[1]}=VALUE"
+    inside = MISSING_INSIDE.search(message)
+    if inside and inside["place"] == key:
+        option = inside["option"]
+        return f"{key} has no '{option}' yet: write +{key}.{option}=VALUE"
     owner = known_keys()[key].owner if key in known_keys() else ""
     if owner:
         return f"{key} belongs to {owner}: choose that too"

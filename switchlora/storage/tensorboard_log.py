@@ -76,7 +76,7 @@ class TensorBoard:
         for key, value in leaves(config):
             settings[key] = value if isinstance(value, bool | int | float | str) else str(value)
         for summary in hparams(settings, dict.fromkeys(COMPARED, 0.0)):
-            self._writer.file_writer.add_summary(summary)
+            self._writer._get_file_writer().add_summary(summary)
 
 
 def _last_update(folder: Path) -> int:

@@ -139,9 +139,9 @@ def check_moments(model: nn.Module, moments: Mapping[str, Mapping[str, Any]]) ->
         for key, value in state.items():
             if value is not None and not isinstance(value, Tensor | int | float):
                 raise TypeError(f"moment {key} of {name} is no number")
-            alike = key in POWERS and value is not None
-            if alike and value.shape != parameters[name].shape:
-                raise ValueError(f"moment {key} of {name} has the shape {tuple(value.shape)}")
+            shape = getattr(value, "shape", ())
+            if value is not None and key in POWERS and shape != parameters[name].shape:
+                raise ValueError(f"moment {key} of {name} has the shape {tuple(shape)}")
 
 
 def random_states() -> dict[str, Any]:

@@ -126,12 +126,14 @@ def content(sweep: Path) -> dict[str, Any]:
 
 def _attempt(record: Record) -> None:
     """Read all that the page shows of one run."""
-    make_table([record])
-    family_medians(record, 0)
-    validation_curves(record, 0)
+    table = make_table([record])
+    sentence(table)
+    tiles(table, [record])
+    _charts([record], groups_of([record], table), table.references)
     rank_maps([record])
     differing_settings([record])
-    _run(record, provenance([record])[1])
+    (name,) = run_names([record])
+    _run(record, name, provenance([record])[1])
 
 
 def title(sweep: Path) -> str:
