@@ -107,7 +107,13 @@ def test_eval_takes_the_newest_checkpoint_of_a_run_without_a_model(finished, tmp
 
 def test_eval_of_a_run_on_text_counts_windows(tmp_path):
     (tmp_path / "text").write_text("a story that says the same again and again. " * 60)
-    small = ("data.context=16", "model.depth=1", "model.embed_dim=16", "model.num_heads=1")
+    small = (
+        "data.train_size=null",
+        "data.context=16",
+        "model.depth=1",
+        "model.embed_dim=16",
+        "model.num_heads=1",
+    )
     words = ("data=bytes", "model=bytes", f"data.path={tmp_path}/text", *small)
     summary = make_run(
         tmp_path / "run", *words, "epochs=1", "monitor.window=2", "switch/criterion=never"

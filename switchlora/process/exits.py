@@ -97,7 +97,8 @@ def one_line(error: BaseException) -> str:
         return spelled_out(one_line(cause), built[1]) if built else one_line(cause)
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {error.strerror}"
-    line = explained(f"{message}\n{cause or ''}")
+    of_hydra = isinstance(error, HydraException) and cause is not None
+    line = explained(f"{message}\n{cause}" if of_hydra else message)
     if line is not None:
         return line
     if unknown := UNKNOWN_TARGET.search(message):
