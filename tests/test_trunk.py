@@ -1,7 +1,6 @@
 """Runs that share a full phase end as each of them would have ended alone."""
 
 import json
-import multiprocessing
 import time
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 
 from conf_yamls import build, composed
 from runs import SHORT, assert_same_run, history_row, wandb_records
+from starts import FORKS
 from switchlora.config import as_plain
 from switchlora.run import prepare
 from switchlora.storage import checkpoint, find_all, read_events, read_record, thin, updates_of
@@ -233,10 +233,10 @@ def train_in_a_process(folder, words, trunk):
 
 @pytest.mark.parametrize("wait", ["true", "false"])
 def test_runs_at_the_same_time_wait_for_the_one_that_extends_or_go_alone(wait, sweep, tmp_path):
-    trunk, context = tmp_path / "trunk", multiprocessing.get_context("fork")
+    trunk = tmp_path / "trunk"
     settings = {"early": EARLY, "late": LATE, "never": "switch/criterion=never"}
     jobs = [
-        context.Process(
+        FORKS.Process(
             target=train_in_a_process,
             args=(tmp_path / name, (word, f"trunk.wait={wait}"), trunk),
         )
@@ -260,9 +260,7 @@ def test_runs_at_the_same_time_wait_for_the_one_that_extends_or_go_alone(wait, s
 def test_a_killed_extender_leaves_a_trunk_that_the_next_run_extends(sweep, tmp_path):
     trunk, run = tmp_path / "trunk", tmp_path / "killed"
     never = ("switch/criterion=never",)
-    killed = multiprocessing.get_context("fork").Process(
-        target=train_in_a_process, args=(run, never, trunk)
-    )
+    killed = FORKS.Process(target=train_in_a_process, args=(run, never, trunk))
     killed.start()
     end = time.monotonic() + 60
     while not list(trunk.glob("*/checkpoints/update-*")) and time.monotonic() < end:
