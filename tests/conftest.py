@@ -14,7 +14,18 @@ from switchlora.learner import Learner
 from switchlora.monitor import LayerStats, Measurement
 from switchlora.storage import machine_line
 
-LONGEST = ("resume", "distributed", "sweep", "trunk", "train", "launch", "killtest", "transitions")
+LONGEST = (
+    "resume",
+    "distributed",
+    "sweep",
+    "trunk",
+    "train",
+    "launch",
+    "killtest",
+    "trials",
+    "wheel",
+    "transitions",
+)
 """files that take minutes"""
 
 

@@ -11,19 +11,17 @@ from contextlib import suppress
 
 import pytest
 from hydra import compose, initialize_config_dir
-from safetensors.torch import load_file
 
-from conf_yamls import CONF, composed, names
+from conf_yamls import CONF, names
 from runs import DIGITS, events_without_times
-from starts import PATIENCE, Started, program
-from switchlora.storage import read_events
-from switchlora.train import train
+from starts import PATIENCE, Started, program, torchrun
 
 pytest.importorskip(
     "hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed"
 )
 
 SHORT = (*DIGITS, "log.every=1", "data.train_size=640", "epochs=4", "full.scheduler.warmup_t=5")
+ONE_THREAD = ("seed=0", "system.threads=1")
 BY_DATE = ("monitor.window=5", "switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
 
 
@@ -83,24 +81,9 @@ def _environment(pid):
 
 
 @pytest.mark.slow
-def test_a_job_that_is_put_back_ends_as_one_that_was_left_alone(tmp_path):
-    preempted, alone = tmp_path / "0", tmp_path / "alone"
-    with Launched(tmp_path, "seed=0", "system.threads=1") as launched:
-        launched.wait_for_updates(preempted, 25)
-        (task,) = tasks(job_of(preempted))
-        os.kill(task, signal.SIGUSR2)
-        said = launched.finish_well()
-    assert said.count("resumed from") == 1, said
-    train(composed(*SHORT, *BY_DATE, "system.threads=1"), alone)
-    assert events_without_times(preempted) == events_without_times(alone)
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (preempted, alone)]
-    assert weights[0] == weights[1]
-
-
-@pytest.mark.slow
-def test_two_tasks_of_a_job_train_one_run_and_are_put_back_together(tmp_path):
-    with Launched(tmp_path, "seed=0", "hydra.launcher.tasks_per_node=2") as launched:
-        run = tmp_path / "0"
+def test_two_tasks_of_a_job_that_is_put_back_end_as_ranks_that_were_left_alone(tmp_path):
+    run, alone = tmp_path / "0", tmp_path / "alone"
+    with Launched(tmp_path, *ONE_THREAD, "hydra.launcher.tasks_per_node=2") as launched:
         launched.wait_for_updates(run, 25)
         both = tasks(job_of(run))
         assert len(both) == 2
@@ -109,9 +92,13 @@ def test_two_tasks_of_a_job_train_one_run_and_are_put_back_together(tmp_path):
         said = launched.finish_well()
     assert said.count("resumed from") == 1, said
     assert said.count("all 2 ranks train the same tensors") == 2, "at the switch and the resume"
-    updates = [event["num_updates"] for event in read_events(run, "train")]
-    assert updates == list(range(1, 41))
-    assert (run / "summary.json").exists() and load_file(run / "model.safetensors")
+    words = (*SHORT, *BY_DATE, *ONE_THREAD, f"hydra.run.dir={alone}")
+    with Started(f"{alone}.said", torchrun, 2, program, *words) as started:
+        done = started.finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert events_without_times(run) == events_without_times(alone)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run, alone)]
+    assert weights[0] == weights[1] and (run / "summary.json").exists()
 
 
 @pytest.mark.parametrize("name", names("launch"))
