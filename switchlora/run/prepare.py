@@ -302,12 +302,13 @@ def _trunk(parts: Parts, found: Found | None) -> Trunk | None:
 
 
 def _first_learner(parts: Parts, recipe: Recipe, found: Found | None) -> Learner:
+    """Return the learner of the start; ValueError unless it has a rate to the last update."""
     start = found.state["start"] if found else 0
     parallel = parts.config.system.parallel
     try:
         learner = build_learner(parts.model, recipe, parts.total_updates, start, parallel)
-        for number in (parts.total_updates - 1, start):
-            learner.scheduler.step_update(number)
+        learner.scheduler.step_update(parts.total_updates - 1)
+        learner.scheduler.step_update(start)
         return learner
     except ODD as error:
         raise ValueError(f"full.optimizer or full.scheduler: {error}") from error
