@@ -27,14 +27,15 @@ class TensorBoard:
 
         folder = run.folder / FOLDER
         there = any(folder.glob("events.out.tfevents.*"))
-        self._step = _last_update(run.folder)
+        events = list(read_events(run.folder))
+        self._step = events[-1]["num_updates"] if events else 0
         first = self._step if there else 0
         self._writer = SummaryWriter(
             str(folder), purge_step=first if there else None, flush_secs=FLUSH_SECONDS
         )
         if not there:
             self._write_settings(run.config)
-        for event in read_events(run.folder):
+        for event in events:
             if event["num_updates"] >= first:
                 self.log(event)
 
@@ -77,11 +78,3 @@ class TensorBoard:
             settings[key] = value if isinstance(value, bool | int | float | str) else str(value)
         for summary in hparams(settings, dict.fromkeys(COMPARED, 0.0)):
             self._writer._get_file_writer().add_summary(summary)
-
-
-def _last_update(folder: Path) -> int:
-    """Return the number of updates at the last event of a run folder."""
-    last = 0
-    for event in read_events(folder):
-        last = event["num_updates"]
-    return last
