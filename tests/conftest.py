@@ -29,8 +29,9 @@ LONGEST = (
 """files that take minutes"""
 
 
-def pytest_collection_finish():
-    """What the imports made stays: no collection of garbage looks at it again."""
+@pytest.fixture(autouse=True, scope="module")
+def kept():
+    """What the imports and earlier files made stays: collections of garbage do not look at it."""
     gc.collect()
     gc.freeze()
 
