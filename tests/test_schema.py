@@ -175,3 +175,33 @@ def test_the_reference_shows_what_a_key_takes():
     text = (CONF.parent / "docs/configuration.md").read_text()
     assert "| `full.clip_grad` | `1.0` | a number above 0, or null |" in text
     assert yaml.safe_load((CONF / "recipe/base.yaml").read_text())["clip_grad"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "word,line",
+    [
+        ("epochs=many", "epochs is 'many'"),
+        ("max_updates=-1", "max_updates is -1"),
+        ("monitor.window=0", "monitor.window is 0"),
+        ("monitor.window=often", "monitor.window is 'often'"),
+        ("full.precision=fp8", "full.precision is 'fp8': choose one of fp32, bf16"),
+        ("ema=2", "ema is 2"),
+        (
+            "switch.criterion.patience=0",
+            "switch.criterion.patience is 0: give a whole number of at least 1",
+        ),
+        ("adapter.lr_scale=0", "adapter.lr_scale is 0: give a number above 0"),
+        ("full.compile=default", "full.compile is 'default': give true, false, null, or"),
+        ("adapter.optimizer.lr=much", "adapter.optimizer.lr is 'much': give a number"),
+        ("adapter.optimizer=sgd", "adapter.optimizer is 'sgd': it holds .*lr"),
+        ("full.optimizer.lr=1e-4x", "full.optimizer.lr is '1e-4x': give a number"),
+        ("log.progress=maybe", "log.progress is 'maybe': give true or false"),
+        ("log.wandb=false", "log.wandb is false: it holds log.wandb.mode"),
+        ("log.wandb.mode=on", "log.wandb.mode is 'on': choose one of offline, online"),
+        ("switch.targets=attn.qkv", r"switch.targets is 'attn.qkv': give a list, \[attn.qkv\]"),
+    ],
+)
+def test_a_value_that_its_key_does_not_take_gets_one_line(word, line):
+    with pytest.raises(ValueError, match=line) as caught:
+        check_values(as_plain(composed(word)))
+    assert "\n" not in str(caught.value)

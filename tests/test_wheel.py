@@ -24,7 +24,10 @@ TINY = (
 )
 COMMANDS = """
 import sys
+import switchlora
 from switchlora import commands
+
+print(switchlora.__file__)
 
 def call(run, *words):
     sys.argv = ["command", *words]
@@ -89,11 +92,9 @@ def test_a_sweep_and_every_command_on_it_work_from_a_wheel_in_another_folder(ins
     said = run(tmp_path, installed / "switchlora", "-m", *TINY, "seed=1")
     assert "1 jobs in sweep" in said and "new: 1" in said
     runs = sorted(str(path.parent) for path in tmp_path.glob("sweep/*/summary.json"))
-    where = run(
-        tmp_path, installed / "python", "-c", "import switchlora; print(switchlora.__file__)"
-    )
-    assert str(REPOSITORY) not in where and str(installed.parent) in where
     said = run(tmp_path, installed / "python", "-c", COMMANDS, *runs)
+    where = said.partition("\n")[0]
+    assert str(REPOSITORY) not in where and str(installed.parent) in where
     for name in LEFT:
         assert (tmp_path / name).stat().st_size > 100, (name, said)
     assert list(tmp_path.glob("curves/*.png"))
