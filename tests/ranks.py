@@ -84,13 +84,20 @@ def run_and_look(folder, *overrides):
     No seconds are predicted, since that would take some.
     """
     distributed.join()
+    found = _look(folder, *overrides)
+    if distributed.is_primary():
+        (Path(folder) / "ranks.json").write_text(json.dumps(found))
+    distributed.leave()
+
+
+def _look(folder, *overrides):
     switchlora.run.transitions.predicted_update = lambda run: None
     run = prepare(composed(*SHORT, *overrides), Path(folder))
     with run.log:
         fit(run)
         finish(run, "finished")
     plain = run.learner.plain()
-    found = {
+    return {
         "spread": spread(plain.state_dict().values()),
         "differ": [n for n, tensor in plain.state_dict().items() if spread([tensor])],
         "trained": len(trained_tensors(plain)),
@@ -100,9 +107,6 @@ def run_and_look(folder, *overrides):
         ),
         "total": sum(p.numel() for p in run.model.parameters()),
     }
-    if distributed.is_primary():
-        (Path(folder) / "ranks.json").write_text(json.dumps(found))
-    distributed.leave()
 
 
 def run_with_a_broken_switch(folder, *overrides):

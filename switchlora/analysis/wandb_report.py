@@ -113,7 +113,7 @@ def publish(report: "Report") -> str:
     try:
         wandb.Api()
         report.save()
-    except wandb.errors.Error as error:
+    except (wandb.errors.Error, OSError) as error:
         raise ValueError(f"W&B refused the report: {' '.join(str(error).split())}") from error
     return report.url
 

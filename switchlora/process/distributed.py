@@ -3,6 +3,7 @@
 In a single process the functions here return what they were given.
 """
 
+import gc
 import hashlib
 import os
 import re
@@ -38,8 +39,13 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Leave the group, if one was joined."""
+    """Leave the group, if one was joined.
+
+    What still holds the group, such as DDP, must be gone by then: with torch 2.10 the last holder
+    may wait for ever when it is freed.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
