@@ -1,16 +1,20 @@
 """W&B: what the environment says counts, and nothing that fails there ends a run."""
 
+import copy
 from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
 from conf_yamls import composed
-from runs import DIGITS, make_run
+from runs import DIGITS, SHORT, make_run
+from switchlora.analysis.tables.formats import markdown
+from switchlora.analysis.tables.table import make_table
 from switchlora.run.prepare import telling_words
-from switchlora.storage import RunInfo, WandbLog, wandb_mode, wandb_options
+from switchlora.storage import RunInfo, WandbLog, find_records, wandb_mode, wandb_options
 from switchlora.storage.sinks import Patient
 from switchlora.storage.wandb_log import BY_ENVIRONMENT
+from switchlora.train import train
 
 VARIABLES = (*BY_ENVIRONMENT.values(), "WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY")
 NOTHING = {"mode": None, "project": None, "name": None, "group": None, "tags": []}
@@ -118,3 +122,16 @@ def test_online_without_a_login_is_one_line_and_an_offline_run(tmp_path, capfd):
     )
     assert "Traceback" not in out + err and "wandb" not in err
     assert list(Path(tmp_path).glob("wandb/offline-run-*"))
+
+
+def test_names_may_be_numbers(tmp_path, monkeypatch):
+    """``name=7`` is a whole number to Hydra and to YAML."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    words = (*SHORT, "name=7", "epochs=1", "log/sinks=[mlflow]", "log.wandb.mode=offline")
+    words += ("log.sinks.mlflow.experiment=3", "log.sinks.mlflow.name=4", "log.wandb.group=5")
+    config = copy.deepcopy(composed(*words, "log.wandb.project=6", "log.wandb.tags=[1,2]"))
+    config.method = 8  # as a yaml of one's own may say it
+    train(config, tmp_path / "run")
+    assert (tmp_path / "run/wandb").exists() and (tmp_path / "run/mlflow_run_id").exists()
+    table = make_table(find_records([tmp_path / "run"]))
+    assert markdown(table)

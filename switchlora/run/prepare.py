@@ -359,9 +359,9 @@ def telling_words(config: DictConfig) -> list[str]:
 
     Without Hydra the choices of the groups are not known, and are left out.
     """
-    words = [] if config.name == "run" else [config.name]
+    words = [] if config.name == "run" else [str(config.name)]
     if config.method is not None:
-        words.append(config.method)
+        words.append(str(config.method))
     if HydraConfig.initialized():
         choices = HydraConfig.get().runtime.choices
         groups = ("switch/criterion", "model", "data")

@@ -43,8 +43,8 @@ class MLflow:
         model: bool = False,
     ) -> None:
         self._tracking_uri = tracking_uri
-        self._experiment = experiment
-        self._name = name
+        self._experiment = None if experiment is None else str(experiment)
+        self._name = None if name is None else str(name)
         self._model = model
         self._read = 0
         self._step = 0

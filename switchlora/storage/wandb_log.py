@@ -50,11 +50,16 @@ def wandb_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
     What the environment sets is left to W&B, unless the option is given.
     """
-    options = {key: value for key, value in given.items() if value not in (None, [])}
+    options = {key: _as_text(value) for key, value in given.items() if value not in (None, [])}
     for key, value in defaults.items():
         if BY_ENVIRONMENT.get(key, "") not in os.environ:
             options.setdefault(key, value)
     return {**options, "mode": wandb_mode(given["mode"])}
+
+
+def _as_text(value: Any) -> Any:
+    """Return a name or a list of names as text: on a command line, 7 is a number."""
+    return list(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class WandbLog:

@@ -316,7 +316,7 @@ def labels(told: Sequence[Settings]) -> list[str]:
 def _label(settings: Settings, keys: set[str]) -> str:
     words = []
     if METHOD in settings:
-        words.append(settings[METHOD])
+        words.append(str(settings[METHOD]))
     if CRITERION in settings:
         words.append(criterion_name(settings))
     for key, value in settings.items():
