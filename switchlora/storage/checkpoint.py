@@ -19,6 +19,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -68,7 +69,7 @@ LONGEST = 200
 """characters of another library's message that are told"""
 WRONG = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError),
-    *(RuntimeError, TypeError, ValueError),
+    *(RuntimeError, TypeError, ValueError, InstantiationException),
 )
 """what code raises that is given something else than it expects"""
 
@@ -284,8 +285,8 @@ def rebuild(path: Path, state: Mapping[str, Any], allow: Collection[str] = ()) -
         check_saved(config, f"{path}: model", allow)
     except ValueError as error:
         raise CheckpointUnusable(str(error)) from error
-    model: nn.Module = build(config)
     with content_checked(path):
+        model: nn.Module = build(config)
         inject_empty(model, state["adapters"])
         weights = state["weights"]
         if weights is None:

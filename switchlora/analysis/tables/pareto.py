@@ -1,7 +1,7 @@
 """Draw accuracy against training cost: kinds of methods, the Pareto front, full training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,17 @@ def kind_of(row: Row) -> str:
     if row.trains_in_full or not any(map(has_switched, row.records)):
         return FULL
     switch = row.records[0].config["switch"]
-    adapter = switch.get("adapter") or {}
-    maker = adapter.get("path", adapter.get("_target_", ""))
-    if maker.rpartition(".")[2] in FACTORIZED:
+    if _built(switch.get("adapter")) in FACTORIZED:
         return LOW_RANK
-    criterion = switch["criterion"].get("path", "")
-    return LORA if criterion.endswith(".at_start") else SWITCH
+    return LORA if _built(switch["criterion"]) == "at_start" else SWITCH
+
+
+def _built(section: Any) -> str:
+    """Return the name of what a section of a configuration builds; '' if it builds nothing."""
+    if not isinstance(section, Mapping):
+        return ""
+    where = section.get("path", section.get("_target_", ""))
+    return str(where).rpartition(".")[2]
 
 
 def pareto_figure(rows: Sequence[Row]) -> Figure:
