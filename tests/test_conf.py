@@ -109,7 +109,6 @@ def all_that_yamls_build():
 MEANT_TO_DIFFER = {
     "method/prelora_bug=micro_batch_counter": {"counter"},  # the bug
     "method/prelora_bug=shared_output": {"shared_output"},  # the bug
-    "recipe=adapter": {"factor_lr_scale"},  # the full phase has no factors
     "switch/criterion=cuttlefish": {"epsilon", "relaxed", "integer"},  # published constants
     "switch/rank=cuttlefish": {"of", "scaled", "lowest"},  # published constants
     "switch/guard=warn": {"act"},  # the name of the choice

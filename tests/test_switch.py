@@ -90,12 +90,12 @@ def test_the_factors_train():
 
 
 def test_the_optimizer_state_round_trips_after_the_switch_with_its_groups():
-    trial = Trial()
+    trial = Trial("adapter.factor_lr=3")
     trial.switch()
     trial.train(3)
     groups = trial.learner.optimizer.param_groups
     assert [g["weight_decay"] for g in groups] == [0.0, 0.05, 0.0]
-    assert [g["lr_scale"] for g in groups] == [1.0, 1.0, trial.adapter.factor_lr_scale]
+    assert [g["lr_scale"] for g in groups] == [1.0, 1.0, 3.0]
     saved = trial.learner.optimizer.state_dict()
     fresh = trial.rebuild(trial.model).optimizer
     fresh.load_state_dict(saved)
@@ -140,7 +140,7 @@ def test_first_moments_in_the_factor_basis_are_those_of_the_factors_own_gradient
 
 
 def test_the_learning_rate_after_the_switch_is_the_plans_also_after_a_restart():
-    trial = Trial("adapter.factor_lr_scale=3")
+    trial = Trial("adapter.factor_lr=3")
     plan = build_learner(tiny_vit(), trial.full, TOTAL)
     trial.switch()
     for restarted in (trial.learner, trial.rebuild(trial.model)):

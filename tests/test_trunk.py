@@ -148,7 +148,7 @@ def test_what_shapes_the_full_phase_has_a_trunk_of_its_own(change):
         "switch/criterion=stable_rank",
         "switch/rank=fixed",
         "switch/init=zero_b",
-        "adapter.factor_lr_scale=1",
+        "adapter.factor_lr=1",
         "switch.freeze=[pos_embed]",
         "name=other",
         "checkpoint.keep=1",

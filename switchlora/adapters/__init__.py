@@ -18,6 +18,7 @@ from switchlora.adapters.linear import (
     FACTORS as FACTORS,
     AdaptedLinear as AdaptedLinear,
     Factors as Factors,
+    Norms as Norms,
     SlicedLoRALinear as SlicedLoRALinear,
     adapted_linear as adapted_linear,
     adapted_modules as adapted_modules,

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchlora.adapters.linear import AdaptedLinear, LoRALinear, SlicedLoRALinear, adapted_linear
+from switchlora.adapters.linear import (
+    AdaptedLinear,
+    LoRALinear,
+    Norms,
+    SlicedLoRALinear,
+    adapted_linear,
+)
 from switchlora.adapters.product import Adapter
 
 
@@ -131,6 +137,7 @@ def settled(module: GuidedLinear) -> LowRankLinear:
     alone.lora_A = module.lora_A
     alone.lora_B = module.lora_B
     alone.dropout = module.dropout
+    alone.start_norms = module.start_norms
     return alone.train(module.training)
 
 
@@ -196,16 +203,20 @@ def rebuilt(
     adapters: Mapping[str, Adapter],
     kind: str,
     dense: Sequence[str] = (),
+    start_norms: Mapping[str, tuple[float, float]] = {},
     **attributes: Any,
 ) -> AdaptedLinear:
     """Return the module of this ``kind`` with ``adapters`` on ``linear``.
 
     ``kind``, ``dense`` and ``attributes`` are what ``settings()`` of the earlier module gave.
-    ``dense`` names the dense row slices. ``attributes`` are set on the module.
+    ``dense`` names the dense row slices. ``start_norms`` are those of the factors by row slice.
+    ``attributes`` are set on the module.
     """
     module = KINDS[kind](linear, adapters)
     if dense:
         cast(SlicedLoRALinear, module).make_dense(dense)
+    for part, (A, B) in start_norms.items():
+        module.start_norms[part] = Norms(A, B)
     for name, value in attributes.items():
         setattr(module, name, value)
     return module

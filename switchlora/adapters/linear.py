@@ -31,6 +31,13 @@ class Factors(NamedTuple):
     B: Tensor
 
 
+class Norms(NamedTuple):
+    """||A||_F and ||B||_F of an adapter at the time when it was put on."""
+
+    A: float
+    B: float
+
+
 FACTORS = ("A", "B")
 REFORMED_FROM = 8192
 """number of tokens from which the backward pass forms the effective weight again, instead of
@@ -50,6 +57,7 @@ class AdaptedLinear(nn.Linear):
     - ``recompute_gelu`` saves memory. Inputs that come from a gelu are computed again in the
       backward pass instead of kept.
     - ``dropout`` is the share of the adapter's inputs that training zeroes.
+    - ``start_norms`` are the norms of the factors when they were put on, by row slice.
 
     With dropout, with a weight that trains, or inside ``torch.func``, autograd makes the products.
     ``form`` and ``recompute_gelu`` have no effect then.
@@ -71,6 +79,7 @@ class AdaptedLinear(nn.Linear):
         out_features, in_features = weight.shape
         super().__init__(in_features, out_features, bias=False, device="meta")
         torch.backends.mha.set_fastpath_enabled(False)
+        self.start_norms: dict[str, Norms] = {}
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias  # type: ignore[assignment]
 
@@ -135,7 +144,8 @@ class AdaptedLinear(nn.Linear):
 
         Weights and ranks are not among them.
         """
-        return {"kind": self.kind, "dropout": self.dropout}
+        norms = {part: tuple(norms) for part, norms in self.start_norms.items()}
+        return {"kind": self.kind, "dropout": self.dropout, "start_norms": norms}
 
     @torch.no_grad()
     def _kept_operand(

@@ -10,6 +10,7 @@ from switchlora.adapters.factorized import rebuilt
 from switchlora.adapters.linear import (
     AdaptedLinear,
     Factors,
+    Norms,
     SlicedLoRALinear,
     adapted_linear,
     adapted_modules,
@@ -49,6 +50,7 @@ def inject(
             if dense:
                 cast(SlicedLoRALinear, module).make_dense(dense)
             module.dropout = dropout
+            module.start_norms = _start_norms(linear, new)
             replaced[name] = linear
             adapted[name] = module
     for name, module in adapted.items():
@@ -214,6 +216,20 @@ def _by_module(
         adapter = Adapter(A, B, target.rows, scaling(len(A)))
         by_module.setdefault(target.module, {})[target.part] = adapter
     return by_module
+
+
+def _start_norms(linear: nn.Linear, new: Mapping[str, Adapter]) -> dict[str, Norms]:
+    """Return the norms of new factors by row slice, and those of the factors that stay."""
+    norms = {}
+    if isinstance(linear, AdaptedLinear):
+        norms.update(linear.start_norms)
+    for part, (A, B, _, _) in new.items():
+        norms[part] = Norms(_norm(A), _norm(B))
+    return norms
+
+
+def _norm(factor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(factor, dtype=torch.float64))
 
 
 def _slices_of(module: str, targets: Mapping[str, Target]) -> dict[str, slice]:

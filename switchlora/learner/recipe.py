@@ -3,22 +3,25 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
-from switchlora.adapters import FACTORS, is_factor
+from switchlora.adapters import Adapter, Norms, adapted_modules, is_factor
 from switchlora.errors import check_choice, check_range
+from switchlora.learner.matched import Scales, matched_scales
 
 if TYPE_CHECKING:
     from switchlora.learner.learner import Learner
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MATCHED = "matched"
+NO_FACTORS = Norms(0.0, 0.0)
 RECOMPUTED = ("blocks", "gelu")
 
 
@@ -31,8 +34,14 @@ class Recipe:
       It returns a timm scheduler that counts updates.
     - ``refactoring`` is called with each new learner and may add hooks to the learner's optimizer.
 
-    Factors get ``factor_lr_scale`` times the learning rate. They have their own weight decay
-    ``factor_weight_decay``, which pulls the effective weight toward the residual weight.
+    The learning rate of the factors is chosen by ``factor_lr``:
+
+    - 'matched': each factor has a rate of its own. With it an update moves the effective weight
+      ``matched_step`` times as far as an update of full training does. See ``matched_scales``.
+    - a number: this many times the learning rate of the weights.
+
+    Factors have their own weight decay ``factor_weight_decay``, which pulls the effective weight
+    toward the residual weight.
     """
 
     optimizer: Callable[[list[dict[str, Any]]], Optimizer]
@@ -41,9 +50,10 @@ class Recipe:
     decoupled_weight_decay: bool = True
     """whether the optimizer multiplies weights by 1 - lr * weight_decay, as AdamW does"""
     factor_weight_decay: float = 0.0
-    factor_lr_scale: float = 1.0
+    factor_lr: float | str = MATCHED
+    matched_step: float = 1.0
     factor_B_lr_scale: float = 1.0
-    """multiplies ``factor_lr_scale`` for lora_B alone (LoRA+; Hayou et al., arXiv 2402.12354)"""
+    """multiplies the learning rate of lora_B alone (LoRA+; Hayou et al., arXiv 2402.12354)"""
     frobenius_decay: float = 0.0
     """lambda of the penalty lambda/2 ||s B A||_F^2, used instead of ``factor_weight_decay``"""
     refactoring: "Callable[[Learner], None] | None" = None
@@ -69,10 +79,16 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, tuple(PRECISIONS))
         check_range("accumulation", self.accumulation, 1)
-        for name in ("lr_scale", "factor_lr_scale", "factor_B_lr_scale"):
+        for name in ("lr_scale", "matched_step", "factor_B_lr_scale"):
             scale = getattr(self, name)
             if not scale > 0:
                 raise ValueError(f"{name} is {scale}: give a number above 0")
+        a_number = isinstance(self.factor_lr, int | float) and self.factor_lr > 0
+        if self.factor_lr != MATCHED and not a_number:
+            raise ValueError(
+                f"factor_lr is '{self.factor_lr}': give {MATCHED}, or a number above 0 that "
+                "multiplies the learning rate of the weights"
+            )
         check_range("rewarmup_updates", self.rewarmup_updates, 0)
         check_range("frobenius_decay", self.frobenius_decay, 0)
         if not isinstance(self.compile, Mapping | bool | None):
@@ -88,6 +104,12 @@ class Recipe:
             check_choice("activation_checkpointing", self.activation_checkpointing, RECOMPUTED)
         if self.activation_checkpointing == "gelu" and self.compiles:
             raise ValueError("activation_checkpointing=gelu does not go with compile=true")
+
+    @property
+    def proportional(self) -> bool:
+        """Whether the optimizer's steps are in proportion to the gradient."""
+        trial = self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
+        return isinstance(trial, SGD)
 
     @property
     def compiles(self) -> bool:
@@ -115,12 +137,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     groups of their own.
     """
     groups = _groups_beside_factors(model, recipe.weight_decay)
-    scale = recipe.factor_lr_scale
-    if recipe.factor_B_lr_scale == 1:
-        groups.append(_factor_group(model, recipe, FACTORS, scale))
-    else:
-        groups.append(_factor_group(model, recipe, ("A",), scale))
-        groups.append(_factor_group(model, recipe, ("B",), scale * recipe.factor_B_lr_scale))
+    for lr_scale, factors in sorted(_factors_by_scale(model, recipe).items()):
+        decay = recipe.factor_weight_decay
+        groups.append({"params": factors, "weight_decay": decay, "lr_scale": lr_scale})
     return [group for group in groups if group["params"]]
 
 
@@ -135,11 +154,22 @@ def _groups_beside_factors(model: nn.Module, weight_decay: float) -> list[dict[s
     return groups
 
 
-def _factor_group(
-    model: nn.Module, recipe: Recipe, which: tuple[str, ...], lr_scale: float
-) -> dict[str, Any]:
-    chosen = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and is_factor(name, which):
-            chosen.append(parameter)
-    return {"params": chosen, "weight_decay": recipe.factor_weight_decay, "lr_scale": lr_scale}
+def _factors_by_scale(model: nn.Module, recipe: Recipe) -> dict[float, list[nn.Parameter]]:
+    """Return the factors that train, by their learning rate relative to that of the weights."""
+    found: dict[float, list[nn.Parameter]] = {}
+    for module in adapted_modules(model).values():
+        for part, adapter in module.adapters().items():
+            scales = _scales(recipe, adapter, module.start_norms.get(part, NO_FACTORS))
+            for factor, scale in zip((adapter.A, adapter.B), scales, strict=True):
+                if factor.requires_grad:
+                    found.setdefault(scale, []).append(cast(nn.Parameter, factor))
+    return found
+
+
+def _scales(recipe: Recipe, adapter: Adapter, norms: Norms) -> Scales:
+    of_B = recipe.factor_B_lr_scale
+    if recipe.factor_lr != MATCHED:
+        scale = float(recipe.factor_lr)
+        return Scales(scale, scale * of_B)
+    A, B = matched_scales(adapter, norms, recipe.proportional, recipe.matched_step)
+    return Scales(A, B * of_B)

@@ -116,6 +116,10 @@ WINDOW = Kind(
     "a number of updates, or 'epoch'", lambda value: value == "epoch" or whole(1).fits(value)
 )
 
+FACTOR_LR = Kind(
+    "matched, or a number above 0", lambda value: value == "matched" or POSITIVE.fits(value)
+)
+
 KINDS: dict[str, Kind] = {
     "name": NAME,
     "method": or_null(NAME),
@@ -202,7 +206,8 @@ KINDS: dict[str, Kind] = {
     "full.decoupled_weight_decay": FLAG,
     "full.factor_weight_decay": number(0),
     "full.lr_scale": POSITIVE,
-    "full.factor_lr_scale": POSITIVE,
+    "full.factor_lr": FACTOR_LR,
+    "full.matched_step": POSITIVE,
     "full.factor_B_lr_scale": POSITIVE,
     "full.frobenius_decay": number(0),
     "full.rewarmup_updates": whole(0),
