@@ -16,7 +16,7 @@ from switchlora.errors import ODD
 from switchlora.storage import Record, is_run, read_record
 
 OF_SWITCH = ("switch.", "adapter.", "monitor.", "method")
-LENGTH = ("epochs", "max_updates")
+LENGTH = ("epochs", "length", "max_updates")
 RECORDED = "curves.jsonl"
 Settings = dict[str, Any]
 

@@ -78,7 +78,7 @@ def read_points(records: Sequence[Record]) -> list[Point]:
     finished = [record for record in records if record.finished]
     if not finished:
         raise ValueError(f"none of {len(records)} run(s) has finished: there is nothing to fit")
-    check_alike(finished, ("data", "epochs"), "runs that saw the same data")
+    check_alike(finished, ("data", "epochs", "length"), "runs that saw the same data")
     return sorted(map(point_of, finished), key=_sort_key)
 
 

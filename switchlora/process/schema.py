@@ -125,6 +125,7 @@ KINDS: dict[str, Kind] = {
     "method": or_null(NAME),
     "seed": whole(0),
     "epochs": whole(1),
+    "length": SHARE,
     "max_updates": or_null(whole(1)),
     "max_skipped": whole(0),
     "init_checkpoint": or_null(TEXT),

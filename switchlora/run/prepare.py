@@ -117,7 +117,7 @@ def build_parts(config: DictConfig) -> Parts:
         model=build(config.model).to("cpu" if sharded else device),
         policy=build(config.switch),
         recipes=build_recipes(config),
-        total_updates=config.epochs * len(data.train),
+        total_updates=max(1, round(config.length * config.epochs * len(data.train))),
         sinks=sinks,
     )
 

@@ -60,7 +60,7 @@ class Run:
     log: RunLog
     ema: WeightEMA | None
     total_updates: int
-    """updates in all epochs; the learning rate schedule spans them"""
+    """updates of the run's ``length``; the learning rate schedule spans them"""
     last_update: int
     """updates after which the run ends: ``total_updates`` or a smaller ``max_updates``"""
     window: int

@@ -1,7 +1,7 @@
 """Compute ratios to a baseline, and refuse ratios between runs under different conditions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from operator import sub, truediv
@@ -25,12 +25,13 @@ from switchlora.analysis.tables.columns import (
     trainable_share,
     val_top1,
 )
+from switchlora.analysis.tables.frontier import Curves, full_curves, over_full_training
 from switchlora.analysis.tables.rows import METHOD, Row
 from switchlora.config import shaping
 from switchlora.storage import Record
 
 MACHINE = ("device", "threads", "world_size")
-LENGTH = ("epochs", "max_updates", "ema")
+LENGTH = ("epochs", "length", "max_updates", "ema")
 OF_SWITCH = ("switch.", "adapter.", METHOD)
 OF_TASK = ("data.", "model.")
 OF_RECIPES = ("precision", "accumulation", "compile")
@@ -48,6 +49,7 @@ class Comparison:
 
     references: References
     notes: tuple[str, ...]
+    curves: Curves = field(default_factory=dict)
 
 
 def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
@@ -65,8 +67,10 @@ def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
     candidates = full_training(rows) if baseline is None else [named_row(rows, baseline)]
     if not candidates:
         return Comparison({}, (NO_BASELINE,))
-    labels = " or ".join(f"'{row.label}'" for row in candidates)
-    notes = [f"Compared with {labels}, run by run with the same seed."]
+    in_full = full_training(rows)
+    curves: Curves = {}
+    notes = []
+    chosen = []
     references: References = {}
     for row in rows:
         if row in candidates:
@@ -74,13 +78,17 @@ def compare_rows(rows: Sequence[Row], baseline: str | None) -> Comparison:
         found = choose(row, candidates)
         if isinstance(found, Row):
             paired, remarks = pairs(row, found)
+            chosen.append(found)
             references |= paired
+            curves |= full_curves(row, found, in_full)
             notes += remarks
         elif baseline is None:
             notes.append(f"{found}.")
         else:
             raise ValueError(f"--baseline: {found}")
-    return Comparison(references, tuple(notes))
+    labels = [f"'{row.label}'" for row in candidates if row in chosen or not chosen]
+    first = f"Compared with {' or '.join(labels)}, run by run with the same seed."
+    return Comparison(references, (first, *notes), curves)
 
 
 def full_training(rows: Sequence[Row]) -> list[Row]:
@@ -238,24 +246,30 @@ def pairs(row: Row, baseline: Row) -> tuple[References, list[str]]:
     return dict.fromkeys(folders, baseline.records), [note]
 
 
-def ratio_columns(references: References) -> list[Column]:
+def ratio_columns(comparison: Comparison) -> list[Column]:
     """Return the columns that compare a run with its baseline."""
+    references = comparison.references
     top1 = against(references, val_top1, val_top1, sub)
     speed = against(references, of_phase("adapter", IMAGES), of_last_phase(IMAGES), truediv)
     memory = against(references, of_phase("adapter", PEAK), of_last_phase(PEAK), truediv)
     flops = ratio(references, cost_flops)
+    difference_of = partial(Column, unit="points", digits=signed, group=ACCURACY, paired=True)
+    columns = [difference_of("top1_difference", "top1 to baseline", read=top1)]
+    if comparison.curves:
+        over = over_full_training(comparison.curves)
+        columns.append(difference_of("over_full", "over full training of the cost", read=over))
     return [
-        Column("top1_difference", "top1 to baseline", "points", top1, signed, ACCURACY),
+        *columns,
         Column("speed_ratio", "speed ratio", "", speed, 2, COST, timed=True),
         Column("cost_ratio", "cost ratio", "", flops, 2, COST),
         Column("memory_ratio", "memory ratio", "", memory, 2, COST, timed=True),
     ]
 
 
-def prelora_columns(references: References) -> list[Column]:
+def prelora_columns(comparison: Comparison) -> list[Column]:
     """Return the columns of PreLoRA's table (arXiv 2509.21619)."""
-    by_key = ungrouped_ratios(references)
-    epoch = ratio(references, mean_epoch_seconds)
+    by_key = ungrouped_ratios(comparison)
+    epoch = ratio(comparison.references, mean_epoch_seconds)
     return [
         Column("trainable_share", "trainable", "%", trainable_share, 1),
         by_key["speed_ratio"],
@@ -265,10 +279,10 @@ def prelora_columns(references: References) -> list[Column]:
     ]
 
 
-def ungrouped_ratios(references: References) -> dict[str, Column]:
+def ungrouped_ratios(comparison: Comparison) -> dict[str, Column]:
     """Return the ``ratio_columns`` by key, for a table of a single part."""
     columns = {}
-    for column in ratio_columns(references):
+    for column in ratio_columns(comparison):
         columns[column.key] = replace(column, group="")
     return columns
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from scipy.stats import t as student_t
+
 from switchlora.storage import Record
 
 MIB = 2**20
@@ -32,6 +34,8 @@ class Column:
     """whether its numbers come from a clock or a memory counter"""
     quartiles: ReadQuartiles | None = None
     """returns the quartiles over the updates of one run"""
+    paired: bool = False
+    """whether it is a difference of two runs of one seed; it has a confidence interval"""
 
     @property
     def header(self) -> str:
@@ -58,6 +62,13 @@ class Cell:
         if self.n < 2 or not math.isfinite(self.mean):
             return None
         return stdev(self.values)
+
+    @property
+    def interval(self) -> float | None:
+        """Half the width of the 95 % confidence interval of the mean, by Student's t."""
+        if self.std is None:
+            return None
+        return float(student_t.ppf(0.975, self.n - 1)) * self.std / math.sqrt(self.n)
 
     @property
     def n(self) -> int:

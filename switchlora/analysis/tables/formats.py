@@ -37,6 +37,8 @@ LATEX = str.maketrans(
 def shown(cell: Cell | None, column: Column) -> str:
     """Return a cell as text: '87.5 ± 0.2 (3)', '1,200 [1,150–1,260] (1)' with quartiles, or '–'.
 
+    A difference of paired runs has its 95 % interval: '+0.5 [+0.2 to +0.8] (3)'.
+
     When some seeds did not recover (inf), the text has the mean of the others, and how many did
     not recover.
     """
@@ -47,7 +49,10 @@ def shown(cell: Cell | None, column: Column) -> str:
         lost = f"not recovered ({cell.n - len(reached)})"
         return f"{shown(Cell(reached), column)}, {lost}" if reached else lost
     text = number_text(cell.mean, column)
-    if cell.std is not None:
+    if column.paired and cell.interval is not None:
+        low, high = cell.mean - cell.interval, cell.mean + cell.interval
+        text += f" [{number_text(low, column)} to {number_text(high, column)}]"
+    elif cell.std is not None:
         text += f" ± {number_text(cell.std, column).lstrip('+')}"
     elif cell.quartiles is not None:
         low, high = cell.quartiles
@@ -169,26 +174,32 @@ def escaped(text: str) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """Return CSV with mean, standard deviation and n of each column, and units in the header."""
+    """Return CSV with mean, standard deviation and n of each column, and units in the header.
+
+    A paired difference also has the half width of its 95 % interval.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     header = ["setting"]
     for column in table.columns:
         title = _csv_title(column)
         header += [f"{title} mean", f"{title} std", f"{title} n"]
+        if column.paired:
+            header.append(f"{title} 95 % half width")
     writer.writerow(header)
     for row in table.rows:
         line: list[Any] = [no_formula(on_one_line(row.label))]
         for column in table.columns:
-            line += _csv_cells(row.cells.get(column.key))
+            line += _csv_cells(row.cells.get(column.key), column.paired)
         writer.writerow(line)
     return file.getvalue()
 
 
-def _csv_cells(cell: Cell | None) -> list[Any]:
-    if cell is None:
-        return ["", "", 0]
-    return [cell.mean, cell.std, cell.n]
+def _csv_cells(cell: Cell | None, paired: bool) -> list[Any]:
+    values = ["", "", 0] if cell is None else [cell.mean, cell.std, cell.n]
+    if paired:
+        values.append(None if cell is None else cell.interval)
+    return values
 
 
 def _csv_title(column: Column) -> str:

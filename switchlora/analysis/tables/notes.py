@@ -9,7 +9,12 @@ from switchlora.storage import Record
 
 SPREAD = (
     "Mean ± standard deviation over seeds (number of runs), also in the picture; of a single run "
-    "its value, and quartiles over its updates in square brackets."
+    "its value, and quartiles over its updates in square brackets. Differences in points are "
+    "paired by seed; the 95 % interval of their mean (Student's t) is in square brackets."
+)
+OVER_FULL = (
+    "Over full training of the cost: val top1 minus that of full training with a schedule for the "
+    "same FLOPs, by a line between its runs of different lengths; – where none is as short."
 )
 SWITCHING = (
     "At the switch: the last validation at or before its update; one at that very update is made "
@@ -41,9 +46,11 @@ OF_TIMES = {
 }
 
 
-def general_notes(preset: str, times: bool) -> list[str]:
+def general_notes(preset: str, times: bool, has_curves: bool = False) -> list[str]:
     """Return notes on what the columns of a preset mean."""
     notes = [SPREAD, GENERAL[preset]]
+    if has_curves and preset != "prelora":
+        notes.append(OVER_FULL)
     if times:
         notes += OF_TIMES[preset]
     return notes

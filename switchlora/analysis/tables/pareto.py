@@ -51,7 +51,7 @@ STEPS: dict[str, Any] = {
 }
 NOISE: dict[str, Any] = {"color": GREY, "alpha": 0.15, "linewidth": 0, "zorder": 0}
 """the band of the seeds' noise"""
-LENGTH_KEYS = {"epochs", "max_updates"}
+LENGTH_KEYS = {"epochs", "length", "max_updates"}
 SHORTENED: dict[str, Any] = {
     "label": "full training, shortened",
     "color": "#111111",

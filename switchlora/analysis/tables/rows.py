@@ -23,6 +23,7 @@ from switchlora.storage import Record
 CONF = folder_of("conf")
 CRITERION, NEVER = "switch.criterion", "never"
 METHOD = "method"
+LENGTH = "length"
 OF_METHODS = ("switch.", "adapter.", "monitor.")  # keys that the name of a method stands for
 FULL_TRAINING = "full training"
 THRESHOLDS = {
@@ -320,7 +321,8 @@ def _label(settings: Settings, keys: set[str]) -> str:
     if CRITERION in settings:
         words.append(criterion_name(settings))
     for key, value in settings.items():
-        if key not in (METHOD, CRITERION):
+        is_whole = key == LENGTH and value == 1
+        if key not in (METHOD, CRITERION) and not is_whole:
             words.append(f"{short_key(key, keys)}={value_text(value)}")
     return ", ".join(words)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from switchlora.analysis.tables.baseline import References, against, ratio, ungrouped_ratios
+from switchlora.analysis.tables.baseline import Comparison, against, ratio, ungrouped_ratios
 from switchlora.analysis.tables.columns import (
     IMAGES,
     Column,
@@ -35,9 +35,10 @@ STEP = (
 SWITCHES = ("switch", "stage")
 
 
-def systems_columns(references: References) -> list[Column]:
+def systems_columns(comparison: Comparison) -> list[Column]:
     """Return the columns of the table of systems, all in one part."""
-    ratios = ungrouped_ratios(references)
+    references = comparison.references
+    ratios = ungrouped_ratios(comparison)
     images = of_last_phase(IMAGES)
     step = against(references, images, images, lambda mine, theirs: theirs / mine)
     weights = ratio(references, held("parameters"))
@@ -46,6 +47,7 @@ def systems_columns(references: References) -> list[Column]:
         Column("val_top1", "val top1", "%", val_top1, 2),
         Column("test_top1", "test top1", "%", test_top1, 2),
         ratios["top1_difference"],
+        *([ratios["over_full"]] if comparison.curves else []),
         Column("trainable", "trained", "parameters", trainable, 0),
         Column("trainable_share", "trained", "%", trainable_share, 1),
         Column("weights_ratio", "weights held", "", weights, 2),

@@ -121,7 +121,7 @@ def make_table(
     told, remarks = remarked(rows, preset, times)
     columns += told
     rows = [_filled(row, columns) for row in rows]
-    notes = [*general_notes(preset, times), *comparison.notes, *remarks]
+    notes = [*general_notes(preset, times, bool(comparison.curves)), *comparison.notes, *remarks]
     if times:
         notes += mixed_machines(rows)
     notes += [*duplicates, *unfinished_notes(records)]
@@ -135,10 +135,10 @@ def columns_of(preset: str, comparison: Comparison) -> list[Column]:
     if preset not in STEMS:
         raise ValueError(f"preset '{preset}' is none of {', '.join(STEMS)}")
     if preset == "prelora":
-        return prelora_columns(comparison.references)
+        return prelora_columns(comparison)
     if preset == "systems":
-        return systems_columns(comparison.references)
-    return [*run_columns(), *ratio_columns(comparison.references)]
+        return systems_columns(comparison)
+    return [*run_columns(), *ratio_columns(comparison)]
 
 
 def _filled(row: Row, columns: Sequence[Column]) -> Row:
