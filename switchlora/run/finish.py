@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from switchlora.adapters import adapted_modules
+from switchlora.data import Data
 from switchlora.process import is_primary, one_line, together
 from switchlora.run.memory import memory_lines
 from switchlora.run.messages import (
@@ -25,6 +26,8 @@ from switchlora.storage import (
     save_hub_layout,
     save_merged,
 )
+
+SPLITS = ("train", "val", "test")
 
 
 def finish(run: Run, status: str) -> dict[str, Any]:
@@ -128,6 +131,7 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
         "unmeasured": ledger.unmeasured,
         "val": {**(ledger.last_eval or {}), "best_top1": state.best_top1},
         "test": test,
+        "images": sizes(run.data),
         "switch": switch,
         "phases": phases_of(ledger),
         "transitions": ledger.transitions,
@@ -141,6 +145,11 @@ def summarise(run: Run, status: str, test: dict[str, float] | None) -> dict[str,
     if run.skipped:
         found["skipped_images"] = sorted(run.skipped)
     return found
+
+
+def sizes(data: Data) -> dict[str, int]:
+    """Return the number of images, or of windows of text, of each split."""
+    return {name: len(view) for name, view in zip(SPLITS, data.views, strict=True)}
 
 
 def phases_of(ledger: Ledger) -> dict[Phase, dict[str, Any]]:
