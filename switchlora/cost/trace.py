@@ -27,10 +27,10 @@ from switchlora.learner import (
     Recipe,
     SavedTensors,
     autocast,
+    build_optimizer,
     flops_of,
     held_bytes,
     operands_within_update,
-    parameter_groups,
 )
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -231,7 +231,7 @@ def stepped(model: nn.Module, recipe: Recipe) -> Optimizer:
     """Return the recipe's optimizer after one step: with its moments, and without gradients."""
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    optimizer = recipe.optimizer(parameter_groups(model, recipe))
+    optimizer = build_optimizer(model, recipe)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer

@@ -25,6 +25,7 @@ from switchlora.learner.moments import (
     moments_of as moments_of,
     prune_moments as prune_moments,
 )
+from switchlora.learner.muon import Muon as Muon
 from switchlora.learner.passes import (
     evaluate as evaluate,
     module_gradients as module_gradients,
@@ -34,6 +35,7 @@ from switchlora.learner.recipe import (
     PRECISIONS as PRECISIONS,
     Recipe as Recipe,
     autocast as autocast,
+    build_optimizer as build_optimizer,
     check_goes_with_fsdp as check_goes_with_fsdp,
     parameter_groups as parameter_groups,
 )

@@ -23,7 +23,7 @@ from switchlora.adapters import (
     trained_adapters,
 )
 from switchlora.learner.counters import FlopCounter, SavedTensors
-from switchlora.learner.recipe import Recipe, autocast, check_goes_with_fsdp, parameter_groups
+from switchlora.learner.recipe import Recipe, autocast, build_optimizer, check_goes_with_fsdp
 from switchlora.learner.sharding import gathered, is_sharded, shard, skeleton
 from switchlora.process import full, total, world_size
 
@@ -238,7 +238,7 @@ def build_learner(
         check_goes_with_fsdp(recipe)
         bones = skeleton(model)
         model = shard(model)
-    optimizer = recipe.optimizer(parameter_groups(model, recipe))
+    optimizer = build_optimizer(model, recipe)
     learner = Learner(
         model,
         forward=_compiled(_wrapped(model, recipe), recipe),

@@ -11,9 +11,10 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from switchlora.adapters import Adapter, Norms, adapted_modules, is_factor
+from switchlora.adapters import Adapter, Norms, adapted_modules, is_factor, trained_adapters
 from switchlora.errors import check_choice, check_range
 from switchlora.learner.matched import Scales, matched_scales
+from switchlora.learner.muon import Muon, in_parts
 
 if TYPE_CHECKING:
     from switchlora.learner.learner import Learner
@@ -106,10 +107,9 @@ class Recipe:
             raise ValueError("activation_checkpointing=gelu does not go with compile=true")
 
     @property
-    def proportional(self) -> bool:
-        """Whether the optimizer's steps are in proportion to the gradient."""
-        trial = self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
-        return isinstance(trial, SGD)
+    def optimizer_class(self) -> type[Optimizer]:
+        """The class of what ``optimizer`` returns."""
+        return type(self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]))
 
     @property
     def compiles(self) -> bool:
@@ -125,6 +125,8 @@ def autocast(device_type: str, precision: str) -> AbstractContextManager:
 
 def check_goes_with_fsdp(recipe: Recipe) -> None:
     """Raise ValueError for a recipe that needs whole factors, or DDP."""
+    if issubclass(recipe.optimizer_class, Muon):
+        raise ValueError("recipe@full=muon does not go with system.parallel=fsdp: use ddp")
     for name in ("refactoring", "frobenius_decay", "before_ddp"):
         if getattr(recipe, name):
             raise ValueError(f"adapter.{name} does not go with system.parallel=fsdp: use ddp")
@@ -140,7 +142,17 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     for lr_scale, factors in sorted(_factors_by_scale(model, recipe).items()):
         decay = recipe.factor_weight_decay
         groups.append({"params": factors, "weight_decay": decay, "lr_scale": lr_scale})
+    if issubclass(recipe.optimizer_class, Muon):
+        groups = in_parts(model, groups)
     return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """Build the recipe's optimizer of the parameters of ``model`` that train."""
+    optimizer = recipe.optimizer(parameter_groups(model, recipe))
+    if isinstance(optimizer, Muon):
+        optimizer.pair(trained_adapters(model))
+    return optimizer
 
 
 def _groups_beside_factors(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -157,19 +169,22 @@ def _groups_beside_factors(model: nn.Module, weight_decay: float) -> list[dict[s
 def _factors_by_scale(model: nn.Module, recipe: Recipe) -> dict[float, list[nn.Parameter]]:
     """Return the factors that train, by their learning rate relative to that of the weights."""
     found: dict[float, list[nn.Parameter]] = {}
+    kind = recipe.optimizer_class
     for module in adapted_modules(model).values():
         for part, adapter in module.adapters().items():
-            scales = _scales(recipe, adapter, module.start_norms.get(part, NO_FACTORS))
+            scales = _scales(recipe, adapter, module.start_norms.get(part, NO_FACTORS), kind)
             for factor, scale in zip((adapter.A, adapter.B), scales, strict=True):
                 if factor.requires_grad:
                     found.setdefault(scale, []).append(cast(nn.Parameter, factor))
     return found
 
 
-def _scales(recipe: Recipe, adapter: Adapter, norms: Norms) -> Scales:
+def _scales(recipe: Recipe, adapter: Adapter, norms: Norms, kind: type[Optimizer]) -> Scales:
     of_B = recipe.factor_B_lr_scale
     if recipe.factor_lr != MATCHED:
         scale = float(recipe.factor_lr)
         return Scales(scale, scale * of_B)
-    A, B = matched_scales(adapter, norms, recipe.proportional, recipe.matched_step)
+    if issubclass(kind, Muon):  # its steps are those of the effective weight
+        return Scales(recipe.matched_step, recipe.matched_step * of_B)
+    A, B = matched_scales(adapter, norms, issubclass(kind, SGD), recipe.matched_step)
     return Scales(A, B * of_B)
