@@ -92,6 +92,7 @@ EXACT = replace(
     update_effective_rank=math.nan,
     weight_singular_values=(2 / 3, 1e-300),
     update_singular_values=(0.1, math.nan),
+    update_kept_energies=(1 / 9, math.nan),
     basis_stability=0.9,
 )
 MEASURED = {

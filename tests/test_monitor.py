@@ -10,7 +10,7 @@ from conf_yamls import composed
 from conftest import tiny_vit
 from runs import SHORT
 from switchlora.adapters import find_targets
-from switchlora.monitor import UpdateMonitor
+from switchlora.monitor import UpdateMonitor, captured_energy, truncated_svd
 from switchlora.run import prepare
 from switchlora.storage import read_record
 from switchlora.train import fit
@@ -72,6 +72,27 @@ def test_exact_mode_adds_effective_ranks_and_leading_singular_values():
     assert stats.weight_effective_rank == pytest.approx(math.exp(-(p * p_log(p)).sum()), rel=1e-3)
     assert stats.weight_singular_values == pytest.approx(S[:5], rel=1e-3)
     assert len(stats.update_singular_values) == 5
+
+
+def test_kept_energies_are_what_the_directions_of_the_window_before_hold_of_an_update():
+    model, monitor = monitored(exact=True, leading=5)
+    name = "blocks.0.mlp.fc1"
+    move(model)
+    assert monitor.measure(10, 1.0).layers[name].update_kept_energies == ()
+    _, _, directions = truncated_svd(monitor.updates()[name], 5)
+    monitor.start_window(10)
+    move(model, seed=1)
+    again, _ = monitored(exact=True, leading=5)
+    resumed = UpdateMonitor(again, monitor.targets, 10, exact=True, leading=5)
+    resumed.load_state_dict(monitor.state_dict())
+    again.load_state_dict(model.state_dict())
+    kept = monitor.measure(20, 2.0).layers[name].update_kept_energies
+    update = monitor.updates()[name]
+    for rank in (1, 3, 5):
+        assert sum(kept[:rank]) == pytest.approx(
+            captured_energy(update, directions[:rank]), rel=1e-4
+        )
+    assert resumed.measure(20, 2.0).layers[name].update_kept_energies == kept
 
 
 def turn(weight, angle):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 class LayerStats:
     """Statistics of one target in one window. W_ref is the weight at the start of the window.
 
-    Effective ranks and leading singular values are filled in exact mode only. The stability of the
-    bases is filled only if it was asked for.
+    Effective ranks, leading singular values and kept energies are filled in exact mode only. The
+    stability of the bases is filled only if it was asked for.
     """
 
     weight_norm: float
@@ -27,6 +27,9 @@ class LayerStats:
     update_effective_rank: float | None = None
     weight_singular_values: tuple[float, ...] = ()
     update_singular_values: tuple[float, ...] = ()
+    update_kept_energies: tuple[float, ...] = ()
+    """||D v_i||^2 / ||D||_F^2 of the update D = W - W_ref, for the leading right singular vectors
+    v_i of the window before. The sum of the first r is what an adapter with these rows keeps"""
     basis_stability: float | None = None
     """mean cosine between the columns of U V^T now and at the window's start, for W = U S V^T"""
 

@@ -66,7 +66,8 @@ class UpdateMonitor:
     table. Spectral norms come from ``iterations`` power iterations, which start from the vector of
     the previous window. Two options each cost two SVDs per target and window:
 
-    - ``exact`` adds full spectra, with the first ``leading`` singular values.
+    - ``exact`` adds full spectra, with the first ``leading`` singular values, and how much of an
+      update lies in the ``leading`` directions of the window before.
     - ``bases`` adds how far the singular bases turned.
     """
 
@@ -89,6 +90,7 @@ class UpdateMonitor:
             raise ValueError(f"monitor.window is {self.window}: give at least 1 update")
         self.known = self.targets
         self._vectors: dict[str, Tensor] = {}
+        self._directions: dict[str, Tensor] = {}
         self._losses: list[float] = []
         self._decay = 0.0
         self._window_start = 0
@@ -146,6 +148,7 @@ class UpdateMonitor:
         self.references = _only(names, self.references)
         of_updates = map(_key_of_update, names)
         self._vectors = _only({*names, *of_updates}, self._vectors)
+        self._directions = _only(names, self._directions)
         self.start_window(num_updates)
 
     @torch.no_grad()
@@ -167,6 +170,7 @@ class UpdateMonitor:
             "references": self.references,
             "initial_stable_ranks": self.initial_stable_ranks,
             "vectors": self._vectors,
+            "directions": self._directions,
             "losses": self._losses,
             "decay": self._decay,
             "window_start": self._window_start,
@@ -182,6 +186,8 @@ class UpdateMonitor:
         self.initial_stable_ranks = dict(state["initial_stable_ranks"])
         device = next(self.model.parameters()).device
         self._vectors = {key: vector.to(device) for key, vector in state["vectors"].items()}
+        for name, rows in state["directions"].items():
+            self._directions[name] = rows.to(device)
         self._losses = list(state["losses"])
         self._decay = state["decay"]
         self._window_start = state["window_start"]
@@ -230,12 +236,17 @@ class UpdateMonitor:
         if self.bases:
             stats["basis_stability"] = self._basis_stability(name)
         if self.exact:
-            matrices = {"weight": self._weight(name), "update": self.updates()[name]}
-            for of, matrix in matrices.items():
-                values = _singular_values(matrix)
-                leading = values[: self.leading]
-                stats[f"{of}_effective_rank"] = effective_rank(values)
+            update = self.updates()[name]
+            values, rows = _spectrum(update)
+            spectra = {"weight": _singular_values(self._weight(name)), "update": values}
+            for of, spectrum in spectra.items():
+                leading = spectrum[: self.leading]
+                stats[f"{of}_effective_rank"] = effective_rank(spectrum)
                 stats[f"{of}_singular_values"] = tuple(leading.tolist())
+            if name in self._directions:
+                kept = _energy_along(update, self._directions[name])
+                stats["update_kept_energies"] = tuple(kept.tolist())
+            self._directions[name] = rows[: self.leading]
         return stats
 
     def _basis_stability(self, name: str) -> float:
@@ -268,6 +279,22 @@ def _singular_values(matrix: Tensor) -> Tensor:
         return torch.linalg.svdvals(matrix)
     except torch.linalg.LinAlgError:
         return matrix.new_full((min(matrix.shape),), math.nan)
+
+
+def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the singular values and, as rows, right singular vectors; NaN where that fails."""
+    try:
+        _, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        smaller = min(matrix.shape)
+        return matrix.new_full((smaller,), math.nan), torch.full_like(matrix[:smaller], math.nan)
+    return values, Vh
+
+
+def _energy_along(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Return ||M v||^2 / ||M||_F^2 for each of the orthonormal ``rows`` v (k, n)."""
+    along = (matrix @ rows.mT).square().sum(dim=0)
+    return along / matrix.square().sum()
 
 
 def _orthogonal_factor(matrix: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from switchlora.storage.tensors import (
     write_sharded,
 )
 
-FORMAT = 6
+FORMAT = 7
 STATE, SUMS = "state.pt", "SHA256SUMS"
 CONTENT: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("config", "train", "adapters", "monitor", "stopwatch", "log"), dict),
