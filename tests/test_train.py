@@ -360,6 +360,7 @@ def test_golden_losses_have_not_moved(tmp_path):
     is set to 'record'.
     """
     recorded = ("model.depth=3", "data.train_size=null", "data.batch_size=64")
+    recorded += ("adapter.factor_lr=3",)
     make_run(tmp_path, *BY_DATE, *recorded)
     versions = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
     found = {"versions": versions, **kernels_here(), "losses": [x.hex() for x in losses(tmp_path)]}
