@@ -35,6 +35,7 @@ test-newest: .venv/.installed  ## run the tests with the newest release of every
 
 systems: .venv/.installed  ## run every system of the field on the same images and make their table, in hours
 	$(BIN)/switchlora +experiments=systems
+	$(BIN)/switchlora +experiments=systems +method=full_short length=0.6,0.7,0.8,0.9
 	$(BIN)/python scripts/tables.py runs/systems/sweep --preset systems --out experiments/systems
 	$(BIN)/python scripts/systems_speed.py runs/systems/sweep --out experiments/systems
 
