@@ -162,6 +162,25 @@ def test_the_classifier_and_embeddings_are_no_matrices():
     assert not any(map(is_factor, found))
 
 
+def test_each_factor_has_the_rate_of_its_own_group():
+    A, B, gradient = drawn()
+    plain, plus = One(A.clone(), B.clone()), One(A.clone(), B.clone())
+    moved(plain, gradient)
+    moved(plus, gradient, factor_B_lr_scale=16.0)
+    fc, other = plain.get_submodule("fc"), plus.get_submodule("fc")
+    assert torch.allclose(other.lora_B - B, 16 * (fc.lora_B - B), rtol=1e-2, atol=1e-6)
+    assert torch.equal(other.lora_A, fc.lora_A)
+
+
+def test_a_factor_without_its_adapter_is_an_error():
+    A, B, _ = drawn()
+    model = One(A, B)
+    train_only(model, ())
+    optimizer = Muon(parameter_groups(model, recipe()))
+    with pytest.raises(ValueError, match="a factor to train whose adapter it was not given"):
+        optimizer.pair([])
+
+
 def test_muon_is_refused_with_shards():
     with pytest.raises(ValueError, match="recipe@full=muon does not go with"):
         check_goes_with_fsdp(recipe())

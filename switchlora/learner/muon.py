@@ -15,7 +15,7 @@ beside a zero one does not move, since no step of it would move the weight.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,8 +68,11 @@ class Muon(Optimizer):
                 self._own[part] = make(groups, lr=lr, weight_decay=weight_decay, **options)
 
     def pair(self, adapters: Sequence[Adapter]) -> None:
-        """Say which factors belong together; all that train must be among ``adapters``."""
+        """Say which factors belong together. ValueError unless all that train are among them."""
         self._adapters = list(adapters)
+        paired = {factor for A, B, _, _ in adapters for factor in (A, B)}
+        if not paired.issuperset(self._factor_groups()):
+            raise ValueError("Muon has a factor to train whose adapter it was not given")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -82,29 +85,30 @@ class Muon(Optimizer):
             optimizer.param_groups = self._groups(part)
             optimizer.state = self.state
             optimizer.step()
-        for group in self._groups(FACTORS):
-            for adapter in self._adapters:
-                self._step_adapter(adapter, group)
+        groups = self._factor_groups()
+        for adapter in self._adapters:
+            self._step_adapter(adapter, groups)
         return loss
 
     def _groups(self, part: str) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["part"] == part]
 
-    def _step_adapter(self, adapter: Adapter, group: dict[str, Any]) -> None:
+    def _factor_groups(self) -> dict[Tensor, dict[str, Any]]:
+        """Return the group of each factor that trains."""
+        return {factor: group for group in self._groups(FACTORS) for factor in group["params"]}
+
+    def _step_adapter(self, adapter: Adapter, groups: Mapping[Tensor, dict[str, Any]]) -> None:
         A, B, _, s = adapter
-        rows, columns = len(B), A.shape[1]
-        norm = MATCHED_RMS * math.sqrt(max(rows, columns))
-        size = group["lr"] * norm / s
-        moving = [factor for factor in (A, B) if factor.grad is not None]
-        step_A = step_B = None
+        steps: dict[Tensor, Tensor] = {}
         if A.grad is not None:
-            step_A = factor_step(self._momentum(A).mT, inverse_root(B)).mT
+            steps[A] = factor_step(self._momentum(A).mT, inverse_root(B)).mT
         if B.grad is not None:
-            step_B = factor_step(self._momentum(B), inverse_root(A.mT))
-        for factor, step in ((A, step_A), (B, step_B)):
-            if step is not None:
-                factor.mul_(1 - group["lr"] * group["weight_decay"])
-                factor.sub_(step, alpha=size / len(moving))
+            steps[B] = factor_step(self._momentum(B), inverse_root(A.mT))
+        norm = MATCHED_RMS * math.sqrt(max(len(B), A.shape[1]))
+        for factor, step in steps.items():
+            lr, decay = groups[factor]["lr"], groups[factor]["weight_decay"]
+            factor.mul_(1 - lr * decay)
+            factor.sub_(step, alpha=lr * norm / (s * len(steps)))
 
     def _momentum(self, factor: Tensor) -> Tensor:
         """Return the momentum after the present gradient, with a look ahead by Nesterov's rule."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import SGDW, param_groups_weight_decay
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATCHED = "matched"
 NO_FACTORS = Norms(0.0, 0.0)
+PROPORTIONAL = (SGD, SGDW)
+"""optimizers whose steps are in proportion to the gradient"""
 RECOMPUTED = ("blocks", "gelu")
 
 
@@ -186,5 +188,5 @@ def _scales(recipe: Recipe, adapter: Adapter, norms: Norms, kind: type[Optimizer
         return Scales(scale, scale * of_B)
     if issubclass(kind, Muon):  # its steps are those of the effective weight
         return Scales(recipe.matched_step, recipe.matched_step * of_B)
-    A, B = matched_scales(adapter, norms, issubclass(kind, SGD), recipe.matched_step)
+    A, B = matched_scales(adapter, norms, issubclass(kind, PROPORTIONAL), recipe.matched_step)
     return Scales(A, B * of_B)
