@@ -86,7 +86,7 @@ MISTAKES = {
     "switch/guards=full": "there is no group 'switch/guards'; near names: .*switch/guard",
     "data=cifar": "data=cifar: choose one of .*cifar10",
     "data=base": "data=base: choose one of bytes, cifar10",
-    "recipe@full=base": "recipe@full=base: choose one of adam, adamw, adapter, lion, sgd$",
+    "recipe@full=base": "recipe@full=base: choose one of adam, adamw, adapter, lion, muon, sgd$",
     "+methods=lora": "there is no key 'methods'; near names: .*method",
     "+lr=1e-3": "there is no key 'lr'; near names: full.optimizer.lr",
     "--epochs": "'--epochs' is no option: write epochs=VALUE without dashes",
@@ -113,7 +113,7 @@ KEYS_THAT_ARE_NOT = {
     "full.optimizer": "write recipe@full=sgd",
     "data.hflip": "data.hflip belongs to another choice of data",
     "adapter.optimizer.lrr": "there is no key 'adapter.optimizer.lrr'; near names: .*optimizer.lr",
-    "adapter.optimizer.momentum": "belongs to recipe@full=sgd",
+    "adapter.optimizer.momentum": "belongs to recipe@full=muon or sgd: choose",
     "switch.criterion.tau": "switch.criterion.tau belongs to switch/criterion=prelora",
 }
 

@@ -81,15 +81,15 @@ def test_frobenius_decay_does_not_go_with_weight_decay_of_the_factors():
 
 
 def test_lora_plus_gives_B_its_own_learning_rate_and_only_then_its_own_group(adapted):
-    plain = parameter_groups(adapted, recipe())
-    plus = parameter_groups(adapted, recipe(factor_B_lr_scale=16.0))
+    plain = parameter_groups(adapted, recipe(factor_lr=3.0))
+    plus = parameter_groups(adapted, recipe(factor_lr=3.0, factor_B_lr_scale=16.0))
     assert [g["lr_scale"] for g in plain] == [1.0, 1.0, 3.0]
     assert [g["lr_scale"] for g in plus] == [1.0, 1.0, 3.0, 48.0]
     names = {id(p): n for n, p in adapted.named_parameters()}
     for group, which in zip(plus[2:], ("lora_A", "lora_B"), strict=True):
         found = {names[id(p)] for p in group["params"]}
         assert found == {n for n in names.values() if which in n}
-    learner = build_learner(adapted, recipe(factor_B_lr_scale=16.0), 10)
+    learner = build_learner(adapted, recipe(factor_lr=3.0, factor_B_lr_scale=16.0), 10)
     lr = learner.set_lr(3)
     rates = [group["lr"] for group in learner.optimizer.param_groups]
     assert rates == pytest.approx([lr, lr, 3 * lr, 48 * lr])

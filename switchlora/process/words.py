@@ -225,7 +225,7 @@ def groups() -> list[str]:
 
 
 class Known(NamedTuple):
-    """The first yaml that has a key: its choice, '' for those of every run, and its value."""
+    """The choices that have a key, '' for a key of every run, and its value in the first yaml."""
 
     owner: str
     value: Any
@@ -265,11 +265,15 @@ def owner_of(group: str, choice: str) -> str:
 
 
 def add_keys(found: dict[str, Known], path: Path, prefix: str, owner: str) -> None:
-    """Add the keys of a yaml that are not known yet."""
+    """Add the keys of a yaml. A key that several choices of a group have belongs to them all."""
     content = yaml.safe_load(path.read_text()) or {}
+    group, _, choice = owner.rpartition("=")
     for key, value in leaves(content):
-        if key.split(".")[0] not in ("defaults", "hydra") and value != {}:
-            found.setdefault(prefix + key, Known(owner, value))
+        if key.split(".")[0] in ("defaults", "hydra") or value == {}:
+            continue
+        known = found.setdefault(prefix + key, Known(owner, value))
+        if group and known.owner.startswith(f"{group}=") and known.owner != owner:
+            found[prefix + key] = known._replace(owner=f"{known.owner} or {choice}")
 
 
 def prefix_of(group: str, choice: str) -> str:
