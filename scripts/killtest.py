@@ -7,6 +7,7 @@ uninterrupted run bit for bit, except for times. Linux only.
 """
 
 import argparse
+import atexit
 import json
 import multiprocessing
 import os
@@ -187,13 +188,17 @@ def _enter(words: list[str], output: Path) -> None:
     from switchlora.cli import main
 
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # that of a program, not of this server
     tqdm.set_lock(threading.RLock())  # its own would be told as leaked after a kill
     with output.open("wb") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.argv = ["switchlora", *words]
-    main()
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # a process of multiprocessing leaves them out
 
 
 def killtest(

@@ -1,5 +1,6 @@
 """Starts of the program in forks of a server that has imported it: a start costs no imports."""
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -74,13 +75,22 @@ class Started:
 def _enter(files, act, words):
     os.setsid()
     gc.freeze()  # what the imports made stays
+    multiprocessing.set_start_method(None, force=True)  # that of a program, not of this server
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     tqdm.set_lock(threading.RLock())  # its own would be told as leaked after a kill
     for descriptor, path in enumerate(files, start=1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), descriptor)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
-    act(*words)
+    try:
+        act(*words)
+    finally:
+        end_program()
+
+
+def end_program():
+    """Do what a program does at its end, and a process of multiprocessing leaves out."""
+    atexit._run_exitfuncs()
 
 
 def program(*words):
@@ -129,6 +139,8 @@ def _status_of(words, environment, output):
     except BaseException:
         traceback.print_exc()
         return 1
+    finally:
+        end_program()
     return 0
 
 

@@ -126,7 +126,12 @@ GUIDED = (
     r"switch.targets=['blocks\.1\.mlp\.fc[12]']",
 )
 TAKEN_BACK = (
-    *("switch/guard=full", "switch.guard.patience=1", "adapter.lr_scale=100"),
+    *(
+        "switch/guard=full",
+        "switch.guard.patience=1",
+        "adapter.lr_scale=100",
+        "adapter.factor_lr=3",
+    ),
     *("switch/criterion=at_epoch", "switch.criterion.epoch=0.4", "monitor.window=3"),
     *("switch.guard.criterion.patience=1", "switch.guard.criterion.fraction=1.1"),
     *("switch/rank=fixed", "switch.rank.rank=2", "max_updates=30", "full.scheduler.warmup_t=2"),

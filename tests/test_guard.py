@@ -133,7 +133,12 @@ def grown(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grown")
     summary = make_run(
         folder,
-        *("switch/guard=ranks", "switch.guard.patience=1", "adapter.lr_scale=100"),
+        *(
+            "switch/guard=ranks",
+            "switch.guard.patience=1",
+            "adapter.lr_scale=100",
+            "adapter.factor_lr=3",
+        ),
         *("switch/criterion=at_epoch", "switch.criterion.epoch=0.4", "monitor.window=3"),
         *("switch/rank=fixed", "switch.rank.rank=2", "max_updates=30"),
         "full.scheduler.warmup_t=2",

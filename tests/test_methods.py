@@ -8,7 +8,7 @@ from conf_yamls import CONF, build, composed, names
 from switchlora.learner import Recipe
 from switchlora.sweep import readable
 
-OWN = ("full", "guarded", "staged", "too_early", "too_early_guarded", "update_norm")
+OWN = ("full", "full_short", "guarded", "staged", "too_early", "too_early_guarded", "update_norm")
 """methods of this project, in no paper"""
 
 

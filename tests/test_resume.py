@@ -99,7 +99,12 @@ KINDS = {
     ),
     "taken back": (
         *("switch/guard=full", "switch.guard.patience=1", "switch.guard.criterion.patience=1"),
-        *("switch.guard.criterion.fraction=1.1", "adapter.lr_scale=100", *RANK_2),
+        *(
+            "switch.guard.criterion.fraction=1.1",
+            "adapter.lr_scale=100",
+            "adapter.factor_lr=3",
+            *RANK_2,
+        ),
         *("switch/criterion=at_epoch", "switch.criterion.epoch=0.4", "monitor.window=3"),
         *("full.scheduler.warmup_t=2", "data.train_size=640", "max_updates=42"),
     ),

@@ -229,6 +229,9 @@ def _start_norms(linear: nn.Linear, new: Mapping[str, Adapter]) -> dict[str, Nor
 
 
 def _norm(factor: Tensor) -> float:
+    """Return ||M||_F; 0 of a factor without content."""
+    if factor.is_meta:
+        return 0.0
     return float(torch.linalg.vector_norm(factor, dtype=torch.float64))
 
 
