@@ -30,10 +30,17 @@ LONGEST = (
 
 
 @pytest.fixture(autouse=True, scope="module")
-def kept():
-    """What the imports and earlier files made stays: collections of garbage do not look at it."""
+def collected():
+    """What earlier files left behind is gone."""
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def kept(collected):
+    """What a test did not make stays: collections of garbage, of which each run makes some, are fast."""
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_report_header():

@@ -143,7 +143,10 @@ def test_stopping_anywhere_and_resuming_is_bit_identical(kind, tmp_path, signal_
     whole = make_run(tmp_path / "whole", *options)
     assert {each["kind"] for each in whole["transitions"]} == CHANGES.get(kind, {"switch"})
     last = whole["transitions"][-1]["num_updates"]
-    for stop in sorted({3, 10, last, last + 1}):  # in an epoch, at its end, at a change, after it
+    stops = {3, last, last + 1}  # in an epoch, at a change, after it
+    if kind in ("everything", "workers"):
+        stops.add(10)  # at an epoch's end, which is alike in all kinds
+    for stop in sorted(stops):
         signal_at(signal.SIGTERM, stop)
         with pytest.raises(Interrupted, match=f"SIGTERM after update {stop}; the last checkpoint"):
             make_run(tmp_path / "stopped", *options, "resume=auto")
