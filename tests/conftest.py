@@ -37,7 +37,7 @@ def collected():
 
 @pytest.fixture(autouse=True)
 def kept(collected):
-    """What a test did not make stays: collections of garbage, of which each run makes some, are fast."""
+    """Collections of garbage, of which each switch makes one, see only what the test made."""
     gc.freeze()
     yield
     gc.unfreeze()
