@@ -1,6 +1,7 @@
 """Starts of the program in forks of a server that has imported it: a start costs no imports."""
 
 import atexit
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import uuid
 from contextlib import suppress
@@ -61,6 +63,12 @@ class Started:
                 call(self.process.pid, signal.SIGKILL)
         self.process.join()
 
+    def show_stacks(self):
+        """Let all of its processes say where they are; one that has not begun says nothing."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGRTMIN)
+        time.sleep(2)
+
     def said(self):
         """Standard output and standard error so far."""
         return [file.read_text() if file.exists() else "" for file in self.files]
@@ -68,7 +76,10 @@ class Started:
     def finish(self):
         """What ``subprocess.run`` returns."""
         self.process.join(PATIENCE)
-        assert not self.running, self.said()
+        hangs = self.running
+        if hangs:
+            self.show_stacks()
+        assert not hangs, self.said()
         return CompletedProcess(self.words, self.process.exitcode, *self.said())
 
 
@@ -82,6 +93,7 @@ def _enter(files, act, words):
         with path.open("wb") as file:
             os.dup2(file.fileno(), descriptor)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    faulthandler.register(signal.SIGRTMIN)
     try:
         act(*words)
     finally:
