@@ -57,15 +57,15 @@ class Muon(Optimizer):
         self.momentum = momentum
         self.nesterov = nesterov
         self._adapters: list[Adapter] = []
-        matched = {"momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": "match_rms_adamw"}
         self._own: dict[str, Optimizer] = {}
-        for part, make, options in (
-            (MATRICES, TorchMuon, matched),
-            (OTHERS, AdamW, {"betas": tuple(betas), "eps": eps}),
-        ):
-            groups = self._groups(part)
-            if groups:
-                self._own[part] = make(groups, lr=lr, weight_decay=weight_decay, **options)
+        if matrices := self._groups(MATRICES):
+            matched = "match_rms_adamw"
+            self._own[MATRICES] = TorchMuon(
+                matrices, lr, weight_decay, momentum, nesterov, adjust_lr_fn=matched
+            )
+        if others := self._groups(OTHERS):
+            first, second = betas
+            self._own[OTHERS] = AdamW(others, lr, (first, second), eps, weight_decay)
 
     def pair(self, adapters: Sequence[Adapter]) -> None:
         """Say which factors belong together. ValueError unless all that train are among them."""
