@@ -207,3 +207,20 @@ def test_targets_of_about_the_same_norm_share_a_group():
     factors = [name for name, _ in model.named_parameters() if is_factor(name)]
     scales = {group["lr_scale"] for group in parameter_groups(model, recipe("adamw"))}
     assert len(scales) < len(factors) / 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dropout": "0.1"},
+        {"dropout": 2},
+        {"start_norms": {"": ("x", 1.0)}},
+        {"start_norms": {"": (-1.0, 1.0)}},
+    ],
+)
+def test_settings_of_an_adapter_that_are_no_shares_or_norms_are_refused(settings):
+    model = adapted(8, 8, 2, "zero_b", 1.0)
+    layout = adapter_layout(model)
+    layout["fc"]["settings"] |= settings
+    with pytest.raises(TypeError, match="an adapter"):
+        inject_empty(One(8, 8), layout)

@@ -210,16 +210,26 @@ def rebuilt(
 
     ``kind``, ``dense`` and ``attributes`` are what ``settings()`` of the earlier module gave.
     ``dense`` names the dense row slices. ``start_norms`` are those of the factors by row slice.
-    ``attributes`` are set on the module.
+    ``attributes`` are set on the module: flags, or shares from 0 to 1. TypeError for others.
     """
     module = KINDS[kind](linear, adapters)
     if dense:
         cast(SlicedLoRALinear, module).make_dense(dense)
     for part, (A, B) in start_norms.items():
+        if not (_is_number(A) and _is_number(B) and min(A, B) >= 0):
+            raise TypeError(f"the norms of an adapter's factors are {A!r} and {B!r}")
         module.start_norms[part] = Norms(A, B)
     for name, value in attributes.items():
+        is_flag = isinstance(getattr(module, name), bool)
+        fits = isinstance(value, bool) if is_flag else _is_number(value) and 0 <= value <= 1
+        if not fits:
+            raise TypeError(f"'{name}' of an adapter is {value!r}")
         setattr(module, name, value)
     return module
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _guided_layers(model: nn.Module) -> list[GuidedLinear]:
