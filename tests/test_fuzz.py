@@ -27,6 +27,7 @@ from switchlora.analysis.curves import read_curves
 from switchlora.analysis.page.page import content
 from switchlora.analysis.replay.replay import replay
 from switchlora.analysis.scaling import attempt as point
+from switchlora.analysis.tables.formats import markdown
 from switchlora.analysis.tables.table import make_table
 from switchlora.analysis.wandb_report import build_report
 from switchlora.config import as_plain
@@ -224,7 +225,7 @@ def test_a_run_of_any_configuration_is_prepared_or_gets_one_line(here, data):
 FILES = ("metrics.jsonl", "summary.json", "config.yaml")
 COMMANDS = {
     "page": None,
-    "tables": lambda record: make_table([record]),
+    "tables": lambda record: markdown(make_table([record])),
     "history": Record.history,
     "curves": lambda record: read_curves([record]),
     "replay": lambda record: replay([record], []),

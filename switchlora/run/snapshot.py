@@ -53,6 +53,7 @@ def state_of(run: Run) -> dict[str, Any]:
 
 def check_state(state: Mapping[str, Any]) -> None:
     """Raise an error unless the plain values of a checkpoint have the types of this version."""
+    json.dumps(state["config"])  # plain values alone
     text = json.dumps(state["train"])
     for kind in (TrainState, Ledger):
         TypeAdapter(kind).validate_json(text, strict=True)

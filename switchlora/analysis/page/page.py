@@ -127,6 +127,7 @@ def content(sweep: Path) -> dict[str, Any]:
 def _attempt(record: Record) -> None:
     """Read all that the page shows of one run."""
     table = make_table([record])
+    _parts(table)
     sentence(table)
     tiles(table, [record])
     _charts([record], groups_of([record], table), table.references)

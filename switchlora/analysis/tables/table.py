@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> list[str]:
 
     Raise ValueError when no run has finished.
     """
-    records = find_records(options.runs, warn, lambda record: make_table([record]))
+    records = find_records(options.runs, warn, lambda record: markdown(make_table([record])))
     times = not options.no_times
     table = make_table(records, options.preset, options.baseline, times)
     if not table.rows:
