@@ -7,14 +7,12 @@ compare the matched rate, seed by seed, with the fixed rate that is best in the 
 """
 
 import argparse
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
-from scipy.stats import t as student_t
-
-from switchlora.config import shaping
+from switchlora.analysis.tables.columns import Cell
+from switchlora.analysis.tables.rows import settings_of
 from switchlora.storage import Record, find_records
 
 SETTING = ("model.embed_dim", "switch.criterion.epoch", "switch.init", "switch.rank.share")
@@ -39,8 +37,8 @@ def table(records: list[Record]) -> str:
     """Return the Markdown table of finished runs."""
     found: dict[tuple[str, ...], dict[str, Accuracies]] = {}
     for record in records:
-        config = shaping(record.config)
-        setting = tuple(name_of(config, key) for key in SETTING)
+        config = settings_of(record.config)
+        setting = tuple(str(config[key]) for key in SETTING)
         by_rate = found.setdefault(setting, {})
         by_rate.setdefault(rate_of(config), {})[record.config["seed"]] = held_out(record)
     rates = sorted({rate for by_rate in found.values() for rate in by_rate}, key=_matched_first)
@@ -52,12 +50,6 @@ def table(records: list[Record]) -> str:
         cells = [shown(by_rate.get(rate, {})) for rate in rates]
         lines.append([*setting, *cells, *compared(by_rate)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def name_of(config: Mapping[str, object], key: str) -> str:
-    """Return the value of a key, or the last word of what it builds."""
-    built = config.get(f"{key}.path") or config.get(f"{key}._target_") or config.get(key)
-    return str(built).rpartition(".")[2] if isinstance(built, str) else str(built)
 
 
 def rate_of(config: Mapping[str, object]) -> str:
@@ -98,12 +90,10 @@ def compared(by_rate: Mapping[str, Accuracies]) -> list[str]:
 
 
 def interval(differences: list[float]) -> str:
-    """Return the mean and its 95 % interval by Student's t."""
-    mean, n = fmean(differences), len(differences)
-    if n < 2:
-        return f"{mean:+.2f}"
-    half = float(student_t.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n)
-    return f"{mean:+.2f} ± {half:.2f}"
+    """Return the mean and half the width of its 95 % interval."""
+    cell = Cell(tuple(differences))
+    half = "" if cell.interval is None else f" ± {cell.interval:.2f}"
+    return f"{cell.mean:+.2f}{half}"
 
 
 def _matched_first(rate: str) -> tuple[bool, float]:
