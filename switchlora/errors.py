@@ -1,7 +1,9 @@
 """Errors that a user reads as one line, and checks that name the right values."""
 
 import re
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 ODD = (ArithmeticError, AttributeError, LookupError, TypeError)
 """what code raises that reads something else than a run wrote"""
@@ -64,6 +66,13 @@ class Interrupted(BaseException):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` is a finite number; true and false are none."""
+    largest = sys.float_info.max
+    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_plain and -largest <= value <= largest
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from switchlora.adapters.linear import (
     adapted_linear,
 )
 from switchlora.adapters.product import Adapter
+from switchlora.errors import is_number
 
 
 class LowRankLinear(LoRALinear):
@@ -216,20 +217,16 @@ def rebuilt(
     if dense:
         cast(SlicedLoRALinear, module).make_dense(dense)
     for part, (A, B) in start_norms.items():
-        if not (_is_number(A) and _is_number(B) and min(A, B) >= 0):
+        if not (is_number(A) and is_number(B) and min(A, B) >= 0):
             raise TypeError(f"the norms of an adapter's factors are {A!r} and {B!r}")
         module.start_norms[part] = Norms(A, B)
     for name, value in attributes.items():
         is_flag = isinstance(getattr(module, name), bool)
-        fits = isinstance(value, bool) if is_flag else _is_number(value) and 0 <= value <= 1
+        fits = isinstance(value, bool) if is_flag else is_number(value) and 0 <= value <= 1
         if not fits:
             raise TypeError(f"'{name}' of an adapter is {value!r}")
         setattr(module, name, value)
     return module
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _guided_layers(model: nn.Module) -> list[GuidedLinear]:

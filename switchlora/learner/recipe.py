@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from switchlora.adapters import Adapter, Norms, adapted_modules, is_factor, trained_adapters
-from switchlora.errors import check_choice, check_range
+from switchlora.errors import check_choice, check_range, is_number
 from switchlora.learner.matched import Scales, matched_scales
 from switchlora.learner.muon import Muon, in_parts
 
@@ -86,7 +86,7 @@ class Recipe:
             scale = getattr(self, name)
             if not scale > 0:
                 raise ValueError(f"{name} is {scale}: give a number above 0")
-        a_number = isinstance(self.factor_lr, int | float) and self.factor_lr > 0
+        a_number = is_number(self.factor_lr) and float(self.factor_lr) > 0
         if self.factor_lr != MATCHED and not a_number:
             raise ValueError(
                 f"factor_lr is '{self.factor_lr}': give {MATCHED}, or a number above 0 that "

@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from switchlora.config import as_plain, folder_of
-from switchlora.errors import check_patterns
+from switchlora.errors import check_patterns, is_number
 from switchlora.process.exits import exit_with_one_line
 from switchlora.process.words import MEANT, choices_of, known_keys, near_keys
 
@@ -27,13 +27,6 @@ class Kind(NamedTuple):
 
     words: str
     fits: Callable[[Any], bool]
-
-
-def is_number(value: Any) -> bool:
-    """Return whether ``value`` is a finite number; true and false are none."""
-    largest = sys.float_info.max
-    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_plain and -largest <= value <= largest
 
 
 def number(low: float = -sys.float_info.max, high: float = sys.float_info.max) -> Kind:
