@@ -52,12 +52,13 @@ def train(config: DictConfig, folder: Path) -> dict:
 def train_in(folder: Path, config: DictConfig) -> dict:
     """Do what ``train`` does, and leave the folder as it is at an error."""
     distributed.join()
-    agree_on_settings(as_plain(config))
+    settings = as_plain(config)
+    agree_on_settings(settings)
     folder = distributed.from_primary(lambda: folder)
     interruption = Interruption()
     try:
         with FolderLock(folder, patience=JOB_PATIENCE if is_job() else 0), interruption:
-            summary = finished_summary(config.resume, folder, as_plain(config))
+            summary = finished_summary(config.resume, folder, settings)
             if summary is not None:
                 if distributed.is_primary():
                     say(f"{folder} holds a finished run; nothing to do")

@@ -12,12 +12,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from http.client import HTTPException
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -56,14 +58,7 @@ class Digits(Dataset):
     """
 
     def __init__(self, train: bool) -> None:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        images, targets = load_digits(return_X_y=True)
-        pixels = (images.reshape(-1, 8, 8) * 255 / 16).round().astype("uint8")
-        fit, held, of_fit, of_held = train_test_split(
-            pixels, targets, test_size=0.2, random_state=0, stratify=targets
-        )
+        fit, held, of_fit, of_held = _digits()
         self.images = fit if train else held
         self.targets = of_fit if train else of_held
 
@@ -72,6 +67,17 @@ class Digits(Dataset):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+@cache
+def _digits() -> list[np.ndarray]:
+    """Return the pixels (images, 8, 8) to train on and to test on, then the labels of both."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, targets = load_digits(return_X_y=True)
+    pixels = (images.reshape(-1, 8, 8) * 255 / 16).round().astype("uint8")
+    return train_test_split(pixels, targets, test_size=0.2, random_state=0, stratify=targets)
 
 
 class Folder(ImageFolder):

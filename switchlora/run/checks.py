@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from switchlora.adapters import FACTORS, adapted_linear
-from switchlora.config import as_plain
 from switchlora.criteria import AtEpoch, at_start, never
 from switchlora.errors import NothingMeasured
 from switchlora.learner import Recipe, check_goes_with_fsdp
@@ -22,14 +21,14 @@ from switchlora.storage import wandb_mode
 from switchlora.switching import WHOLE, check_start, choose_ranks
 
 
-def check_config(config: DictConfig) -> None:
+def check_config(config: Mapping[str, Any]) -> None:
     """Raise ValueError for a number out of its range, or for settings that exclude each other."""
-    check_values(as_plain(config))
-    wandb_mode(config.log.wandb.mode)
-    if config.system.parallel == "fsdp":
+    check_values(config)
+    wandb_mode(config["log"]["wandb"]["mode"])
+    if config["system"]["parallel"] == "fsdp":
         if not dist.is_initialized():
             raise ValueError("system.parallel=fsdp shards over processes: start it with torchrun")
-        if config.ema:
+        if config["ema"]:
             raise ValueError("ema does not go with system.parallel=fsdp: its copy is not sharded")
 
 

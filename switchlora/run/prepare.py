@@ -101,7 +101,8 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
 
 def build_parts(config: DictConfig) -> Parts:
     """Build the data, the model, the policy and the recipes that ``config`` describes."""
-    check_config(config)
+    plain = as_plain(config)
+    check_config(plain)
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
@@ -111,7 +112,7 @@ def build_parts(config: DictConfig) -> Parts:
     sharded = config.system.parallel == "fsdp"
     return Parts(
         config=config,
-        plain=as_plain(config),
+        plain=plain,
         device=device,
         data=data,
         model=build(config.model).to("cpu" if sharded else device),
