@@ -34,9 +34,9 @@ test-newest: .venv/.installed  ## run the tests with the newest release of every
 	$(BIN)/python scripts/test_versions.py newest
 
 systems: .venv/.installed  ## run every system of the field on the same images and make their table, in hours
-	$(BIN)/switchlora +experiments=systems
-	$(BIN)/switchlora +experiments=systems +method=full_short length=0.6,0.7,0.8,0.9
-	$(BIN)/python scripts/tables.py runs/systems/sweep --preset systems --out experiments/systems
+	$(BIN)/python scripts/systems.py
+	cp runs/systems/tuning.json experiments/systems
+	$(BIN)/python scripts/tables.py runs/systems/sweep --preset systems --notes runs/systems/tuning.md --out experiments/systems
 	$(BIN)/python scripts/systems_speed.py runs/systems/sweep --out experiments/systems
 
 guard: .venv/.installed  ## switch too early on purpose, with and without a guard

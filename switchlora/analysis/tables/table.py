@@ -6,6 +6,7 @@ conditions is refused, and a note names the difference. Options:
 - ``--preset systems`` makes one table of methods, each compared with full training.
 - ``--preset prelora`` makes PreLoRA's table, with its published numbers beside the runs' numbers.
 - ``--formats png,pdf,svg`` chooses the files of the picture.
+- ``--notes FILE`` adds the lines of a file below the table.
 - ``--no-times`` leaves out the numbers of clocks and memory counters. The same runs made again
   then give the same bytes.
 """
@@ -64,6 +65,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--baseline", metavar="SETTING", help="label of a row; full training")
     parser.add_argument("--out", type=Path, help="tables/ in the sweep, or here for loose runs")
     add_formats(parser)
+    parser.add_argument("--notes", type=Path, metavar="FILE", help="lines to put below the table")
     parser.add_argument("--no-times", action="store_true", help="no clock and no memory counter")
     return parser.parse_args(words)
 
@@ -78,6 +80,9 @@ def run(options: argparse.Namespace) -> list[str]:
     table = make_table(records, options.preset, options.baseline, times)
     if not table.rows:
         raise ValueError(f"no finished run: {'; '.join(unfinished_notes(records))}")
+    if options.notes is not None:
+        given = options.notes.read_text(encoding="utf-8").splitlines()
+        table = replace(table, notes=(*table.notes, *given))
     out = options.out or default_out(options.runs)
     out.mkdir(parents=True, exist_ok=True)
     written = []
