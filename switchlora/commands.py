@@ -25,6 +25,7 @@ BENCH = {
     "update": ("bench.bench", "an update's seconds and memory: full training, adapters, PEFT"),
     "switch": ("bench.switch", "what monitor and switch cost"),
     "lowrank": ("bench.lowrank", "low-rank layers beside dense ones"),
+    "phases": ("bench.phases", "an update of both phases of a run, and what each of them holds"),
     "systems": ("bench.systems", "updates of the runs of a sweep, interleaved in one process"),
 }
 Commands = Mapping[str, tuple[str, str]]

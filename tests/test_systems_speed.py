@@ -7,6 +7,7 @@ import pytest
 
 from runs import make_run
 from switchlora.adapters import is_factor
+from switchlora.bench import phases
 from switchlora.bench.systems import main
 from switchlora.learner import Learner
 
@@ -61,3 +62,46 @@ def test_each_method_makes_updates_of_its_last_phase_and_its_run_stays_as_it_is(
 def test_without_full_training_there_is_nothing_to_compare_with(runs, tmp_path, monkeypatch):
     said = timed(monkeypatch, tmp_path, runs / "low_rank_32")
     assert said.startswith("switchlora-bench systems: no finished run of method=full")
+
+
+@pytest.fixture(scope="module")
+def switched(tmp_path_factory):
+    """A run with two updates in each phase, in a folder of runs."""
+    folder = tmp_path_factory.mktemp("demo")
+    words = (*FEW, "switch/criterion=at_epoch", "switch.criterion.epoch=0.1")
+    make_run(folder / "run", *words, "switch/rank=fixed", "switch.rank.rank=2")
+    return folder
+
+
+def test_both_phases_of_a_run_make_updates_in_turn_and_show_what_they_hold(
+    switched, tmp_path, monkeypatch, capsys
+):
+    made, before = [], stamps(switched)
+    update = Learner.update
+
+    def noted(self, *arguments):
+        done = update(self, *arguments)
+        made.append(any(is_factor(name) for name, _ in self.model.named_parameters()))
+        return done
+
+    monkeypatch.setattr(Learner, "update", noted)
+    monkeypatch.setattr(
+        sys, "argv", ["phases", str(switched), "--rounds", "3", "--out", str(tmp_path)]
+    )
+    phases.main()
+    assert {made.count(adapted) for adapted in (False, True)} == {len(made) // 2}
+    assert stamps(switched) == before
+    found = json.loads((tmp_path / "speed.json").read_text())
+    summary = json.loads((switched / "run" / "summary.json").read_text())
+    for name in phases.PHASES:
+        memory = summary["phases"][name]["memory"]["measured"]
+        assert found["bytes"][name] == memory and len(found["seconds"][name]) == 3
+    gradients = [found["bytes"][name]["gradients"] for name in phases.PHASES]
+    row = f"| gradients, MiB | {gradients[0] / 2**20:.2f} | {gradients[1] / 2**20:.2f} |"
+    assert row in capsys.readouterr().out and gradients[1] < gradients[0]
+
+
+def test_without_a_run_of_both_phases_there_is_one_line(runs, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["phases", str(runs)])
+    with pytest.raises(SystemExit, match="no finished run among them has a full and an adapter"):
+        phases.main()

@@ -99,14 +99,18 @@ def measure(
     }
 
 
-def step_of(record: Record, folder: Path, allow: Sequence[str]) -> Callable[[], object]:
+def step_of(
+    record: Record, folder: Path, allow: Sequence[str], anew: bool = False
+) -> Callable[[], object]:
     """Return a function that makes one update of the run, loaded from its last checkpoint.
 
-    Every call uses the first batch of the run's training data.
+    With ``anew`` the run is not loaded: the function makes an update of its first phase. Every
+    call uses the first batch of the run's training data.
     """
     for section in BUILT:
         check_saved(record.config[section], f"{record.folder}: {section}", allow)
-    config = OmegaConf.merge(record.config, QUIET, {"resume": str(record.folder)})
+    resume = None if anew else str(record.folder)
+    config = OmegaConf.merge(record.config, QUIET, {"resume": resume})
     assert isinstance(config, DictConfig)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         run = prepare(config, folder)
