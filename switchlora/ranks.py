@@ -290,7 +290,7 @@ class Budget:
     - ``power_of_two``: round ranks down to a power of two.
     """
 
-    share: float = 0.1
+    share: float = 0.2
     relative: bool = False
     r_min: int = 1
     power_of_two: bool = False

@@ -36,6 +36,7 @@ KINDS = {
         "full.activation_checkpointing=blocks",
         "full.precision=bf16",
         "switch.residual_dtype=bf16",
+        "switch/init=update_svd",
         "switch.max_drift=0.1",
         "switch.train_factors=[B]",
         "switch.split_qkv=true",

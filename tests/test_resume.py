@@ -65,6 +65,7 @@ KINDS = {
     "lean": (
         *BY_DATE,
         *("full.precision=bf16", "switch.residual_dtype=bf16", "switch.train_factors=[B]"),
+        "switch/init=update_svd",
         *(r"switch.freeze=[patch_embed,pos_embed,cls_token,'blocks\.0\.','blocks\.1.*\.q$']",),
         *("switch.split_qkv=true", "adapter.activation_checkpointing=gelu", "ema=0.9"),
     ),

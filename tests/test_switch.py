@@ -22,6 +22,9 @@ from switchlora.monitor import UpdateMonitor
 from switchlora.switching import Scene, switch
 from trials import LOSS, SWITCH_AT, TOTAL, Trial, batch
 
+BALANCED = "switch/init=update_svd"
+"""a start at which neither factor is zero"""
+
 
 def snapshot(model):
     return {n: t.clone() for n, t in model.state_dict().items()}
@@ -49,7 +52,7 @@ def test_every_initializer_and_rank_policy_switches_without_drift(init, rank):
 @pytest.mark.parametrize("recipe", [n for n in names("recipe") if n not in ("base", "adapter")])
 @pytest.mark.parametrize("moments", ["surviving", "factors", "reset"])
 def test_every_optimizer_switches_and_trains_on(recipe, moments):
-    trial = Trial(f"recipe@full={recipe}", f"switch.moments={moments}")
+    trial = Trial(f"recipe@full={recipe}", f"switch.moments={moments}", BALANCED)
     report = trial.switch()
     surviving = len(
         [n for n, p in trial.model.named_parameters() if p.requires_grad and not is_factor(n)]
@@ -90,7 +93,7 @@ def test_the_factors_train():
 
 
 def test_the_optimizer_state_round_trips_after_the_switch_with_its_groups():
-    trial = Trial("adapter.factor_lr=3")
+    trial = Trial("adapter.factor_lr=3", "adapter.rewarmup_updates=0")
     trial.switch()
     trial.train(3)
     groups = trial.learner.optimizer.param_groups
@@ -124,7 +127,7 @@ def test_surviving_tensors_keep_their_moments_and_the_rest_is_freed():
 
 
 def test_first_moments_in_the_factor_basis_are_those_of_the_factors_own_gradients():
-    trial = Trial("switch.moments=factors")
+    trial = Trial("switch.moments=factors", BALANCED)
     weight = trial.model.get_parameter("blocks.0.mlp.fc1.weight")
     m, v = (trial.learner.optimizer.state[weight][k].clone() for k in ("exp_avg", "exp_avg_sq"))
     trial.switch()
@@ -140,7 +143,7 @@ def test_first_moments_in_the_factor_basis_are_those_of_the_factors_own_gradient
 
 
 def test_the_learning_rate_after_the_switch_is_the_plans_also_after_a_restart():
-    trial = Trial("adapter.factor_lr=3")
+    trial = Trial("adapter.factor_lr=3", "adapter.rewarmup_updates=0")
     plan = build_learner(tiny_vit(), trial.full, TOTAL)
     trial.switch()
     for restarted in (trial.learner, trial.rebuild(trial.model)):
@@ -430,7 +433,7 @@ def test_factors_that_cannot_train_are_refused(factors):
 
 
 def test_a_residual_weight_in_bf16_has_half_the_bytes_and_says_how_far_the_logits_move():
-    trial, exact = Trial("switch.residual_dtype=bf16"), Trial()
+    trial, exact = Trial("switch.residual_dtype=bf16", BALANCED), Trial()
     report = trial.switch()
     assert exact.switch().rounding_drift is None
     assert report.drift <= 1e-5 and 0 < report.rounding_drift < 0.05
@@ -453,7 +456,7 @@ def test_a_start_at_zero_is_refused_beside_a_rounded_residual_weight():
 def test_a_residual_weight_in_bf16_leaves_bf16_training_as_it_was():
     losses = []
     for residual in ("null", "bf16"):
-        trial = Trial("full.precision=bf16", f"switch.residual_dtype={residual}")
+        trial = Trial("full.precision=bf16", f"switch.residual_dtype={residual}", BALANCED)
         trial.switch()
         losses.append([trial.learner.update(*batch(i), LOSS, i).loss for i in range(5)])
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
@@ -518,7 +521,7 @@ def test_a_switch_that_is_undone_leaves_checkpointing_as_it_was(full, adapter):
         f"{phase}.activation_checkpointing={what}"
         for phase, what in (("full", full), ("adapter", adapter))
     ]
-    trial = Trial(*recipes, "switch.moments=factors")
+    trial = Trial(*recipes, "switch.moments=factors", BALANCED)
     for state in trial.learner.optimizer.state.values():
         state["unknown"] = torch.ones(3)
     with pytest.raises(SwitchFailed, match="unknown"):

@@ -75,7 +75,7 @@ def test_the_run_switches_at_a_measurement_and_says_so_in_its_summary(finished):
     assert set(summary["phases"]) == {"full", "adapter"}
     adapter = summary["phases"]["adapter"]
     assert (
-        adapter["trainable_parameters"] <= 0.1 * summary["phases"]["full"]["trainable_parameters"]
+        adapter["trainable_parameters"] <= 0.2 * summary["phases"]["full"]["trainable_parameters"]
     )
     assert adapter["images_per_second"] > 0 and adapter["peak_memory_bytes"] > 0
     assert summary["val"]["loss"] < math.log(10) > summary["test"]["loss"]  # better than chance
@@ -360,7 +360,8 @@ def test_golden_losses_have_not_moved(tmp_path):
     is set to 'record'.
     """
     recorded = ("model.depth=3", "data.train_size=null", "data.batch_size=64")
-    recorded += ("adapter.factor_lr=3",)
+    recorded += ("switch/init=update_svd", "switch.rank.share=0.1")
+    recorded += ("adapter.factor_lr=3", "adapter.rewarmup_updates=0")
     make_run(tmp_path, *BY_DATE, *recorded)
     versions = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
     found = {"versions": versions, **kernels_here(), "losses": [x.hex() for x in losses(tmp_path)]}

@@ -360,7 +360,7 @@ def test_a_stage_whose_rank_would_save_nothing_leaves_its_target_full():
 
 
 def test_a_failed_end_of_the_joint_phase_leaves_exact_weights_that_train():
-    trial = Trial("switch.joint_epochs=1", "switch.residual_dtype=bf16")
+    trial = Trial("switch.joint_epochs=1", "switch.residual_dtype=bf16", "switch/init=update_svd")
     trial.switch()
     trial.train(2)
     module = trial.model.blocks[0].mlp.fc1

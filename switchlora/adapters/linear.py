@@ -32,7 +32,7 @@ class Factors(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """||A||_F and ||B||_F of an adapter at the time when it was put on."""
+    """||A||_2 and ||B||_2 of an adapter at the time when it was put on."""
 
     A: float
     B: float

@@ -229,10 +229,10 @@ def _start_norms(linear: nn.Linear, new: Mapping[str, Adapter]) -> dict[str, Nor
 
 
 def _norm(factor: Tensor) -> float:
-    """Return ||M||_F; 0 of a factor without content."""
-    if factor.is_meta:
+    """Return the largest singular value; 0 of a factor that is empty or without content."""
+    if factor.is_meta or not factor.numel():
         return 0.0
-    return float(torch.linalg.vector_norm(factor, dtype=torch.float64))
+    return float(torch.linalg.matrix_norm(factor.double(), 2))
 
 
 def _slices_of(module: str, targets: Mapping[str, Target]) -> dict[str, slice]:

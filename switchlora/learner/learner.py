@@ -62,6 +62,8 @@ class Learner:
     recipe: Recipe
     start: int
     """update at which this learner took over"""
+    ramp_updates: int = 0
+    """length of the ramp of the learning rate after ``start``"""
     since: int = 0
     """updates since ``start``, not counting the present one"""
     scaler: GradScaler | None = None
@@ -129,7 +131,7 @@ class Learner:
         """
         self.scheduler.step_update(num_updates)
         self.since = num_updates - self.start
-        ramp = min(1.0, (self.since + 1) / max(1, self.recipe.rewarmup_updates))
+        ramp = min(1.0, (self.since + 1) / max(1, self.ramp_updates))
         groups = self.optimizer.param_groups
         for group in groups:
             group["lr"] *= ramp * self.recipe.lr_scale
@@ -246,6 +248,7 @@ def build_learner(
         scheduler=recipe.scheduler(optimizer, t_initial=total_updates),
         recipe=recipe,
         start=start,
+        ramp_updates=recipe.ramp_updates(start, total_updates),
         scaler=_scaler(model, recipe, scaler),
         bones=bones,
     )

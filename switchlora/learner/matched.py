@@ -1,31 +1,35 @@
 r"""Learning rates with which factors move the weight as far as full training did.
 
-An update of full training changes each entry of W by about eta u. Here eta is the learning rate
-and u the size of the optimizer's step. An update of the factors changes the effective weight by
+An update of the factors changes the effective weight by
 
     dW = s (dB A + B dA).
 
-**Steps of one size** (Adam, AdamW, Lion): u hardly depends on the size of the gradient. An entry
-of s dB A is a sum of r terms eta_B u A_kj whose signs hardly agree. Its root mean square is
-s eta_B u ||A||_F / sqrt(in). This is c eta u where
+**Steps of one size** (Adam, AdamW, Lion): an update of full training changes each entry of W by
+about eta u, whatever the gradient. Here eta is the learning rate and u the size of the optimizer's
+step. The outputs for an input of norm 1 then change by kappa eta u each. kappa is 1 when the signs
+along a row of dW are independent, and up to sqrt(in) when they agree. An update of B changes the
+outputs by at most s eta_B u ||A||_2 each, for inputs along A's first right singular vector. So the
+steps match where
 
-    eta_B / eta = c sqrt(in) / (s ||A||_F),        eta_A / eta = c sqrt(out) / (s ||B||_F).
+    eta_B / eta = c kappa / (s ||A||_2),        eta_A / eta = c kappa / (s ||B||_2).
 
-**Steps in proportion to the gradient** (SGD): here s dB A = -eta_B s^2 G A^T A. The mean
-eigenvalue of A^T A on the row space of A is ||A||_F^2 / r. So the step is c times that of full
-training, projected onto this space, where
+kappa was measured: ``AGREEMENT`` is in the flat part between too slow and unstable, for several
+widths, ranks and starts (docs/results/rates.md).
 
-    eta_B / eta = c r / (s ||A||_F)^2,             eta_A / eta = c r / (s ||B||_F)^2.
+**Steps in proportion to the gradient** (SGD): s dB A = -eta_B s^2 G A^T A. No direction moves
+further than c times what full training moves it where
+
+    eta_B / eta = c / (s ||A||_2)^2,            eta_A / eta = c / (s ||B||_2)^2.
 
 Where both factors move W, their steps add up like independent ones: c becomes c / sqrt(2). Where
 B = 0, a step of A does not move W. A then has the rate of B, as in LoRA.
 
 Norms are those of the factors when they were put on. Rates stay until new factors come.
 
-Rows of A of norm sqrt(1/3) and B = 0 give eta_B / eta = c sqrt(3 in / r) / s. That the best rate
-of LoRA falls with the rank at s = 1 is derived by Chen, Villar & Hayou (arXiv 2602.06204). That it
-is about ten times the best rate of full training is reported by Schulman et al. ("LoRA Without
-Regret", 2025).
+Rows of A that are orthogonal and of norm sqrt(1/3), and B = 0, give eta_B / eta = 10 c / s at any
+rank and width. That the best rate of LoRA is about ten times that of full training is reported by
+Schulman et al. ("LoRA Without Regret", 2025). How it scales is derived by Chen, Villar & Hayou
+(arXiv 2602.06204).
 """
 
 import math
@@ -34,6 +38,8 @@ from typing import NamedTuple
 from switchlora.adapters import Adapter, Norms
 
 PER_OCTAVE = 4
+AGREEMENT = 10 / math.sqrt(3)
+"""kappa: how much further an output moves than an entry of the weight"""
 
 
 class Scales(NamedTuple):
@@ -46,25 +52,17 @@ class Scales(NamedTuple):
 def matched_scales(adapter: Adapter, norms: Norms, proportional: bool, step: float) -> Scales:
     """Return the rates of the factors of one adapter, by the equations of this module.
 
-    ``norms`` are ||A||_F and ||B||_F when the factors were put on. ``proportional`` says whether
+    ``norms`` are ||A||_2 and ||B||_2 when the factors were put on. ``proportional`` says whether
     the optimizer's steps are in proportion to the gradient. ``step`` is c.
     """
     A, B, _, s = adapter
-    rank, in_features = A.shape
-    out_features = len(B)
     if norms.A and norms.B and A.requires_grad and B.requires_grad:
         step /= math.sqrt(2)
     of_A = of_B = 0.0
-    if proportional:
-        if norms.B:
-            of_A = step * rank / (s * norms.B) ** 2
-        if norms.A:
-            of_B = step * rank / (s * norms.A) ** 2
-    else:
-        if norms.B:
-            of_A = step * math.sqrt(out_features) / (s * norms.B)
-        if norms.A:
-            of_B = step * math.sqrt(in_features) / (s * norms.A)
+    if norms.B:
+        of_A = step / (s * norms.B) ** 2 if proportional else step * AGREEMENT / (s * norms.B)
+    if norms.A:
+        of_B = step / (s * norms.A) ** 2 if proportional else step * AGREEMENT / (s * norms.A)
     return Scales(_rounded(of_A or of_B), _rounded(of_B or of_A))
 
 

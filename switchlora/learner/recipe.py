@@ -26,6 +26,7 @@ NO_FACTORS = Norms(0.0, 0.0)
 PROPORTIONAL = (SGD, SGDW)
 """optimizers whose steps are in proportion to the gradient"""
 RECOMPUTED = ("blocks", "gelu")
+LONGEST_RAMP = 20
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Recipe:
     frobenius_decay: float = 0.0
     """lambda of the penalty lambda/2 ||s B A||_F^2, used instead of ``factor_weight_decay``"""
     refactoring: "Callable[[Learner], None] | None" = None
-    rewarmup_updates: int = 0
-    """length of a linear ramp of the learning rate; the ramp starts when this recipe takes over"""
+    rewarmup_updates: int | None = 0
+    """length of a linear ramp of the learning rate, which starts when this recipe takes over.
+    None: see ``ramp_updates``"""
     clip_grad: float | None = 1.0
     accumulation: int = 1
     """micro-batches per update; the batch and the number of updates stay the same"""
@@ -92,7 +94,8 @@ class Recipe:
                 f"factor_lr is '{self.factor_lr}': give {MATCHED}, or a number above 0 that "
                 "multiplies the learning rate of the weights"
             )
-        check_range("rewarmup_updates", self.rewarmup_updates, 0)
+        if self.rewarmup_updates is not None:
+            check_range("rewarmup_updates", self.rewarmup_updates, 0)
         check_range("frobenius_decay", self.frobenius_decay, 0)
         if not isinstance(self.compile, Mapping | bool | None):
             raise ValueError(
@@ -107,6 +110,24 @@ class Recipe:
             check_choice("activation_checkpointing", self.activation_checkpointing, RECOMPUTED)
         if self.activation_checkpointing == "gelu" and self.compiles:
             raise ValueError("activation_checkpointing=gelu does not go with compile=true")
+
+    def ramp_updates(self, start: int, total_updates: int) -> int:
+        """Return the length of the ramp of a learner that takes over at update ``start``.
+
+        A new optimizer has no moments. Its first steps have their full size in every entry, in
+        directions that agree, and can undo what training reached. By default the ramp has
+        ``LONGEST_RAMP`` updates, but no more than a tenth of those that are left. At the start of
+        a run there is none: the schedule has its own.
+
+        >>> recipe = Recipe(torch.optim.AdamW, Scheduler, rewarmup_updates=None)
+        >>> recipe.ramp_updates(100, 1000), recipe.ramp_updates(100, 150)
+        (20, 5)
+        >>> recipe.ramp_updates(0, 1000)
+        0
+        """
+        if self.rewarmup_updates is not None:
+            return self.rewarmup_updates
+        return min(LONGEST_RAMP, (total_updates - start) // 10) if start else 0
 
     @property
     def optimizer_class(self) -> type[Optimizer]:

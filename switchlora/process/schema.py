@@ -204,7 +204,7 @@ KINDS: dict[str, Kind] = {
     "full.matched_step": POSITIVE,
     "full.factor_B_lr_scale": POSITIVE,
     "full.frobenius_decay": number(0),
-    "full.rewarmup_updates": whole(0),
+    "full.rewarmup_updates": or_null(whole(0)),
     "full.clip_grad": or_null(POSITIVE),
     "full.accumulation": whole(1),
     "full.precision": one_of("fp32", "bf16", "fp16"),

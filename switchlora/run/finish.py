@@ -178,8 +178,8 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
     switched, the test metrics, and where the files are.
     """
     state, ledger = run.state, run.ledger
-    phases = {str(phase): figures for phase, figures in ledger.phases.items()}
-    lines = ["", *final_table(phases), ""]
+    phases = {str(phase): figures for phase, figures in phases_of(ledger).items()}
+    lines = ["", *final_table(phases, run.device.type), ""]
     if state.phase is Phase.ADAPTER and Phase.ADAPTER not in ledger.memory:
         lines += [*memory_lines(run), ""]
     if state.phase is Phase.FULL and state.verdict is not None:

@@ -75,7 +75,7 @@ def adapter_doubts(
     """Yield a line for each thing after the switch that the run is too short for."""
     end = length.updates
     ramp = config["adapter"]["rewarmup_updates"]
-    if ramp >= end:
+    if ramp is not None and ramp >= end:
         yield f"adapter.rewarmup_updates={ramp} is no shorter than the run of {end} updates"
     if policy.joint_epochs * length.per_epoch >= end:
         yield (

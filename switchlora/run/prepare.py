@@ -210,13 +210,15 @@ def build_recipes(config: DictConfig) -> dict[Phase, Recipe]:
     """Build one recipe for each phase.
 
     The full phase has ``config.full``. All other phases use ``config.adapter``. The joint phase
-    has no ramp of the learning rate, and averages all gradients.
+    has no ramp of the learning rate, and averages all gradients. While weights still train in
+    full, a ramp must be asked for.
     """
     full, adapter = build(config.full), build(config.adapter)
+    asked = adapter.rewarmup_updates or 0
     return {
         Phase.FULL: full,
         Phase.JOINT: replace(adapter, rewarmup_updates=0, before_ddp=None),
-        Phase.STAGED: adapter,
+        Phase.STAGED: replace(adapter, rewarmup_updates=asked),
         Phase.ADAPTER: adapter,
     }
 
