@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-hard test-oldest test-newest thresholds systems guard pretrained scaling killtest check docs format clean
+.PHONY: help install demo test test-hard test-oldest test-newest thresholds systems frontier guard pretrained scaling killtest check docs format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -20,6 +20,7 @@ install: .venv/.installed  ## create .venv and install switchlora with its devel
 
 demo: .venv/.installed  ## train a small ViT on Fashion-MNIST, switch, and show the result
 	$(BIN)/switchlora +experiments=demo
+	$(BIN)/switchlora-bench phases runs/demo --rounds 10
 
 test: .venv/.installed  ## run the tests
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -38,6 +39,11 @@ systems: .venv/.installed  ## run every system of the field on the same images a
 	cp runs/systems/tuning.json experiments/systems
 	$(BIN)/python scripts/tables.py runs/systems/sweep --preset systems --notes runs/systems/tuning.md --out experiments/systems
 	$(BIN)/python scripts/systems_speed.py runs/systems/sweep --out experiments/systems
+
+frontier: .venv/.installed  ## switched runs above full training of the same cost? table and picture
+	$(BIN)/switchlora +experiments=frontier
+	$(BIN)/switchlora +experiments=systems +method=full_short length=0.6,0.7,0.8,0.9,1 seed=0,1,2,3,4 hydra.sweep.dir=runs/frontier/full
+	$(BIN)/python scripts/tables.py runs/frontier --preset systems --out experiments/frontier
 
 guard: .venv/.installed  ## switch too early on purpose, with and without a guard
 	$(BIN)/switchlora +experiments=guard

@@ -127,7 +127,7 @@ def test_moments_go_to_the_dense_slices_by_rows_and_counters_are_copied():
 
 
 def test_factor_moments_are_projected_from_those_of_the_slice_whenever_it_switches():
-    trial, _ = staged("q", "switch.moments=factors")
+    trial, _ = staged("q", "switch.moments=factors", "switch/init=update_svd")
     assert f"{QKV}.lora_A.q" in named_moments(trial)
     trial.train(2)
     own = {n: copy.deepcopy(dict(s)) for n, s in named_moments(trial).items() if QKV in n}
@@ -142,7 +142,7 @@ def test_factor_moments_are_projected_from_those_of_the_slice_whenever_it_switch
 
 
 def test_a_model_of_dense_and_adapted_slices_is_rebuilt_from_its_layout():
-    trial, _ = staged("k", "switch.residual_dtype=bf16")
+    trial, _ = staged("k", "switch.residual_dtype=bf16", "switch/init=update_svd")
     trial.train(1)
     layout = json.loads(json.dumps(adapter_layout(trial.model)))
     again = tiny_vit()
@@ -157,7 +157,7 @@ def test_a_model_of_dense_and_adapted_slices_is_rebuilt_from_its_layout():
 
 
 def test_the_residual_weight_of_a_slice_is_rounded_once_in_all_stages():
-    trial, _ = staged("k", "switch.residual_dtype=bf16")
+    trial, _ = staged("k", "switch.residual_dtype=bf16", "switch/init=update_svd")
     rounded = fused(trial.model).weight.clone()
     trial.train(2)
     trial.history = [trial.monitor.measure(trial.done, 2.0)]

@@ -71,23 +71,31 @@ def _counterpart(record: Record, other: Record) -> Iterator[Counterpart]:
     if not trained_in_full(other) or setting(record) != setting(other):
         return
     shortened = length(record) != length(other)
-    evals = tuple(other.events("eval"))
-    if shortened and (not evals or evals[-1]["num_updates"] >= last_update(record)):
-        return
-    label = "full training"
-    if shortened:
-        label = f"full training of {evals[-1]['num_updates']:,} updates"
-    yield Counterpart(label, shortened, evals)
+    yield from _named(record, tuple(other.events("eval")), shortened)
 
 
 def _recorded(record: Record) -> Iterator[Counterpart]:
-    """Yield the counterpart among the recorded runs, if it is there."""
+    """Yield the counterparts among the recorded runs."""
     mine = shaping(record.config)
     for path in sorted(folder_of("experiments").glob(f"*/{RECORDED}")):
         for line in path.read_text(encoding="utf-8").splitlines():
             told = json.loads(line)
+            lasting = {key: told["settings"].pop(key, mine.get(key)) for key in LENGTH}
             if told["settings"].items() <= mine.items():
-                yield Counterpart("full training, recorded", False, tuple(told["evals"]))
+                shortened = any(mine.get(key) != value for key, value in lasting.items())
+                yield from _named(record, tuple(told["evals"]), shortened, ", recorded")
+
+
+def _named(
+    record: Record, evals: tuple[Mapping[str, Any], ...], shortened: bool, where: str = ""
+) -> Iterator[Counterpart]:
+    """Yield the counterpart with these validations; none that is shorter and yet no less long."""
+    label = "full training"
+    if shortened:
+        if not evals or evals[-1]["num_updates"] >= last_update(record):
+            return
+        label = f"full training of {evals[-1]['num_updates']:,} updates"
+    yield Counterpart(f"{label}{where}", shortened, evals)
 
 
 def as_recorded(record: Record) -> dict[str, Any]:
