@@ -312,7 +312,7 @@ def test_labels_name_only_what_tells_rows_apart(tmp_path):
     _, rows = table_of(tmp_path)
     assert list(rows) == [
         "full training",
-        "prelora, switch.rank=budget, init=update_svd",
+        "prelora, switch.rank=budget, init=update_directions",
         "update_norm, switch.rank=energy, init=zero_b",
         "update_norm, switch.rank=fixed, rank.rank=4, init=zero_b",
         "update_norm, switch.rank=fixed, rank.rank=8, init=zero_b",
