@@ -71,7 +71,7 @@ class UpdateNorm:
     converged.
     """
 
-    fraction: float = 0.7
+    fraction: float = 0.9
     patience: int = 3
     quorum: float = 1.0
 
