@@ -156,17 +156,20 @@ def test_a_run_alone_shows_smoothed_loss_and_the_accuracies_that_matter(tmp_path
 
 
 def test_the_demo_is_drawn_beside_its_recorded_full_training(tmp_path):
-    never = json.loads((EXPERIMENTS / "demo" / "never.json").read_text())
     for name, changed in (("demo", []), ("other", ["model.depth=2"])):
         folder = tmp_path / name
         folder.mkdir()
         config = copy.deepcopy(composed("+experiments=demo"))
         config.merge_with_dotlist(changed)
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
-        (folder / "metrics.jsonl").write_text("")
-    (found,) = find_counterparts(tmp_path / "demo")
-    assert found.label == "full training, recorded"
-    assert found.points("val/top1") == ([never["num_updates"]], [never["val"]["top1"]])
+        (folder / "metrics.jsonl").write_text('{"event": "train", "num_updates": 312}\n')
+    full, short = find_counterparts(tmp_path / "demo")
+    names = ("full training, recorded", "full training of 265 updates, recorded")
+    assert (full.label, short.label) == names and short.shortened
+    for found, summary in ((full, "never"), (short, "short")):
+        told = json.loads((EXPERIMENTS / "demo" / f"{summary}.json").read_text())
+        updates, top1 = found.points("val/top1")
+        assert (updates[-1], top1[-1]) == (told["num_updates"], told["val"]["top1"])
     assert find_counterparts(tmp_path / "other") == []
 
 

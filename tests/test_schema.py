@@ -171,6 +171,12 @@ def test_a_run_that_is_long_enough_is_not_doubted(criterion):
     assert not doubts(as_plain(config), policy, Length(4000, 400, 100))
 
 
+def test_a_rising_learning_rate_is_no_doubt_where_no_criterion_judges():
+    config = composed("switch/criterion=never", "full.scheduler.warmup_t=24")
+    policy = instantiate(config.switch, _convert_="all")
+    assert not doubts(as_plain(config), policy, Length(updates=40, per_epoch=20, window=5))
+
+
 def test_the_reference_shows_what_a_key_takes():
     text = (CONF.parent / "docs/configuration.md").read_text()
     assert "| `full.clip_grad` | `1.0` | a number above 0, or null |" in text

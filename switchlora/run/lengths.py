@@ -41,7 +41,7 @@ def warmup_doubts(
             f"full.scheduler.warmup_t={warmup} is no shorter than the run, which has "
             f"{length.updates} updates: the learning rate never reaches full.optimizer.lr"
         )
-    elif 0 < first < warmup:
+    elif policy.criterion is not never and 0 < first < warmup:
         yield (
             f"full.scheduler.warmup_t={warmup} goes on past update {first}, at which the switch "
             "may come: the criterion would judge while the learning rate rises; give "
