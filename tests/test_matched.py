@@ -92,16 +92,17 @@ def leading_row(model):
 @pytest.mark.parametrize("name", ["adamw", "adam", "lion"])
 @pytest.mark.parametrize("shape", [(64, 64, 8), (256, 64, 4), (64, 256, 16)])
 @pytest.mark.parametrize("scaling", [1.0, 4.0])
-def test_outputs_along_the_leading_row_move_a_fixed_times_as_far_as_an_entry_in_full_training(
+def test_outputs_move_a_fixed_times_as_far_as_an_entry_does_in_full_training(
     init, name, shape, scaling
 ):
+    """For inputs along A's leading row, root mean square; all r signs that agree: sqrt(r) more."""
     model = adapted(*shape, init, scaling, train=("B",))
-    out_features, in_features, _ = shape
+    out_features, in_features, rank = shape
     gradient = torch.randn(out_features, in_features)
     step = rms(moved(One(out_features, in_features), recipe(name), gradient))
     assert step == pytest.approx(LR, rel=0.02)
     found = rms(moved(model, recipe(name), gradient) @ leading_row(model))
-    assert found == pytest.approx(AGREEMENT * step, rel=0.3)
+    assert found * rank**0.5 == pytest.approx(AGREEMENT * step, rel=0.3)
     twice = adapted(*shape, init, scaling, train=("B",))
     again = moved(twice, recipe(name, matched_step=2.0), gradient) @ leading_row(twice)
     assert rms(again) == pytest.approx(2 * found, rel=1e-3)
@@ -117,10 +118,12 @@ def test_sgd_moves_outputs_along_the_leading_row_as_full_training_does(init, sca
     assert torch.allclose(found, full, rtol=0.1, atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(64, 64, 8), (256, 64, 4), (64, 256, 16)])
-def test_orthogonal_rows_have_ten_times_the_rate_at_any_width_and_rank(shape):
+@pytest.mark.parametrize("shape", [(64, 64, 12), (256, 64, 12), (64, 256, 12)])
+def test_orthogonal_rows_have_ten_times_the_rate_at_any_width_and_less_at_a_higher_rank(shape):
     found = rates(adapted(*shape, "update_directions", 1.0), recipe("adamw"))
     assert found["fc.lora_B"] == pytest.approx(10, rel=0.1)
+    higher = rates(adapted(*shape[:2], 48, "update_directions", 1.0), recipe("adamw"))
+    assert higher["fc.lora_B"] == pytest.approx(found["fc.lora_B"] / 2)
 
 
 def rates(model, how):

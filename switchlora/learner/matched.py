@@ -6,15 +6,14 @@ An update of the factors changes the effective weight by
 
 **Steps of one size** (Adam, AdamW, Lion): an update of full training changes each entry of W by
 about eta u, whatever the gradient. Here eta is the learning rate and u the size of the optimizer's
-step. The outputs for an input of norm 1 then change by kappa eta u each. kappa is 1 when the signs
-along a row of dW are independent, and up to sqrt(in) when they agree. An update of B changes the
-outputs by at most s eta_B u ||A||_2 each, for inputs along A's first right singular vector. So the
-steps match where
+step. The outputs for an input of norm 1 change by up to eta u sqrt(in), if the signs along a row
+of dW agree. An update of B changes them by up to s eta_B u sqrt(r) ||A||_2, if the signs along a
+row of dB agree. So the steps match where
 
-    eta_B / eta = c kappa / (s ||A||_2),        eta_A / eta = c kappa / (s ||B||_2).
+    eta_B / eta = c kappa / (s sqrt(r) ||A||_2),        eta_A / eta = c kappa / (s sqrt(r) ||B||_2).
 
-kappa was measured: ``AGREEMENT`` is in the flat part between too slow and unstable, for several
-widths, ranks and starts (docs/results/rates.md).
+kappa is near sqrt(in), but it does not grow with the width: ``AGREEMENT`` is in the flat part
+between too slow and unstable at widths 128, 320 and 384 (docs/results/rates.md).
 
 **Steps in proportion to the gradient** (SGD): s dB A = -eta_B s^2 G A^T A. No direction moves
 further than c times what full training moves it where
@@ -26,10 +25,10 @@ B = 0, a step of A does not move W. A then has the rate of B, as in LoRA.
 
 Norms are those of the factors when they were put on. Rates stay until new factors come.
 
-Rows of A that are orthogonal and of norm sqrt(1/3), and B = 0, give eta_B / eta = 10 c / s at any
-rank and width. That the best rate of LoRA is about ten times that of full training is reported by
-Schulman et al. ("LoRA Without Regret", 2025). How it scales is derived by Chen, Villar & Hayou
-(arXiv 2602.06204).
+Rows of A that are orthogonal and of norm sqrt(1/3), and B = 0, give about ten times the rate of
+the weights at rank 12, and five times at rank 48. That the best rate of LoRA is about ten times
+that of full training is reported by Schulman et al. ("LoRA Without Regret", 2025). That it falls
+with the rank at s = 1 is derived by Chen, Villar & Hayou (arXiv 2602.06204).
 """
 
 import math
@@ -38,8 +37,8 @@ from typing import NamedTuple
 from switchlora.adapters import Adapter, Norms
 
 PER_OCTAVE = 4
-AGREEMENT = 10 / math.sqrt(3)
-"""kappa: how much further an output moves than an entry of the weight"""
+AGREEMENT = 20.0
+"""kappa: how much further an output moves than an entry of the weight, in full training"""
 
 
 class Scales(NamedTuple):
@@ -58,11 +57,12 @@ def matched_scales(adapter: Adapter, norms: Norms, proportional: bool, step: flo
     A, B, _, s = adapter
     if norms.A and norms.B and A.requires_grad and B.requires_grad:
         step /= math.sqrt(2)
+    sign_step = step * AGREEMENT / math.sqrt(max(1, len(A)))
     of_A = of_B = 0.0
     if norms.B:
-        of_A = step / (s * norms.B) ** 2 if proportional else step * AGREEMENT / (s * norms.B)
+        of_A = step / (s * norms.B) ** 2 if proportional else sign_step / (s * norms.B)
     if norms.A:
-        of_B = step / (s * norms.A) ** 2 if proportional else step * AGREEMENT / (s * norms.A)
+        of_B = step / (s * norms.A) ** 2 if proportional else sign_step / (s * norms.A)
     return Scales(_rounded(of_A or of_B), _rounded(of_B or of_A))
 
 
