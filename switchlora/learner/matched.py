@@ -10,7 +10,7 @@ step. The outputs for an input of norm 1 change by up to eta u sqrt(in), if the 
 of dW agree. An update of B changes them by up to s eta_B u sqrt(r) ||A||_2, if the signs along a
 row of dB agree. So the steps match where
 
-    eta_B / eta = c kappa / (s sqrt(r) ||A||_2),        eta_A / eta = c kappa / (s sqrt(r) ||B||_2).
+    eta_B / eta = c kappa / (s sqrt(r) ||A||_2),    eta_A / eta = c kappa / (s sqrt(r) ||B||_2).
 
 kappa is near sqrt(in), but it does not grow with the width: ``AGREEMENT`` is in the flat part
 between too slow and unstable at widths 128, 320 and 384 (docs/results/rates.md).
