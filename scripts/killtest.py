@@ -452,11 +452,15 @@ class Watch:
     def resumed_from(self) -> str | None:
         """Return the checkpoint from which the child went on, as its output says.
 
-        Return 'the start' when there was no checkpoint, and None when it is not known yet.
+        Return 'the start' when there was no checkpoint, 'the end' when the child before was killed
+        after its last file, and None when it is not known yet.
         """
-        match = re.search(r"resumed from \S*/(\S+):", said_in(self.output))
+        said = said_in(self.output)
+        match = re.search(r"resumed from \S*/(\S+):", said)
         if match:
             return match[1]
+        if "holds a finished run" in said:
+            return "the end"
         return "the start" if not self._old_checkpoints and self._has_begun() else None
 
     def num_updates(self) -> int:

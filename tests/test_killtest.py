@@ -37,6 +37,12 @@ def test_five_kills_are_recovered_bit_equal(killed):
     assert all(kill["resumed_from"] for kill in result["kills"])
 
 
+def test_a_start_after_the_last_file_of_a_run_went_on_from_its_end(tmp_path):
+    output = tmp_path / "said"
+    output.write_text(f"{tmp_path} holds a finished run; nothing to do")
+    assert killtest.Watch(tmp_path, output).resumed_from() == "the end"
+
+
 def alter_a_weight(folder):
     weights = load_file(folder / "model.safetensors")
     weights["head.bias"].view(torch.int32)[3] ^= 1  # the last bit

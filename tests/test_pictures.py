@@ -162,7 +162,7 @@ def test_the_demo_is_drawn_beside_its_recorded_full_training(tmp_path):
         config = copy.deepcopy(composed("+experiments=demo"))
         config.merge_with_dotlist(changed)
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
-        (folder / "metrics.jsonl").write_text('{"event": "train", "num_updates": 312}\n')
+        (folder / "metrics.jsonl").write_text('{"event": "test", "num_updates": 312}\n')
     full, short = find_counterparts(tmp_path / "demo")
     names = ("full training, recorded", "full training of 265 updates, recorded")
     assert (full.label, short.label) == names and short.shortened
