@@ -12,8 +12,8 @@ row of dB agree. So the steps match where
 
     eta_B / eta = c kappa / (s sqrt(r) ||A||_2),    eta_A / eta = c kappa / (s sqrt(r) ||B||_2).
 
-kappa is near sqrt(in), but it does not grow with the width: ``AGREEMENT`` is in the flat part
-between too slow and unstable at widths 128, 320 and 384 (docs/results/rates.md).
+kappa was measured: it hardly grows with the width, and ``AGREEMENT`` is well below the unstable
+values at widths 128, 320 and 384 (docs/results/rates.md).
 
 **Steps in proportion to the gradient** (SGD): s dB A = -eta_B s^2 G A^T A. No direction moves
 further than c times what full training moves it where
