@@ -11,9 +11,11 @@ import argparse
 import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
+from rates import held_out
 from scipy.stats import spearmanr
 
 from switchlora.monitor import Measurement
@@ -29,7 +31,7 @@ class Switched:
     record: Record
     full: Record
 
-    @property
+    @cached_property
     def history(self) -> History:
         """The measurements until the switch."""
         return read_history(self.record.folder)
@@ -147,14 +149,6 @@ def switched_runs(sweep: Path) -> list[Switched]:
             full[record.config["seed"]] = record
     found = [Switched(record, full[record.config["seed"]]) for record in others]
     return sorted(found, key=lambda run: (run.record.config["seed"], -early(run)))
-
-
-def held_out(record: Record) -> float:
-    """Return top1 in % over the validation and the test split."""
-    splits = [record.result["val"], record.result["test"]]
-    images = [record.result["images"][name] for name in ("val", "test")]
-    total = sum(split["top1"] * count for split, count in zip(splits, images, strict=True))
-    return float(total) / sum(images)
 
 
 def loss_after(record: Record, update: int) -> float:

@@ -93,7 +93,7 @@ def test_the_factors_train():
 
 
 def test_the_optimizer_state_round_trips_after_the_switch_with_its_groups():
-    trial = Trial("adapter.factor_lr=3", "adapter.rewarmup_updates=0")
+    trial = Trial("adapter.factor_lr=3")
     trial.switch()
     trial.train(3)
     groups = trial.learner.optimizer.param_groups

@@ -12,18 +12,15 @@ of each phase. Options:
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from switchlora.bench.lowrank import milliseconds, publish, ratios
-from switchlora.bench.systems import step_of
-from switchlora.cost import interleaved_seconds, work_clock_of
+from switchlora.bench.systems import step_of, timed
 from switchlora.errors import check_range
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import Record, environment, find_records, warn
+from switchlora.storage import Record, find_records, warn
 
 FULL, ADAPTER = PHASES = ("full", "adapter")
 MIB = 2**20
@@ -72,22 +69,12 @@ def newest_switched(records: Sequence[Record]) -> Record:
 
 def measure(record: Record, rounds: int, allow: Sequence[str] = ()) -> dict[str, Any]:
     """Time ``rounds`` updates of each phase; return the seconds, the bytes and the environment."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock_name, clock = work_clock_of(device)
-    steps = {}
-    with TemporaryDirectory() as folder:
-        for name in PHASES:
-            place = Path(folder) / name
-            steps[name] = step_of(record, place, allow, anew=name == FULL)
-        seconds = interleaved_seconds(steps, rounds, clock)
+    makers = {name: partial(step_of, record, allow=allow, anew=name == FULL) for name in PHASES}
     return {
         "run": str(record.folder),
-        "rounds": rounds,
-        "clock": clock_name,
-        "seconds": seconds,
+        **timed(makers, rounds),
         "bytes": {name: bytes_of(record, name) for name in PHASES},
         "trained": {name: _phase(record, name)["trainable_parameters"] for name in PHASES},
-        "environment": environment(device, 0),
     }
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +31,7 @@ from switchlora.run import prepare
 from switchlora.storage import Record, check_alike, environment, find_records, warn
 
 BASELINE = "full"
+MakeStep = Callable[[Path], Callable[[], object]]
 BUILT = ("data", "model", "switch", "full", "adapter")
 """sections of a configuration from which a run is built"""
 QUIET = {
@@ -84,12 +86,21 @@ def measure(
     records: Mapping[str, Record], rounds: int, allow: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Time ``rounds`` updates of each method; return the seconds, clock and environment."""
+    makers = {method: partial(step_of, record, allow=allow) for method, record in records.items()}
+    return timed(makers, rounds)
+
+
+def timed(makers: Mapping[str, MakeStep], rounds: int) -> dict[str, Any]:
+    """Time steps in turn, each of which a function makes in a folder of its own.
+
+    Return the seconds by name, with rounds, clock and environment.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock_name, clock = work_clock_of(device)
     steps = {}
     with TemporaryDirectory() as folder:
-        for method, record in tqdm(records.items(), desc="prepare", leave=False):
-            steps[method] = step_of(record, Path(folder) / method, allow)
+        for name, make in tqdm(makers.items(), desc="prepare", leave=False):
+            steps[name] = make(Path(folder) / name)
         seconds = interleaved_seconds(steps, rounds, clock)
     return {
         "rounds": rounds,

@@ -57,12 +57,16 @@ def matched_scales(adapter: Adapter, norms: Norms, proportional: bool, step: flo
     A, B, _, s = adapter
     if norms.A and norms.B and A.requires_grad and B.requires_grad:
         step /= math.sqrt(2)
-    sign_step = step * AGREEMENT / math.sqrt(max(1, len(A)))
-    of_A = of_B = 0.0
-    if norms.B:
-        of_A = step / (s * norms.B) ** 2 if proportional else sign_step / (s * norms.B)
-    if norms.A:
-        of_B = step / (s * norms.A) ** 2 if proportional else sign_step / (s * norms.A)
+
+    def rate_beside(norm: float) -> float:
+        """Return the rate beside a factor of this norm, or 0 beside one that is zero."""
+        if not norm:
+            return 0.0
+        if proportional:
+            return step / (s * norm) ** 2
+        return step * AGREEMENT / (s * math.sqrt(len(A)) * norm)
+
+    of_A, of_B = rate_beside(norms.B), rate_beside(norms.A)
     return Scales(_rounded(of_A or of_B), _rounded(of_B or of_A))
 
 
