@@ -75,7 +75,8 @@ def make_plan(
     factors = start_factors(model, policy, monitor.targets, updates, ranks)
     captured = {}
     for name, rank in ranks.items():
-        captured[name] = captured_energy(updates[name], factors[name].A) if rank else 0.0
+        update = updates[name]
+        captured[name] = captured_energy(update, factors[name].A.to(update)) if rank else 0.0
     waiting = [name for name in monitor.targets if name not in ranks and name not in left_full]
     return Plan(ranks, left_full, waiting, factors, captured)
 

@@ -1,0 +1,59 @@
+"""A run on a device that is not the CPU, where no operation may mix the two."""
+
+import pytest
+import torch
+from torch import nn
+
+from pretended import DEVICE, TwoDevices, on_pretended
+from runs import BY_DATE, make_run
+from switchlora.analysis.compare import differences
+
+THERE = f"system.device={DEVICE}"
+EVERYTHING = ("ema=0.9", "switch/guard=full", "switch/init=update_svd", "monitor.exact=true")
+
+
+def assert_same_numbers(one, other):
+    """Both ended bit-equal. The CPU alone counts what the monitor holds there as its own."""
+    found = [line for line in differences(one, other) if "memory" not in line]
+    assert not found, found
+
+
+def test_the_pretended_device_refuses_what_a_real_one_refuses():
+    with on_pretended():
+        layer = nn.Linear(3, 2).to(DEVICE)
+        images = torch.ones(4, 3)
+        assert layer.weight.device == DEVICE and images.device.type == "cpu"
+        with pytest.raises(TwoDevices):
+            layer(images)
+        loss = layer(images.to(DEVICE)).sum()
+        loss.backward()
+        assert loss.device == layer.weight.grad.device == DEVICE
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        BY_DATE,
+        (*BY_DATE, *EVERYTHING),
+        ("+method=oialr",),
+        ("+method=relora_svd",),
+        ("+method=self_guided_32",),
+        ("+method=staged", "recipe@full=muon", "recipe@adapter=muon"),
+    ],
+    ids=["switch", "everything", "bases", "restarts", "guided", "stages under Muon"],
+)
+def test_a_run_on_another_device_is_the_run_on_the_cpu(words, tmp_path):
+    with on_pretended():
+        make_run(tmp_path / "there", THERE, *words)
+    make_run(tmp_path / "here", *words)
+    assert_same_numbers(tmp_path / "there", tmp_path / "here")
+
+
+def test_a_run_goes_on_on_another_device(tmp_path):
+    words = (*BY_DATE, *EVERYTHING)
+    with on_pretended():
+        make_run(tmp_path / "25", THERE, "max_updates=25", *words)
+        make_run(tmp_path / "45", THERE, "max_updates=45", f"resume={tmp_path / '25'}", *words)
+        make_run(tmp_path / "there", THERE, f"resume={tmp_path / '45'}", *words)
+    make_run(tmp_path / "here", *words)
+    assert_same_numbers(tmp_path / "there", tmp_path / "here")
