@@ -95,7 +95,9 @@ class Pretended(TorchFunctionMode):
             self.crossings["waiting" if waits else "async"] += 1
             kwargs["copy"] = True
             words = words[:1]
-        result = Tensor.to(tensor, *(words or [tensor.dtype]), **kwargs)
+        if not words and "dtype" not in kwargs:
+            words = [tensor.dtype]
+        result = Tensor.to(tensor, *words, **kwargs)
         self.place(result, target)
         return result
 
