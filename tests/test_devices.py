@@ -1,5 +1,8 @@
 """A run on a device that is not the CPU, where no operation may mix the two."""
 
+import os
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,7 @@ from torch import nn
 from pretended import DEVICE, TwoDevices, on_pretended
 from runs import BY_DATE, make_run
 from switchlora.analysis.compare import differences
+from switchlora.errors import Interrupted
 
 THERE = f"system.device={DEVICE}"
 EVERYTHING = ("ema=0.9", "switch/guard=full", "switch/init=update_svd", "monitor.exact=true")
@@ -49,11 +53,19 @@ def test_a_run_on_another_device_is_the_run_on_the_cpu(words, tmp_path):
     assert_same_numbers(tmp_path / "there", tmp_path / "here")
 
 
-def test_a_run_goes_on_on_another_device(tmp_path):
+def test_a_run_goes_on_on_another_device(tmp_path, at_update):
     words = (*BY_DATE, *EVERYTHING)
+
+    def stop(images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return images
+
     with on_pretended():
-        make_run(tmp_path / "25", THERE, "max_updates=25", *words)
-        make_run(tmp_path / "45", THERE, "max_updates=45", f"resume={tmp_path / '25'}", *words)
-        make_run(tmp_path / "there", THERE, f"resume={tmp_path / '45'}", *words)
+        for update in (25, 45):
+            at_update(update, stop)
+            with pytest.raises(Interrupted):
+                make_run(tmp_path / "there", THERE, "resume=auto", *words)
+        at_update(None, stop)
+        make_run(tmp_path / "there", THERE, "resume=auto", *words)
     make_run(tmp_path / "here", *words)
     assert_same_numbers(tmp_path / "there", tmp_path / "here")
