@@ -163,6 +163,12 @@ def test_what_is_right_gets_none(typed):
     assert line_for([word for word in words if word not in flags]) is None
 
 
+def test_an_experiment_that_sweeps_takes_a_launcher_and_one_that_does_not_refuses_it():
+    assert checked(["+experiments=systems", "+launch=joblib"])
+    with pytest.raises(ValueError, match="write switchlora -m .launch=joblib"):
+        checked(["+experiments=demo", "+launch=joblib"])
+
+
 def test_a_sweep_over_methods_needs_no_sign():
     assert checked(["-m", "method=lora,relora"]) == ["-m", "+method=lora,relora"]
 

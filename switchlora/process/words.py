@@ -56,6 +56,7 @@ BASE = "base"
 FOR_MULTIRUNS = re.compile(r"\+{0,2}(search|launch|hydra/sweeper|hydra/launcher)=.*")
 ALLOWS_THESE = re.compile(r"-\w*m|--multirun|hydra\.mode=.*|-h|-i|-c|-sc|--(?!config|package).*")
 """a multirun, or that nothing is run"""
+EXPERIMENT = re.compile(r"\+{0,2}experiments=(?P<name>[\w./]+)")
 QUOTE = "quote the whole argument, such as 'full.compile={mode: default}'"
 
 
@@ -76,8 +77,8 @@ def checked(words: Sequence[str]) -> list[str]:
     Before a word stands its ``follower``. ``~/`` behind '=' is the home folder: most shells leave
     it as it is.
     """
-    check_multirun(words)
     places = own_folders(words)
+    check_multirun(words, places)
     found: list[str] = []
     rest = iter(words)
     for word in rest:
@@ -91,11 +92,23 @@ def checked(words: Sequence[str]) -> list[str]:
     return found
 
 
-def check_multirun(words: Sequence[str]) -> None:
+def check_multirun(words: Sequence[str], places: Sequence[Path]) -> None:
     """Raise ValueError for what only a multirun reads, in the words of a single run."""
     only = list(filter(FOR_MULTIRUNS.fullmatch, words))
-    if only and not any(map(ALLOWS_THESE.fullmatch, words)):
+    allowed = any(map(ALLOWS_THESE.fullmatch, words)) or is_sweep(words, places)
+    if only and not allowed:
         raise ValueError(f"{only[0]} does nothing in a single run: write switchlora -m {only[0]}")
+
+
+def is_sweep(words: Sequence[str], places: Sequence[Path]) -> bool:
+    """Return whether the words choose an experiment that is a multirun by itself."""
+    for match in filter(None, map(EXPERIMENT.fullmatch, words)):
+        for place in places:
+            path = place / "experiments" / f"{match['name']}.yaml"
+            if path.is_file():
+                hydra = yaml.safe_load(path.read_text(encoding="utf-8")).get("hydra", {})
+                return hydra.get("mode") == "MULTIRUN"
+    return False
 
 
 def own_folders(words: Sequence[str]) -> tuple[Path, ...]:
