@@ -43,7 +43,8 @@ systems: .venv/.installed  ## run every system of the field on the same images a
 frontier: .venv/.installed  ## switched runs above full training of the same cost? table and picture
 	$(BIN)/switchlora +experiments=frontier
 	$(BIN)/switchlora +experiments=systems +method=update_norm seed=0,1,2,3,4 hydra.sweep.dir=runs/frontier/settled
-	$(BIN)/switchlora +experiments=systems +method=full_short length=0.6,0.7,0.8,0.9,1 seed=0,1,2,3,4 hydra.sweep.dir=runs/frontier/full
+	$(BIN)/switchlora +experiments=systems +method=full seed=0,1,2,3,4 hydra.sweep.dir=runs/frontier/full
+	$(BIN)/switchlora +experiments=systems +method=full_short length=0.6,0.7,0.8,0.9 seed=0,1,2,3,4 hydra.sweep.dir=runs/frontier/full
 	$(BIN)/python scripts/tables.py runs/frontier --preset systems --out experiments/frontier
 
 guard: .venv/.installed  ## switch too early on purpose, with and without a guard
