@@ -8,12 +8,26 @@ import torch
 from torch import nn
 
 from pretended import DEVICE, TwoDevices, on_pretended
-from runs import BY_DATE, make_run
+from runs import make_run
 from switchlora.analysis.compare import differences
 from switchlora.errors import Interrupted
 
 THERE = f"system.device={DEVICE}"
-EVERYTHING = ("ema=0.9", "switch/guard=full", "switch/init=update_svd", "monitor.exact=true")
+SMALL = (
+    *("data.train_size=320", "max_updates=22"),
+    *("full.scheduler.warmup_t=5", "monitor.window=5"),
+)
+"""10 updates an epoch"""
+EVERYTHING = (
+    *("switch/criterion=at_epoch", "switch.criterion.epoch=1.5", "switch/init=update_svd"),
+    *("ema=0.9", "switch/guard=full", "monitor.exact=true"),
+)
+KINDS = {
+    "bases": ("+method=oialr",),
+    "restarts": ("+method=relora_svd",),
+    "guided": ("+method=self_guided_32",),
+    "stages under Muon": ("+method=staged", "recipe@full=muon", "recipe@adapter=muon"),
+}
 
 
 def assert_same_numbers(one, other):
@@ -34,34 +48,24 @@ def test_the_pretended_device_refuses_what_a_real_one_refuses():
         assert loss.device == layer.weight.grad.device == DEVICE
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        BY_DATE,
-        (*BY_DATE, *EVERYTHING),
-        ("+method=oialr",),
-        ("+method=relora_svd",),
-        ("+method=self_guided_32",),
-        ("+method=staged", "recipe@full=muon", "recipe@adapter=muon"),
-    ],
-    ids=["switch", "everything", "bases", "restarts", "guided", "stages under Muon"],
-)
-def test_a_run_on_another_device_is_the_run_on_the_cpu(words, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_another_device_is_the_run_on_the_cpu(kind, tmp_path):
+    words = (*SMALL, *KINDS[kind])
     with on_pretended():
         make_run(tmp_path / "there", THERE, *words)
     make_run(tmp_path / "here", *words)
     assert_same_numbers(tmp_path / "there", tmp_path / "here")
 
 
-def test_a_run_goes_on_on_another_device(tmp_path, at_update):
-    words = (*BY_DATE, *EVERYTHING)
+def test_a_run_stops_and_goes_on_on_another_device(tmp_path, at_update):
+    words = (*SMALL, *EVERYTHING)
 
     def stop(images):
         os.kill(os.getpid(), signal.SIGTERM)
         return images
 
     with on_pretended():
-        for update in (25, 45):
+        for update in (12, 18):
             at_update(update, stop)
             with pytest.raises(Interrupted):
                 make_run(tmp_path / "there", THERE, "resume=auto", *words)

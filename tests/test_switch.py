@@ -1,5 +1,6 @@
 """The switch: what it keeps, what it drops, and that it is all or nothing."""
 
+import copy
 import gc
 import weakref
 from dataclasses import replace
@@ -30,10 +31,16 @@ def snapshot(model):
     return {n: t.clone() for n, t in model.state_dict().items()}
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """A full phase that is copied, not trained again."""
+    return Trial()
+
+
 @pytest.mark.parametrize("init", names("switch/init"))
 @pytest.mark.parametrize("rank", names("switch/rank"))
-def test_every_initializer_and_rank_policy_switches_without_drift(init, rank):
-    trial = Trial()
+def test_every_initializer_and_rank_policy_switches_without_drift(init, rank, trained):
+    trial = copy.deepcopy(trained)
     options = {
         "budget": ["switch.rank.share=0.4"],
         "cuttlefish": ["switch.rank.multiplier=0.1"],
