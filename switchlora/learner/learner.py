@@ -145,6 +145,15 @@ class Learner:
         """Return the plain model: the live one, or a copy on the CPU if the model is sharded."""
         return self.model if self.bones is None else gathered(self.model, self.bones)
 
+    @property
+    def precision(self) -> str:
+        """The precision of its products: fp32, bf16 or fp16."""
+        return self.recipe.precision
+
+    def put_back(self) -> None:
+        """Set activation checkpointing again, after a change of the model that was undone."""
+        set_checkpointing(self.model, self.recipe.activation_checkpointing)
+
     @contextmanager
     def _activations_counted(self) -> Iterator[None]:
         if self.activation_bytes is not None or self.recipe.compiles:

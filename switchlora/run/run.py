@@ -200,7 +200,7 @@ class Run:
         again = 4 / 3 if self.recipe.activation_checkpointing == "blocks" else 1
         return round(skipped_flops(self.model) * micro_batches * again)
 
-    def scene(self, recipe: Recipe) -> Scene:
+    def scene(self, recipe: Recipe) -> Scene[Learner]:
         """Return what a change of the trained tensors works on; ``recipe`` trains after it."""
         rebuild = partial(self.build_learner, recipe=recipe)
         return Scene(self.learner, self.policy, self.monitor, self.probe, rebuild)

@@ -31,13 +31,13 @@ from switchlora.adapters import (
     train_only,
     training_flags,
 )
-from switchlora.learner import Learner, Moments, factor_moments, prune_moments
+from switchlora.learner import Moments, factor_moments, prune_moments
 from switchlora.monitor import Measurement, truncated_svd
 from switchlora.policy import SwitchPolicy
 from switchlora.process import from_primary, together
 from switchlora.ranks import largest_saving_rank
 from switchlora.switching.plan import Plan, as_loaded, make_plan, start_factors, trained_after
-from switchlora.switching.transaction import Adapters, Outcome, Replaced, Scene, operate
+from switchlora.switching.transaction import Adapters, L, Outcome, Replaced, Scene, operate
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Growth(Outcome):
 
 
 def switch(
-    scene: Scene,
+    scene: Scene[L],
     history: Sequence[Measurement],
     chosen: Sequence[str] | None = None,
     inputs: Tensor | None = None,
-) -> tuple[Learner, SwitchReport]:
+) -> tuple[L, SwitchReport]:
     """Put adapters on the ``chosen`` targets (None: all) and return the new learner and a report.
 
     The switch succeeds on all ranks or on none. When anything raises on any rank, modules and
@@ -90,7 +90,7 @@ def switch(
 
     ``inputs`` is a share of a batch, on which ``policy.least_gain`` is measured.
     """
-    policy, monitor, precision = scene.policy, scene.monitor, scene.learner.recipe.precision
+    policy, monitor, precision = scene.policy, scene.monitor, scene.learner.precision
     flags = training_flags(scene.learner.model)
 
     def change(model: nn.Module, replaced: Replaced) -> Plan:
@@ -118,7 +118,7 @@ def switch(
     return learner, report
 
 
-def settle(scene: Scene, ranks: Mapping[str, int]) -> tuple[Learner, Outcome]:
+def settle(scene: Scene[L], ranks: Mapping[str, int]) -> tuple[L, Outcome]:
     """End the joint phase: freeze the weights of the targets, or drop them from guided adapters.
 
     ``ranks`` are those of the switch. A guided adapter needs its dense weight in the joint phase
@@ -138,7 +138,7 @@ def settle(scene: Scene, ranks: Mapping[str, int]) -> tuple[Learner, Outcome]:
     return learner, outcome
 
 
-def restart(scene: Scene, num_updates: int) -> tuple[Learner, Outcome]:
+def restart(scene: Scene[L], num_updates: int) -> tuple[L, Outcome]:
     """Merge the adapters and start new ones of the same ranks (ReLoRA, arXiv 2307.05695).
 
     The references of the monitor are the weights at the last merge. Moments of the factors are
@@ -172,8 +172,8 @@ def restart(scene: Scene, num_updates: int) -> tuple[Learner, Outcome]:
 
 
 def grow(
-    scene: Scene, gradients: Callable[[], Mapping[str, Tensor]], growth: int
-) -> tuple[Learner, Growth]:
+    scene: Scene[L], gradients: Callable[[], Mapping[str, Tensor]], growth: int
+) -> tuple[L, Growth]:
     """Multiply the ranks of the adapters by ``growth``, as far as factors save parameters.
 
     ``gradients()`` returns the gradient of the loss by the effective weight (out, in) of each
@@ -196,7 +196,7 @@ def grow(
     return learner, Growth(**vars(outcome), ranks=ranks)
 
 
-def take_back(scene: Scene, trained: Iterable[str]) -> tuple[Learner, Outcome]:
+def take_back(scene: Scene[L], trained: Iterable[str]) -> tuple[L, Outcome]:
     """Merge all adapters and train the ``trained`` parameters of the full phase again.
 
     Parameters that trained on keep their moments. Merged weights begin with fresh moments, since
@@ -227,7 +227,7 @@ def _inject(
     replaced.update(inject(model, targets, placed, policy.scaling, make, dropout))
 
 
-def _train_adapters(model: nn.Module, scene: Scene, ranks: Mapping[str, int], waits: bool) -> None:
+def _train_adapters(model: nn.Module, scene: Scene[L], ranks: Mapping[str, int], waits: bool) -> None:
     """Train the factors, the parameters that the policy keeps, and the targets that stay full."""
     policy, targets = scene.policy, scene.monitor.known
     full = []

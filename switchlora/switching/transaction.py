@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from switchlora.adapters import (
     AdaptedLinear,
@@ -21,14 +22,7 @@ from switchlora.adapters import (
     training_flags,
 )
 from switchlora.errors import RanksDisagree, SwitchFailed
-from switchlora.learner import (
-    Learner,
-    Moments,
-    dense_moments,
-    load_moments,
-    moments_of,
-    set_checkpointing,
-)
+from switchlora.learner import Moments, dense_moments, load_moments, moments_of
 from switchlora.models import eval_mode
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
@@ -40,20 +34,46 @@ Inherit = Callable[[Moments, Adapters], Moments]
 T = TypeVar("T")
 
 
+class Trainer(Protocol):
+    """What trains a model: a ``Learner``, or a loop of one's own."""
+
+    model: nn.Module
+    optimizer: Optimizer
+
+    @property
+    def precision(self) -> str:
+        """The precision of its products: fp32, bf16 or fp16."""
+
+    def plain(self) -> nn.Module:
+        """Return the plain model: the live one, or a copy on the CPU if the model is sharded."""
+
+    def put_back(self) -> None:
+        """Set the model up again as it was, after a change that was undone."""
+
+
+L = TypeVar("L", bound=Trainer)
+
+
+def outputs(model: nn.Module, probe: Tensor) -> Tensor:
+    """Return what ``model`` makes of the inputs ``probe`` (N, ...)."""
+    return model(probe.to(next(model.parameters()).device))
+
+
 @dataclass(frozen=True)
-class Scene:
+class Scene(Generic[L]):
     """The training that a change works on.
 
     ``learner`` trains the model. ``rebuild(model)`` makes the learner that follows it. ``probe``
-    (N, ...) are inputs on which the drift of the logits is measured. They must be the same on all
-    ranks.
+    are inputs on which the drift of the logits is measured. They must be the same on all ranks.
+    ``forward`` returns the logits of a model on them.
     """
 
-    learner: Learner
+    learner: L
     policy: SwitchPolicy
     monitor: UpdateMonitor
-    probe: Tensor
-    rebuild: Callable[[nn.Module], Learner]
+    probe: Any
+    rebuild: Callable[[nn.Module], L]
+    forward: Callable[[nn.Module, Any], Tensor] = outputs
 
 
 @dataclass(frozen=True)
@@ -75,11 +95,11 @@ class Outcome:
 
 
 def operate(
-    scene: Scene,
+    scene: Scene[L],
     change: Callable[[nn.Module, Replaced], T],
     inherit: Inherit,
     limit: float,
-) -> tuple[Learner, Outcome, T]:
+) -> tuple[L, Outcome, T]:
     """Apply ``change`` to the plain model and rebuild the learner, or leave all as it was.
 
     - ``change(model, replaced)`` stores each module that it replaces in ``replaced``, under its
@@ -91,7 +111,7 @@ def operate(
     is raised. A lost rank, ranks that disagree and an interrupt are raised as they are.
     """
     begin = time.perf_counter()
-    learner, probe = scene.learner, scene.probe
+    learner = scene.learner
     learner.optimizer.zero_grad(set_to_none=True)
     moments = _whole(learner)
     model = learner.plain()
@@ -100,15 +120,16 @@ def operate(
     parameters = plain_parameters(model)
     replaced: Replaced = {}
     exact: dict[str, nn.Parameter] = {}
-    with torch.random.fork_rng([probe.device] if probe.is_cuda else []):
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             with together():
-                before = _logits(model, probe)
+                before = _logits(model, scene)
             found = change(model, replaced)
             with together():
-                after = _logits(model, probe)
+                after = _logits(model, scene)
                 drift = _checked_drift(before, after, limit)
-                rounding = _round_residuals(model, scene.policy, after, probe, exact)
+                rounding = _round_residuals(model, scene, after, exact)
             trainable_after = count_parameters(model, trainable=True)
             checksum = agreed_checksum(trained_tensors(model))
             adapters = _snapshot(model)
@@ -118,7 +139,7 @@ def operate(
                 carried = _carry(inherit(moments, adapters), learner, new)
         except BaseException as error:
             _undo(model, replaced, exact, flags)
-            set_checkpointing(model, learner.recipe.activation_checkpointing)
+            learner.put_back()
             ends_the_run = isinstance(error, RanksDisagree) or lost_rank(error) is not None
             if isinstance(error, Exception) and not ends_the_run:
                 raise SwitchFailed(f"{type(error).__name__}: {error}") from error
@@ -156,7 +177,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _whole(learner: Learner) -> dict[str, dict[str, object]]:
+def _whole(learner: Trainer) -> dict[str, dict[str, object]]:
     """Return the moments by name.
 
     Sharded ones are gathered one at a time on the device, and moved to the CPU.
@@ -198,34 +219,34 @@ def _fresh_dense_rows(model: nn.Module, replaced: Replaced) -> dict[str, dict[st
 
 def _round_residuals(
     model: nn.Module,
-    policy: SwitchPolicy,
+    scene: Scene[L],
     logits: Tensor,
-    probe: Tensor,
     exact: dict[str, nn.Parameter],
 ) -> float | None:
     """Round the frozen residual weights and return the drift of the logits that this causes.
 
     ``exact`` keeps the weights as they were. None when the policy rounds nothing.
     """
-    if policy.residual_dtype is None:
+    dtype = scene.policy.residual_dtype
+    if dtype is None:
         return None
     for name, module in adapted_modules(model).items():
         if module.weight is not None and not module.weight.requires_grad:
             exact[name] = cast(nn.Parameter, module.weight)
-            round_residual(module, RESIDUAL_DTYPES[policy.residual_dtype])
-    return float((logits - _logits(model, probe)).abs().max())
+            round_residual(module, RESIDUAL_DTYPES[dtype])
+    return float((logits - _logits(model, scene)).abs().max())
 
 
-def _carry(moments: Moments, old: Learner, new: Learner) -> int:
+def _carry(moments: Moments, old: Trainer, new: Trainer) -> int:
     if type(old.optimizer) is not type(new.optimizer):
         return 0
     return load_moments(new.model, new.optimizer, moments)
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, probe: Tensor) -> Tensor:
+def _logits(model: nn.Module, scene: Scene[L]) -> Tensor:
     with eval_mode(model):
-        return model(probe.to(next(model.parameters()).device)).float()
+        return scene.forward(model, scene.probe).float()
 
 
 def _checked_drift(before: Tensor, after: Tensor, limit: float) -> float:
