@@ -9,7 +9,18 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "switchlora"
 ROOMS = (
-    *("commands", "cli", "train", "bench", "run", "analysis", "sweep", "switching", "storage"),
+    *(
+        "commands",
+        "cli",
+        "train",
+        "bench",
+        "run",
+        "analysis",
+        "sweep",
+        "loop",
+        "switching",
+        "storage",
+    ),
     *("policy", "criteria", "ranks", "initializers", "cost", "learner", "monitor"),
     *("adapters", "data", "models", "process", "config", "names", "errors"),
 )

@@ -1,7 +1,8 @@
 """Check before a run that adapters on its targets do what their merged weights would do."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ ASLEEP, AWAKE = 1e-3, 0.1
 """parameters smaller than the first hide what comes before them: they become that of the second"""
 
 Linears = Mapping[str, nn.Linear]
+Forward = Callable[[nn.Module], Tensor]
 
 
 class _Watched(LoRALinear):
@@ -35,11 +37,14 @@ class _Watched(LoRALinear):
 
 
 @torch.no_grad()
-def check_adapters_work(model: nn.Module, targets: Iterable[Target], inputs: Tensor) -> None:
+def check_adapters_work(
+    model: nn.Module, targets: Iterable[Target], inputs: Tensor | Forward
+) -> None:
     """Compare random adapters on the targets with the weights that they stand for.
 
     Both are evaluated on a few of the ``inputs``, without hooks, which would switch off the paths
-    that pass adapters by. ``model`` is afterwards as it was.
+    that pass adapters by. ``model`` is afterwards as it was. A function in the place of
+    ``inputs`` returns the logits of a model on inputs of its own.
 
     ValueError in these cases:
 
@@ -50,20 +55,20 @@ def check_adapters_work(model: nn.Module, targets: Iterable[Target], inputs: Ten
     linears: dict[str, nn.Linear] = {}
     for target in targets:
         linears[target.module] = cast(nn.Linear, model.get_submodule(target.module))
-    inputs = inputs[:INPUTS]
+    forward = partial(_of_inputs, inputs[:INPUTS]) if isinstance(inputs, Tensor) else inputs
     generator = torch.Generator().manual_seed(0)
     with eval_mode(model), _awake(model, generator):
         watched = {name: _with_adapter(linear, generator) for name, linear in linears.items()}
-        before = _first_logits(model, inputs)
-        adapted = _logits_with(model, watched, linears, inputs)
+        before = _logits(model, forward)
+        adapted = _logits_with(model, watched, linears, forward)
         _refuse_silent([name for name, module in watched.items() if not module.called])
-        if _agree(before, adapted, _logits_of_weights(model, watched, linears, inputs)):
+        if _agree(before, adapted, _logits_of_weights(model, watched, linears, forward)):
             return
         found = []
         for name, module in watched.items():
             one, linear = {name: module}, {name: linears[name]}
-            adapted = _logits_with(model, one, linear, inputs)
-            if not _agree(before, adapted, _logits_of_weights(model, one, linear, inputs)):
+            adapted = _logits_with(model, one, linear, forward)
+            if not _agree(before, adapted, _logits_of_weights(model, one, linear, forward)):
                 found.append(name)
     _refuse_different(found or list(linears))
 
@@ -100,9 +105,10 @@ def _awake(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
             parameter.data = data
 
 
-def _first_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+def _of_inputs(inputs: Tensor, model: nn.Module) -> Tensor:
+    """Return the logits; ValueError when the model cannot take the inputs."""
     try:
-        return _logits(model, inputs)
+        return model(inputs)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         shape = tuple(inputs.shape[1:])
@@ -111,24 +117,25 @@ def _first_logits(model: nn.Module, inputs: Tensor) -> Tensor:
         ) from error
 
 
-def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+def _logits(model: nn.Module, forward: Forward) -> Tensor:
     """Return the logits in float64; what the model draws is the same each time."""
-    with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        return model(inputs).double()
+        return forward(model).double()
 
 
 def _logits_with(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     linears: Linears,
-    inputs: Tensor,
+    forward: Forward,
 ) -> Tensor:
     """Return the logits with ``modules`` in the place of ``linears``."""
     try:
         for name, module in modules.items():
             model.set_submodule(name, module)
-        return _logits(model, inputs)
+        return _logits(model, forward)
     finally:
         restore(model, linears)
 
@@ -137,14 +144,14 @@ def _logits_of_weights(
     model: nn.Module,
     adapted: Mapping[str, LoRALinear],
     linears: Linears,
-    inputs: Tensor,
+    forward: Forward,
 ) -> Tensor:
     """Return the logits with the weights that ``adapted`` stand for, where they are read."""
     weights = {name: linear.weight.data for name, linear in linears.items()}
     try:
         for name, linear in linears.items():
             linear.weight.data = add_adapters(weights[name], adapted[name].adapters())
-        return _logits(model, inputs)
+        return _logits(model, forward)
     finally:
         for name, linear in linears.items():
             linear.weight.data = weights[name]

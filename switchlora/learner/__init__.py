@@ -33,6 +33,7 @@ from switchlora.learner.passes import (
 from switchlora.learner.published import Unreduced as Unreduced
 from switchlora.learner.recipe import (
     PRECISIONS as PRECISIONS,
+    FactorRates as FactorRates,
     Recipe as Recipe,
     autocast as autocast,
     build_optimizer as build_optimizer,

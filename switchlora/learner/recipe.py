@@ -1,6 +1,6 @@
 """A recipe: the optimizer, schedule and precision of one phase."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +11,14 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from switchlora.adapters import Adapter, Norms, adapted_modules, is_factor, trained_adapters
+from switchlora.adapters import (
+    AdaptedLinear,
+    Adapter,
+    Norms,
+    adapted_modules,
+    is_factor,
+    trained_adapters,
+)
 from switchlora.errors import check_choice, check_range, is_number
 from switchlora.learner.matched import Scales, matched_scales
 from switchlora.learner.muon import Muon, in_parts
@@ -27,6 +34,38 @@ PROPORTIONAL = (SGD, SGDW)
 """optimizers whose steps are in proportion to the gradient"""
 RECOMPUTED = ("blocks", "gelu")
 LONGEST_RAMP = 20
+
+
+@dataclass(frozen=True)
+class FactorRates:
+    """Learning rates of factors, relative to that of the weights that they stand for.
+
+    - ``factor_lr``: 'matched', or a number. See ``Recipe``.
+    - ``of_B`` multiplies the rate of B alone.
+    """
+
+    factor_lr: float | str = MATCHED
+    matched_step: float = 1.0
+    of_B: float = 1.0
+
+    def __call__(
+        self, module: AdaptedLinear, kind: type[Optimizer]
+    ) -> Iterator[tuple[nn.Parameter, float]]:
+        """Yield the factors of ``module`` that train, each with its rate under this optimizer."""
+        for part, adapter in module.adapters().items():
+            scales = self._scales(adapter, module.start_norms.get(part, NO_FACTORS), kind)
+            for factor, scale in zip((adapter.A, adapter.B), scales, strict=True):
+                if factor.requires_grad:
+                    yield cast(nn.Parameter, factor), scale
+
+    def _scales(self, adapter: Adapter, norms: Norms, kind: type[Optimizer]) -> Scales:
+        if self.factor_lr != MATCHED:
+            scale = float(self.factor_lr)
+            return Scales(scale, scale * self.of_B)
+        if issubclass(kind, Muon):  # its steps are those of the effective weight
+            return Scales(self.matched_step, self.matched_step * self.of_B)
+        A, B = matched_scales(adapter, norms, issubclass(kind, PROPORTIONAL), self.matched_step)
+        return Scales(A, B * self.of_B)
 
 
 @dataclass(frozen=True)
@@ -192,22 +231,8 @@ def _groups_beside_factors(model: nn.Module, weight_decay: float) -> list[dict[s
 def _factors_by_scale(model: nn.Module, recipe: Recipe) -> dict[float, list[nn.Parameter]]:
     """Return the factors that train, by their learning rate relative to that of the weights."""
     found: dict[float, list[nn.Parameter]] = {}
-    kind = recipe.optimizer_class
+    rates = FactorRates(recipe.factor_lr, recipe.matched_step, recipe.factor_B_lr_scale)
     for module in adapted_modules(model).values():
-        for part, adapter in module.adapters().items():
-            scales = _scales(recipe, adapter, module.start_norms.get(part, NO_FACTORS), kind)
-            for factor, scale in zip((adapter.A, adapter.B), scales, strict=True):
-                if factor.requires_grad:
-                    found.setdefault(scale, []).append(cast(nn.Parameter, factor))
+        for factor, scale in rates(module, recipe.optimizer_class):
+            found.setdefault(scale, []).append(factor)
     return found
-
-
-def _scales(recipe: Recipe, adapter: Adapter, norms: Norms, kind: type[Optimizer]) -> Scales:
-    of_B = recipe.factor_B_lr_scale
-    if recipe.factor_lr != MATCHED:
-        scale = float(recipe.factor_lr)
-        return Scales(scale, scale * of_B)
-    if issubclass(kind, Muon):  # its steps are those of the effective weight
-        return Scales(recipe.matched_step, recipe.matched_step * of_B)
-    A, B = matched_scales(adapter, norms, issubclass(kind, PROPORTIONAL), recipe.matched_step)
-    return Scales(A, B * of_B)

@@ -227,7 +227,9 @@ def _inject(
     replaced.update(inject(model, targets, placed, policy.scaling, make, dropout))
 
 
-def _train_adapters(model: nn.Module, scene: Scene[L], ranks: Mapping[str, int], waits: bool) -> None:
+def _train_adapters(
+    model: nn.Module, scene: Scene[L], ranks: Mapping[str, int], waits: bool
+) -> None:
     """Train the factors, the parameters that the policy keeps, and the targets that stay full."""
     policy, targets = scene.policy, scene.monitor.known
     full = []

@@ -1,0 +1,3 @@
+"""The switch in a loop of one's own: the same model, optimizer and schedulers go on."""
+
+from switchlora.loop.loop import LowRankSwitch as LowRankSwitch

@@ -1,0 +1,342 @@
+"""``LowRankSwitch``: measure, decide and switch inside a training loop that is not ours."""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from switchlora.adapters import (
+    DEFAULT_TARGETS,
+    adapter_layout,
+    check_adapters_work,
+    count_parameters,
+    inject_empty,
+    merge,
+    train_only,
+)
+from switchlora.criteria import SwitchCriterion, UpdateNorm, Verdict
+from switchlora.errors import SwitchFailed
+from switchlora.initializers import AdapterInit, update_directions
+from switchlora.learner import FactorRates
+from switchlora.loop.groups import NewGroup, Regrouped, follow, home_of_weights, regrouped
+from switchlora.loop.inputs import FirstInputs, Logits
+from switchlora.loop.ramp import Ramp
+from switchlora.loop.schedulers import Tell, prepared
+from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
+from switchlora.policy import SwitchPolicy
+from switchlora.ranks import Budget, Fixed, RankPolicy
+from switchlora.storage import save_adapter
+from switchlora.switching import Scene, SwitchReport, switch
+
+TRIES = 3
+"""after this many failed switches no further one is tried"""
+LONGEST_RAMP = 20
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class Held:
+    """The model and the optimizer of a loop, as a change of the model wants them."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    precision: str = "fp32"
+
+    def plain(self) -> nn.Module:
+        """Return the model, which is plain."""
+        return self.model
+
+    def put_back(self) -> None:
+        """Do nothing: what the loop set up, the switch has not touched."""
+
+
+class LowRankSwitch:
+    """Turns full training into the training of a low-rank adapter, when a criterion says so.
+
+    Call ``step`` once after each update of the optimizer. It measures the targets every ``window``
+    updates and asks the criterion. When that fires, adapters are put on the targets, and the same
+    optimizer trains them: what is frozen leaves its groups, factors come as new groups, and the
+    schedulers are told. All of it happens, or nothing.
+
+    - ``optimizer``: any of torch's, or one with its interface.
+    - ``schedulers``: those that set its learning rates, torch's or timm's. A function in the place
+      of one is called with the new groups, to tell a scheduler of another kind.
+    - ``target_modules``: regular expressions for the ends of the names of linears, such as
+      ['q_proj', 'fc1'], or 'all-linear': all but the model's last one.
+    - ``rank``: a number; a share of all parameters, such as 0.2, that trains on; or a policy of
+      ``switchlora.ranks``.
+    - ``updates_per_epoch``: needed by criteria that count epochs.
+    - ``forward(model, batch)`` returns the logits for the check that the switch moves none. By
+      default that is the first tensor that the model returns. The batch is the first that it got.
+    - ``on_switch`` is called with the report, after the switch.
+    - ``factor_lr``: learning rate of factors, relative to that of the weights: 'matched' or a
+      number. ``factor_weight_decay`` is theirs alone.
+    - ``ramp_updates``: updates after the switch over which all learning rates rise again.
+    - further names are those of ``SwitchPolicy``: ``keep``, ``earliest``, ``split_qkv`` ...
+
+    ValueError for targets on which an adapter would not do what its weight does, at the first
+    ``step``; for a model that is wrapped; for a scheduler of unknown kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedulers: Any = (),
+        *,
+        target_modules: str | Sequence[str] = DEFAULT_TARGETS,
+        criterion: SwitchCriterion | None = None,
+        rank: int | float | RankPolicy = 0.2,
+        window: int = 100,
+        init: AdapterInit = update_directions,
+        updates_per_epoch: int | None = None,
+        forward: Logits | None = None,
+        on_switch: Callable[[SwitchReport], None] | None = None,
+        factor_lr: float | str = "matched",
+        factor_weight_decay: float = 0.0,
+        ramp_updates: int = LONGEST_RAMP,
+        **policy: Any,
+    ) -> None:
+        self.model = unwrapped(model)
+        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
+        self.schedulers = list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
+        self.policy = SwitchPolicy(
+            criterion=criterion or UpdateNorm(),
+            rank=rank_policy(rank),
+            init=init,
+            targets=patterns(self.model, target_modules),
+            **policy,
+        )
+        targets = self.policy.find_targets(self.model)
+        self.monitor = UpdateMonitor(self.model, targets, window)
+        self.rates = FactorRates(factor_lr)
+        self.factor_weight_decay = factor_weight_decay
+        self.ramp_updates = ramp_updates
+        self.updates_per_epoch = updates_per_epoch
+        self.on_switch = on_switch
+        self.num_updates = 0
+        self.history: list[Measurement] = []
+        self.verdict: Verdict | None = None
+        self.report: SwitchReport | None = None
+        self.switched_at: int | None = None
+        self.failures: list[str] = []
+        self._losses: list[Tensor] = []
+        self._ramp: Ramp | None = None
+        self._homes = home_of_weights(self.model, self.optimizer)
+        self._inputs = FirstInputs(model, forward)
+        self._checked = False
+        self._tells_of([])
+        self._check_optimized()
+
+    @property
+    def switched(self) -> bool:
+        """Whether the adapters are in."""
+        return self.switched_at is not None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each target; empty before the switch."""
+        return dict(self.report.ranks) if self.report else {}
+
+    def step(self, loss: Tensor | float = math.nan) -> bool:
+        """Count one update of the optimizer, and return whether the model has just switched.
+
+        ``loss`` is that of the update. It is read at the end of a window.
+        """
+        self.num_updates += 1
+        if self.switched:
+            return False
+        if not self._checked:
+            self._check_targets()
+        self._losses.append(torch.as_tensor(loss).detach())
+        if not self.monitor.due(self.num_updates):
+            return False
+        self._measure()
+        fired = self._consider()
+        if not fired:
+            self.monitor.start_window(self.num_updates)
+        return fired
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words."""
+        trained = count_parameters(self.model, trainable=True)
+        total = count_parameters(self.model)
+        print(
+            f"trainable params: {trained:,} || all params: {total:,} || "
+            f"trainable%: {100 * trained / total:.4f}"
+        )
+
+    def log_dict(self) -> dict[str, float]:
+        """Return numbers of the last measurement for any logger, by name."""
+        if not self.history:
+            return {}
+        last = self.history[-1]
+        found = {"switch/switched": float(self.switched), "train/window_loss": last.train_loss}
+        for name, stats in last.layers.items():
+            found[f"update_norm/{name}"] = stats.relative_update_norm
+            found[f"update_stable_rank/{name}"] = stats.update_stable_rank
+        if self.verdict is not None:
+            found |= {f"margin/{name}": margin for name, margin in self.verdict.margins.items()}
+        return found
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the adapter as PEFT reads it, and its base model beside."""
+        save_adapter(self.model, Path(folder))
+
+    def merge_and_unload(self) -> nn.Module:
+        """Merge the adapters into the weights. Return the model, which is plain again."""
+        merge(self.model)
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``load_state_dict`` needs, as plain types and tensors."""
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        return {
+            "num_updates": self.num_updates,
+            "switched_at": self.switched_at,
+            "history": [asdict(measured) for measured in self.history],
+            "losses": [float(loss) for loss in self._losses],
+            "monitor": self.monitor.state_dict(),
+            "layout": adapter_layout(self.model),
+            "trained": trained,
+            "ramp": self._ramp.done if self._ramp else 0,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken. Model, optimizer and schedulers load theirs next.
+
+        If the model had switched, adapters of its shapes are put in, the optimizer gets their
+        groups, and the schedulers are told.
+        """
+        self.num_updates = state["num_updates"]
+        self.switched_at = state["switched_at"]
+        self.history = [_measurement(measured) for measured in state["history"]]
+        self._losses = [torch.tensor(loss) for loss in state["losses"]]
+        if self.switched_at is None:
+            self.monitor.load_state_dict(state["monitor"])
+            return
+        inject_empty(self.model, state["layout"])
+        train_only(self.model, state["trained"], self.policy.train_factors)
+        plan = self._regrouped(self.model)
+        tells = self._tells_of(plan.new)
+        plan.commit(self.optimizer, {})
+        _finish(tells, self.model, self.optimizer)
+        self._ramp = Ramp(self.optimizer, self.ramp_updates, state["ramp"])
+        self._inputs.remove()
+
+    def _check_targets(self) -> None:
+        """Refuse targets on which an adapter would do something else than its weight."""
+        self._checked = True
+        try:
+            check_adapters_work(self.model, self.monitor.targets.values(), self._inputs)
+        except ValueError as error:
+            raise ValueError(str(error).replace("switch.targets", "target_modules")) from error
+
+    def _measure(self) -> None:
+        for loss in torch.stack([each.cpu().double() for each in self._losses]).tolist():
+            self.monitor.observe(loss)
+        self._losses.clear()
+        epoch = self.num_updates / self.updates_per_epoch if self.updates_per_epoch else math.nan
+        self.history.append(self.monitor.measure(self.num_updates, epoch))
+
+    def _consider(self) -> bool:
+        self.verdict = self.policy.decide(self.history)
+        if not self.verdict.fires or len(self.failures) >= TRIES:
+            return False
+        try:
+            self._switch()
+        except SwitchFailed as error:
+            self.failures.append(str(error))
+            warnings.warn(f"the switch failed and was undone: {error}", stacklevel=3)
+            return False
+        return True
+
+    def _switch(self) -> None:
+        plans: list[Regrouped] = []
+        tells: list[Tell] = []
+
+        def rebuild(model: nn.Module) -> Held:
+            plan = self._regrouped(model)
+            tells.extend(self._tells_of(plan.new))
+            plans.append(plan)
+            return Held(model, plan.shadow(self.optimizer))
+
+        held = Held(self.model, self.optimizer)
+        scene = Scene(held, self.policy, self.monitor, None, rebuild, self._inputs)
+        new, report = switch(scene, self.history)
+        plans[-1].commit(self.optimizer, new.optimizer.state)
+        _finish(tells, self.model, self.optimizer)
+        self._ramp = Ramp(self.optimizer, self.ramp_updates)
+        self._inputs.remove()
+        self.monitor.references.clear()
+        self.report, self.switched_at = report, self.num_updates
+        if self.on_switch is not None:
+            self.on_switch(report)
+
+    def _regrouped(self, model: nn.Module) -> Regrouped:
+        decay = self.factor_weight_decay
+        return regrouped(model, self.optimizer, self._homes, self.rates, decay)
+
+    def _tells_of(self, new: Sequence[NewGroup]) -> list[Tell]:
+        tells: list[Tell] = []
+        for scheduler in self.schedulers:
+            tells += prepared(scheduler, len(self.optimizer.param_groups), new)
+        return tells
+
+    def _check_optimized(self) -> None:
+        """Refuse targets that the optimizer does not train."""
+        modules = {target.module for target in self.monitor.targets.values()}
+        missing = sorted(modules - set(self._homes))
+        if missing:
+            raise ValueError(
+                f"the optimizer does not train the weight of {missing[0]}"
+                f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: leave it out of "
+                "target_modules, or give the optimizer that trains it"
+            )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the plain model; ValueError for a wrapper that must be made anew after the switch."""
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "LowRankSwitch got a model in DistributedDataParallel, which keeps buckets for the "
+            "parameters that train when it is made: give it the module inside (model.module), and "
+            "wrap that again where step() returns True"
+        )
+    inner = getattr(model, "_orig_mod", model)
+    return unwrapped(inner) if inner is not model else model
+
+
+def rank_policy(rank: int | float | RankPolicy) -> RankPolicy:
+    """Return a policy for a rank, for a share of all parameters, or the policy that it is."""
+    if isinstance(rank, float):
+        return Budget(share=rank)
+    return Fixed(rank) if isinstance(rank, int) else rank
+
+
+def patterns(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    """Return regular expressions for the ends of the names of the targets."""
+    if target_modules != ALL_LINEAR:
+        return [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [re.escape(name) for name in names[:-1]]
+
+
+def _finish(tells: Iterable[Tell], model: nn.Module, optimizer: Optimizer) -> None:
+    for tell in tells:
+        tell()
+    follow(model, optimizer)
+    torch.compiler.reset()
+
+
+def _measurement(plain: Mapping[str, Any]) -> Measurement:
+    layers = {name: LayerStats(**stats) for name, stats in plain["layers"].items()}
+    return Measurement(**{**plain, "layers": layers})

@@ -1,0 +1,315 @@
+"""The switch in a loop that is not ours: the same optimizer and schedulers go on."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+
+from conftest import tiny_vit
+from switchlora import LowRankSwitch, UpdateNorm
+from switchlora.adapters import adapted_modules, is_factor
+from switchlora.criteria import AtEpoch
+
+UPDATES = 24
+LOSS = nn.CrossEntropyLoss()
+
+
+def batch(number):
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn(16, 1, 8, 8, generator=generator)
+    return images, torch.randint(0, 5, (16,), generator=generator)
+
+
+def at(update):
+    """A criterion that fires at the first measurement from ``update`` on."""
+    return AtEpoch(update)
+
+
+class Loop:
+    """A plain loop: model, AdamW, a scheduler, and the switch."""
+
+    def __init__(self, scheduler=None, optimizer=None, **options):
+        torch.manual_seed(0)
+        self.model = tiny_vit()
+        make = optimizer or (lambda params: torch.optim.AdamW(params, lr=1e-3))
+        self.optimizer = make(self.model.parameters())
+        self.scheduler = scheduler(self.optimizer) if scheduler else None
+        options = {"window": 6, "criterion": at(12), "updates_per_epoch": 1, "rank": 2} | options
+        schedulers = [self.scheduler] if self.scheduler else []
+        self.switch = LowRankSwitch(self.model, self.optimizer, schedulers, **options)
+        self.fired = []
+        self.losses = []
+
+    def run(self, until=UPDATES):
+        while self.switch.num_updates < until:
+            number = self.switch.num_updates
+            images, labels = batch(number)
+            loss = LOSS(self.model(images), labels)
+            loss.backward()
+            self.optimizer.step()
+            self.advance(number + 1, loss)
+            self.optimizer.zero_grad()
+            self.losses.append(loss.item())
+            if self.switch.step(loss):
+                self.fired.append(number + 1)
+        return self
+
+    def advance(self, number, loss):
+        if isinstance(self.scheduler, CosineLRScheduler):
+            self.scheduler.step_update(number)
+        elif isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(loss.detach())
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def factors(self):
+        return {n: p for n, p in self.model.named_parameters() if is_factor(n)}
+
+
+def trained(model):
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_the_switch_fires_once_and_the_same_optimizer_trains_the_factors():
+    loop = Loop()
+    groups = loop.optimizer.param_groups
+    first = groups[0]
+    loop.run(12)
+    assert loop.fired == [12] and loop.switch.switched_at == 12
+    assert loop.optimizer.param_groups is groups and groups[0] is first
+    held = {p for group in groups for p in group["params"]}
+    assert held == {p for p in loop.model.parameters() if p.requires_grad}
+    assert set(loop.optimizer.state) <= held and loop.optimizer.state[loop.model.head.weight]
+    before = {n: p.detach().clone() for n, p in loop.factors().items()}
+    frozen = {n: m.weight.clone() for n, m in adapted_modules(loop.model).items()}
+    loop.run()
+    assert loop.fired == [12]
+    assert all(not torch.equal(p, before[n]) for n, p in loop.factors().items())
+    assert all(torch.equal(m.weight, frozen[n]) for n, m in adapted_modules(loop.model).items())
+
+
+def test_it_measures_as_a_criterion_asks_and_says_what_it_found(capsys):
+    reports = []
+    loop = Loop(criterion=UpdateNorm(5.0, patience=1), on_switch=reports.append, rank=0.5).run()
+    assert loop.fired == [12]
+    assert [m.num_updates for m in loop.switch.history] == [6, 12]
+    expected = sum(loop.losses[6:12]) / 6
+    assert loop.switch.history[-1].train_loss == pytest.approx(expected, rel=1e-5)
+    assert loop.switch.verdict.fires and reports[0].ranks == loop.switch.ranks
+    numbers = loop.switch.log_dict()
+    assert numbers["switch/switched"] == 1.0 and "update_norm/blocks.0.mlp.fc1" in numbers
+    loop.switch.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith("trainable params: ")
+
+
+SCHEDULERS = {
+    "lambda": lambda o: LambdaLR(o, lambda n: 1 / (n + 1)),
+    "lambdas": lambda o: LambdaLR(o, [lambda n: 1 / (n + 1)] * len(o.param_groups)),
+    "cosine": lambda o: CosineAnnealingLR(o, UPDATES),
+    "exponential": lambda o: ExponentialLR(o, 0.9),
+    "one cycle": lambda o: OneCycleLR(o, 1e-3, total_steps=UPDATES + 1),
+    "plateau": lambda o: ReduceLROnPlateau(o, patience=0, factor=0.9),
+    "chained": lambda o: ChainedScheduler([LinearLR(o), ExponentialLR(o, 0.9)], optimizer=o),
+    "sequence": lambda o: SequentialLR(o, [LinearLR(o), CosineAnnealingLR(o, UPDATES)], [4]),
+    "timm": lambda o: CosineLRScheduler(o, UPDATES, t_in_epochs=False, warmup_t=3),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_schedulers_go_on_and_factors_keep_their_multiple_of_the_rate(kind):
+    loop = Loop(SCHEDULERS[kind], factor_lr=3, ramp_updates=0).run()
+    old, new = loop.optimizer.param_groups
+    assert loop.fired == [12]
+    assert new["lr"] == pytest.approx(3 * old["lr"], rel=1e-6)
+    alone = Loop(SCHEDULERS[kind], criterion=at(99)).run()
+    if kind != "plateau":  # which reads the losses
+        assert old["lr"] == pytest.approx(alone.optimizer.param_groups[0]["lr"], rel=1e-6)
+
+
+def test_a_scheduler_of_ones_own_is_told_by_a_function():
+    told = []
+    loop = Loop()
+    loop.switch.schedulers = [told.append]
+    loop.run()
+    (groups,) = told
+    assert [group.like for group in groups] == [0] * len(groups)
+    with pytest.raises(ValueError, match="neither torch's nor timm's"):
+        LowRankSwitch(loop.model, loop.optimizer, object())
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_any_optimizer_goes_on(kind):
+    loop = Loop(optimizer=OPTIMIZERS[kind]).run()
+    assert loop.fired == [12] and all(map(torch.isfinite, map(torch.tensor, loop.losses)))
+    assert all(p.abs().sum() > 0 for p in loop.factors().values())
+
+
+def test_groups_of_the_loop_keep_their_settings_and_what_was_frozen_stays_frozen():
+    torch.manual_seed(0)
+    model = tiny_vit()
+    model.pos_embed.requires_grad_(False)
+    blocks = list(model.blocks.parameters())
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in map(id, blocks)]
+    groups = [{"params": others, "weight_decay": 0.1}, {"params": blocks, "lr": 5e-4}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    options = {"criterion": at(2), "updates_per_epoch": 1, "window": 2, "rank": 2}
+    switch = LowRankSwitch(model, optimizer, ramp_updates=0, factor_lr=2, **options)
+    for number in range(4):
+        images, labels = batch(number)
+        optimizer.zero_grad()
+        LOSS(model(images), labels).backward()
+        optimizer.step()
+        switch.step()
+    assert switch.switched and not model.pos_embed.requires_grad
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.01, 0.0]
+    assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 5e-4, 1e-3]
+
+
+def test_what_fails_leaves_model_optimizer_and_schedulers_as_they_were(monkeypatch):
+    loop = Loop(SCHEDULERS["cosine"]).run(11)
+    before = copy.deepcopy((loop.model.state_dict(), loop.optimizer.state_dict()))
+    names = trained(loop.model)
+
+    def broken(model, batch):
+        output = model(batch)
+        return output + 1 if adapted_modules(model) else output
+
+    loop.switch._inputs._given = broken
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop.switch.step(1.0)
+    assert "undone" in str(caught[0].message) and not loop.switch.switched
+    after = (loop.model.state_dict(), loop.optimizer.state_dict())
+    assert trained(loop.model) == names and not adapted_modules(loop.model)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert loop.scheduler.base_lrs == [1e-3]
+
+
+@pytest.mark.parametrize("stop", [8, 12, 17])
+def test_a_loop_that_stops_anywhere_and_loads_its_states_ends_the_same(stop):
+    whole = Loop(SCHEDULERS["lambda"]).run()
+    first = Loop(SCHEDULERS["lambda"]).run(stop)
+    parts = ("switch", "model", "optimizer", "scheduler")
+    saved = copy.deepcopy({part: getattr(first, part).state_dict() for part in parts})
+    again = Loop(SCHEDULERS["lambda"])
+    for part in parts:
+        getattr(again, part).load_state_dict(saved[part])
+    again.run()
+    assert (again.fired or [12]) == whole.fired
+    ours, theirs = again.model.state_dict(), whole.model.state_dict()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_after_a_switch_rates_rise_again_beside_the_scheduler():
+    loop = Loop(SCHEDULERS["cosine"], ramp_updates=4).run(12)
+    seen = []
+    loop.optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
+    outside = []
+    for update in range(13, 19):
+        outside.append(loop.optimizer.param_groups[0]["lr"])
+        loop.run(update)
+    shares = [inside / rate for inside, rate in zip(seen, outside, strict=True)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+def test_models_that_return_more_than_logits_switch_too():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = tiny_vit()
+
+        def forward(self, pixels, labels=None):
+            logits = self.vit(pixels)
+            return {"loss": LOSS(logits, labels), "logits": logits}
+
+    asked = []
+
+    def forward(model, batch):
+        asked.append(sorted(batch))
+        return model(**batch)["logits"]
+
+    for function in (None, forward):
+        torch.manual_seed(0)
+        model = Wrapped()
+        optimizer = torch.optim.AdamW(model.parameters())
+        options = {"criterion": at(2), "updates_per_epoch": 1, "window": 2, "rank": 2}
+        switch = LowRankSwitch(model, optimizer, forward=function, **options)
+        for number in range(2):
+            images, labels = batch(number)
+            optimizer.zero_grad()
+            model(pixels=images, labels=labels)["loss"].backward()
+            optimizer.step()
+            fired = switch.step()
+        assert fired and switch.report.drift <= 1e-5
+    assert asked[0] == ["labels", "pixels"]
+
+
+class Bypassed(nn.Module):
+    """A model that reads the weight of a linear itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(nn.functional.linear(x, self.fc1.weight).relu())
+
+
+def test_what_cannot_work_is_refused_in_words():
+    model = Bypassed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    switch = LowRankSwitch(model, optimizer, target_modules=["fc1"], rank=2)
+    model(torch.randn(4, 8)).sum().backward()
+    with pytest.raises(ValueError, match="never called.*target_modules"):
+        switch.step(1.0)
+    with pytest.raises(ValueError, match="optimizer does not train the weight of fc1"):
+        LowRankSwitch(model, torch.optim.SGD(model.head.parameters()), target_modules=["fc1"])
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
+    with pytest.raises(ValueError, match="give it the module inside"):
+        LowRankSwitch(wrapped, optimizer)
+    silent = LowRankSwitch(model, optimizer, target_modules="all-linear", rank=2)
+    assert list(silent.monitor.targets) == ["fc1"]
+    with pytest.raises(ValueError, match="was not called"):
+        silent.step(1.0)
+
+
+def test_merged_and_saved_it_computes_what_the_loop_trained(tmp_path):
+    loop = Loop().run()
+    images, _ = batch(99)
+    with torch.no_grad():
+        expected = loop.model.eval()(images)
+        loop.switch.save_pretrained(tmp_path)
+        merged = loop.switch.merge_and_unload()
+        assert not adapted_modules(merged)
+        torch.testing.assert_close(merged(images), expected, rtol=0, atol=1e-5)
+    peft = pytest.importorskip("peft")
+    base = tiny_vit()
+    from safetensors.torch import load_file
+
+    base.load_state_dict(load_file(tmp_path / "residual.safetensors"))
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), expected, rtol=0, atol=1e-5)
