@@ -1,10 +1,13 @@
 """The switch in a loop that is not ours: the same optimizer and schedulers go on."""
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,10 +22,15 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from conf_yamls import composed
 from conftest import tiny_vit
+from runs import BY_DATE, SHORT
 from switchlora import LowRankSwitch, UpdateNorm
-from switchlora.adapters import adapted_modules, is_factor
+from switchlora.adapters import adapted_modules, is_factor, merged_state_dict
 from switchlora.criteria import AtEpoch
+from switchlora.learner import autocast
+from switchlora.run import prepare
+from switchlora.train import train
 
 UPDATES = 24
 LOSS = nn.CrossEntropyLoss()
@@ -307,9 +315,64 @@ def test_merged_and_saved_it_computes_what_the_loop_trained(tmp_path):
         torch.testing.assert_close(merged(images), expected, rtol=0, atol=1e-5)
     peft = pytest.importorskip("peft")
     base = tiny_vit()
-    from safetensors.torch import load_file
-
     base.load_state_dict(load_file(tmp_path / "residual.safetensors"))
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("switch.criterion.patience=1", "switch.criterion.fraction=0.99"),
+        ("switch/init=update_svd", *BY_DATE, "full.precision=bf16"),
+    ],
+    ids=["criterion", "date"],
+)
+def test_a_plain_loop_makes_the_run_of_our_trainer(words, tmp_path):
+    config = composed(*SHORT, "adapter.rewarmup_updates=5", *words)
+    ours = train(config, tmp_path / "ours")
+    run = prepare(config, tmp_path / "theirs")
+    model, optimizer, scheduler = run.model, run.learner.optimizer, run.learner.scheduler
+    switch = LowRankSwitch(
+        *(model, optimizer, scheduler),
+        criterion=run.policy.criterion,
+        rank=run.policy.rank,
+        init=run.policy.init,
+        window=run.window,
+        updates_per_epoch=len(run.data.train),
+        ramp_updates=5,
+    )
+    for epoch in range(3):
+        run.data.set_epoch(epoch)
+        for images, labels in run.data.train:
+            scheduler.step_update(switch.num_updates)
+            optimizer.zero_grad()
+            with autocast("cpu", run.learner.precision):
+                loss = run.data.loss(model(images), labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            switch.step(loss)
+    assert switch.switched_at == ours["switch"]["num_updates"]
+    assert switch.ranks == ours["switch"]["ranks"]
+    expected = load_file(tmp_path / "ours" / "model.safetensors")
+    torch.testing.assert_close(merged_state_dict(model), expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("page", ["docs/your_loop.md", "README.md"])
+def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    here = {}
+    for block in blocks:
+        exec(block, here)  # noqa: S102
+    assert here["switch"].switched and capsys.readouterr().out.count("trainable params") == 1
+
+
+def test_the_example_of_the_readme_has_twelve_lines_at_most():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    assert len(block.strip().splitlines()) <= 12 + len(re.findall(r"^import|^from", block, re.M))

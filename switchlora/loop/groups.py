@@ -17,6 +17,8 @@ from switchlora.learner import FactorRates, Muon
 Group = dict[str, Any]
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 """keys of a group that are learning rates; schedulers keep theirs there"""
+LR_SCALE = "lr_scale"
+"""key of a group by which timm's schedulers multiply its learning rate"""
 NAMES = "param_names"
 
 
@@ -71,13 +73,14 @@ def regrouped(
     homes: Mapping[str, int],
     rates: FactorRates,
     weight_decay: float,
+    by_lr_scale: bool = False,
 ) -> Regrouped:
     """Return the groups for the parameters of ``model`` that train now.
 
     - What is frozen leaves its group. A group may become empty; it keeps its place.
     - Factors get new groups. These have the settings of the group of the weight that they stand
       for (``homes``), with learning rates multiplied by the scale of ``rates``, and
-      ``weight_decay``.
+      ``weight_decay``. With ``by_lr_scale`` timm's schedulers multiply them.
     """
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     groups = [_only(group, trained) for group in optimizer.param_groups]
@@ -91,6 +94,8 @@ def regrouped(
         like = optimizer.param_groups[home]
         group = {**like, "params": params, "weight_decay": weight_decay}
         group |= {key: like[key] * scale for key in RATES if key in like}
+        if by_lr_scale:
+            group |= {"initial_lr": like["initial_lr"], LR_SCALE: like.get(LR_SCALE, 1.0) * scale}
         if NAMES in like:
             group[NAMES] = [names[parameter] for parameter in params]
         groups.append(group)

@@ -29,7 +29,7 @@ from switchlora.learner import FactorRates
 from switchlora.loop.groups import NewGroup, Regrouped, follow, home_of_weights, regrouped
 from switchlora.loop.inputs import FirstInputs, Logits
 from switchlora.loop.ramp import Ramp
-from switchlora.loop.schedulers import Tell, prepared
+from switchlora.loop.schedulers import Tell, is_timms, prepared
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.ranks import Budget, Fixed, RankPolicy
@@ -282,8 +282,8 @@ class LowRankSwitch:
             self.on_switch(report)
 
     def _regrouped(self, model: nn.Module) -> Regrouped:
-        decay = self.factor_weight_decay
-        return regrouped(model, self.optimizer, self._homes, self.rates, decay)
+        decay, timms = self.factor_weight_decay, any(map(is_timms, self.schedulers))
+        return regrouped(model, self.optimizer, self._homes, self.rates, decay, timms)
 
     def _tells_of(self, new: Sequence[NewGroup]) -> list[Tell]:
         tells: list[Tell] = []

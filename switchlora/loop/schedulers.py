@@ -15,10 +15,10 @@ from switchlora.loop.groups import NewGroup
 
 Tell = Callable[[], None]
 """changes a scheduler; cannot fail"""
-SCALED = ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "base_values")
+SCALED = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
 """lists of schedulers with a learning rate for each group"""
-COPIED = ("lr_lambdas", "base_momentums", "max_momentums")
-"""lists of schedulers with something else for each group"""
+COPIED = ("lr_lambdas", "base_momentums", "max_momentums", "base_values", "warmup_steps")
+"""lists of schedulers with something else for each group; timm's multiply by ``LR_SCALE``"""
 
 
 def prepared(scheduler: Any, groups: int, new: Sequence[NewGroup]) -> list[Tell]:
@@ -49,6 +49,11 @@ def prepared(scheduler: Any, groups: int, new: Sequence[NewGroup]) -> list[Tell]
                 )
             tells.append(_extending(scheduler, name, values, new))
     return tells
+
+
+def is_timms(scheduler: Any) -> bool:
+    """Return whether a scheduler multiplies the rate of a group by the group's ``lr_scale``."""
+    return isinstance(scheduler, TimmScheduler)
 
 
 def _extending(scheduler: Any, name: str, values: list, new: Sequence[NewGroup]) -> Tell:
