@@ -4,6 +4,7 @@ The names below serve a loop of one's own; everything else has a room, such as
 ``switchlora.criteria``. A name is imported when it is first used.
 
 - ``LowRankSwitch``: measures, decides and switches in a loop of one's own
+- ``WeightUpdateMonitor``: measures there, and never switches
 - ``UpdateNorm``: the default criterion; others are in ``switchlora.criteria``
 - ``SwitchPolicy``: what a switch is made of: targets, criterion, ranks, start
 - ``UpdateMonitor``: measures how the weights of the targets move
@@ -18,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from switchlora.criteria import UpdateNorm as UpdateNorm
     from switchlora.learner import Recipe as Recipe, build_learner as build_learner
-    from switchlora.loop import LowRankSwitch as LowRankSwitch
+    from switchlora.loop import (
+        LowRankSwitch as LowRankSwitch,
+        WeightUpdateMonitor as WeightUpdateMonitor,
+    )
     from switchlora.monitor import UpdateMonitor as UpdateMonitor
     from switchlora.policy import SwitchPolicy as SwitchPolicy
     from switchlora.storage import load_model as load_model
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 ROOMS = {
     "LowRankSwitch": "loop",
+    "WeightUpdateMonitor": "loop",
     "UpdateNorm": "criteria",
     "SwitchPolicy": "policy",
     "UpdateMonitor": "monitor",

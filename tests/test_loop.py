@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import (
 from conf_yamls import composed
 from conftest import tiny_vit
 from runs import BY_DATE, SHORT
-from switchlora import LowRankSwitch, UpdateNorm
+from switchlora import LowRankSwitch, UpdateNorm, WeightUpdateMonitor
 from switchlora.adapters import adapted_modules, is_factor, merged_state_dict
 from switchlora.criteria import AtEpoch
 from switchlora.learner import autocast
@@ -122,6 +122,22 @@ def test_it_measures_as_a_criterion_asks_and_says_what_it_found(capsys):
     assert numbers["switch/switched"] == 1.0 and "update_norm/blocks.0.mlp.fc1" in numbers
     loop.switch.print_trainable_parameters()
     assert capsys.readouterr().out.startswith("trainable params: ")
+
+
+def test_it_measures_alone_too():
+    torch.manual_seed(0)
+    model = tiny_vit()
+    monitor = WeightUpdateMonitor(model, ["fc1"], window=2)
+    assert monitor.step(1.0) == {}
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(1.5)
+    numbers = monitor.step(3.0)
+    assert numbers["train/window_loss"] == 2.0
+    assert numbers["update_norm/blocks.0.mlp.fc1"] == pytest.approx(1 / 3)
+    assert numbers["update_norm/blocks.1.mlp.fc1"] == 0.0
+    pytest.importorskip("pandas")
+    table = monitor.history.to_pandas()
+    assert len(table) == 2 and table.update_norm.max() > 0
 
 
 SCHEDULERS = {
@@ -296,10 +312,10 @@ def test_what_cannot_work_is_refused_in_words():
     with pytest.raises(ValueError, match="optimizer does not train the weight of fc1"):
         LowRankSwitch(model, torch.optim.SGD(model.head.parameters()), target_modules=["fc1"])
     wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
-    with pytest.raises(ValueError, match="give it the module inside"):
+    with pytest.raises(ValueError, match="give the module inside"):
         LowRankSwitch(wrapped, optimizer)
     silent = LowRankSwitch(model, optimizer, target_modules="all-linear", rank=2)
-    assert list(silent.monitor.targets) == ["fc1"]
+    assert list(silent.watch.monitor.targets) == ["fc1"]
     with pytest.raises(ValueError, match="was not called"):
         silent.step(1.0)
 
@@ -360,19 +376,30 @@ def test_a_plain_loop_makes_the_run_of_our_trainer(words, tmp_path):
     torch.testing.assert_close(merged_state_dict(model), expected, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("page", ["docs/your_loop.md", "README.md"])
-def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch, capsys):
-    text = (Path(__file__).parents[1] / page).read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+
+
+def test_the_blocks_of_the_page_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     here = {}
-    for block in blocks:
+    for block in blocks("docs/your_loop.md"):
         exec(block, here)  # noqa: S102
     assert here["switch"].switched and capsys.readouterr().out.count("trainable params") == 1
 
 
-def test_the_example_of_the_readme_has_twelve_lines_at_most():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
-    assert len(block.strip().splitlines()) <= 12 + len(re.findall(r"^import|^from", block, re.M))
+def test_the_example_of_the_readme_switches_and_has_twelve_lines_at_most(capsys):
+    (block,) = blocks("README.md")
+    assert len(block.splitlines()) <= 12
+    torch.manual_seed(0)
+    model = tiny_vit()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = CosineAnnealingLR(optimizer, 600)
+    loader = (batch(number % 20) for number in range(600))
+    names = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
+    exec(block, {**names, "loss_fn": LOSS})  # noqa: S102
+    assert capsys.readouterr().out.count("trainable params") == 1

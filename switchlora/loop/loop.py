@@ -1,16 +1,14 @@
 """``LowRankSwitch``: measure, decide and switch inside a training loop that is not ours."""
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from switchlora.adapters import (
@@ -28,9 +26,9 @@ from switchlora.initializers import AdapterInit, update_directions
 from switchlora.learner import FactorRates
 from switchlora.loop.groups import NewGroup, Regrouped, follow, home_of_weights, regrouped
 from switchlora.loop.inputs import FirstInputs, Logits
+from switchlora.loop.measure import History, WeightUpdateMonitor, patterns_of
 from switchlora.loop.ramp import Ramp
 from switchlora.loop.schedulers import Tell, is_timms, prepared
-from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.ranks import Budget, Fixed, RankPolicy
 from switchlora.storage import save_adapter
@@ -39,7 +37,6 @@ from switchlora.switching import Scene, SwitchReport, switch
 TRIES = 3
 """after this many failed switches no further one is tried"""
 LONGEST_RAMP = 20
-ALL_LINEAR = "all-linear"
 
 
 @dataclass
@@ -105,36 +102,43 @@ class LowRankSwitch:
         ramp_updates: int = LONGEST_RAMP,
         **policy: Any,
     ) -> None:
-        self.model = unwrapped(model)
+        self.watch = WeightUpdateMonitor(
+            *(model, target_modules, window, updates_per_epoch), policy.get("split_qkv", False)
+        )
+        self.model = self.watch.model
         self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
         self.schedulers = list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
         self.policy = SwitchPolicy(
             criterion=criterion or UpdateNorm(),
             rank=rank_policy(rank),
             init=init,
-            targets=patterns(self.model, target_modules),
+            targets=patterns_of(self.model, target_modules),
             **policy,
         )
-        targets = self.policy.find_targets(self.model)
-        self.monitor = UpdateMonitor(self.model, targets, window)
         self.rates = FactorRates(factor_lr)
         self.factor_weight_decay = factor_weight_decay
         self.ramp_updates = ramp_updates
-        self.updates_per_epoch = updates_per_epoch
         self.on_switch = on_switch
-        self.num_updates = 0
-        self.history: list[Measurement] = []
         self.verdict: Verdict | None = None
         self.report: SwitchReport | None = None
         self.switched_at: int | None = None
         self.failures: list[str] = []
-        self._losses: list[Tensor] = []
         self._ramp: Ramp | None = None
         self._homes = home_of_weights(self.model, self.optimizer)
         self._inputs = FirstInputs(model, forward)
         self._checked = False
         self._tells_of([])
         self._check_optimized()
+
+    @property
+    def num_updates(self) -> int:
+        """The updates that were counted."""
+        return self.watch.num_updates
+
+    @property
+    def history(self) -> History:
+        """The measurements of the full phase."""
+        return self.watch.history
 
     @property
     def switched(self) -> bool:
@@ -151,18 +155,16 @@ class LowRankSwitch:
 
         ``loss`` is that of the update. It is read at the end of a window.
         """
-        self.num_updates += 1
         if self.switched:
+            self.watch.num_updates += 1
             return False
         if not self._checked:
             self._check_targets()
-        self._losses.append(torch.as_tensor(loss).detach())
-        if not self.monitor.due(self.num_updates):
+        if not self.watch.measured(loss):
             return False
-        self._measure()
         fired = self._consider()
         if not fired:
-            self.monitor.start_window(self.num_updates)
+            self.watch.monitor.start_window(self.num_updates)
         return fired
 
     def print_trainable_parameters(self) -> None:
@@ -175,14 +177,8 @@ class LowRankSwitch:
         )
 
     def log_dict(self) -> dict[str, float]:
-        """Return numbers of the last measurement for any logger, by name."""
-        if not self.history:
-            return {}
-        last = self.history[-1]
-        found = {"switch/switched": float(self.switched), "train/window_loss": last.train_loss}
-        for name, stats in last.layers.items():
-            found[f"update_norm/{name}"] = stats.relative_update_norm
-            found[f"update_stable_rank/{name}"] = stats.update_stable_rank
+        """Return the numbers of the last measurement for any logger, by name."""
+        found = {"switch/switched": float(self.switched), **self.watch.log_dict()}
         if self.verdict is not None:
             found |= {f"margin/{name}": margin for name, margin in self.verdict.margins.items()}
         return found
@@ -200,11 +196,8 @@ class LowRankSwitch:
         """Return what ``load_state_dict`` needs, as plain types and tensors."""
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         return {
-            "num_updates": self.num_updates,
+            **self.watch.state_dict(),
             "switched_at": self.switched_at,
-            "history": [asdict(measured) for measured in self.history],
-            "losses": [float(loss) for loss in self._losses],
-            "monitor": self.monitor.state_dict(),
             "layout": adapter_layout(self.model),
             "trained": trained,
             "ramp": self._ramp.done if self._ramp else 0,
@@ -216,12 +209,9 @@ class LowRankSwitch:
         If the model had switched, adapters of its shapes are put in, the optimizer gets their
         groups, and the schedulers are told.
         """
-        self.num_updates = state["num_updates"]
         self.switched_at = state["switched_at"]
-        self.history = [_measurement(measured) for measured in state["history"]]
-        self._losses = [torch.tensor(loss) for loss in state["losses"]]
-        if self.switched_at is None:
-            self.monitor.load_state_dict(state["monitor"])
+        self.watch.load_state_dict(state, still_measures=not self.switched)
+        if not self.switched:
             return
         inject_empty(self.model, state["layout"])
         train_only(self.model, state["trained"], self.policy.train_factors)
@@ -236,16 +226,9 @@ class LowRankSwitch:
         """Refuse targets on which an adapter would do something else than its weight."""
         self._checked = True
         try:
-            check_adapters_work(self.model, self.monitor.targets.values(), self._inputs)
+            check_adapters_work(self.model, self.watch.monitor.targets.values(), self._inputs)
         except ValueError as error:
             raise ValueError(str(error).replace("switch.targets", "target_modules")) from error
-
-    def _measure(self) -> None:
-        for loss in torch.stack([each.cpu().double() for each in self._losses]).tolist():
-            self.monitor.observe(loss)
-        self._losses.clear()
-        epoch = self.num_updates / self.updates_per_epoch if self.updates_per_epoch else math.nan
-        self.history.append(self.monitor.measure(self.num_updates, epoch))
 
     def _consider(self) -> bool:
         self.verdict = self.policy.decide(self.history)
@@ -270,13 +253,13 @@ class LowRankSwitch:
             return Held(model, plan.shadow(self.optimizer))
 
         held = Held(self.model, self.optimizer)
-        scene = Scene(held, self.policy, self.monitor, None, rebuild, self._inputs)
+        scene = Scene(held, self.policy, self.watch.monitor, None, rebuild, self._inputs)
         new, report = switch(scene, self.history)
         plans[-1].commit(self.optimizer, new.optimizer.state)
         _finish(tells, self.model, self.optimizer)
         self._ramp = Ramp(self.optimizer, self.ramp_updates)
         self._inputs.remove()
-        self.monitor.references.clear()
+        self.watch.monitor.references.clear()
         self.report, self.switched_at = report, self.num_updates
         if self.on_switch is not None:
             self.on_switch(report)
@@ -293,7 +276,7 @@ class LowRankSwitch:
 
     def _check_optimized(self) -> None:
         """Refuse targets that the optimizer does not train."""
-        modules = {target.module for target in self.monitor.targets.values()}
+        modules = {target.module for target in self.watch.monitor.targets.values()}
         missing = sorted(modules - set(self._homes))
         if missing:
             raise ValueError(
@@ -303,18 +286,6 @@ class LowRankSwitch:
             )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the plain model; ValueError for a wrapper that must be made anew after the switch."""
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "LowRankSwitch got a model in DistributedDataParallel, which keeps buckets for the "
-            "parameters that train when it is made: give it the module inside (model.module), and "
-            "wrap that again where step() returns True"
-        )
-    inner = getattr(model, "_orig_mod", model)
-    return unwrapped(inner) if inner is not model else model
-
-
 def rank_policy(rank: int | float | RankPolicy) -> RankPolicy:
     """Return a policy for a rank, for a share of all parameters, or the policy that it is."""
     if isinstance(rank, float):
@@ -322,21 +293,8 @@ def rank_policy(rank: int | float | RankPolicy) -> RankPolicy:
     return Fixed(rank) if isinstance(rank, int) else rank
 
 
-def patterns(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
-    """Return regular expressions for the ends of the names of the targets."""
-    if target_modules != ALL_LINEAR:
-        return [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [re.escape(name) for name in names[:-1]]
-
-
 def _finish(tells: Iterable[Tell], model: nn.Module, optimizer: Optimizer) -> None:
     for tell in tells:
         tell()
     follow(model, optimizer)
     torch.compiler.reset()
-
-
-def _measurement(plain: Mapping[str, Any]) -> Measurement:
-    layers = {name: LayerStats(**stats) for name, stats in plain["layers"].items()}
-    return Measurement(**{**plain, "layers": layers})

@@ -1,0 +1,134 @@
+"""Measure how the weights of a model move, in a loop of one's own."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from switchlora.adapters import DEFAULT_TARGETS, find_targets
+from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
+
+ALL_LINEAR = "all-linear"
+
+
+class History(list[Measurement]):
+    """The measurements so far, the last one at the end."""
+
+    def to_pandas(self) -> Any:
+        """Return a ``pandas.DataFrame`` with one row per measurement and target."""
+        from pandas import DataFrame
+
+        rows = []
+        for measured in self:
+            window = {name: getattr(measured, name) for name in ("num_updates", "train_loss")}
+            for target, stats in measured.layers.items():
+                norm = stats.relative_update_norm
+                rows.append({**window, "target": target, "relative_update_norm": norm})
+                rows[-1].update(asdict(stats))
+        return DataFrame(rows)
+
+
+class WeightUpdateMonitor:
+    """Measures every ``window`` updates how far the weights of linears moved. It never switches.
+
+    ``target_modules`` are regular expressions for the ends of the names of linears, or
+    'all-linear': all but the last one. Their copies at the start of a window are on the CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: str | Sequence[str] = DEFAULT_TARGETS,
+        window: int = 100,
+        updates_per_epoch: int | None = None,
+        split_qkv: bool = False,
+    ) -> None:
+        self.model = unwrapped(model)
+        patterns = patterns_of(self.model, target_modules)
+        targets = find_targets(self.model, patterns, split_qkv)
+        self.monitor = UpdateMonitor(self.model, targets, window)
+        self.updates_per_epoch = updates_per_epoch
+        self.num_updates = 0
+        self.history = History()
+        self._losses: list[Tensor] = []
+
+    def step(self, loss: Tensor | float = math.nan) -> dict[str, float]:
+        """Count one update. Return the numbers of a measurement at a window's end, else nothing.
+
+        ``loss`` is that of the update. It is read at the end of a window.
+        """
+        if not self.measured(loss):
+            return {}
+        self.monitor.start_window(self.num_updates)
+        return self.log_dict()
+
+    def measured(self, loss: Tensor | float) -> bool:
+        """Count one update, and measure at the end of a window. The caller starts the next one."""
+        self.num_updates += 1
+        self._losses.append(torch.as_tensor(loss).detach())
+        if not self.monitor.due(self.num_updates):
+            return False
+        for each in torch.stack([loss.cpu().double() for loss in self._losses]).tolist():
+            self.monitor.observe(each)
+        self._losses.clear()
+        epoch = self.num_updates / self.updates_per_epoch if self.updates_per_epoch else math.nan
+        self.history.append(self.monitor.measure(self.num_updates, epoch))
+        return True
+
+    def log_dict(self) -> dict[str, float]:
+        """Return the numbers of the last measurement for any logger, by name."""
+        if not self.history:
+            return {}
+        last = self.history[-1]
+        found = {"train/window_loss": last.train_loss}
+        for name, stats in last.layers.items():
+            found[f"update_norm/{name}"] = stats.relative_update_norm
+            found[f"update_stable_rank/{name}"] = stats.update_stable_rank
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``load_state_dict`` needs, as plain types and tensors."""
+        return {
+            "num_updates": self.num_updates,
+            "history": [asdict(measured) for measured in self.history],
+            "losses": [float(loss) for loss in self._losses],
+            "monitor": self.monitor.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], still_measures: bool = True) -> None:
+        """Go on where ``state_dict`` was taken, with the window too if it ``still_measures``."""
+        self.num_updates = state["num_updates"]
+        self.history = History(_measurement(measured) for measured in state["history"])
+        self._losses = [torch.tensor(loss) for loss in state["losses"]]
+        if still_measures:
+            self.monitor.load_state_dict(state["monitor"])
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the plain model; ValueError for a wrapper that must be made anew after the switch."""
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "the model is in DistributedDataParallel, which keeps buckets for the parameters that "
+            "train when it is made: give the module inside (model.module), and wrap that again "
+            "where step() returns True"
+        )
+    inner = getattr(model, "_orig_mod", model)
+    return unwrapped(inner) if inner is not model else model
+
+
+def patterns_of(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    """Return regular expressions for the ends of the names of the targets."""
+    if target_modules != ALL_LINEAR:
+        return [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [re.escape(name) for name in names[:-1]]
+
+
+def _measurement(plain: Mapping[str, Any]) -> Measurement:
+    layers = {name: LayerStats(**stats) for name, stats in plain["layers"].items()}
+    return Measurement(**{**plain, "layers": layers})
