@@ -17,6 +17,7 @@ ROOMS = (
         "run",
         "analysis",
         "sweep",
+        "integrations",
         "loop",
         "switching",
         "storage",
@@ -25,7 +26,7 @@ ROOMS = (
     *("adapters", "data", "models", "process", "config", "names", "errors"),
 )
 """from the top to the ground: a room imports what stands below it"""
-OPEN = ("analysis", "bench")
+OPEN = ("analysis", "bench", "integrations")
 """rooms without a face: each of their files is a command, and imports more than the others need"""
 
 

@@ -106,7 +106,7 @@ class LowRankSwitch:
             *(model, target_modules, window, updates_per_epoch), policy.get("split_qkv", False)
         )
         self.model = self.watch.model
-        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
+        self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
         self.schedulers = list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
         self.policy = SwitchPolicy(
             criterion=criterion or UpdateNorm(),

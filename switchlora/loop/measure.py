@@ -85,7 +85,9 @@ class WeightUpdateMonitor:
         if not self.history:
             return {}
         last = self.history[-1]
-        found = {"train/window_loss": last.train_loss}
+        found = {}
+        if math.isfinite(last.train_loss):  # some loops give none
+            found["train/window_loss"] = last.train_loss
         for name, stats in last.layers.items():
             found[f"update_norm/{name}"] = stats.relative_update_norm
             found[f"update_stable_rank/{name}"] = stats.update_stable_rank
