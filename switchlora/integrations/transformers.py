@@ -13,6 +13,7 @@ from switchlora.loop import LowRankSwitch
 from switchlora.process import distributed
 
 SWITCH = "low_rank_switch.pt"
+OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"
 
 
 class LowRankSwitchCallback(TrainerCallback):
@@ -60,11 +61,17 @@ class LowRankSwitchCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Write the switch's state into the checkpoint, and merged weights after the switch."""
+        """Write the switch's state into the checkpoint, and merged weights after the switch.
+
+        The optimizer's state then goes: it is that of factors, which the weights no longer have.
+        """
         assert self.switch is not None
         folder = _checkpoint(args, state)
         torch.save(self.switch.state_dict(), folder / SWITCH)
-        save_merged(given["model"], folder)
+        if self.switch.switched:
+            save_merged(given["model"], folder)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+                (folder / name).unlink(missing_ok=True)
 
     def _go_on(self, folder: Path) -> None:
         assert self.switch is not None
