@@ -1,11 +1,12 @@
 """Criteria on histories whose answer is known by hand."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
-from conf_yamls import build, build_yaml, composed, names
+from conf_yamls import build, composed, names
 from conftest import history, stats
 from switchlora.criteria import (
     LOSS,
@@ -13,6 +14,7 @@ from switchlora.criteria import (
     AnyOf,
     AtEpoch,
     LossPlateau,
+    PredictedCost,
     PreLoRA,
     PublishedPreLoRA,
     StableRank,
@@ -25,6 +27,11 @@ from switchlora.storage import measurement_of
 CRITERIA = names("switch/criterion")
 
 
+def policys_own(name):
+    """The criterion of a yaml, as a policy has it."""
+    return build(composed(f"switch/criterion={name}").switch).criterion
+
+
 def settled(length=30):
     """Two targets that moved early and have been still since."""
     moves = [0.2] * 4 + [0.01] * (length - 4)
@@ -35,7 +42,7 @@ def settled(length=30):
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_yaml_is_a_pure_function_that_explains_itself(name):
-    criterion = build_yaml("switch/criterion", name)
+    criterion = policys_own(name)
     measured = settled()
     for length in range(len(measured) + 1):
         verdict = criterion(measured[:length])
@@ -46,12 +53,12 @@ def test_every_yaml_is_a_pure_function_that_explains_itself(name):
 
 @pytest.mark.parametrize("name", sorted(set(CRITERIA) - {"at_start"}))
 def test_nothing_measured_never_fires(name):
-    assert not build_yaml("switch/criterion", name)([]).fires
+    assert not policys_own(name)([]).fires
 
 
 @pytest.mark.parametrize("name", sorted(set(CRITERIA) - {"never"}))
 def test_every_yaml_fires_once_everything_is_still(name):
-    assert build_yaml("switch/criterion", name)(settled(60)).fires
+    assert policys_own(name)(settled(60)).fires
 
 
 def test_never_and_at_start():
@@ -203,7 +210,7 @@ READ = ("weight_norm", "update_norm", "weight_stable_rank", "update_stable_rank"
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", sorted(set(BY_NUMBERS) - {"any_of"}))  # one of its is a date
 def test_no_criterion_fires_on_what_is_not_finite(name, value):
-    criterion, measured = build_yaml("switch/criterion", name), settled(60)
+    criterion, measured = policys_own(name), settled(60)
     assert criterion(measured).fires
     lost = with_last(measured, **dict.fromkeys(READ, value), basis_stability=value)
     lost[-1] = dataclasses.replace(lost[-1], train_loss=value)
@@ -224,7 +231,7 @@ def test_no_policy_switches_on_a_measurement_that_is_not_finite(name, key):
 def test_losses_and_norms_of_zero_end_in_a_verdict(name, losses):
     nothing = dataclasses.replace(stats(0.0, 0.0, 0.0, 0.0, 0.0), basis_stability=0.0)
     measured = history({"fc1": [nothing] * 12}, losses=[*losses] * 3)
-    assert build_yaml("switch/criterion", name)(measured).reason
+    assert policys_own(name)(measured).reason
 
 
 def test_a_loss_that_stays_zero_is_a_plateau_and_one_that_falls_below_zero_is_none():
@@ -273,6 +280,39 @@ def test_impossible_settings_are_refused(make):
 
 def test_criteria_hold_no_state():
     for name in CRITERIA:
-        criterion = build_yaml("switch/criterion", name)
+        criterion = policys_own(name)
         if dataclasses.is_dataclass(criterion):
             assert criterion.__dataclass_params__.frozen
+
+
+def falling(*heights):
+    """Norms of two targets around these heights, behind a rise to the peak."""
+    moves = (0.1, 0.2, *(0.2 * height for height in heights))
+    one = [stats(update_norm=u * 1.1) for u in moves]
+    other = [stats(update_norm=u * 0.9) for u in moves]
+    return history({"fc1": one, "fc2": other})
+
+
+def test_the_predicted_cost_falls_with_the_norms_and_with_the_share_that_trains():
+    at_peak = {share: PredictedCost().points(share) for share in (0.05, 0.1, 0.2)}
+    assert at_peak[0.05] == pytest.approx(1.15 * math.log(0.176 / 0.05))
+    assert at_peak[0.05] > at_peak[0.1] > at_peak[0.2] == 0.3
+    verdict = PredictedCost(tolerance=0.3, share=0.1)(falling(0.8, 0.5, 0.4))
+    assert not verdict.fires and "cost 0.33 points at 10% trained" in verdict.reason
+    assert PredictedCost(tolerance=0.34, share=0.1)(falling(0.8, 0.5, 0.4)).fires
+    assert PredictedCost(tolerance=0.3, share=0.1)(falling(0.8, 0.5, 0.4, 0.4)).fires
+    assert not PredictedCost(tolerance=0.3, share=0.05)(falling(0.8, 0.5, 0.4, 0.4)).fires
+
+
+def test_no_cost_is_predicted_low_before_the_peak_is_past():
+    rising = history({"fc1": [stats(update_norm=u) for u in (0.1, 0.2, 0.3, 0.4)]})
+    assert not PredictedCost(tolerance=9.0, share=0.2)(rising).fires
+    assert PredictedCost(tolerance=9.0, share=0.2)(falling(0.9, 0.8)).fires
+
+
+def test_a_policy_gives_the_share_of_its_ranks_to_the_criterion_that_needs_it():
+    words = ("switch/criterion=predicted_cost", "switch.rank.share=0.1")
+    assert build(composed(*words).switch).criterion.share == 0.1
+    none = build(composed("switch/criterion=predicted_cost", "switch/rank=fixed").switch)
+    verdict = none.criterion(falling(0.1, 0.1))
+    assert not verdict.fires and "give the share" in verdict.reason

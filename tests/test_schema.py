@@ -100,7 +100,7 @@ def messages():
 
 
 FIRST_WORDS = {key.split(".")[0] for key in KINDS} | {"adapter"}
-NOT_KEYS = {"resume.py", "words.py", "cli.py", "jobs.py", "config.py"}
+NOT_KEYS = {"resume.py", "words.py", "cli.py", "jobs.py", "config.py", "inputs.py", "measure.py"}
 """files whose messages show command lines or Python"""
 FILES = (".safetensors", ".json", ".jsonl", ".yaml")
 

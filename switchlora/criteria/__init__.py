@@ -16,6 +16,7 @@ from switchlora.criteria.prelora import (
     PreLoRA as PreLoRA,
     PublishedPreLoRA as PublishedPreLoRA,
 )
+from switchlora.criteria.price import NO_SHARE as NO_SHARE, PredictedCost as PredictedCost
 from switchlora.criteria.spectra import (
     BasisStability as BasisStability,
     StableRank as StableRank,

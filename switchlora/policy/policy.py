@@ -1,7 +1,7 @@
 """The switch policy: when to switch, which targets, to which ranks, from which factors."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from switchlora.adapters import (
     made_class,
     scaling_one,
 )
-from switchlora.criteria import SwitchCriterion, Verdict
+from switchlora.criteria import PredictedCost, SwitchCriterion, Verdict
 from switchlora.errors import check_choice, check_patterns, check_range
 from switchlora.initializers import AdapterInit
 from switchlora.monitor import Measurement
@@ -65,6 +65,13 @@ def check_adapter(policy: "SwitchPolicy") -> None:
             "switch/adapter=guided fades its dense weight out in the joint phase: give "
             "switch.joint_epochs"
         )
+
+
+def with_share(criterion: SwitchCriterion, rank: RankPolicy) -> SwitchCriterion:
+    """Return ``criterion``; one that predicts a cost gets the share of the rank policy, if any."""
+    if not isinstance(criterion, PredictedCost) or criterion.share is not None:
+        return criterion
+    return replace(criterion, share=getattr(rank, "share", None))
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,7 @@ class SwitchPolicy:
         if self.least_gain is not None:
             check_range("switch.least_gain", self.least_gain, 0)
         check_adapter(self)
+        object.__setattr__(self, "criterion", with_share(self.criterion, self.rank))
 
     @property
     def keeps_residual(self) -> bool:

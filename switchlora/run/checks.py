@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from switchlora.adapters import FACTORS, adapted_linear
-from switchlora.criteria import AtEpoch, at_start, never
+from switchlora.criteria import NO_SHARE, AtEpoch, PredictedCost, at_start, never
 from switchlora.errors import NothingMeasured
 from switchlora.learner import Recipe, check_goes_with_fsdp
 from switchlora.models import eval_mode
@@ -123,7 +123,9 @@ def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:
 
 
 def check_criterion(policy: SwitchPolicy) -> None:
-    """Raise ValueError for a criterion that stages or a guard cannot work with."""
+    """Raise ValueError for a criterion that ranks, stages or a guard cannot work with."""
+    if isinstance(policy.criterion, PredictedCost) and policy.criterion.share is None:
+        raise ValueError(NO_SHARE)
     plain = (never, at_start)
     if policy.stages and (policy.criterion in plain or isinstance(policy.criterion, WHOLE)):
         raise ValueError(
