@@ -31,6 +31,7 @@ from switchlora.run import (
     save,
     save_or_leave,
     status_at_end,
+    tell_refactoring,
     tell_skipped,
     watch_as_configured,
     window_complete,
@@ -156,6 +157,7 @@ def step_done(run: Run, step: StepOutcome) -> None:
     state.skipped_in_a_row = 0
     average_weights(run)
     log_step(run, step)
+    tell_refactoring(run)
     if not run.ledger.recorded:
         record_memory(run)
         run.ledger.flops[state.phase] = run.sum_flops()
