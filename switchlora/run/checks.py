@@ -131,7 +131,7 @@ def check_refactored_start(
         if not B.any():
             raise ValueError(
                 f"adapter.refactoring.warmup_updates=0 does not go with this {key}, at which "
-                "B = 0: use re_init or balanced, or warmup_updates=100 as published"
+                "B = 0: use re_init or balanced, or adapter.refactoring.warmup_updates=100"
             )
 
 
