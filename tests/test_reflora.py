@@ -35,7 +35,10 @@ from switchlora.learner import (
     balance,
     build_learner,
     factor_balance,
+    load_moments,
+    moments_of,
     precondition,
+    refactored_from,
     refactoring_matrices,
 )
 
@@ -251,6 +254,29 @@ def test_reflora_s_first_balances_when_its_warm_up_is_over():
         balanced.append(ratio == pytest.approx(1, rel=1e-4))
     assert balanced == [False, False, True, True, True, True]
     assert trained.refactored_from == 13
+
+
+def test_a_learner_that_inherits_the_moments_of_another_begins_by_itself():
+    option = "adapter.refactoring.warmup_updates=3"
+    first = learner(adapted(unbalanced), "adapter/refactoring=reflora_s", option, start=10)
+    for number in range(10, 13):
+        first.update(*batch(), LOSS, number)
+    moments = moments_of(first.model, first.optimizer)
+    for start, known in ((10, 13), (13, None)):
+        other = learner(first.model, "adapter/refactoring=reflora_s", option, start=start)
+        load_moments(other.model, other.optimizer, moments)
+        assert refactored_from(other) == known
+
+
+def test_reflora_s_without_a_warm_up_counts_intervals_from_its_start():
+    options = ("adapter.refactoring.warmup_updates=0", "adapter.refactoring.interval=2")
+    trained = learner(adapted(unbalanced), "adapter/refactoring=reflora_s", *options)
+    first, *_ = trained_adapters(trained.model)
+    balanced = []
+    for number in range(4):
+        trained.update(*batch(), LOSS, number)
+        balanced.append(factor_balance([first]).norm_ratio == pytest.approx(1, rel=1e-6))
+    assert balanced == [False, True, False, True]
 
 
 def test_the_balance_of_factors_is_that_of_their_norms_and_of_S():

@@ -23,8 +23,9 @@ from switchlora.learner.moments import rescale_moments
 EPS = 1e-5
 """relative to the largest singular value: a smaller one counts as zero; rounding of float32
 factors turns zeros into singular values of about 1e-7"""
-BEGAN = "refactored_from"
-"""key in the optimizer's state of the first A: the update from which pairs are refactored"""
+BEGAN, LEARNER = "refactored_from", "refactored_by"
+"""keys in the optimizer's state of the first A: the update from which pairs are refactored, and
+the start of the learner that did so, whose moments may outlive it"""
 
 
 class FactorBalance(NamedTuple):
@@ -68,7 +69,7 @@ class Refactoring:
         if learner.refactored_from is None:
             learner.refactored_from = refactored_from(learner)
         if learner.refactored_from is None and self._may_begin(pairs, done):
-            learner.refactored_from = learner.start + done
+            learner.refactored_from = learner.start + (0 if self.at_once else done)
             learner.balance_then = factor_balance(pairs)
         if learner.refactored_from is None:
             return False
@@ -159,9 +160,9 @@ def refactored_from(learner: Learner) -> int | None:
     if learner.refactored_from is not None:
         return learner.refactored_from
     for pair in trained_pairs(learner)[:1]:
-        kept = learner.optimizer.state.get(pair.A, {}).get(BEGAN)
-        if kept is not None and kept >= learner.start:  # an earlier learner's may have survived
-            return int(kept)
+        state = learner.optimizer.state.get(pair.A, {})
+        if state.get(LEARNER) == learner.start:
+            return int(state[BEGAN])
     return None
 
 
@@ -171,7 +172,8 @@ def keep_start(learner: Learner, pairs: Sequence[Adapter]) -> None:
     It is called after a step: an optimizer takes a state that holds anything as complete.
     """
     if learner.refactored_from is not None:
-        learner.optimizer.state[pairs[0].A][BEGAN] = learner.refactored_from
+        kept = {BEGAN: learner.refactored_from, LEARNER: learner.start}
+        learner.optimizer.state[pairs[0].A].update(kept)
 
 
 def drop_moments(pairs: Sequence[Adapter], optimizer: Optimizer) -> None:
