@@ -156,8 +156,8 @@ def step_done(run: Run, step: StepOutcome) -> None:
     state.num_updates += 1
     state.skipped_in_a_row = 0
     average_weights(run)
-    log_step(run, step)
     tell_refactoring(run)
+    log_step(run, step)
     if not run.ledger.recorded:
         record_memory(run)
         run.ledger.flops[state.phase] = run.sum_flops()
