@@ -39,7 +39,7 @@ class UpdateSVD:
     def __call__(self, weight: Tensor, update: Tensor, rank: int) -> Factors:
         """Return the balanced factors; ValueError when nothing has been updated yet."""
         _check_moved(update, "update_svd")
-        return _balanced(update, rank, self.gain)
+        return _balanced_svd(update, rank, self.gain)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class WeightSVD:
 
     def __call__(self, weight: Tensor, update: Tensor, rank: int) -> Factors:
         """Return the balanced factors of ``weight``."""
-        return _balanced(weight, rank, self.gain)
+        return _balanced_svd(weight, rank, self.gain)
 
 
 def update_directions(weight: Tensor, update: Tensor, rank: int) -> Factors:
@@ -76,6 +76,30 @@ def zero_b(weight: Tensor, update: Tensor, rank: int) -> Factors:
     return Factors(A, _zero_B(weight, rank))
 
 
+def re_init(weight: Tensor, update: Tensor, rank: int) -> Factors:
+    """Return A and B Kaiming-uniform: what RefLoRA's code starts from where it has no warm-up.
+
+    By Zhang, Li & Giannakis (arXiv 2505.18877; ``re_init`` in github.com/zhangyilang/RefLoRA). The
+    pair is not balanced: entries of B are below 1/sqrt(r), those of A below 1/sqrt(in).
+    """
+    out_features, _ = weight.shape
+    A = _empty_A(weight, rank)
+    B = torch.empty(out_features, rank, device=weight.device)
+    nn.init.kaiming_uniform_(A, a=5**0.5)
+    nn.init.kaiming_uniform_(B, a=5**0.5)
+    return Factors(A, B)
+
+
+def balanced(weight: Tensor, update: Tensor, rank: int) -> Factors:
+    """Return the product B A of ``re_init`` in two factors of one norm.
+
+    A <- p A and B <- B / p with p^2 = ||B||_F / ||A||_F, the pair of RefLoRA-S (arXiv 2505.18877).
+    """
+    A, B = re_init(weight, update, rank)
+    p = (B.norm() / A.norm()).sqrt()
+    return Factors(p * A, B / p)
+
+
 def orthogonal(weight: Tensor, update: Tensor, rank: int) -> Factors:
     """Return A with random orthogonal rows of norm sqrt(1/3), and B = 0."""
     A = _empty_A(weight, rank)
@@ -88,7 +112,7 @@ def empty_factors(weight: Tensor) -> Factors:
     return Factors(_empty_A(weight, 0), _zero_B(weight, 0))
 
 
-def _balanced(matrix: Tensor, rank: int, gain: float) -> Factors:
+def _balanced_svd(matrix: Tensor, rank: int, gain: float) -> Factors:
     U, S, Vh = truncated_svd(matrix, rank)
     root = gain * S.sqrt()
     A = root[:, None] * Vh

@@ -31,6 +31,7 @@ from switchlora.run import (
     save,
     save_or_leave,
     status_at_end,
+    tell_refactoring,
     tell_skipped,
     watch_as_configured,
     window_complete,
@@ -155,6 +156,7 @@ def step_done(run: Run, step: StepOutcome) -> None:
     state.num_updates += 1
     state.skipped_in_a_row = 0
     average_weights(run)
+    tell_refactoring(run)
     log_step(run, step)
     if not run.ledger.recorded:
         record_memory(run)

@@ -8,7 +8,7 @@ from conf_yamls import build_yaml, names
 from conftest import tiny_vit
 from switchlora.adapters import alpha_over_rank, find_targets, inject, scaling_one
 from switchlora.errors import NothingMeasured
-from switchlora.initializers import UpdateSVD, WeightSVD
+from switchlora.initializers import UpdateSVD, WeightSVD, balanced, re_init
 
 INITS = names("switch/init")
 PATTERNS = [r"attn\.qkv", r"attn\.proj", r"mlp\.fc1", r"mlp\.fc2"]
@@ -80,6 +80,26 @@ def test_weight_svd_ignores_the_update():
     weight, update = moved((32, 64))
     first, second = WeightSVD()(weight, update, 4), WeightSVD()(weight, 0 * update, 4)
     assert torch.equal(first.A, second.A)
+
+
+def test_re_init_draws_both_factors_as_torch_draws_the_weight_of_a_linear():
+    weight, update = moved((96, 400))
+    A, B = re_init(weight, update, 25)
+    for factor, inputs in ((A, 400), (B, 25)):
+        assert 0.9 < factor.abs().max() * inputs**0.5 <= 1
+        assert factor.std() * (3 * inputs) ** 0.5 == pytest.approx(1, rel=0.1)
+
+
+def test_a_balanced_start_is_the_product_of_re_init_in_factors_of_one_norm():
+    weight, update = moved((96, 64))
+    starts = []
+    for init in (re_init, balanced):
+        torch.manual_seed(3)
+        starts.append(init(weight, update, 4))
+    (A, B), (even_A, even_B) = starts
+    assert torch.allclose(even_B @ even_A, B @ A, atol=1e-6)
+    assert even_A.norm().item() == pytest.approx(even_B.norm().item(), rel=1e-5)
+    assert B.norm() > 3 * A.norm()
 
 
 @pytest.mark.parametrize("init", ["update_svd", "update_directions"])

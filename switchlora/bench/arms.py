@@ -44,7 +44,7 @@ LEANER = {"adapter-gelu": "gelu", "adapter-B-blocks": "blocks"}
 """what these arms recompute in the backward pass (activation checkpointing); on demand only"""
 REFACTORED: dict[str, Callable[[Learner], None]] = {
     "adapter-reflora": RefLoRA(warmup_updates=0),
-    "adapter-reflora_s": RefLoRAS(),
+    "adapter-reflora_s": RefLoRAS(warmup_updates=0),
 }
 ON_DEMAND = (*LEANER, *REFACTORED)
 RESIDUAL_DTYPES = {"none": None, "bf16": torch.bfloat16}

@@ -41,11 +41,17 @@ from switchlora.learner.recipe import (
     parameter_groups as parameter_groups,
 )
 from switchlora.learner.reflora import (
+    FactorBalance as FactorBalance,
+    Refactoring as Refactoring,
     RefLoRA as RefLoRA,
     RefLoRAS as RefLoRAS,
     balance as balance,
+    factor_balance as factor_balance,
+    norm_ratios as norm_ratios,
     precondition as precondition,
+    refactored_from as refactored_from,
     refactoring_matrices as refactoring_matrices,
+    trained_pairs as trained_pairs,
 )
 from switchlora.learner.sharding import (
     is_sharded as is_sharded,

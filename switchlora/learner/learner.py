@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -26,6 +26,9 @@ from switchlora.learner.counters import FlopCounter, SavedTensors
 from switchlora.learner.recipe import Recipe, autocast, build_optimizer, check_goes_with_fsdp
 from switchlora.learner.sharding import gathered, is_sharded, shard, skeleton
 from switchlora.process import full, total, world_size
+
+if TYPE_CHECKING:
+    from switchlora.learner.reflora import FactorBalance
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -78,6 +81,10 @@ class Learner:
     flops: int | None = None
     """FLOPs of this rank's first update, counting products and attention; None before that, and
     with torch.compile"""
+    refactored_from: int | None = None
+    """update from which pairs of factors are refactored; None before that"""
+    balance_then: "FactorBalance | None" = None
+    """how balanced the pairs were before that update, until it is told"""
 
     def update(
         self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module, num_updates: int
@@ -136,6 +143,11 @@ class Learner:
         for group in groups:
             group["lr"] *= ramp * self.recipe.lr_scale
         return groups[0]["lr"] / groups[0]["lr_scale"]
+
+    @property
+    def num_updates(self) -> int:
+        """Number of updates of the run before the present one."""
+        return self.start + self.since
 
     def decay(self, lr: float) -> float:
         """Return lr * weight decay of one update; 0 if the optimizer's decay is not decoupled."""

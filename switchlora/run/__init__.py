@@ -25,7 +25,10 @@ from switchlora.run.saving import (
 )
 from switchlora.run.snapshot import restore as restore, state_of as state_of
 from switchlora.run.state import Phase as Phase
-from switchlora.run.tell import tell_skipped as tell_skipped
+from switchlora.run.tell import (
+    tell_refactoring as tell_refactoring,
+    tell_skipped as tell_skipped,
+)
 from switchlora.run.transitions import watch_as_configured as watch_as_configured
 from switchlora.run.windows import (
     consider_switch as consider_switch,

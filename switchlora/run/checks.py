@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from switchlora.adapters import FACTORS, adapted_linear
 from switchlora.criteria import NO_SHARE, AtEpoch, PredictedCost, at_start, never
 from switchlora.errors import NothingMeasured
-from switchlora.learner import Recipe, check_goes_with_fsdp
+from switchlora.learner import Recipe, Refactoring, check_goes_with_fsdp
 from switchlora.models import eval_mode
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
@@ -105,6 +105,34 @@ def check_recipes(
             f"adapter.refactoring.warmup_updates={waits} is no shorter than a cycle of "
             "switch.restart, so that refactoring would never begin: shorten it"
         )
+
+
+@torch.no_grad()
+def check_refactored_start(
+    recipe: Recipe, policy: SwitchPolicy, model: nn.Module, monitor: UpdateMonitor
+) -> None:
+    """Raise ValueError when refactoring would begin at once beside B = 0.
+
+    The starts of the switch and of restarts are tried on one target and an invented update. A
+    refactoring of one zero factor has no answer; one update later the other factor would shrink to
+    the size of that update.
+    """
+    refactoring = recipe.refactoring
+    begins_at_once = isinstance(refactoring, Refactoring) and refactoring.at_once
+    if policy.criterion is never or not begins_at_once:
+        return
+    restart = policy.restart
+    starts = {"switch/init": policy.init}
+    if restart is not None and restart.init is not None:
+        starts["switch.restart.init"] = restart.init
+    weight = next(iter(monitor.targets.values())).weight(model)
+    for key, init in starts.items():
+        _, B = init(weight, torch.randn_like(weight), 1)
+        if not B.any():
+            raise ValueError(
+                f"adapter.refactoring.warmup_updates=0 does not go with this {key}, at which "
+                "B = 0: use re_init or balanced, or adapter.refactoring.warmup_updates=100"
+            )
 
 
 def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:

@@ -7,11 +7,13 @@ from torch import nn
 
 from switchlora.adapters import adapted_modules
 from switchlora.data import Data
+from switchlora.learner import Refactoring, factor_balance, refactored_from, trained_pairs
 from switchlora.process import is_primary, one_line, together
 from switchlora.run.memory import memory_lines
 from switchlora.run.messages import (
     export_lines,
     final_table,
+    never_refactored_line,
     never_switched_lines,
     not_finite_lines,
 )
@@ -186,6 +188,7 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
         if state.taken_back:
             lines.append(f"The switch was taken back {state.taken_back} time(s)")
         lines += never_switched_lines(state.verdict, len(state.history), state.failed_switches)
+    lines += refactoring_missed(run)
     if run.skipped:
         lines.append(f"{len(run.skipped)} image(s) could not be read and were skipped")
     if test is not None:
@@ -204,3 +207,12 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
         status = f"not as configured, trained in full to the end, {status}"
     lines.append(f"{status}; everything is in {folder}: {', '.join(names)}")
     return lines
+
+
+def refactoring_missed(run: Run) -> list[str]:
+    """Return a line if the run asked for a refactoring of its factors that has not begun."""
+    pairs = trained_pairs(run.learner)
+    asked = isinstance(run.learner.recipe.refactoring, Refactoring)
+    if not asked or not pairs or refactored_from(run.learner) is not None:
+        return []
+    return [never_refactored_line(factor_balance(pairs))]

@@ -7,12 +7,15 @@ from statistics import median
 from typing import Any
 
 from switchlora.criteria import LOSS, Verdict
+from switchlora.learner import FactorBalance
 from switchlora.monitor import Measurement
 from switchlora.names import family
 from switchlora.switching import Outcome, SwitchReport
 
 SHOWN_HOLDING_BACK = 3
 EXPECTED_DRIFT = 1e-5
+BALANCED_ENOUGH = 0.3
+"""||B|| / ||A|| at which refactoring begins without a warning; published runs begin at 0.5 to 3"""
 WITHOUT_RATIO = ("updates", "last val top1, %")
 LATER_PHASES = ("adapter", "staged", "joint")
 MEMORY_PARTS = {
@@ -150,6 +153,33 @@ def rank_rows(ranks: Mapping[str, int]) -> list[str]:
             families.setdefault(family(name), []).append(str(rank))
     width = max(map(len, families), default=0)
     return [f"{name:<{width}}  {' '.join(found)}" for name, found in families.items()]
+
+
+def balance_metrics(found: FactorBalance) -> dict[str, float]:
+    """Return the keys and values that say how balanced the factors are."""
+    return {"factors/norm_ratio": found.norm_ratio, "factors/spread": found.spread}
+
+
+def refactoring_lines(num_updates: int, found: FactorBalance) -> list[str]:
+    """Return lines that say how balanced the factors were when their refactoring began."""
+    lines = [
+        f"refactoring begins at update {num_updates}: median |B|/|A| {found.norm_ratio:.2g}, "
+        f"spread of S {found.spread:.2g}"
+    ]
+    if found.norm_ratio < BALANCED_ENOUGH:
+        lines.append(
+            "  warning: B is so much smaller than A that refactoring can slow it down: raise "
+            "adapter.refactoring.warmup_updates, or give adapter.refactoring.start_balance=0.5"
+        )
+    return lines
+
+
+def never_refactored_line(found: FactorBalance) -> str:
+    """Return a line about a run that ends before its refactoring began."""
+    return (
+        f"refactoring never began: median |B|/|A| is {found.norm_ratio:.2g} at the end; lower "
+        "adapter.refactoring.warmup_updates or start_balance, or make the run longer"
+    )
 
 
 def never_switched_lines(

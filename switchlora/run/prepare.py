@@ -21,7 +21,13 @@ from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed, known_keys
 from switchlora.run.agreement import agree_on_data
-from switchlora.run.checks import check_config, check_outputs, check_recipes, rehearse_switch
+from switchlora.run.checks import (
+    check_config,
+    check_outputs,
+    check_recipes,
+    check_refactored_start,
+    rehearse_switch,
+)
 from switchlora.run.lengths import Length, doubts
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import check_state, restore, restore_parts
@@ -139,6 +145,7 @@ def check(parts: Parts, monitor: UpdateMonitor) -> None:
     check_adapters_work(model, monitor.targets.values(), images)
     rehearse_switch(model, policy, monitor, parts.config.system.parallel)
     check_recipes(parts.recipes, policy, len(parts.data.train), parts.sharded)
+    check_refactored_start(parts.recipes[Phase.ADAPTER], policy, model, monitor)
 
 
 def begin(

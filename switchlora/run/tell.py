@@ -5,8 +5,10 @@ from switchlora.monitor import Measurement
 from switchlora.policy import extrapolate
 from switchlora.process import distributed
 from switchlora.run.messages import (
+    balance_metrics,
     change_line,
     measurement_line,
+    refactoring_lines,
     speedup_lines,
     switch_lines,
     switch_metrics,
@@ -35,6 +37,17 @@ def tell_measurement(run: Run, measurement: Measurement, verdict: Verdict) -> No
     metrics = measurement_metrics(measurement, verdict)
     run.log.event("measure", measurement.num_updates, measurement.epoch, **metrics)
     run.log.line(measurement_line(measurement, verdict))
+
+
+def tell_refactoring(run: Run) -> None:
+    """Say how balanced the factors were when their refactoring began, if it just has."""
+    learner = run.learner
+    found, learner.balance_then = learner.balance_then, None
+    if found is None or learner.refactored_from is None:
+        return
+    for line in refactoring_lines(learner.refactored_from, found):
+        run.log.line(line)
+    run.log.event("refactoring", learner.refactored_from, run.epoch, **balance_metrics(found))
 
 
 def tell_skipped(run: Run) -> None:

@@ -11,9 +11,11 @@ What each change does is in ``transitions``, and what is told of it in ``tell``.
 from functools import partial
 
 from switchlora.adapters import cosine_mix, set_mix
+from switchlora.learner import factor_balance, trained_pairs
 from switchlora.monitor import Measurement
 from switchlora.policy import Loss
 from switchlora.process import distributed
+from switchlora.run.messages import balance_metrics
 from switchlora.run.run import Run
 from switchlora.run.saving import save, save_elsewhere
 from switchlora.run.state import Phase
@@ -67,11 +69,20 @@ def end_window(run: Run) -> None:
         consider_switch(run)
         return
     with run.stopwatch.paused():
-        run.log.event("window", measured.num_updates, measured.epoch, **window_metrics(measured))
+        metrics = window_metrics(measured) | refactoring_metrics(run)
+        run.log.event("window", measured.num_updates, measured.epoch, **metrics)
         restarts = state.phase is Phase.ADAPTER and run.policy.restart is not None
         if restarts and goes_on(run) and not given_up(state):
             tell(run, restart_adapter(run))
         run.monitor.start_window(state.num_updates)
+
+
+def refactoring_metrics(run: Run) -> dict[str, float]:
+    """Return how balanced the factors are, if the present recipe refactors them."""
+    pairs = trained_pairs(run.learner)
+    if run.learner.recipe.refactoring is None or not pairs:
+        return {}
+    return balance_metrics(factor_balance(pairs))
 
 
 def goes_on(run: Run) -> bool:
