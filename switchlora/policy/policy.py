@@ -35,7 +35,7 @@ def check_adapter(policy: "SwitchPolicy") -> None:
 
     - Adapters beside a residual weight (LoRA) have no use for ``least_gain``.
     - Adapters that replace their weight have no use for options that need a residual weight, such
-      as ``restart`` or ``split_qkv``.
+      as ``restart``. Their row slices switch together, and none is frozen alone.
     - Guided adapters also need a joint phase.
     """
     if policy.keeps_residual:
@@ -46,11 +46,16 @@ def check_adapter(policy: "SwitchPolicy") -> None:
             )
         return
     kind = made_class(policy.adapter).kind
+    if policy.split_qkv and policy.stages:
+        raise ValueError(
+            f"switch/adapter={kind} keeps no residual weight, so q, k and v of a fused qkv switch "
+            "together: leave out switch.split_qkv or switch.stages"
+        )
     refused = {
         "joint_epochs": policy.joint_epochs and kind != "guided",
         "stages": policy.stages and kind == "guided",
         "restart": policy.restart,
-        "split_qkv": policy.split_qkv,
+        "split_qkv": policy.split_qkv and kind == "guided",
         "residual_dtype": policy.residual_dtype,
         "guard.act=ranks": policy.guard and policy.guard.act == "ranks",
     }

@@ -101,13 +101,15 @@ class Restart:
     - 'magnitude': the share ``pruned`` of smallest magnitude.
     - 'zero': all of them.
 
-    ``adapter.rewarmup_updates`` ramps the learning rate after each restart: the jagged cosine.
+    The learning rate rises again over ``rewarmup_updates`` after each restart: the jagged cosine.
+    None: over as many as after the switch, ``adapter.rewarmup_updates``.
     """
 
     every_epochs: float = 2.0
     init: AdapterInit | None = None
     prune: str = "random"
     pruned: float = 0.999
+    rewarmup_updates: int | None = None
 
     def __post_init__(self) -> None:
         if not self.every_epochs > 0:
@@ -116,3 +118,5 @@ class Restart:
             )
         check_choice("switch.restart.prune", self.prune, ("random", "magnitude", "zero"))
         check_share("switch.restart.pruned", self.pruned)
+        if self.rewarmup_updates is not None:
+            check_range("switch.restart.rewarmup_updates", self.rewarmup_updates, 0)

@@ -98,7 +98,9 @@ NAMES = list_of(NAME, "a list of names")
 NUMBERS = list_of(number(), "a list of numbers, one a channel", least=1)
 SPREADS = list_of(POSITIVE, "a list of numbers above 0, one a channel", least=1)
 SIZES = or_list(whole(1))
-PAIRS = list_of(list_of(number(0), "", length=2), "a list of pairs [targets left, factor]")
+PAIRS = list_of(
+    list_of(number(0), "", length=2), "a list of pairs [share of the targets left, factor]"
+)
 SECTIONS_LISTED = list_of(OPTIONS, "a list of criteria", least=1)
 SIGNALS = ("grad_norm", "weight_norm", "update_norm")
 COMPILE = Kind(
@@ -279,6 +281,7 @@ KINDS: dict[str, Kind] = {
     "switch.stages.least": whole(1),
     "switch.stages.still": or_null(number()),
     "switch.restart.every_epochs": POSITIVE,
+    "switch.restart.rewarmup_updates": or_null(whole(0)),
     "switch.restart.prune": one_of("random", "magnitude", "zero"),
     "switch.restart.pruned": SHARE,
     "switch.guard.tolerance": number(0),

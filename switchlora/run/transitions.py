@@ -141,7 +141,7 @@ def freeze_weights(run: Run) -> Change:
     state = run.state
     assert state.switch_report is not None
     ranks = state.switch_report.ranks
-    set_mix(run.model, 0.0, state.num_updates)
+    set_mix(run.model, 0.0)
     figures = run.phase_summary()
     expected = predicted_update(run)
     scene = run.scene(run.recipe_of(Phase.ADAPTER))
