@@ -141,7 +141,7 @@ def test_draws_differ_between_layers_and_micro_batches_and_repeat_for_an_update(
 
 
 def skips(module, micro_batches, *wanted):
-    """The first update in which the layer leaves W x out in as many micro-batches as ``wanted``."""
+    """The first update that leaves W x out in as many of its micro-batches as ``wanted`` has."""
     for num_updates in range(1000):
         for number in range(micro_batches):
             draw_dense([module], num_updates, number)

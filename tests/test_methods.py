@@ -37,4 +37,4 @@ def test_lora_divides_alpha_by_the_rank_and_rslora_by_its_root():
 
 def test_a_job_is_named_after_its_method():
     assert readable("+method=lora_plus") == "lora_plus"
-    assert readable("+experiments=pretrained") == ""
+    assert readable("experiments=pretrained") == ""

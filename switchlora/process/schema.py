@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from switchlora.config import as_plain, folder_of
 from switchlora.errors import check_patterns, is_number
 from switchlora.process.exits import exit_with_one_line
+from switchlora.process.prescribed import tell_overruled
 from switchlora.process.words import MEANT, choices_of, known_keys, near_keys
 
 Config = Mapping[str, Any]
@@ -482,7 +483,9 @@ class CheckFirst(Callback):
         """Leave with one line for a configuration that no run can have."""
         try:
             names = [str(name) for name in config if name != "hydra"]
-            check_values(as_plain(OmegaConf.masked_copy(config, names)))
+            settings = OmegaConf.masked_copy(config, names)
+            tell_overruled(settings, config.hydra)
+            check_values(as_plain(settings))
             folder = Path(config.hydra.run.dir).absolute()
         except Exception as error:
             exit_with_one_line(error)
