@@ -1,5 +1,11 @@
 """Choose target modules, put adapters on them, and choose the parameters that train."""
 
+from switchlora.adapters.core import (
+    CoreLinear as CoreLinear,
+    core_linear as core_linear,
+    core_modules as core_modules,
+    kept_values as kept_values,
+)
 from switchlora.adapters.effect import check_adapters_work as check_adapters_work
 from switchlora.adapters.factorized import (
     KINDS as KINDS,

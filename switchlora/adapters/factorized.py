@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from switchlora.adapters.core import CoreLinear, core_linear
 from switchlora.adapters.linear import (
     AdaptedLinear,
     LoRALinear,
@@ -264,6 +265,7 @@ KINDS: dict[str, Callable[..., AdaptedLinear]] = {
     AdaptedLinear.kind: adapted_linear,
     LowRankLinear.kind: factorized_linear,
     GuidedLinear.kind: guided_linear,
+    CoreLinear.kind: core_linear,
 }
 """the factory of each kind, by its name in saved layouts"""
 

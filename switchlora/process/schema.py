@@ -283,6 +283,8 @@ KINDS: dict[str, Kind] = {
     "switch.stages.still": or_null(number()),
     "switch.restart.every_epochs": POSITIVE,
     "switch.restart.rewarmup_updates": or_null(whole(0)),
+    "switch.restart.cutoff": SHARE,
+    "switch.restart.step": SHARE,
     "switch.restart.prune": one_of("random", "magnitude", "zero"),
     "switch.restart.pruned": SHARE,
     "switch.guard.tolerance": number(0),
