@@ -88,7 +88,8 @@ def test_the_nth_refresh_takes_n_tenths_of_the_layers_from_the_last():
 
 
 def test_at_full_rank_every_target_switches_without_drift_and_trains_its_core_alone():
-    trial = Trial(*CORE)
+    trial = Trial()
+    trial.policy = build(composed(*CORE).switch)
     report = trial.switch()
     assert report.drift < 1e-4 and not report.left_full
     before = {n: p.detach().clone() for n, p in trial.model.named_parameters()}
@@ -103,7 +104,7 @@ def stop(images):
     return images
 
 
-def test_a_run_cuts_last_layers_first_and_goes_on_after_stops_on_any_device(tmp_path, at_update):
+def test_a_run_cuts_last_layers_first_and_goes_on_after_stops(tmp_path, at_update):
     whole = make_run(tmp_path / "whole", *OIALR)
     switch, first, *later = whole["transitions"]
     assert switch["num_updates"] == 5 and first["num_updates"] == 10 and len(later) == 3
@@ -113,7 +114,7 @@ def test_a_run_cuts_last_layers_first_and_goes_on_after_stops_on_any_device(tmp_
     last = later[-1]["ranks"]
     assert any(last[name] < switch["ranks"][name] for name in names[:4])
     assert first["moments_carried"] > 0 and first["trainable_after"] < first["trainable_before"]
-    for update in (5, 13, 15):
+    for update in (5, 13):
         at_update(update, stop)
         with pytest.raises(Interrupted):
             make_run(tmp_path / "stopped", *OIALR, "resume=auto")
@@ -122,9 +123,14 @@ def test_a_run_cuts_last_layers_first_and_goes_on_after_stops_on_any_device(tmp_
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     model = load_model(find_all(tmp_path / "whole")[0])
     assert isinstance(model.blocks[1].mlp.fc2, CoreLinear)
+
+
+def test_on_another_device_it_is_the_run_on_the_cpu(tmp_path):
+    words = (*OIALR, "full.precision=fp32", "max_updates=12", "ema=null")
+    make_run(tmp_path / "here", *words)
     with on_pretended():
-        make_run(tmp_path / "there", f"system.device={DEVICE}", *OIALR)
-    found = differences(tmp_path / "there", tmp_path / "whole")
+        make_run(tmp_path / "there", f"system.device={DEVICE}", *words)
+    found = differences(tmp_path / "there", tmp_path / "here")
     assert not [line for line in found if "memory" not in line]
 
 
