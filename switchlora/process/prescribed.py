@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.conf import HydraConf
 from omegaconf import DictConfig, OmegaConf
 
 from switchlora.config import leaves
@@ -22,14 +23,14 @@ the schedule, belongs to the experiment"""
 OVERRIDE = "override /"
 
 
-def tell_overruled(config: DictConfig, hydra: DictConfig) -> None:
+def tell_overruled(config: DictConfig, hydra: HydraConf | DictConfig) -> None:
     """Say what the method sets in place of the experiment; ValueError for what neither may."""
     for line in overruled(config, hydra):
         if distributed.is_primary():
             say(line)
 
 
-def overruled(config: DictConfig, hydra: DictConfig) -> list[str]:
+def overruled(config: DictConfig, hydra: HydraConf | DictConfig) -> list[str]:
     """Return a line for each key of the experiment in whose place the method's value stands.
 
     ValueError where the method's value would be lost, or would change the experiment's task. A
