@@ -165,7 +165,8 @@ def test_words_that_are_right_stay_as_they_are():
 
 
 def test_a_system_or_an_experiment_needs_no_plus():
-    assert checked(["method=lora", "experiments=demo"]) == ["+method=lora", "+experiments=demo"]
+    assert checked(["method=lora", "experiments=demo"]) == ["+method=lora", "experiments=demo"]
+    assert checked(["+experiments=demo"]) == ["experiments=demo"]
 
 
 def test_a_group_of_ones_own_is_known_by_its_folder(tmp_path):

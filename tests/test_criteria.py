@@ -270,7 +270,8 @@ def test_all_of_needs_all_and_any_of_needs_one():
         lambda: PreLoRA(windows=1),
         lambda: PreLoRA(signal="loss"),
         lambda: PublishedPreLoRA(counter=[2]),
-        lambda: StableRank(relaxed=[9, 2.5]),
+        lambda: StableRank(relaxed=[0.2, 2.5]),
+        lambda: StableRank(relaxed=[[9, 2.5]]),  # of targets, not a share
     ],
 )
 def test_impossible_settings_are_refused(make):

@@ -23,7 +23,7 @@ EVERYTHING = (
     *("ema=0.9", "switch/guard=full", "monitor.exact=true"),
 )
 KINDS = {
-    "bases": ("+method=oialr",),
+    "bases": ("+method=oialr_test",),
     "restarts": ("+method=relora_svd",),
     "guided": ("+method=self_guided_32",),
     "stages under Muon": ("+method=staged", "recipe@full=muon", "recipe@adapter=muon"),

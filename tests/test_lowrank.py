@@ -3,6 +3,7 @@
 import io
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from conf_yamls import build, composed
 from switchlora.adapters import (
     KINDS,
     Adapter,
     LowRankLinear,
     cosine_mix,
+    draw_dense,
     factorized_linear,
+    guided_layers,
     guided_linear,
     made_class,
     rebuilt,
@@ -27,7 +31,7 @@ from switchlora.adapters import (
     skipped_flops,
 )
 from switchlora.cost import interleaved_seconds, linear_and_factors
-from switchlora.learner import FlopCounter
+from switchlora.learner import FlopCounter, build_learner
 
 
 def make(factory, scaling=2.0, dtype=torch.float32, **options):
@@ -116,22 +120,51 @@ def test_cosine_mix_falls_from_one_over_a_half_to_zero():
     assert cosine_mix(2) == 0 and cosine_mix(-1) == 1
 
 
-def test_a_stochastic_layer_evaluates_w_x_in_a_share_a_of_the_updates():
+def test_a_stochastic_layer_evaluates_w_x_in_a_share_a_of_the_micro_batches():
     _, module = make(guided_linear, stochastic=True)
+    set_mix(module, 0.3)
     done = 0
-    for num_updates in range(2000):
-        set_mix(module, 0.3, num_updates)
-        done += not module.skips_dense()
+    for num_updates in range(1000):
+        for micro_batch in range(2):
+            draw_dense([module], num_updates, micro_batch)
+            done += not module.skips_dense()
     assert done / 2000 == pytest.approx(0.3, abs=0.03)
 
 
-def test_draws_differ_between_layers_and_repeat_for_an_update():
+def test_draws_differ_between_layers_and_micro_batches_and_repeat_for_an_update():
     model = nn.Sequential(*(make(guided_linear, stochastic=True)[1] for _ in range(3)))
     draws = []
-    for num_updates in (7, 8, 7):
-        set_mix(model, 0.5, num_updates)
+    for place in ((7, 0), (7, 1), (8, 0), (7, 0)):
+        draw_dense(guided_layers(model), *place)
         draws.append([layer.draw for layer in model])
-    assert draws[0] == draws[2] != draws[1] and len(set(draws[0])) == 3
+    assert draws[0] == draws[3] and len(set(sum(draws[:3], []))) == 9
+
+
+def skips(module, micro_batches, *wanted):
+    """The first update that leaves W x out in as many of its micro-batches as ``wanted`` has."""
+    for num_updates in range(1000):
+        for number in range(micro_batches):
+            draw_dense([module], num_updates, number)
+        if module.skipped in wanted:
+            return num_updates
+    raise AssertionError(f"no update skips {wanted} of {micro_batches}")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_weight_that_every_micro_batch_skipped_is_left_alone_by_adamw(precision):
+    """A zero gradient would decay it, and its momentum would move it on."""
+    module = moved(make(guided_linear, stochastic=True)[1])
+    options = {"accumulation": 3, "precision": precision}
+    recipe = replace(build(composed().full), **options)
+    learner = build_learner(nn.Sequential(module), recipe, 2000)
+    set_mix(module, 0.5)
+    batch = (torch.randn(6, 6), torch.randint(12, (6,)), nn.CrossEntropyLoss())
+    for skipped, moves in ((0, True), (2, True), (3, False)):
+        before = module.weight.detach().clone()
+        learner.update(*batch, num_updates=skips(module, 3, skipped))
+        assert (module.weight.grad is not None) == moves
+        assert torch.equal(module.weight, before) != moves
+        assert module.lora_A.grad.any()
 
 
 def skipping(module):
@@ -158,6 +191,7 @@ def test_skipped_flops_are_what_a_pass_without_w_x_runs_less():
     model, x = nn.Sequential(nn.Linear(6, 6), module), torch.randn(5, 7, 6)
     counts = []
     for module.draw in (0.0, 1.0):
+        module.skipped = int(module.skips_dense())
         with FlopCounter() as counter:
             model(x).sum().backward()
         counts.append((counter.total, skipped_flops(model)))
@@ -190,11 +224,50 @@ def test_a_settled_layer_has_the_same_parameters_without_w():
     assert all(p is kept.pop(n) for n, p in alone.named_parameters()) and not kept
 
 
-@pytest.mark.parametrize("factory", [factorized_linear, guided_linear])
-def test_row_slices_are_refused_with_the_key_to_change(factory):
-    q = Adapter(torch.zeros(2, 6), torch.zeros(4, 2), slice(0, 4), 1.0)
+@pytest.mark.parametrize("factory, rank", [(factorized_linear, 0), (guided_linear, 2)])
+def test_row_slices_that_it_cannot_hold_are_refused_with_the_key_to_change(factory, rank):
+    q = Adapter(torch.zeros(rank, 6), torch.zeros(4, rank), slice(0, 4), 1.0)
     with pytest.raises(ValueError, match=r"switch\.split_qkv"):
         factory(nn.Linear(6, 12), {"q": q})
+
+
+def make_sliced(bias=True):
+    """A factorised qkv: a product for each of q, k and v, of ranks 1, 2 and 3."""
+    torch.manual_seed(0)
+    linear, adapters = nn.Linear(6, 12, bias=bias), {}
+    for number, part in enumerate("qkv"):
+        A, B = torch.randn(number + 1, 6), torch.randn(4, number + 1)
+        adapters[part] = Adapter(A, B, slice(4 * number, 4 * number + 4), 2.0 + number)
+    return linear, adapters, factorized_linear(linear, adapters)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_factorised_qkv_is_the_products_of_its_slices_and_keeps_no_weight(bias):
+    linear, adapters, module = make_sliced(bias)
+    products = [a.scaling * a.B @ a.A for a in adapters.values()]
+    x = torch.randn(5, 7, 6, requires_grad=True)
+    expected = F.linear(x, torch.cat(products), linear.bias)
+    assert torch.allclose(module(x), expected, atol=1e-5)
+    assert torch.allclose(module.merged(), torch.cat(products), atol=1e-6)
+    (mine,) = torch.autograd.grad(module(x).square().sum(), x)
+    (theirs,) = torch.autograd.grad(expected.square().sum(), x)
+    assert torch.allclose(mine, theirs, atol=1e-3)
+    factors = {f"lora_{f}.{part}" for f in "AB" for part in "qkv"}
+    assert set(module.state_dict()) == trained(module) == factors | ({"bias"} if bias else set())
+
+
+def test_a_factorised_qkv_is_rebuilt_from_its_settings_compiles_and_rounds_as_a_linear():
+    linear, adapters, module = make_sliced()
+    empty = {n: a._replace(A=a.A * 0, B=a.B * 0) for n, a in adapters.items()}
+    again, x = rebuilt(nn.Linear(6, 12), empty, **module.settings()), torch.randn(5, 6)
+    again.load_state_dict(module.state_dict())
+    compiled = torch.compile(again, backend="eager", fullgraph=True)
+    assert torch.equal(again(x), module(x)) and torch.allclose(compiled(x), module(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = module(x)
+    assert outputs.dtype == torch.bfloat16
+    outputs.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,9 +32,9 @@ def test_every_method_says_what_it_is_and_names_its_paper(method):
 def test_lora_divides_alpha_by_the_rank_and_rslora_by_its_root():
     lora, rslora = (build(composed(f"+method={m}").switch).scaling for m in ("lora", "rslora"))
     assert [lora(r) for r in (4, 16)] == [16 / 4, 16 / 16]
-    assert [rslora(r) for r in (4, 16)] == [8 / 2, 8 / 4]
+    assert [rslora(r) for r in (4, 16)] == [16 / 2, 16 / 4]
 
 
 def test_a_job_is_named_after_its_method():
     assert readable("+method=lora_plus") == "lora_plus"
-    assert readable("+experiments=pretrained") == ""
+    assert readable("experiments=pretrained") == ""

@@ -40,21 +40,27 @@ def test_a_target_that_was_stable_once_stays_stable():
 def test_epsilon_is_relaxed_for_the_last_targets():
     """With P = 1 the derivative is |rho_t - rho_(t-1)|: 0, 2.5 and 4 here."""
     measured = of_ranks(a=[5, 5, 5, 5], b=[5, 7.5, 10, 12.5], c=[10, 14, 18, 22])
-    twice = StableRank(epsilon=1, patience=1, relaxed=[[2, 3], [1, 5]])
+    twice = StableRank(epsilon=1, patience=1, relaxed=[[0.7, 3], [0.4, 5]])
     assert [twice(measured[:n]).fires for n in range(1, 5)] == [False, False, False, True]
     assert twice(measured[:3]).margins == {"a": 3, "b": 0.5, "c": -1}
     assert "derivative of the weight stable rank <= 5" in twice(measured).reason
-    assert StableRank(epsilon=1, patience=1, relaxed=[[2, 3]])(measured).margins["c"] == -1
+    assert StableRank(epsilon=1, patience=1, relaxed=[[0.7, 3]])(measured).margins["c"] == -1
     assert StableRank(epsilon=1, patience=1)(measured).margins["b"] == -1.5
 
 
 @pytest.mark.parametrize(
-    "left, slope, fires", [(10, 1, False), (9, 1, True), (5, 2, False), (4, 2, True)]
+    "targets, left, slope, fires",
+    [
+        *((48, 10, 1, False), (48, 9, 1, True), (48, 5, 2, False), (48, 4, 2, True)),
+        *((12, 3, 1, False), (12, 2, 1, True), (12, 2, 2, False), (12, 1, 2, True)),
+    ],
 )
-def test_cuttlefishs_yaml_relaxes_as_its_code_does_for_deit(left, slope, fires):
+def test_cuttlefishs_yaml_relaxes_for_the_shares_that_its_code_has_of_deit(
+    targets, left, slope, fires
+):
     """Derivatives of ramps come near the slope: 0.411 < 1 < 2.5 * 0.411 < 2 < 5 * 0.411."""
     moving = {f"moving{i}": [10 + slope * t for t in range(30)] for i in range(left)}
-    still = {f"still{i}": [10] * 30 for i in range(48 - left)}
+    still = {f"still{i}": [10] * 30 for i in range(targets - left)}
     assert build_yaml("switch/criterion", "cuttlefish")(of_ranks(**moving, **still)).fires == fires
 
 

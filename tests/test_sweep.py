@@ -161,7 +161,7 @@ def test_what_changes_no_result_changes_no_identity():
         ("switch.criterion.tau=0.5", "tau-0.5"),
         ("switch/criterion=prelora", "criterion-prelora"),
         ("switch.train_factors=[A,B]", "train_factors-A-B"),
-        ("+experiments=thresholds", ""),
+        ("experiments=thresholds", ""),
         ("system.workers=2", ""),
         ("resume=runs/x", "resume-runs-x"),
         ("log=quiet", ""),

@@ -94,9 +94,9 @@ def test_in_the_joint_phase_weights_and_factors_train_and_then_the_factors_alone
 def test_guided_layers_end_as_their_factors_alone_and_keep_the_moments():
     trial = Trial("switch/adapter=guided", "switch/init=weight_svd", "switch.joint_epochs=1")
     trial.switch()
-    set_mix(trial.model, 0.5, 0)
+    set_mix(trial.model, 0.5)
     trial.train(3)
-    set_mix(trial.model, 0.0, 0)
+    set_mix(trial.model, 0.0)
     before = trial.logits()
     factors = {n for n in trial.trained_now() if "lora_" in n}
     outcome = trial.settle()
@@ -384,6 +384,7 @@ def test_ranks_grow_only_as_long_as_that_saves_parameters():
 
 
 FACTORIZED = ("switch/adapter=factorized", "switch/init=weight_svd")
+GUIDED = ("switch/adapter=guided", "switch/init=weight_svd", "switch.joint_epochs=1")
 
 
 @pytest.mark.parametrize(
@@ -392,7 +393,11 @@ FACTORIZED = ("switch/adapter=factorized", "switch/init=weight_svd")
         (("switch/adapter=guided", "switch/init=weight_svd"), "give switch.joint_epochs"),
         ((*FACTORIZED, "switch/restart=relora"), "does not go with switch.restart"),
         ((*FACTORIZED, "switch.joint_epochs=1"), "does not go with switch.joint_epochs"),
-        ((*FACTORIZED, "switch.split_qkv=true"), "does not go with switch.split_qkv"),
+        ((*GUIDED, "switch.split_qkv=true"), "does not go with switch.split_qkv"),
+        (
+            (*FACTORIZED, "switch.split_qkv=true", "switch/stages=by_margin"),
+            "leave out switch.split_qkv or switch.stages",
+        ),
         ((*FACTORIZED, "switch.residual_dtype=bf16"), "does not go with switch.residual_dtype"),
         ((*FACTORIZED, "switch/guard=ranks"), "does not go with switch.guard"),
         (("switch.least_gain=1.5",), "use switch/adapter=factorized"),

@@ -1,12 +1,22 @@
 """Choose target modules, put adapters on them, and choose the parameters that train."""
 
+from switchlora.adapters.core import (
+    CoreLinear as CoreLinear,
+    core_linear as core_linear,
+    core_modules as core_modules,
+    kept_values as kept_values,
+)
 from switchlora.adapters.effect import check_adapters_work as check_adapters_work
 from switchlora.adapters.factorized import (
     KINDS as KINDS,
     GuidedLinear as GuidedLinear,
     LowRankLinear as LowRankLinear,
+    SlicedLowRankLinear as SlicedLowRankLinear,
     cosine_mix as cosine_mix,
+    draw_dense as draw_dense,
+    drop_skipped_gradients as drop_skipped_gradients,
     factorized_linear as factorized_linear,
+    guided_layers as guided_layers,
     guided_linear as guided_linear,
     made_class as made_class,
     rebuilt as rebuilt,

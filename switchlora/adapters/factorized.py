@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from switchlora.adapters.core import CoreLinear, core_linear
 from switchlora.adapters.linear import (
     AdaptedLinear,
     LoRALinear,
@@ -48,15 +49,59 @@ class LowRankLinear(LoRALinear):
         return _product(self).to(self.lora_B.dtype)
 
 
+class SlicedLowRankLinear(SlicedLoRALinear):
+    """A fused linear, such as qkv, as one product s B A for each of its row slices.
+
+    The published Pufferfish has such factors of q, k and v (Wang et al., arXiv 2103.03936).
+    ``weight`` is None. All slices switch together, and each has a rank above 0.
+    """
+
+    kind = "factorized"
+    keeps_residual = False
+
+    def __init__(self, bias: nn.Parameter | None, adapters: Mapping[str, Adapter]) -> None:
+        for part, adapter in adapters.items():
+            if not len(adapter.A):
+                raise ValueError(
+                    f"the rows {part} of a fused linear have rank 0: factors would lose them, so "
+                    "switch.split_qkv and switch/adapter=factorized need ranks of at least 1"
+                )
+        out_features = sum(len(adapter.B) for adapter in adapters.values())
+        in_features = next(iter(adapters.values())).A.shape[1]
+        no_weight = torch.empty(out_features, in_features, device="meta")
+        super().__init__(no_weight, bias, adapters)
+        self.weight = None  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map inputs (..., in) to outputs (..., out)."""
+        adapters = self.adapters().values()
+        all_A = torch.cat([adapter.scaling * adapter.A for adapter in adapters])
+        dropped = F.dropout(input, self.dropout, self.training)
+        low = F.linear(dropped, all_A).split([len(adapter.A) for adapter in adapters], dim=-1)
+        parts = [F.linear(each, adapter.B) for each, adapter in zip(low, adapters, strict=True)]
+        outputs = torch.cat(parts, dim=-1)
+        return outputs if self.bias is None else outputs + self.bias.to(outputs)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """Return s B A of all slices (out, in): summed in float64, rounded once."""
+        products = []
+        for A, B, _, scaling in self.adapters().values():
+            products.append(scaling * (B.double() @ A.double()))
+        return torch.cat(products).to(next(self.parameters()).dtype)
+
+
 class GuidedLinear(LoRALinear):
     """o = a W x + (1 - a) s B (A x) + b, where W trains too and a falls from 1 to 0.
 
     Self-guided training (Wei et al., arXiv 2406.16450). W starts at s B A, so at the start every a
     gives the same function. ``mix`` is a, the same for all layers: see ``set_mix``.
 
-    A ``stochastic`` layer in training evaluates W x only with probability a. Each update draws
-    anew whether it does. An update without W x computes o = s B (A x) + b and gives W a gradient
-    of zeros, since DDP would wait for a missing one for ever.
+    A ``stochastic`` layer in training evaluates W x only with probability a. Each layer draws anew
+    in each micro-batch whether it does: see ``draw_dense``. A micro-batch without W x computes
+    o = s B (A x) + b and gives W a gradient of zeros, since DDP would wait for a missing one for
+    ever. After an update whose micro-batches all left W x out, ``drop_skipped_gradients`` takes
+    these zeros away, so that the optimizer leaves W alone.
     """
 
     kind = "guided"
@@ -64,6 +109,8 @@ class GuidedLinear(LoRALinear):
     mix = 1.0
     draw = 0.0
     """a number in [0, 1): a stochastic layer evaluates W x if it is below ``mix``"""
+    skipped = 0
+    """number of micro-batches of this update that leave W x out"""
     tokens = 0
     """number of tokens in the last forward pass"""
 
@@ -108,12 +155,17 @@ class GuidedLinear(LoRALinear):
         return settings
 
 
-def factorized_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> LowRankLinear:
+def factorized_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> AdaptedLinear:
     """Return the product s B A in the place of ``linear``, without its weight.
 
-    The bias is shared with ``linear``. ValueError if ``adapters`` are of row slices.
+    The bias is shared with ``linear``. Row slices have a product each. ValueError if one of them
+    has rank 0.
     """
-    module = LowRankLinear(linear.bias, _only(adapters))
+    module: AdaptedLinear
+    if set(adapters) == {""}:
+        module = LowRankLinear(linear.bias, adapters[""])
+    else:
+        module = SlicedLowRankLinear(linear.bias, adapters)
     return module.train(linear.training)
 
 
@@ -151,30 +203,48 @@ def cosine_mix(done: float) -> float:
     return (1 + math.cos(math.pi * t)) / 2
 
 
-def set_mix(model: nn.Module, mix: float, num_updates: int) -> None:
-    """Set a of all guided layers for one update, and the draws of the stochastic ones.
-
-    A draw depends only on the update and on the layer's place in the model. So all ranks draw the
-    same, and a resumed run does too.
-    """
-    layers = _guided_layers(model)
-    generator = np.random.default_rng(num_updates)
-    draws = generator.random(len(layers)).tolist()
-    for layer, draw in zip(layers, draws, strict=True):
+def set_mix(model: nn.Module, mix: float) -> None:
+    """Set a of all guided layers of ``model``."""
+    for layer in guided_layers(model):
         layer.mix = mix
+
+
+def draw_dense(layers: Sequence[GuidedLinear], num_updates: int, micro_batch: int) -> None:
+    """Draw for each guided layer whether it evaluates W x in this micro-batch of an update.
+
+    A draw depends only on the update, the micro-batch and the layer's place in the model. So all
+    ranks draw the same, and a resumed run does too.
+    """
+    if not layers:
+        return
+    draws = np.random.default_rng([num_updates, micro_batch]).random(len(layers)).tolist()
+    for layer, draw in zip(layers, draws, strict=True):
         layer.draw = draw
+        earlier = layer.skipped if micro_batch else 0
+        layer.skipped = earlier + layer.skips_dense()
+
+
+def drop_skipped_gradients(layers: Sequence[GuidedLinear], micro_batches: int) -> None:
+    """Take the gradient away from each W that all micro-batches of an update left out."""
+    for layer in layers:
+        if layer.skipped == micro_batches:
+            layer.weight.grad = None
 
 
 def skipped_flops(model: nn.Module) -> int:
-    """Return the FLOPs that the last forward and backward pass saved by leaving out W x.
+    """Return the FLOPs that the last update saved by leaving out W x.
 
     For T tokens the dense product costs 2 T in out FLOPs forward and twice that backward.
     """
     saved = 0
-    for layer in _guided_layers(model):
-        if layer.skips_dense():
-            saved += 6 * layer.tokens * layer.in_features * layer.out_features
+    for layer in guided_layers(model):
+        saved += layer.skipped * 6 * layer.tokens * layer.in_features * layer.out_features
     return saved
+
+
+def guided_layers(model: nn.Module) -> list[GuidedLinear]:
+    """Return the guided layers of ``model``, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, GuidedLinear)]
 
 
 factorized_linear.makes = LowRankLinear  # type: ignore[attr-defined]
@@ -195,6 +265,7 @@ KINDS: dict[str, Callable[..., AdaptedLinear]] = {
     AdaptedLinear.kind: adapted_linear,
     LowRankLinear.kind: factorized_linear,
     GuidedLinear.kind: guided_linear,
+    CoreLinear.kind: core_linear,
 }
 """the factory of each kind, by its name in saved layouts"""
 
@@ -229,10 +300,6 @@ def rebuilt(
     return module
 
 
-def _guided_layers(model: nn.Module) -> list[GuidedLinear]:
-    return [module for module in model.modules() if isinstance(module, GuidedLinear)]
-
-
 def _low_rank(module: LoRALinear, input: Tensor, A: Tensor) -> Tensor:
     """Return B (A drop(x)) + b; A already contains the scaling."""
     dropped = F.dropout(input, module.dropout, module.training)
@@ -251,7 +318,7 @@ def _product(module: LoRALinear) -> Tensor:
 def _only(adapters: Mapping[str, Adapter]) -> Adapter:
     if set(adapters) != {""}:
         raise ValueError(
-            "switch/adapter=factorized and guided take one adapter for all rows of a linear: "
-            "they do not go with switch.split_qkv"
+            "switch/adapter=guided takes one adapter for all rows of a linear: it does not go "
+            "with switch.split_qkv"
         )
     return adapters[""]

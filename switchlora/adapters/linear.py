@@ -70,6 +70,8 @@ class AdaptedLinear(nn.Linear):
     """name of the class's adapters in saved layouts and in ``conf/switch/adapter``"""
     keeps_residual = True
     """whether W_res stays beside the adapter, so that injecting it keeps the function"""
+    must_save = True
+    """whether a target stays full when its factors would have no fewer parameters than it has"""
     form: str | None = None
     recompute_gelu = False
     dropout = 0.0
@@ -315,8 +317,11 @@ def add_adapters(weight: Tensor, adapters: Mapping[str, Adapter], sign: int = 1)
     return total.to(dtype)
 
 
-def is_factor(parameter_name: str, which: Sequence[str] = FACTORS) -> bool:
-    """Return whether this is the name of an adapter's factor, or of one of ``which``."""
+def is_factor(parameter_name: str, which: Sequence[str] = (*FACTORS, "U")) -> bool:
+    """Return whether this is the name of an adapter's factor, or of one of ``which``.
+
+    U is the second frozen basis of a ``CoreLinear``.
+    """
     return any(f"lora_{factor}" in parameter_name for factor in which)
 
 

@@ -50,7 +50,8 @@ def inject(
             if dense:
                 cast(SlicedLoRALinear, module).make_dense(dense)
             module.dropout = dropout
-            module.start_norms = _start_norms(linear, new)
+            made = module.adapters()
+            module.start_norms = _start_norms(linear, {part: made[part] for part in new})
             replaced[name] = linear
             adapted[name] = module
     for name, module in adapted.items():
@@ -232,7 +233,7 @@ def _norm(factor: Tensor) -> float:
     """Return the largest singular value; 0 of a factor that is empty or without content."""
     if factor.is_meta or not factor.numel():
         return 0.0
-    return float(torch.linalg.matrix_norm(factor.double(), 2))
+    return float(torch.linalg.matrix_norm(factor.detach().double(), 2))
 
 
 def _slices_of(module: str, targets: Mapping[str, Target]) -> dict[str, slice]:

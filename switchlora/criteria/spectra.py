@@ -27,8 +27,8 @@ class StableRank:
 
     - ``of``: 'weight' takes rho of the weight, 'update' takes rho of the window's update.
     - ``relative``: divide g by e. One epsilon then suits narrow and wide layers.
-    - ``relaxed``: pairs (n, f). When n or fewer targets are not yet stable, epsilon is multiplied
-      by f. Of several matching pairs the one with the smallest n counts.
+    - ``relaxed``: pairs (p, f). When a share p of the targets, or less, is not yet stable, epsilon
+      is multiplied by f. Of several matching pairs the one with the smallest p counts.
     - ``integer``: cut off the decimals of rho, as the public code does.
     """
 
@@ -37,7 +37,7 @@ class StableRank:
     of: str = "weight"
     relative: bool = False
     quorum: float = 1.0
-    relaxed: Sequence[tuple[int, float]] = ()
+    relaxed: Sequence[tuple[float, float]] = ()
     integer: bool = False
 
     def __post_init__(self) -> None:
@@ -45,9 +45,10 @@ class StableRank:
         check_range("patience", self.patience, 1)
         check_choice("of", self.of, ("weight", "update"))
         for pair in self.relaxed:
-            if not isinstance(pair, Sequence) or len(pair) != 2:
+            if not isinstance(pair, Sequence) or len(pair) != 2 or not 0 < pair[0] <= 1:
                 raise ValueError(
-                    f"relaxed is {self.relaxed}: give pairs of targets left and factor, [[9, 2.5]]"
+                    f"switch.criterion.relaxed is {self.relaxed}: give pairs of the share of the "
+                    "targets left and a factor, [[0.1875, 2.5]] for 9 of 48 targets"
                 )
 
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
@@ -95,7 +96,7 @@ class StableRank:
 
     def _factor(self, margins: Mapping[str, float]) -> float:
         """Return the factor that ``relaxed`` gives epsilon while some targets are not stable."""
-        left = sum(margin < 0 for margin in margins.values())
+        left = sum(margin < 0 for margin in margins.values()) / len(margins)
         matching = [(most, factor) for most, factor in self.relaxed if left <= most]
         if not matching:
             return 1.0

@@ -17,7 +17,11 @@ from torch.optim import Optimizer
 
 from switchlora.adapters import (
     AdaptedLinear,
+    GuidedLinear,
     add_frobenius_decay,
+    draw_dense,
+    drop_skipped_gradients,
+    guided_layers,
     hold_frozen_statistics,
     operands_kept,
     trained_adapters,
@@ -73,6 +77,8 @@ class Learner:
     """scales the loss in fp16; None in other precisions"""
     bones: nn.Module | None = field(default=None, repr=False)
     """the ``skeleton`` of a sharded model, from which ``plain`` makes a plain copy"""
+    guided: list[GuidedLinear] = field(default_factory=list, repr=False)
+    """the layers that draw in each micro-batch whether they evaluate their dense product"""
     used: bool = False
     """whether it has made an update"""
     activation_bytes: int | None = None
@@ -101,22 +107,26 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         operands = operands_within_update(self.model, self.recipe)
         with operands, self._flops_counted(), self._strides_not_warned_of():
-            loss = self._accumulate(inputs, labels, loss_fn)
+            loss = self._accumulate(inputs, labels, loss_fn, num_updates)
         self.used = True
         return self._step(loss, lr)
 
-    def _accumulate(self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
+    def _accumulate(
+        self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module, num_updates: int
+    ) -> Tensor:
         """Return the batch's mean loss; its gradients are those of the trained parameters."""
         loss = torch.zeros((), device=self._device)
         input_parts = inputs.chunk(self.recipe.accumulation)
         label_parts = labels.chunk(self.recipe.accumulation)
         last = input_parts[-1]
-        for part, label in zip(input_parts, label_parts, strict=True):
+        for number, (part, label) in enumerate(zip(input_parts, label_parts, strict=True)):
+            draw_dense(self.guided, num_updates, number)
             with self._exchange(now=part is last):
                 part_loss = self._loss(part, label, loss_fn)
                 weighted = part_loss * (len(part) / len(inputs))
                 self._scaled(weighted).backward()
             loss += weighted.detach()
+        drop_skipped_gradients(self.guided, len(input_parts))
         return loss
 
     def _loss(self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
@@ -272,6 +282,7 @@ def build_learner(
         ramp_updates=recipe.ramp_updates(start, total_updates),
         scaler=_scaler(model, recipe, scaler),
         bones=bones,
+        guided=guided_layers(model),
     )
     if recipe.refactoring is not None:
         recipe.refactoring(learner)

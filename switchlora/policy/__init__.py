@@ -14,6 +14,7 @@ from switchlora.policy.policy import (
 )
 from switchlora.policy.published import SkippingPolicy as SkippingPolicy
 from switchlora.policy.stages import (
+    Refresh as Refresh,
     Restart as Restart,
     Stages as Stages,
 )

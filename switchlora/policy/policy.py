@@ -23,7 +23,7 @@ from switchlora.errors import check_choice, check_patterns, check_range
 from switchlora.initializers import AdapterInit
 from switchlora.monitor import Measurement
 from switchlora.policy.guard import Guard
-from switchlora.policy.stages import Restart, Stages
+from switchlora.policy.stages import Refresh, Restart, Stages
 from switchlora.ranks import RankPolicy
 
 AdapterFactory = Callable[[nn.Linear, Mapping[str, Adapter]], AdaptedLinear]
@@ -35,9 +35,20 @@ def check_adapter(policy: "SwitchPolicy") -> None:
 
     - Adapters beside a residual weight (LoRA) have no use for ``least_gain``.
     - Adapters that replace their weight have no use for options that need a residual weight, such
-      as ``restart`` or ``split_qkv``.
+      as ``restart``. Their row slices switch together, and none is frozen alone.
     - Guided adapters also need a joint phase.
     """
+    kind = made_class(policy.adapter).kind
+    if isinstance(policy.restart, Refresh) and kind != "core":
+        raise ValueError(
+            f"switch/restart=oialr turns the bases of a core, and switch/adapter={kind} has none: "
+            "use switch/adapter=core"
+        )
+    if kind == "core" and list(policy.train_factors) != ["B"]:
+        raise ValueError(
+            "switch/adapter=core trains the core between two frozen bases: give "
+            "switch.train_factors=[B]"
+        )
     if policy.keeps_residual:
         if policy.least_gain is not None:
             raise ValueError(
@@ -45,12 +56,17 @@ def check_adapter(policy: "SwitchPolicy") -> None:
                 "switch/adapter=factorized"
             )
         return
-    kind = made_class(policy.adapter).kind
+    if policy.split_qkv and policy.stages:
+        raise ValueError(
+            f"switch/adapter={kind} keeps no residual weight, so q, k and v of a fused qkv switch "
+            "together: leave out switch.split_qkv or switch.stages"
+        )
     refused = {
         "joint_epochs": policy.joint_epochs and kind != "guided",
         "stages": policy.stages and kind == "guided",
-        "restart": policy.restart,
-        "split_qkv": policy.split_qkv,
+        "restart": isinstance(policy.restart, Restart),
+        "split_qkv": policy.split_qkv and kind != "factorized",
+        "moments=factors": policy.moments == "factors" and kind == "core",
         "residual_dtype": policy.residual_dtype,
         "guard.act=ranks": policy.guard and policy.guard.act == "ranks",
     }
@@ -100,7 +116,7 @@ class SwitchPolicy:
     joint_epochs: float = 0.0
     """epochs in which weights and factors train together; then the weights are frozen"""
     stages: Stages | None = None
-    restart: Restart | None = None
+    restart: Restart | Refresh | None = None
     guard: Guard | None = None
     moments: str = "surviving"
     remove_weight_decay: bool = False
@@ -160,6 +176,11 @@ class SwitchPolicy:
     def keeps_residual(self) -> bool:
         """Whether the adapter keeps a residual weight; the switch then keeps the function."""
         return made_class(self.adapter).keeps_residual
+
+    @property
+    def must_save(self) -> bool:
+        """Whether a target stays full when its adapter would save no parameters."""
+        return made_class(self.adapter).must_save
 
     def find_targets(self, model: nn.Module) -> dict[str, Target]:
         """Return the targets of this policy in ``model``, by name."""

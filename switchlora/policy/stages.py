@@ -90,6 +90,42 @@ class Stages:
 
 
 @dataclass(frozen=True)
+class Refresh:
+    """Turn and cut the bases of layers that train a core, each ``every_epochs`` (OIALR).
+
+    From arXiv 2401.08505, in the form of its public code. The bases become those of the core's
+    singular vectors, and the core becomes diagonal. Singular values below ``cutoff`` times the
+    largest are cut, but at most half of them. The n-th refresh takes the share n ``step`` of the
+    layers, the last ones first. The learning rate rises again over ``rewarmup_updates``.
+    """
+
+    every_epochs: float = 1.0
+    cutoff: float = 0.1
+    step: float = 0.1
+    rewarmup_updates: int | None = 0
+
+    def __post_init__(self) -> None:
+        if not self.every_epochs > 0:
+            raise ValueError(
+                f"switch.restart.every_epochs is {self.every_epochs}: give more than 0"
+            )
+        check_share("switch.restart.cutoff", self.cutoff)
+        check_share("switch.restart.step", self.step)
+        if self.rewarmup_updates is not None:
+            check_range("switch.restart.rewarmup_updates", self.rewarmup_updates, 0)
+
+    def last(self, names: Sequence[str], number: int) -> list[str]:
+        """Return which of ``names`` the refresh of this ``number``, from 1 on, takes.
+
+        >>> Refresh(step=0.3).last(["a", "b", "c", "d"], 1)
+        ['c', 'd']
+        """
+        share = round(number * self.step, 9)  # 3 * 0.1 is a little more than 0.3
+        count = math.ceil(round(share * len(names), 6))
+        return list(names[-count:])
+
+
+@dataclass(frozen=True)
 class Restart:
     """Merge the adapter and start a new one, each ``every_epochs`` (ReLoRA, arXiv 2307.05695).
 
@@ -101,13 +137,15 @@ class Restart:
     - 'magnitude': the share ``pruned`` of smallest magnitude.
     - 'zero': all of them.
 
-    ``adapter.rewarmup_updates`` ramps the learning rate after each restart: the jagged cosine.
+    The learning rate rises again over ``rewarmup_updates`` after each restart: the jagged cosine.
+    None: over as many as after the switch, ``adapter.rewarmup_updates``.
     """
 
     every_epochs: float = 2.0
     init: AdapterInit | None = None
     prune: str = "random"
     pruned: float = 0.999
+    rewarmup_updates: int | None = None
 
     def __post_init__(self) -> None:
         if not self.every_epochs > 0:
@@ -116,3 +154,5 @@ class Restart:
             )
         check_choice("switch.restart.prune", self.prune, ("random", "magnitude", "zero"))
         check_share("switch.restart.pruned", self.pruned)
+        if self.rewarmup_updates is not None:
+            check_range("switch.restart.rewarmup_updates", self.rewarmup_updates, 0)

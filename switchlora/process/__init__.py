@@ -18,6 +18,7 @@ from switchlora.process.exits import (
     exit_with_one_line as exit_with_one_line,
     one_line as one_line,
 )
+from switchlora.process.prescribed import tell_overruled as tell_overruled
 from switchlora.process.schema import (
     CheckFirst as CheckFirst,
     check_keys as check_keys,

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from switchlora.config import as_plain, folder_of
 from switchlora.errors import check_patterns, is_number
 from switchlora.process.exits import exit_with_one_line
+from switchlora.process.prescribed import tell_overruled
 from switchlora.process.words import MEANT, choices_of, known_keys, near_keys
 
 Config = Mapping[str, Any]
@@ -98,7 +99,9 @@ NAMES = list_of(NAME, "a list of names")
 NUMBERS = list_of(number(), "a list of numbers, one a channel", least=1)
 SPREADS = list_of(POSITIVE, "a list of numbers above 0, one a channel", least=1)
 SIZES = or_list(whole(1))
-PAIRS = list_of(list_of(number(0), "", length=2), "a list of pairs [targets left, factor]")
+PAIRS = list_of(
+    list_of(number(0), "", length=2), "a list of pairs [share of the targets left, factor]"
+)
 SECTIONS_LISTED = list_of(OPTIONS, "a list of criteria", least=1)
 SIGNALS = ("grad_norm", "weight_norm", "update_norm")
 COMPILE = Kind(
@@ -285,6 +288,9 @@ KINDS: dict[str, Kind] = {
     "switch.stages.least": whole(1),
     "switch.stages.still": or_null(number()),
     "switch.restart.every_epochs": POSITIVE,
+    "switch.restart.rewarmup_updates": or_null(whole(0)),
+    "switch.restart.cutoff": SHARE,
+    "switch.restart.step": SHARE,
     "switch.restart.prune": one_of("random", "magnitude", "zero"),
     "switch.restart.pruned": SHARE,
     "switch.guard.tolerance": number(0),
@@ -485,7 +491,9 @@ class CheckFirst(Callback):
         """Leave with one line for a configuration that no run can have."""
         try:
             names = [str(name) for name in config if name != "hydra"]
-            check_values(as_plain(OmegaConf.masked_copy(config, names)))
+            settings = OmegaConf.masked_copy(config, names)
+            tell_overruled(settings, config.hydra)
+            check_values(as_plain(settings))
             folder = Path(config.hydra.run.dir).absolute()
         except Exception as error:
             exit_with_one_line(error)

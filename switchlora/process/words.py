@@ -50,7 +50,7 @@ MEANT = {
 }
 """what sets a thing that is no key of its own"""
 WITHOUT_DEFAULT = ("method", "experiments")
-"""groups of which a run has no choice by itself; Hydra wants a plus before them"""
+"""groups of which a run has no choice by itself; both are known with and without a plus"""
 BASE = "base"
 """the yaml of a group that its others begin with; it is no choice"""
 FOR_MULTIRUNS = re.compile(r"\+{0,2}(search|launch|hydra/sweeper|hydra/launcher)=.*")
@@ -73,7 +73,7 @@ def checked(words: Sequence[str]) -> list[str]:
     - A group takes one of its choices, with a slash in its name.
     - A new key needs a section that is there.
 
-    ``method=lora`` and ``experiments=demo`` become ``+method=lora`` and ``+experiments=demo``.
+    ``method=lora`` becomes ``+method=lora``, ``+experiments=demo`` becomes ``experiments=demo``.
     Before a word stands its ``follower``. ``~/`` behind '=' is the home folder: most shells leave
     it as it is.
     """
@@ -138,10 +138,11 @@ def checked_word(word: str, places: tuple[Path, ...]) -> str:
     if key.startswith(("hydra.", "hydra/")):
         return word
     choices = choices_of(key, places)
-    if key in WITHOUT_DEFAULT:
+    if key == "experiments":
+        check_choice_of(word, key, match["value"], choices)
+        return word.lstrip("+")
+    if key == "method":
         names_choices = all(value in choices for value in match["value"].split(","))
-        if key == "experiments" and not match["sign"]:
-            check_choice_of(word, key, match["value"], choices)
         return f"+{word}" if names_choices and not match["sign"] else word
     if choices or "/" in key:
         check_choice_of(word, key, match["value"], choices)

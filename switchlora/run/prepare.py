@@ -29,7 +29,7 @@ from switchlora.run.checks import (
     rehearse_switch,
 )
 from switchlora.run.lengths import Length, doubts
-from switchlora.run.run import Run, probe_images, recipe_of
+from switchlora.run.run import Run, follows_switch, probe_images, recipe_of
 from switchlora.run.snapshot import check_state, restore, restore_parts
 from switchlora.run.state import Phase
 from switchlora.storage import (
@@ -164,7 +164,8 @@ def begin(
     if not state.full_parameters:
         state.full_parameters = [n for n, p in model.named_parameters() if p.requires_grad]
     state.full_parameters = [name for name in state.full_parameters if name not in unused]
-    recipe = recipe_of(state.phase, parts.recipes, policy, state.taken_back)
+    restarted = found is not None and follows_switch(state, found.state["start"])
+    recipe = recipe_of(state.phase, parts.recipes, policy, state.taken_back, restarted)
     last_update = min(parts.total_updates, config.max_updates or parts.total_updates)
     run = Run(
         config=parts.plain,

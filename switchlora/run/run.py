@@ -140,16 +140,20 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe (optimizer and schedule) of the present phase."""
-        return self.recipe_of(self.state.phase)
+        return self.recipe_of(self.state.phase, start=self.learner.start)
 
-    def recipe_of(self, phase: Phase, taken_back: int | None = None) -> Recipe:
-        """Return the recipe of ``phase``.
+    def recipe_of(
+        self, phase: Phase, taken_back: int | None = None, start: int | None = None
+    ) -> Recipe:
+        """Return the recipe of a learner of ``phase`` that takes over at ``start`` (None: now).
 
         A full phase to which the guard has returned ramps its learning rate over the guard's
         ``rewarmup_updates``. ``taken_back`` is the number of such returns (None: those so far).
         """
         returns = self.state.taken_back if taken_back is None else taken_back
-        return recipe_of(phase, self.recipes, self.policy, returns)
+        since = self.state.num_updates if start is None else start
+        follows = follows_switch(self.state, since)
+        return recipe_of(phase, self.recipes, self.policy, returns, follows)
 
     @property
     def adapted_targets(self) -> dict[str, Target]:
@@ -196,9 +200,8 @@ class Run:
         """Return the FLOPs of an update that guided layers leave out in the joint phase."""
         if self.state.phase is not Phase.JOINT:
             return 0
-        micro_batches = self.recipe.accumulation * distributed.world_size()
         again = 4 / 3 if self.recipe.activation_checkpointing == "blocks" else 1
-        return round(skipped_flops(self.model) * micro_batches * again)
+        return round(skipped_flops(self.model) * distributed.world_size() * again)
 
     def scene(self, recipe: Recipe) -> Scene[Learner]:
         """Return what a change of the trained tensors works on; ``recipe`` trains after it."""
@@ -220,14 +223,28 @@ class Run:
         )
 
 
+def follows_switch(state: TrainState, start: int) -> bool:
+    """Return whether a learner that takes over at ``start`` is a later one than the switch's."""
+    return state.last_stage is not None and start > state.last_stage
+
+
 def recipe_of(
-    phase: Phase, recipes: Mapping[Phase, Recipe], policy: SwitchPolicy, taken_back: int
+    phase: Phase,
+    recipes: Mapping[Phase, Recipe],
+    policy: SwitchPolicy,
+    taken_back: int,
+    restarted: bool,
 ) -> Recipe:
-    """Return the recipe of ``phase`` after ``taken_back`` returns to full training."""
-    recipe = recipes[phase]
+    """Return the recipe of ``phase`` after ``taken_back`` returns to full training.
+
+    ``restarted`` says whether the learner follows the one that the switch built.
+    """
+    recipe, again = recipes[phase], None
     if phase is Phase.FULL and taken_back and policy.guard is not None:
-        return replace(recipe, rewarmup_updates=policy.guard.rewarmup_updates)
-    return recipe
+        again = policy.guard.rewarmup_updates
+    if phase is Phase.ADAPTER and restarted and policy.restart is not None:
+        again = policy.restart.rewarmup_updates
+    return recipe if again is None else replace(recipe, rewarmup_updates=again)
 
 
 def probe_images(data: Data) -> Tensor:

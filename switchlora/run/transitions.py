@@ -14,20 +14,22 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from switchlora.adapters import Target, set_mix
+from switchlora.adapters import Target, applied_ranks, set_mix
 from switchlora.cost import Prediction, speedup_parts, warning
 from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
 from switchlora.learner import Learner, module_gradients, release_memory
-from switchlora.policy import Standing
+from switchlora.policy import Refresh, Standing
 from switchlora.run.forecast import predicted_update
 from switchlora.run.run import Run
 from switchlora.run.saving import save
 from switchlora.run.state import Phase, TrainState
 from switchlora.switching import (
     Outcome,
+    Scene,
     SwitchReport,
     grow,
+    refresh,
     restart,
     settle,
     switch,
@@ -141,7 +143,7 @@ def freeze_weights(run: Run) -> Change:
     state = run.state
     assert state.switch_report is not None
     ranks = state.switch_report.ranks
-    set_mix(run.model, 0.0, state.num_updates)
+    set_mix(run.model, 0.0)
     figures = run.phase_summary()
     expected = predicted_update(run)
     scene = run.scene(run.recipe_of(Phase.ADAPTER))
@@ -160,6 +162,8 @@ def restart_adapter(run: Run) -> Change:
     """Merge the adapters and go on with new ones (ReLoRA, arXiv 2307.05695)."""
     state = run.state
     scene = run.scene(run.recipe_of(Phase.ADAPTER))
+    if isinstance(run.policy.restart, Refresh):
+        return refresh_cores(run, scene)
     outcome = attempt(run, "restart", lambda: restart(scene, state.num_updates))
     if isinstance(outcome, Failed):
         return outcome
@@ -167,6 +171,23 @@ def restart_adapter(run: Run) -> Change:
     note_transition(run, "restart", outcome, "a cycle of updates is over")
     what = "the adapters are merged, new ones begin"
     return Changed(what, outcome, run.ledger.transitions[-1])
+
+
+def refresh_cores(run: Run, scene: Scene) -> Change:
+    """Turn and cut the bases of the last layers (OIALR, arXiv 2401.08505)."""
+    state = run.state
+    assert state.switch_report is not None and state.last_stage is not None
+    figures = run.phase_summary()
+    number = max(1, round((state.num_updates - state.last_stage) / run.monitor.window))
+    outcome = attempt(run, "refresh", lambda: refresh(scene, number))
+    if isinstance(outcome, Failed):
+        return outcome
+    enter(run, Phase.ADAPTER, "restart", outcome, "an interval of the cores is over", figures)
+    ranks = applied_ranks(run.model, run.monitor.known, state.switch_report.ranks)
+    run.ledger.transitions[-1]["ranks"] = ranks
+    state.switch_report = replace(state.switch_report, ranks=ranks)
+    release_memory(run.device)
+    return Changed("the cores are turned and cut", outcome, run.ledger.transitions[-1])
 
 
 def grow_ranks(run: Run, standing: Standing) -> Change:

@@ -117,7 +117,7 @@ def guide(run: Run) -> None:
     if state.joint_until is not None and state.switch_update is not None:
         length = state.joint_until - state.switch_update
         done = (state.num_updates - state.switch_update) / length
-        set_mix(run.model, cosine_mix(done), state.num_updates)
+        set_mix(run.model, cosine_mix(done))
 
 
 def consider_switch(run: Run) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from switchlora.adapters import (
     Adapter,
+    CoreLinear,
     GuidedLinear,
     adapted_modules,
     merged_state_dict,
@@ -36,7 +37,8 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
 
     - Row slices of a fused linear become one adapter. It has their summed rank and a
       block-diagonal B.
-    - A linear whose slices are all frozen or dense gets no adapter. Neither does a guided one.
+    - A linear whose slices are all frozen or dense gets no adapter. Neither does a guided one, or
+      one that trains a core.
     - A linear whose weight timm or torch reads past an adapter gets none: ``merged_for_peft``.
     - The residual of a factorised linear is zero.
     """
@@ -46,8 +48,11 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
     ranks: dict[str, int] = {}
     merged = merged_for_peft(model)
     for name, module in adapted_modules(model).items():
+        if module.kind in (GuidedLinear.kind, CoreLinear.kind) or name in merged:
+            dense[f"{name}.weight"] = module.merged()
+            continue
         A, B = _stacked(module.adapters(), module.out_features)
-        if not len(A) or module.kind == GuidedLinear.kind or name in merged:
+        if not len(A):
             dense[f"{name}.weight"] = module.merged()
             continue
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A

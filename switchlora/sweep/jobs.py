@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from switchlora.config import Config, as_plain, identity, is_free, leaves, shaping
 from switchlora.errors import ODD, JobFailed, JobInterrupted
 from switchlora.names import near
-from switchlora.process import FAILURE, distributed, one_line
+from switchlora.process import FAILURE, distributed, one_line, tell_overruled
 from switchlora.storage import (
     AUTO,
     BY_ENVIRONMENT,
@@ -157,13 +157,17 @@ def _identity_of(root: DictConfig, task: Sequence[str]) -> str:
 def readable(word: str) -> str:
     """Return an override as part of a file name: 'tau-0.5' for 'switch.criterion.tau=0.5'.
 
-    '+method=lora' is 'lora'. Return '' for an override that does not change results, for other
-    additions, and for Hydra's own overrides.
+    '+method=lora' is 'lora'. Return '' for an override that does not change results, for the
+    experiment, for other additions, and for Hydra's own overrides.
     """
     key, _, value = word.partition("=")
     if key == METHOD:
         return value
-    if key.startswith(("+", "hydra.")) or (is_free(key) and not _places(word)):
+    if (
+        key.startswith(("+", "hydra."))
+        or key == "experiments"
+        or (is_free(key) and not _places(word))
+    ):
         return ""
     short = re.split(r"[./]", key)[-1]
     plain = re.sub(r"[^\w.+-]+", "-", value).strip("-")
@@ -189,6 +193,7 @@ def run_job(config: DictConfig, folder: Path, train: Any) -> Mapping[str, Any]:
     try:
         outcome = distributed.from_primary(lambda: _begun(folder, plain))
         if dist.is_initialized() or FRESH_PROCESSES in hydra.launcher._target_:
+            tell_overruled(config, hydra)
             train(config, folder)
         elif outcome != "skipped":
             _run_alone(values, folder)

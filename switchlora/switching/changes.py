@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from switchlora.adapters import (
     Target,
     adapted_modules,
     applied_ranks,
+    core_modules,
     inject,
     is_factor,
     merge,
@@ -33,7 +35,7 @@ from switchlora.adapters import (
 )
 from switchlora.learner import Moments, factor_moments, prune_moments
 from switchlora.monitor import Measurement, truncated_svd
-from switchlora.policy import SwitchPolicy
+from switchlora.policy import Refresh, Restart, SwitchPolicy
 from switchlora.process import from_primary, together
 from switchlora.ranks import largest_saving_rank
 from switchlora.switching.plan import Plan, as_loaded, make_plan, start_factors, trained_after
@@ -147,7 +149,7 @@ def restart(scene: Scene[L], num_updates: int) -> tuple[L, Outcome]:
     """
     policy, targets = scene.policy, scene.monitor.targets
     how = policy.restart
-    assert how is not None
+    assert isinstance(how, Restart)
     init = how.init or policy.init
     flags = training_flags(scene.learner.model)
 
@@ -169,6 +171,59 @@ def restart(scene: Scene[L], num_updates: int) -> tuple[L, Outcome]:
 
     learner, outcome, _ = operate(scene, change, inherit, policy.max_drift)
     return learner, outcome
+
+
+def refresh(scene: Scene[L], number: int) -> tuple[L, Outcome]:
+    """Turn and cut the bases of the last layers that train a core (OIALR, arXiv 2401.08505).
+
+    ``number`` counts the refreshes, this one too. As in the public code, the optimizer's moments
+    of a core that was cut are cut to its shape, and all other moments survive.
+    """
+    policy, targets = scene.policy, scene.monitor.known
+    how = policy.restart
+    assert isinstance(how, Refresh)
+    flags = training_flags(scene.learner.model)
+
+    def change(model: nn.Module, replaced: Replaced) -> None:
+        factors = from_primary(lambda: _refreshed(model, policy, how, number))
+        with together():
+            _inject(model, policy, targets, factors, replaced)
+            _train_as(model, flags, policy)
+
+    learner, outcome, _ = operate(scene, change, cut_to_cores, math.inf)
+    return learner, outcome
+
+
+def _refreshed(
+    model: nn.Module, policy: SwitchPolicy, how: Refresh, number: int
+) -> dict[str, Factors]:
+    """Return the new factors, on the CPU, of the layers that a refresh takes."""
+    modules = core_modules(model)
+    factors = {}
+    for name in how.last(list(modules), number):
+        A, B = modules[name].refreshed(how.cutoff)
+        factors[name] = Factors(as_loaded(A), as_loaded(B / policy.scaling(len(A))))
+    return factors
+
+
+def cut_to_cores(moments: Moments, adapters: Adapters) -> Moments:
+    """Return the moments, those of each core cut to its shape."""
+    found = dict(moments)
+    for module, parts in adapters.items():
+        name = f"{module}.lora_B"
+        for adapter in parts.values():
+            if name in moments:
+                found[name] = _cut(moments[name], len(adapter.B))
+    return found
+
+
+def _cut(state: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return the first ``size`` rows and columns of the matrices in an optimizer's state."""
+    found = {}
+    for key, value in state.items():
+        is_matrix = isinstance(value, Tensor) and value.dim() == 2
+        found[key] = value[:size, :size].clone() if is_matrix else value
+    return found
 
 
 def grow(

@@ -158,7 +158,8 @@ def choose_ranks(
         raise ValueError("every rank is 0, so nothing would adapt: choose larger ranks")
     useless = set()
     for name, rank in wanted.items():
-        if not saves_parameters(rank, targets[name].weight(model).shape):
+        shape = targets[name].weight(model).shape
+        if policy.must_save and not saves_parameters(rank, shape):
             useless.add(_unit(policy, targets[name]))
     for name in frozen:
         unit = _unit(policy, now[name])
