@@ -30,6 +30,11 @@ from switchlora.learner.passes import (
     evaluate as evaluate,
     module_gradients as module_gradients,
 )
+from switchlora.learner.projected import (
+    Apollo as Apollo,
+    Fira as Fira,
+    GaLore as GaLore,
+)
 from switchlora.learner.published import Unreduced as Unreduced
 from switchlora.learner.recipe import (
     PRECISIONS as PRECISIONS,

@@ -20,6 +20,8 @@ POWERS = {
     **dict.fromkeys((*SECOND_MOMENTS, "max_exp_avg_sq"), 2),
 }
 """power to which a factor of the gradient appears in each moment"""
+PROJECTED = "projected_"
+"""begins the names of moments that do not have the rows of their weight"""
 PRUNINGS = ("random", "magnitude", "zero")
 
 
@@ -107,12 +109,12 @@ def dense_moments(
     """Return moments of dense slices, copied from their rows of the fused weight's moments.
 
     ``slices`` are the rows of each dense slice, by module. State without rows, such as the number
-    of steps, is copied whole.
+    of steps, is copied whole. Slices of a weight with projected moments keep a fresh state.
     """
     found = {}
     for name, parts in slices.items():
         state = moments.get(f"{name}.weight")
-        if state is None:
+        if state is None or any(key.startswith(PROJECTED) for key in state):
             continue
         for part, rows in parts.items():
             found[f"{name}.dense.{part}"] = {k: _rows_of(v, rows) for k, v in state.items()}

@@ -14,7 +14,8 @@ from torch.optim import SGD, Optimizer
 from switchlora.adapters import Adapter, Norms, adapted_modules, is_factor, trained_adapters
 from switchlora.errors import check_choice, check_range, is_number
 from switchlora.learner.matched import Scales, matched_scales
-from switchlora.learner.muon import Muon, in_parts
+from switchlora.learner.muon import Muon
+from switchlora.learner.parts import InParts, in_parts
 
 if TYPE_CHECKING:
     from switchlora.learner.learner import Learner
@@ -148,8 +149,9 @@ def autocast(device_type: str, precision: str) -> AbstractContextManager:
 
 def check_goes_with_fsdp(recipe: Recipe) -> None:
     """Raise ValueError for a recipe that needs whole factors, or DDP."""
-    if issubclass(recipe.optimizer_class, Muon):
-        raise ValueError("recipe@full=muon does not go with system.parallel=fsdp: use ddp")
+    kind = recipe.optimizer_class
+    if issubclass(kind, InParts):
+        raise ValueError(f"{kind.__name__} does not go with system.parallel=fsdp: use ddp")
     for name in ("refactoring", "frobenius_decay", "before_ddp"):
         if getattr(recipe, name):
             raise ValueError(f"adapter.{name} does not go with system.parallel=fsdp: use ddp")
@@ -165,7 +167,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     for lr_scale, factors in sorted(_factors_by_scale(model, recipe).items()):
         decay = recipe.factor_weight_decay
         groups.append({"params": factors, "weight_decay": decay, "lr_scale": lr_scale})
-    if issubclass(recipe.optimizer_class, Muon):
+    if issubclass(recipe.optimizer_class, InParts):
         groups = in_parts(model, groups)
     return [group for group in groups if group["params"]]
 
@@ -173,7 +175,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     """Build the recipe's optimizer of the parameters of ``model`` that train."""
     optimizer = recipe.optimizer(parameter_groups(model, recipe))
-    if isinstance(optimizer, Muon):
+    if isinstance(optimizer, InParts):
         optimizer.pair(trained_adapters(model))
     return optimizer
 
