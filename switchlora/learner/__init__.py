@@ -16,6 +16,7 @@ from switchlora.learner.learner import (
     operands_within_update as operands_within_update,
     set_checkpointing as set_checkpointing,
 )
+from switchlora.learner.lora_rite import LoRARite as LoRARite
 from switchlora.learner.moments import (
     POWERS as POWERS,
     Moments as Moments,
@@ -51,6 +52,7 @@ from switchlora.learner.reflora import (
     precondition as precondition,
     refactoring_matrices as refactoring_matrices,
 )
+from switchlora.learner.riemannian import Riemannian as Riemannian
 from switchlora.learner.sharding import (
     is_sharded as is_sharded,
     skeleton as skeleton,

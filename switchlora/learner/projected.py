@@ -53,7 +53,7 @@ class Projected(InParts):
         eps: float = 1e-6,
         rank: float = 0.25,
         interval: int = 200,
-        scale: float = 1.0,
+        scale: float = 0.25,
     ) -> None:
         super().__init__(params, lr, weight_decay, betas, eps, by_adamw=(FACTORS, OTHERS))
         check_range("full.optimizer.interval", interval, 1)
@@ -162,9 +162,18 @@ class Apollo(Projected):
     """
 
     def __init__(
-        self, params: Iterable[Any], *args: Any, scaling: str = "channel", **options: Any
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        rank: float = 0.25,
+        interval: int = 200,
+        scale: float = 1.0,
+        scaling: str = "channel",
     ) -> None:
-        super().__init__(params, *args, **options)
+        super().__init__(params, lr, weight_decay, betas, eps, rank, interval, scale)
         check_choice("full.optimizer.scaling", scaling, SCALINGS)
         self.scaling = scaling
 

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from switchlora.adapters import Adapter, Norms, adapted_modules, is_factor, trained_adapters
 from switchlora.errors import check_choice, check_range, is_number
+from switchlora.learner.lora_rite import LoRARite
 from switchlora.learner.matched import Scales, matched_scales
 from switchlora.learner.muon import Muon
 from switchlora.learner.parts import InParts, in_parts
@@ -26,6 +27,8 @@ MATCHED = "matched"
 NO_FACTORS = Norms(0.0, 0.0)
 PROPORTIONAL = (SGD, SGDW)
 """optimizers whose steps are in proportion to the gradient"""
+OF_THE_PRODUCT = (Muon, LoRARite)
+"""optimizers whose steps of factors have the size of a step of the weight, whatever the split"""
 RECOMPUTED = ("blocks", "gelu")
 LONGEST_RAMP = 20
 
@@ -209,7 +212,7 @@ def _scales(recipe: Recipe, adapter: Adapter, norms: Norms, kind: type[Optimizer
     if recipe.factor_lr != MATCHED:
         scale = float(recipe.factor_lr)
         return Scales(scale, scale * of_B)
-    if issubclass(kind, Muon):  # its steps are those of the effective weight
+    if issubclass(kind, OF_THE_PRODUCT):
         return Scales(recipe.matched_step, recipe.matched_step * of_B)
     A, B = matched_scales(adapter, norms, issubclass(kind, PROPORTIONAL), recipe.matched_step)
     return Scales(A, B * of_B)
