@@ -16,6 +16,7 @@ from switchlora.errors import Interrupted
 from switchlora.learner import LoRARite
 from switchlora.learner.parts import FACTORS
 from switchlora.learner.recipe import check_goes_with_fsdp
+from switchlora.storage import read_events
 
 OUT, IN, RANK, SCALING, LR = 12, 20, 3, 2.0, 1e-2
 WORDS = (
@@ -102,9 +103,12 @@ def test_shards_are_refused_and_the_rates_are_the_authors():
 
 
 def test_a_run_is_the_same_on_another_device(tmp_path):
-    make_run(tmp_path / "here", *WORDS)
+    make_run(tmp_path / "here", *WORDS, "log.cost_model=true")
     with on_pretended():
         make_run(tmp_path / "there", f"system.device={DEVICE}", *WORDS)
+    (memory,) = read_events(tmp_path / "here", "memory")
+    part = "memory/optimizer_state"
+    assert memory[part] == memory[f"{part}_predicted"] > 0
     found = differences(tmp_path / "there", tmp_path / "here")
     assert not [line for line in found if "memory" not in line]
 

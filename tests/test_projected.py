@@ -154,6 +154,18 @@ def test_all_but_the_matrices_are_stepped_by_adamw(name):
         assert torch.equal(one, other) != (one in inside)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_about_as_long_as_the_rates_of_factors_are_matched_to(name):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(64, 96))
+    optimizer = build(composed(f"recipe@full={name}").full.optimizer)
+    optimizer = optimizer([{"params": [weight], "part": MATRICES}])
+    weight.grad = torch.randn(64, 96)
+    optimizer.step()
+    length = weight.detach().square().mean().sqrt().item() / optimizer.param_groups[0]["lr"]
+    assert 0.6 < length / optimizer.step_size(64, 96) < 1.7
+
+
 def test_another_rank_begins_with_a_fresh_state():
     weight = nn.Parameter(torch.ones(4, 8))
     group = {"params": [weight], "part": MATRICES}

@@ -18,6 +18,7 @@ Details are those of github.com/jiaweizzhao/GaLore and github.com/xichen-fy/Fira
 authors' code of APOLLO.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -63,6 +64,14 @@ class Projected(InParts):
         self.interval = interval
         self.scale = scale
 
+    def step_size(self, rows: int, columns: int) -> float:
+        """Return about how many times as long a matrix's step is as AdamW's at the same rate.
+
+        The columns of psi have the norm sqrt(r), where those of AdamW's step have sqrt(m).
+        """
+        shorter = min(rows, columns)
+        return self.scale * math.sqrt(rank_of(shorter, self.rank) / shorter)
+
     def step_the_rest(self) -> None:
         """Update the matrices."""
         number = 0
@@ -87,7 +96,7 @@ class Projected(InParts):
     def _state_of(self, weight: Tensor, gradient: Tensor, number: int) -> State:
         """Return the state of a matrix; a new one if it has none, or one of another rank."""
         state = self.state[weight]
-        shape = (rank_of(gradient, self.rank), gradient.shape[1])
+        shape = (rank_of(len(gradient), self.rank), gradient.shape[1])
         if FIRST not in state or state[FIRST].shape != shape:
             state.clear()
             state[STEP] = 0
@@ -106,13 +115,13 @@ class Projected(InParts):
 
     def _correction(self, step: int) -> float:
         first, second = self.betas
-        return float((1 - second**step) ** 0.5 / (1 - first**step))
+        return math.sqrt(1 - second**step) / (1 - first**step)
 
     def projection(self, state: State, gradient: Tensor) -> Tensor:
         """Return P (m, r) of this update: the first left singular vectors of a gradient."""
         if state[STEP] % self.interval == 0:
             vectors, _, _ = torch.linalg.svd(gradient, full_matrices=False)
-            rank = rank_of(gradient, self.rank)
+            rank = rank_of(len(gradient), self.rank)
             state[PROJECTION] = vectors[:, :rank].clone()  # a view would keep all of them
         return state[PROJECTION]
 
@@ -135,6 +144,10 @@ class GaLore(Projected):
 
 class Fira(Projected):
     """GaLore, and the rest of the gradient with the lengths that Adam gives (arXiv 2410.01623)."""
+
+    def step_size(self, rows: int, columns: int) -> float:
+        """Return GaLore's with s = 1, since the rest is nearly the whole gradient."""
+        return super().step_size(rows, columns) / self.scale
 
     def change(
         self, state: State, gradient: Tensor, projection: Tensor, inside: Tensor, direction: Tensor
@@ -179,7 +192,7 @@ class Apollo(Projected):
 
     def projection(self, state: State, gradient: Tensor) -> Tensor:
         """Return P (m, r) of this update: normal numbers with the variance 1/r."""
-        rank = rank_of(gradient, self.rank)
+        rank = rank_of(len(gradient), self.rank)
         number = state[STEP] // self.interval
         generator = torch.Generator().manual_seed(PRIME * state[SEED] + number)
         drawn = torch.randn(len(gradient), rank, generator=generator, device="cpu")
@@ -202,13 +215,12 @@ def wide(matrix: Tensor) -> Tensor:
     return matrix if rows < columns else matrix.mT
 
 
-def rank_of(gradient: Tensor, rank: float) -> int:
+def rank_of(rows: int, rank: float) -> int:
     """Return the rank of the projection of a wide gradient: a number, or a share of its rows.
 
-    >>> rank_of(torch.zeros(64, 256), 0.25), rank_of(torch.zeros(64, 256), 128)
+    >>> rank_of(64, 0.25), rank_of(64, 128)
     (16, 64)
     """
-    rows = len(gradient)
     wanted = round(rank * rows) if rank < 1 else int(rank)
     return max(1, min(wanted, rows))
 

@@ -17,6 +17,7 @@ from switchlora.learner.lora_rite import LoRARite
 from switchlora.learner.matched import Scales, matched_scales
 from switchlora.learner.muon import Muon
 from switchlora.learner.parts import InParts, in_parts
+from switchlora.learner.projected import Projected
 
 if TYPE_CHECKING:
     from switchlora.learner.learner import Learner
@@ -134,9 +135,14 @@ class Recipe:
         return min(LONGEST_RAMP, (total_updates - start) // 10) if start else 0
 
     @property
+    def bare_optimizer(self) -> Optimizer:
+        """What ``optimizer`` returns for a single number, to look at its class and its options."""
+        return self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
+
+    @property
     def optimizer_class(self) -> type[Optimizer]:
         """The class of what ``optimizer`` returns."""
-        return type(self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]))
+        return type(self.bare_optimizer)
 
     @property
     def compiles(self) -> bool:
@@ -197,22 +203,25 @@ def _groups_beside_factors(model: nn.Module, weight_decay: float) -> list[dict[s
 def _factors_by_scale(model: nn.Module, recipe: Recipe) -> dict[float, list[nn.Parameter]]:
     """Return the factors that train, by their learning rate relative to that of the weights."""
     found: dict[float, list[nn.Parameter]] = {}
-    kind = recipe.optimizer_class
+    bare = recipe.bare_optimizer
     for module in adapted_modules(model).values():
         for part, adapter in module.adapters().items():
-            scales = _scales(recipe, adapter, module.start_norms.get(part, NO_FACTORS), kind)
+            scales = _scales(recipe, adapter, module.start_norms.get(part, NO_FACTORS), bare)
             for factor, scale in zip((adapter.A, adapter.B), scales, strict=True):
                 if factor.requires_grad:
                     found.setdefault(scale, []).append(cast(nn.Parameter, factor))
     return found
 
 
-def _scales(recipe: Recipe, adapter: Adapter, norms: Norms, kind: type[Optimizer]) -> Scales:
+def _scales(recipe: Recipe, adapter: Adapter, norms: Norms, bare: Optimizer) -> Scales:
     of_B = recipe.factor_B_lr_scale
     if recipe.factor_lr != MATCHED:
         scale = float(recipe.factor_lr)
         return Scales(scale, scale * of_B)
-    if issubclass(kind, OF_THE_PRODUCT):
+    if isinstance(bare, OF_THE_PRODUCT):
         return Scales(recipe.matched_step, recipe.matched_step * of_B)
-    A, B = matched_scales(adapter, norms, issubclass(kind, PROPORTIONAL), recipe.matched_step)
+    step = recipe.matched_step
+    if isinstance(bare, Projected):  # AdamW trains the factors
+        step *= bare.step_size(len(adapter.B), adapter.A.shape[1])
+    A, B = matched_scales(adapter, norms, isinstance(bare, PROPORTIONAL), step)
     return Scales(A, B * of_B)
