@@ -20,7 +20,7 @@ from switchlora.storage import read_events
 
 OUT, IN, RANK, SCALING, LR = 12, 20, 3, 2.0, 1e-2
 WORDS = (
-    *("+method=lora_rite", "switch.rank.rank=2", "data.train_size=320", "max_updates=16"),
+    *("+method=lora_rite", "switch.rank.rank=2", "data.train_size=320", "max_updates=11"),
     *("full.scheduler.warmup_t=5", "monitor.window=5"),
 )
 

@@ -30,7 +30,7 @@ from test_distributed import run_ranks
 NAMES = ("galore", "fira", "apollo", "apollo_mini")
 LR, INTERVAL = 1e-2, 2
 SMALL = (
-    *("data.train_size=320", "max_updates=22", "epochs=3"),
+    *("data.train_size=320", "max_updates=18", "epochs=3"),
     *("full.scheduler.warmup_t=5", "monitor.window=5", "full.optimizer.interval=4"),
 )
 """10 updates an epoch"""
@@ -224,7 +224,7 @@ def test_a_run_that_stops_between_two_projections_goes_on_bit_for_bit(
 
 SWITCHED = (
     *("switch/criterion=at_epoch", "switch.criterion.epoch=1", "switch.split_qkv=true"),
-    *("switch/rank=fixed", "switch.rank.rank=2", "log.cost_model=true"),
+    *("switch/rank=fixed", "switch.rank.rank=2", "log.cost_model=true", "max_updates=14"),
 )
 
 
@@ -243,5 +243,5 @@ def test_a_run_on_another_device_goes_through_a_switch_and_holds_what_was_predic
 
 
 def test_ranks_project_alike(tmp_path):
-    words = ("+method=fira", *SHORT, *SMALL, "max_updates=12")
+    words = ("+method=fira", *SHORT, *SMALL, "max_updates=10")
     assert run_ranks(2, tmp_path, *words)["spread"] == 0.0

@@ -68,7 +68,7 @@ def test_a_damping_of_zero_is_refused():
 
 def test_a_run_with_it_goes_on_bit_for_bit(tmp_path, at_update):
     words = (
-        *("+method=riemannian", "switch.rank.rank=2", "data.train_size=320", "max_updates=16"),
+        *("+method=riemannian", "switch.rank.rank=2", "data.train_size=320", "max_updates=11"),
         *("full.scheduler.warmup_t=5", "monitor.window=5", "full.precision=bf16"),
     )
     make_run(tmp_path / "whole", *words)
