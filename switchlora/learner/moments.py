@@ -74,7 +74,8 @@ def factor_moments(
     - For second moments the entries of g_W are taken as uncorrelated: v_A = s^2 (B*B)^T v_W, v_B =
       s^2 v_W (A*A)^T.
 
-    Factors whose projected moments would be zero (B = 0) are left out and keep a fresh state.
+    Factors whose projected moments would be zero (B = 0) are left out and keep a fresh state. So
+    do those of a weight whose own moments lie in a subspace (GaLore).
     """
     projected: dict[str, dict[str, Any]] = {}
     for name, parts in adapters.items():
@@ -92,10 +93,16 @@ def factor_moments(
 def _replaced_state(moments: Moments, name: str, part: str, rows: slice) -> State:
     """Return the state of the weight, or of its rows, that an adapter replaces; maybe empty."""
     alone = moments.get(f"{name}.dense.{part}")
+    state = alone or moments.get(f"{name}.weight", {})
+    if _in_a_subspace(state):
+        return {}
     if alone:
         return alone
-    state = moments.get(f"{name}.weight", {})
     return {key: value[rows] if _is_moment(key) else value for key, value in state.items()}
+
+
+def _in_a_subspace(state: State) -> bool:
+    return any(key.startswith(PROJECTED) for key in state)
 
 
 def _is_moment(key: str) -> bool:
@@ -114,7 +121,7 @@ def dense_moments(
     found = {}
     for name, parts in slices.items():
         state = moments.get(f"{name}.weight")
-        if state is None or any(key.startswith(PROJECTED) for key in state):
+        if state is None or _in_a_subspace(state):
             continue
         for part, rows in parts.items():
             found[f"{name}.dense.{part}"] = {k: _rows_of(v, rows) for k, v in state.items()}
