@@ -1,6 +1,7 @@
 """Tune every system on the same budget, then run it with the rate it chose: ``make systems``.
 
 1. Full training runs with each rate of ``FULL``. Every other system starts from the best of them.
+   The ``PROJECTED`` ones train in full with an optimizer of their own, and with each rate of it.
 2. Every other system runs with each rate of ``FACTORS``. Those of this project are not tuned.
 3. Every system runs with its best rate, and shortened full training beside them.
 
@@ -27,6 +28,9 @@ TUNING, REPORTED = RUNS / "tuning", RUNS / "sweep"
 LR, FACTOR_LR = "full.optimizer.lr", "adapter.factor_lr"
 FULL = ("5e-4", "1e-3", "2e-3", "4e-3")
 FACTORS = ("matched", "1", "3", "10")
+PROJECTED = ("galore", "fira", "apollo", "apollo_mini")
+OF_PROJECTED = ("2.5e-3", "5e-3", "1e-2", "2e-2")
+"""rates around that of their authors"""
 OWN = ("update_norm", "staged", "guarded")
 TUNING_SEED = 100
 SEEDS = "0,1,2"
@@ -43,15 +47,20 @@ def main() -> None:
     methods = methods_of(HERE / "experiments" / "systems.yaml")
     of_full = tune(["full"], LR, FULL, words)["full"]
     lr = f"{LR}={best(of_full)}"
-    others = [name for name in methods if name not in ("full", *OWN)]
+    of_projected = tune(PROJECTED, LR, OF_PROJECTED, words)
+    others = [name for name in methods if name not in ("full", *OWN, *PROJECTED)]
     of_others = tune(others, FACTOR_LR, FACTORS, [lr, *words])
     report(["full", *OWN], [lr, *words])
     report(["full_short"], [lr, f"length={LENGTHS}", *words])
+    for value in OF_PROJECTED:
+        chosen = [name for name in PROJECTED if best(of_projected[name]) == value]
+        if chosen:
+            report(chosen, [f"{LR}={value}", *words])
     for value in FACTORS:
         chosen = [name for name in others if best(of_others[name]) == value]
         if chosen:
             report(chosen, [lr, f"{FACTOR_LR}={value}", *words])
-    write_notes({LR: {"full": of_full}, FACTOR_LR: of_others}, RUNS)
+    write_notes({LR: {"full": of_full, **of_projected}, FACTOR_LR: of_others}, RUNS)
 
 
 def methods_of(experiment: Path) -> list[str]:
@@ -121,9 +130,9 @@ def write_notes(results: dict[str, dict[str, Tried]], folder: Path) -> None:
     lines = []
     for key, by_method in results.items():
         told = [f"{name} {best(found)}" for name, found in by_method.items()]
-        (among, *_) = by_method.values()
+        values = dict.fromkeys(value for found in by_method.values() for value in found)
         lines.append(
-            f"{key} was chosen among {', '.join(among)}, by val top1 of seed {TUNING_SEED}: "
+            f"{key} was chosen among {', '.join(values)}, by val top1 of seed {TUNING_SEED}: "
             f"{'; '.join(told)}."
         )
     lines.append(f"Not tuned, with the rate of full training: {', '.join(OWN)}.")

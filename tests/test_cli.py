@@ -86,7 +86,7 @@ MISTAKES = {
     "switch/guards=full": "there is no group 'switch/guards'; near names: .*switch/guard",
     "data=cifar": "data=cifar: choose one of .*cifar10",
     "data=base": "data=base: choose one of bytes, cifar10",
-    "recipe@full=base": "recipe@full=base: choose one of adam, adamw, adapter, lion, muon, sgd$",
+    "recipe@full=base": "recipe@full=base: choose one of adam, adamw, adapter, apollo, .*, sgd$",
     "+methods=lora": "there is no key 'methods'; near names: .*method",
     "+lr=1e-3": "there is no key 'lr'; near names: full.optimizer.lr",
     "--epochs": "'--epochs' is no option: write epochs=VALUE without dashes",

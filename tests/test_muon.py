@@ -182,7 +182,7 @@ def test_a_factor_without_its_adapter_is_an_error():
 
 
 def test_muon_is_refused_with_shards():
-    with pytest.raises(ValueError, match="recipe@full=muon does not go with"):
+    with pytest.raises(ValueError, match="Muon does not go with system.parallel=fsdp"):
         check_goes_with_fsdp(recipe())
 
 

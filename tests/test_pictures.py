@@ -374,9 +374,10 @@ def test_each_row_is_named_at_its_point_and_coloured_by_its_kind(tmp_path):
         "low_rank_32": "low rank",
         "pufferfish": "low rank",
         "relora": "switch",
+        "galore": "smaller optimizer state",
     }
     for place, method in enumerate(methods):
-        switch = None if method == "full" else 10 * place
+        switch = None if method in ("full", "galore") else 10 * place
         for seed in (0, 1):
             top1 = (60, 70, 80, 82 - place + seed / 10)
             words = (f"+method={method}", f"seed={seed}")
@@ -388,7 +389,7 @@ def test_each_row_is_named_at_its_point_and_coloured_by_its_kind(tmp_path):
     names = {text.get_text(): text.get_color() for text in axes.texts if text.get_text()}
     colors = {method: KINDS[kind]["color"] for method, kind in methods.items()}
     colors["full training"] = colors.pop("full")
-    assert names == colors and len({look["color"] for look in KINDS.values()}) == 4
+    assert names == colors and len({look["color"] for look in KINDS.values()}) == 5
     (key,) = figure.legends
     told = [text.get_text() for text in key.get_texts()]
     assert {"full training", "switch", "low rank", "LoRA", "Pareto front"} <= set(told)

@@ -56,6 +56,10 @@ def test_every_initializer_and_rank_policy_switches_without_drift(init, rank, tr
     trial.train(3)
 
 
+IN_A_SUBSPACE = ("apollo", "apollo_mini", "fira", "galore")
+"""recipes whose moments of weights say too little of the factors"""
+
+
 @pytest.mark.parametrize("recipe", [n for n in names("recipe") if n not in ("base", "adapter")])
 @pytest.mark.parametrize("moments", ["surviving", "factors", "reset"])
 def test_every_optimizer_switches_and_trains_on(recipe, moments):
@@ -64,7 +68,8 @@ def test_every_optimizer_switches_and_trains_on(recipe, moments):
     surviving = len(
         [n for n, p in trial.model.named_parameters() if p.requires_grad and not is_factor(n)]
     )
-    expected = {"reset": 0, "surviving": surviving, "factors": surviving + 16}[moments]
+    of_factors = 0 if recipe in IN_A_SUBSPACE else 16
+    expected = {"reset": 0, "surviving": surviving, "factors": surviving + of_factors}[moments]
     assert report.moments_carried == expected
     trial.train(5)
 

@@ -45,10 +45,12 @@ def write_run(
 ):
     """A run folder with chosen numbers; it switches at update 30 unless its criterion is never."""
     folder.mkdir(parents=True)
-    groups = [each for each in overrides if "/" in each]
+    groups = [each for each in overrides if "/" in each or "@" in each]
     config = copy.deepcopy(composed(*SHORT, *groups))
     OmegaConf.set_struct(config, False)
-    config.merge_with_dotlist([f"seed={seed}", *(each for each in overrides if "/" not in each)])
+    config.merge_with_dotlist(
+        [f"seed={seed}", *(each for each in overrides if each not in groups)]
+    )
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     events = [{"event": "eval", "num_updates": n, "val/top1": top1} for n, top1 in evals]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))

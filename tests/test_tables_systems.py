@@ -11,7 +11,7 @@ FULL = ("method=full", *NEVER)
 
 def segment(phase, until, num_updates, images_per_second, trainable, parameters, total):
     """What lay between two transitions."""
-    measured = {"parameters": parameters, "total": total}
+    measured = {"parameters": parameters, "optimizer_state": 2**20 * trainable, "total": total}
     return {
         "phase": phase,
         "until": until,
@@ -50,12 +50,33 @@ def test_the_last_phase_with_updates_is_compared_with_full_training(systems):
     expected = {
         **{"val_top1": 61, "test_top1": 60, "top1_difference": 0, "cost_flops": 60 * 3e9},
         **{"trainable": 100, "trainable_share": 10, "weights_ratio": 1.2, "step_ratio": 0.8},
-        **{"held_ratio": 0.6, "cost_ratio": 0.75, "switch_epoch": 1.5, "changes": 3},
+        **{
+            "optimizer_state": 300,
+            "held_ratio": 0.6,
+            "cost_ratio": 0.75,
+            "switch_epoch": 1.5,
+            "changes": 3,
+        },
     }
     assert {k: c.mean for k, c in rows["staged"].cells.items()} == pytest.approx(expected)
     assert set(expected) == {column.key for column in table.columns}
     assert text_of(table, rows["full"], "step_ratio") == "–"
     assert text_of(table, rows["full"], "changes") == "0 (1)"
+
+
+def test_a_smaller_optimizer_state_is_compared_with_full_training_and_is_no_baseline(systems):
+    for method, trainable in (("galore", 300), ("apollo", 200), ("apollo_mini", 100)):
+        words = ("method=" + method, *NEVER, f"recipe@full={method}")
+        made = segment("full", 80, 80, 80.0, 1000, 4000, 15_000)
+        made["memory"]["measured"]["optimizer_state"] = 2**20 * trainable
+        rewrite(write_run(systems / method, *words), segments=[made], transitions=[])
+    table, rows = table_of(systems, "systems")
+    assert list(rows) == ["full", "apollo", "apollo_mini", "galore", "staged"]
+    state = {label: row.cells["optimizer_state"].mean for label, row in rows.items()}
+    assert [state[name] for name in ("full", "galore", "apollo_mini")] == [1000, 300, 100]
+    assert rows["galore"].cells["held_ratio"].mean == 0.75
+    assert rows["staged"].cells["held_ratio"].mean == pytest.approx(0.6)
+    assert "not_switched" not in rows["galore"].cells
 
 
 def test_without_times_the_step_ratio_is_left_out(systems):

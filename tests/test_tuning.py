@@ -49,7 +49,8 @@ def test_no_seed_that_chooses_is_reported_and_own_methods_are_in_the_experiment(
     assert str(systems.TUNING_SEED) not in systems.SEEDS.split(",")
     methods = systems.methods_of(systems.HERE / "experiments" / "systems.yaml")
     assert {"full", "lora", *systems.OWN} <= set(methods)
-    assert len(systems.FULL) == len(systems.FACTORS)
+    assert {*systems.PROJECTED} <= set(methods)
+    assert len(systems.FULL) == len(systems.FACTORS) == len(systems.OF_PROJECTED)
 
 
 def test_a_sweep_may_fail_while_rates_are_tuned_and_not_later(monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from switchlora.learner.learner import (
     operands_within_update as operands_within_update,
     set_checkpointing as set_checkpointing,
 )
+from switchlora.learner.lora_rite import LoRARite as LoRARite
 from switchlora.learner.moments import (
     POWERS as POWERS,
     Moments as Moments,
@@ -29,6 +30,11 @@ from switchlora.learner.muon import Muon as Muon
 from switchlora.learner.passes import (
     evaluate as evaluate,
     module_gradients as module_gradients,
+)
+from switchlora.learner.projected import (
+    Apollo as Apollo,
+    Fira as Fira,
+    GaLore as GaLore,
 )
 from switchlora.learner.published import Unreduced as Unreduced
 from switchlora.learner.recipe import (
@@ -53,6 +59,7 @@ from switchlora.learner.reflora import (
     refactoring_matrices as refactoring_matrices,
     trained_pairs as trained_pairs,
 )
+from switchlora.learner.riemannian import Riemannian as Riemannian
 from switchlora.learner.sharding import (
     is_sharded as is_sharded,
     skeleton as skeleton,

@@ -20,6 +20,8 @@ POWERS = {
     **dict.fromkeys((*SECOND_MOMENTS, "max_exp_avg_sq"), 2),
 }
 """power to which a factor of the gradient appears in each moment"""
+PROJECTED = "projected_"
+"""begins the names of moments that do not have the rows of their weight"""
 PRUNINGS = ("random", "magnitude", "zero")
 
 
@@ -72,7 +74,8 @@ def factor_moments(
     - For second moments the entries of g_W are taken as uncorrelated: v_A = s^2 (B*B)^T v_W, v_B =
       s^2 v_W (A*A)^T.
 
-    Factors whose projected moments would be zero (B = 0) are left out and keep a fresh state.
+    Factors whose projected moments would be zero (B = 0) are left out and keep a fresh state. So
+    do those of a weight whose own moments lie in a subspace (GaLore).
     """
     projected: dict[str, dict[str, Any]] = {}
     for name, parts in adapters.items():
@@ -90,10 +93,16 @@ def factor_moments(
 def _replaced_state(moments: Moments, name: str, part: str, rows: slice) -> State:
     """Return the state of the weight, or of its rows, that an adapter replaces; maybe empty."""
     alone = moments.get(f"{name}.dense.{part}")
+    state = alone or moments.get(f"{name}.weight", {})
+    if _in_a_subspace(state):
+        return {}
     if alone:
         return alone
-    state = moments.get(f"{name}.weight", {})
     return {key: value[rows] if _is_moment(key) else value for key, value in state.items()}
+
+
+def _in_a_subspace(state: State) -> bool:
+    return any(key.startswith(PROJECTED) for key in state)
 
 
 def _is_moment(key: str) -> bool:
@@ -107,12 +116,12 @@ def dense_moments(
     """Return moments of dense slices, copied from their rows of the fused weight's moments.
 
     ``slices`` are the rows of each dense slice, by module. State without rows, such as the number
-    of steps, is copied whole.
+    of steps, is copied whole. Slices of a weight with projected moments keep a fresh state.
     """
     found = {}
     for name, parts in slices.items():
         state = moments.get(f"{name}.weight")
-        if state is None:
+        if state is None or _in_a_subspace(state):
             continue
         for part, rows in parts.items():
             found[f"{name}.dense.{part}"] = {k: _rows_of(v, rows) for k, v in state.items()}

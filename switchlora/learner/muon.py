@@ -15,16 +15,16 @@ beside a zero one does not move, since no step of it would move the weight.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW, Muon as TorchMuon, Optimizer
+from torch import Tensor
+from torch.optim import Muon as TorchMuon
 
-from switchlora.adapters import Adapter, is_factor
+from switchlora.adapters import Adapter
+from switchlora.learner.parts import MATRICES, InParts
 
-MATRICES, FACTORS, OTHERS = "matrices", "factors", "others"
 MATCHED_RMS = 0.2
 """root mean square of Muon's step relative to AdamW's, so that both share a learning rate (Liu et
 al., arXiv 2502.16982); ``adjust_lr_fn='match_rms_adamw'`` of ``torch.optim.Muon``"""
@@ -32,7 +32,7 @@ SMALLEST = 1e-6
 """eigenvalues of a Gram matrix below this share of the largest count as this share"""
 
 
-class Muon(Optimizer):
+class Muon(InParts):
     """Update each parameter group by the optimizer that its key 'part' names.
 
     - 'matrices': ``torch.optim.Muon``.
@@ -52,50 +52,20 @@ class Muon(Optimizer):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "part": OTHERS}
-        super().__init__(params, defaults)
+        super().__init__(params, lr, weight_decay, betas, eps)
         self.momentum = momentum
         self.nesterov = nesterov
-        self._adapters: list[Adapter] = []
-        self._own: dict[str, Optimizer] = {}
-        if matrices := self._groups(MATRICES):
+        if matrices := self.groups(MATRICES):
             matched = "match_rms_adamw"
-            self._own[MATRICES] = TorchMuon(
+            self.own[MATRICES] = TorchMuon(
                 matrices, lr, weight_decay, momentum, nesterov, adjust_lr_fn=matched
             )
-        if others := self._groups(OTHERS):
-            first, second = betas
-            self._own[OTHERS] = AdamW(others, lr, (first, second), eps, weight_decay)
 
-    def pair(self, adapters: Sequence[Adapter]) -> None:
-        """Say which factors belong together. ValueError unless all that train are among them."""
-        self._adapters = list(adapters)
-        paired = {factor for A, B, _, _ in adapters for factor in (A, B)}
-        if not paired.issuperset(self._factor_groups()):
-            raise ValueError("Muon has a factor to train whose adapter it was not given")
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make one update of all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part, optimizer in self._own.items():
-            optimizer.param_groups = self._groups(part)
-            optimizer.state = self.state
-            optimizer.step()
-        groups = self._factor_groups()
-        for adapter in self._adapters:
+    def step_the_rest(self) -> None:
+        """Update the factors of all adapters."""
+        groups = self.factor_groups()
+        for adapter in self.adapters:
             self._step_adapter(adapter, groups)
-        return loss
-
-    def _groups(self, part: str) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["part"] == part]
-
-    def _factor_groups(self) -> dict[Tensor, dict[str, Any]]:
-        """Return the group of each factor that trains."""
-        return {factor: group for group in self._groups(FACTORS) for factor in group["params"]}
 
     def _step_adapter(self, adapter: Adapter, groups: Mapping[Tensor, dict[str, Any]]) -> None:
         A, B, _, s = adapter
@@ -140,32 +110,3 @@ def inverse_root(columns: Tensor) -> Tensor:
     inverse = values.clamp_min(SMALLEST * largest).rsqrt()
     inverse = torch.where(largest > 0, inverse, torch.zeros_like(inverse))
     return ((vectors * inverse) @ vectors.mT).to(columns.dtype)
-
-
-def in_parts(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return ``groups`` of the parameters of ``model``, each split by the parts of ``Muon``."""
-    matrices = _matrices(model)
-    factors = {p for name, p in model.named_parameters() if is_factor(name)}
-    found = []
-    for group in groups:
-        by_part: dict[str, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            part = OTHERS
-            if parameter in factors:
-                part = FACTORS
-            elif parameter in matrices:
-                part = MATRICES
-            by_part.setdefault(part, []).append(parameter)
-        found += [{**group, "params": params, "part": part} for part, params in by_part.items()]
-    return found
-
-
-def _matrices(model: nn.Module) -> set[nn.Parameter]:
-    """Return the weights of the linears of ``model`` without its classifier's."""
-    get_classifier = getattr(model, "get_classifier", lambda: getattr(model, "head", None))
-    classifier = get_classifier()
-    inside: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not classifier:
-            inside.update(p for p in module.parameters() if p.ndim == 2)
-    return inside

@@ -20,8 +20,11 @@ from switchlora.adapters import (
     trained_adapters,
 )
 from switchlora.errors import check_choice, check_range, is_number
+from switchlora.learner.lora_rite import LoRARite
 from switchlora.learner.matched import Scales, matched_scales
-from switchlora.learner.muon import Muon, in_parts
+from switchlora.learner.muon import Muon
+from switchlora.learner.parts import InParts, in_parts
+from switchlora.learner.projected import Projected
 
 if TYPE_CHECKING:
     from switchlora.learner.learner import Learner
@@ -32,6 +35,8 @@ MATCHED = "matched"
 NO_FACTORS = Norms(0.0, 0.0)
 PROPORTIONAL = (SGD, SGDW)
 """optimizers whose steps are in proportion to the gradient"""
+OF_THE_PRODUCT = (Muon, LoRARite)
+"""optimizers whose steps of factors have the size of a step of the weight, whatever the split"""
 RECOMPUTED = ("blocks", "gelu")
 LONGEST_RAMP = 20
 
@@ -49,22 +54,25 @@ class FactorRates:
     of_B: float = 1.0
 
     def __call__(
-        self, module: AdaptedLinear, kind: type[Optimizer]
+        self, module: AdaptedLinear, optimizer: Optimizer
     ) -> Iterator[tuple[nn.Parameter, float]]:
-        """Yield the factors of ``module`` that train, each with its rate under this optimizer."""
+        """Yield the factors of ``module`` that train, each with its rate under ``optimizer``."""
         for part, adapter in module.adapters().items():
-            scales = self._scales(adapter, module.start_norms.get(part, NO_FACTORS), kind)
+            scales = self._scales(adapter, module.start_norms.get(part, NO_FACTORS), optimizer)
             for factor, scale in zip((adapter.A, adapter.B), scales, strict=True):
                 if factor.requires_grad:
                     yield cast(nn.Parameter, factor), scale
 
-    def _scales(self, adapter: Adapter, norms: Norms, kind: type[Optimizer]) -> Scales:
+    def _scales(self, adapter: Adapter, norms: Norms, optimizer: Optimizer) -> Scales:
         if self.factor_lr != MATCHED:
             scale = float(self.factor_lr)
             return Scales(scale, scale * self.of_B)
-        if issubclass(kind, Muon):  # its steps are those of the effective weight
-            return Scales(self.matched_step, self.matched_step * self.of_B)
-        A, B = matched_scales(adapter, norms, issubclass(kind, PROPORTIONAL), self.matched_step)
+        step = self.matched_step
+        if isinstance(optimizer, OF_THE_PRODUCT):
+            return Scales(step, step * self.of_B)
+        if isinstance(optimizer, Projected):  # AdamW trains the factors
+            step *= optimizer.step_size(len(adapter.B), adapter.A.shape[1])
+        A, B = matched_scales(adapter, norms, isinstance(optimizer, PROPORTIONAL), step)
         return Scales(A, B * self.of_B)
 
 
@@ -169,9 +177,14 @@ class Recipe:
         return min(LONGEST_RAMP, (total_updates - start) // 10) if start else 0
 
     @property
+    def bare_optimizer(self) -> Optimizer:
+        """What ``optimizer`` returns for a single number, to look at its class and its options."""
+        return self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}])
+
+    @property
     def optimizer_class(self) -> type[Optimizer]:
         """The class of what ``optimizer`` returns."""
-        return type(self.optimizer([{"params": [nn.Parameter(torch.zeros(1))]}]))
+        return type(self.bare_optimizer)
 
     @property
     def compiles(self) -> bool:
@@ -187,8 +200,9 @@ def autocast(device_type: str, precision: str) -> AbstractContextManager:
 
 def check_goes_with_fsdp(recipe: Recipe) -> None:
     """Raise ValueError for a recipe that needs whole factors, or DDP."""
-    if issubclass(recipe.optimizer_class, Muon):
-        raise ValueError("recipe@full=muon does not go with system.parallel=fsdp: use ddp")
+    kind = recipe.optimizer_class
+    if issubclass(kind, InParts):
+        raise ValueError(f"{kind.__name__} does not go with system.parallel=fsdp: use ddp")
     for name in ("refactoring", "frobenius_decay", "before_ddp"):
         if getattr(recipe, name):
             raise ValueError(f"adapter.{name} does not go with system.parallel=fsdp: use ddp")
@@ -204,7 +218,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     for lr_scale, factors in sorted(_factors_by_scale(model, recipe).items()):
         decay = recipe.factor_weight_decay
         groups.append({"params": factors, "weight_decay": decay, "lr_scale": lr_scale})
-    if issubclass(recipe.optimizer_class, Muon):
+    if issubclass(recipe.optimizer_class, InParts):
         groups = in_parts(model, groups)
     return [group for group in groups if group["params"]]
 
@@ -212,7 +226,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     """Build the recipe's optimizer of the parameters of ``model`` that train."""
     optimizer = recipe.optimizer(parameter_groups(model, recipe))
-    if isinstance(optimizer, Muon):
+    if isinstance(optimizer, InParts):
         optimizer.pair(trained_adapters(model))
     return optimizer
 
@@ -233,6 +247,6 @@ def _factors_by_scale(model: nn.Module, recipe: Recipe) -> dict[float, list[nn.P
     found: dict[float, list[nn.Parameter]] = {}
     rates = FactorRates(recipe.factor_lr, recipe.matched_step, recipe.factor_B_lr_scale)
     for module in adapted_modules(model).values():
-        for factor, scale in rates(module, recipe.optimizer_class):
+        for factor, scale in rates(module, recipe.bare_optimizer):
             found.setdefault(scale, []).append(factor)
     return found

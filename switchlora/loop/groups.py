@@ -87,7 +87,7 @@ def regrouped(
     names = {parameter: name for name, parameter in model.named_parameters()}
     factors: dict[tuple[int, float], list[nn.Parameter]] = {}
     for name, module in adapted_modules(model).items():
-        for factor, scale in rates(module, type(optimizer)):
+        for factor, scale in rates(module, optimizer):
             factors.setdefault((homes[name], scale), []).append(factor)
     new = []
     for (home, scale), params in sorted(factors.items(), key=lambda item: item[0]):

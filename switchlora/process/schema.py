@@ -115,6 +115,10 @@ WINDOW = Kind(
 FACTOR_LR = Kind(
     "matched, or a number above 0", lambda value: value == "matched" or POSITIVE.fits(value)
 )
+RANK = Kind(
+    "a whole number of at least 1, or a share above 0 and below 1",
+    lambda value: whole(1).fits(value) or INSIDE.fits(value),
+)
 
 KINDS: dict[str, Kind] = {
     "name": NAME,
@@ -218,12 +222,17 @@ KINDS: dict[str, Kind] = {
     "full.refactoring.start_balance": or_null(number(0)),
     "full.refactoring.eps": SHARE,
     "full.refactoring.reset_moments": FLAG,
+    "full.refactoring.damping": POSITIVE,
     "full.before_ddp.patterns": PATTERNS,
     "full.optimizer.lr": number(0),
     "full.optimizer.betas": list_of(BELOW_ONE, "two shares from 0 to below 1", length=2),
     "full.optimizer.momentum": BELOW_ONE,
     "full.optimizer.nesterov": FLAG,
     "full.optimizer.eps": number(0),
+    "full.optimizer.rank": RANK,
+    "full.optimizer.interval": whole(1),
+    "full.optimizer.scale": POSITIVE,
+    "full.optimizer.scaling": one_of("channel", "tensor"),
     "full.optimizer.weight_decay": number(0),
     "full.scheduler.t_in_epochs": FLAG,
     "full.scheduler.warmup_t": whole(0),

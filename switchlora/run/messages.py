@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from statistics import median
 from typing import Any
@@ -232,7 +233,8 @@ def final_table(phases: Mapping[str, Mapping[str, Any]], device: str) -> list[st
         ("updates", itemgetter("num_updates"), "{:,}".format),
         ("images/s", itemgetter("images_per_second"), "{:,.0f}".format),
         ("epoch, s", itemgetter("epoch_seconds"), "{:,.1f}".format),
-        ("memory held, MiB", _held, _mebibytes),
+        ("memory held, MiB", partial(_held, part="total"), _mebibytes),
+        ("optimizer state, MiB", partial(_held, part="optimizer_state"), _mebibytes),
         ("peak memory, MiB", itemgetter("peak_memory_bytes"), _mebibytes),
         ("trained parameters", itemgetter("trainable_parameters"), "{:,}".format),
         ("last val top1, %", itemgetter("val_top1"), "{:.2f}".format),
@@ -256,11 +258,11 @@ def _row(label: str, cells: Sequence[str]) -> str:
     return f"{label:<20}" + "".join(f"{cell:>16}" for cell in cells)
 
 
-def _held(phase: Mapping[str, Any]) -> int | None:
-    """Return the bytes that were measured after an update of the phase, if it had one."""
+def _held(phase: Mapping[str, Any], part: str) -> int | None:
+    """Return the bytes of a part, measured after an update of the phase, if it had one."""
     memory = phase.get("memory") or {}
-    total: int | None = (memory.get("measured") or {}).get("total")
-    return total
+    size: int | None = (memory.get("measured") or {}).get(part)
+    return size
 
 
 def _mebibytes(size: int) -> str:

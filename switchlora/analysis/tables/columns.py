@@ -104,6 +104,20 @@ def run_columns() -> list[Column]:
     ]
 
 
+def held(part: str, scale: float = 1) -> Read:
+    """Return a function that reads the measured bytes of one memory part, times ``scale``.
+
+    It reads them from the segment of the run's last update.
+    """
+
+    def read(record: Record) -> float | None:
+        memory = last_segment(record).get("memory") or {}
+        size = memory.get("measured", {}).get(part)
+        return None if size is None else scale * size
+
+    return read
+
+
 IMAGES, EPOCH, PEAK = "images_per_second", "epoch_seconds", "peak_memory_bytes"
 PHASE_COLUMNS = (
     ("images_per_second", "images/s", "", IMAGES, 1, 1),

@@ -30,11 +30,13 @@ COST_KEY = "cost_flops"
 ACCURACY_KEY = "val_top1"
 BOTH = {COST_KEY, ACCURACY_KEY}
 FULL, SWITCH, LOW_RANK, LORA = FULL_TRAINING, "switch", "low rank", "LoRA"
+SMALLER_STATE = "smaller optimizer state"
 KINDS: dict[str, dict[str, Any]] = {
     FULL: {"marker": "*", "color": "#111111", "markersize": 12.0},
     SWITCH: {"marker": "o", "color": BLUE},
     LOW_RANK: {"marker": "s", "color": "#009e73"},
     LORA: {"marker": "^", "color": ORANGE},
+    SMALLER_STATE: {"marker": "D", "color": "#cc79a7"},
 }
 """the look of each kind of row"""
 FACTORIZED = ("factorized_linear", "guided_linear")
@@ -107,14 +109,17 @@ def draw_pareto(table: Table, path: Path) -> Path:
 
 
 def kind_of(row: Row) -> str:
-    """Return the kind of a row: full training, switch, low rank or LoRA.
+    """Return the kind of a row: full training, switch, low rank, LoRA or smaller optimizer state.
 
+    - smaller optimizer state: full training with the moments of matrices in a subspace.
     - full training: no run ever switched.
     - low rank: factors stand instead of weights.
     - LoRA: adapters beside frozen weights from the first update on.
     """
     if not row.records:
         return SWITCH
+    if row.has_smaller_state and not any(map(has_switched, row.records)):
+        return SMALLER_STATE
     if row.trains_in_full or not any(map(has_switched, row.records)):
         return FULL
     switch = row.records[0].config["switch"]

@@ -26,6 +26,11 @@ METHOD = "method"
 LENGTH = "length"
 OF_METHODS = ("switch.", "adapter.", "monitor.")  # keys that the name of a method stands for
 FULL_TRAINING = "full training"
+OPTIMIZER = "full.optimizer"
+SMALLER_STATES = ("GaLore", "Fira", "Apollo")
+"""optimizers that train in full with a smaller state: no baseline, but what a switch must beat"""
+OF_OPTIMIZERS = (*SMALLER_STATES, "LoRARite")
+"""optimizers that are a method, whose name stands for the keys of the full phase too"""
 THRESHOLDS = {
     "update_norm": "switch.criterion.fraction",
     "prelora": "switch.criterion.tau",
@@ -54,8 +59,18 @@ class Row:
 
     @property
     def trains_in_full(self) -> bool:
-        """Whether its criterion is 'never', or one that cannot fire and did not."""
-        return bool(self.records) and named_full(self.records)[CRITERION] == NEVER
+        """Whether its criterion is 'never', or one that cannot fire and did not.
+
+        False for an optimizer whose state is smaller than that of full training.
+        """
+        if not self.records or self.has_smaller_state:
+            return False
+        return bool(named_full(self.records)[CRITERION] == NEVER)
+
+    @property
+    def has_smaller_state(self) -> bool:
+        """Whether its optimizer keeps the moments of matrices in a subspace."""
+        return bool(self.records) and _optimizer(self.records[0]) in SMALLER_STATES
 
     @property
     def never_switched(self) -> bool:
@@ -87,6 +102,11 @@ def make_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
     for label, told, runs in named:
         rows.append(Row(label, told, runs, {}))
     return sorted(rows, key=_full_training_first), notes
+
+
+def _optimizer(record: Record) -> str:
+    """Return the name of the class of the full phase's optimizer."""
+    return str(settings_of(record.config).get(OPTIMIZER, ""))
 
 
 def _full_training_first(row: Row) -> tuple[bool, NaturalKey]:
@@ -250,7 +270,8 @@ def telling_settings(all_settings: Sequence[Settings]) -> list[Settings]:
     - A key is compared among the rows that use the same classes.
     - For full training, switch and adapter keys are dropped, except the criterion.
     - A value that the full and the adapter phase share is listed once.
-    - A switch, adapter or monitor key is compared only among the rows of one method.
+    - A switch, adapter or monitor key is compared only among the rows of one method. So is a key
+      of the full phase whose optimizer is a method.
     """
     told = [_distinguishing(settings, all_settings) for settings in all_settings]
     if len(set(map(repr, told))) == len(told):
@@ -287,8 +308,11 @@ def _tells(key: str, settings: Settings, all_settings: Sequence[Settings]) -> bo
 
 def _comparable(key: str, settings: Settings, other: Settings) -> bool:
     """Return whether ``key`` belongs to the same object in two rows that both use it."""
-    if key.startswith(OF_METHODS) and other.get(METHOD) != settings.get(METHOD):
-        return False
+    if other.get(METHOD) != settings.get(METHOD):
+        optimizers = {settings.get(OPTIMIZER), other.get(OPTIMIZER)}
+        is_of_optimizer = key.startswith("full.") and optimizers.intersection(OF_OPTIMIZERS)
+        if key.startswith(OF_METHODS) or is_of_optimizer:
+            return False
     if key.startswith(UNUSED_BY_FULL_TRAINING) and key != CRITERION:
         criteria = (settings.get(CRITERION), other.get(CRITERION))
         if NEVER in criteria:

@@ -6,10 +6,10 @@ from typing import Any
 from switchlora.analysis.tables.baseline import Comparison, against, ratio, ungrouped_ratios
 from switchlora.analysis.tables.columns import (
     IMAGES,
+    MIB,
     Column,
-    Read,
     cost_flops,
-    last_segment,
+    held,
     of_last_phase,
     test_top1,
     trainable,
@@ -22,7 +22,8 @@ from switchlora.storage import Record
 SYSTEMS = (
     "Trained: parameters that train at the end of the run, and their share of the model before "
     "the switch. Weights held: bytes of all weights in the last phase, frozen ones and factors "
-    "included, over the baseline's; below 1 where factors stand instead of weights. Memory: bytes "
+    "included, over the baseline's; below 1 where factors stand instead of weights. Optimizer "
+    "state: what the optimizer holds, measured after an update of the last phase. Memory: bytes "
     "of all that training holds on its device, measured after an update of the last phase, over "
     "the baseline's. Switch: the first one. Changes of the trained tensors: switches, stages, "
     "restarts, what the guard did."
@@ -43,6 +44,7 @@ def systems_columns(comparison: Comparison) -> list[Column]:
     step = against(references, images, images, lambda mine, theirs: theirs / mine)
     weights = ratio(references, held("parameters"))
     memory = ratio(references, held("total"))
+    state = held("optimizer_state", 1 / MIB)
     return [
         Column("val_top1", "val top1", "%", val_top1, 2),
         Column("test_top1", "test top1", "%", test_top1, 2),
@@ -51,6 +53,7 @@ def systems_columns(comparison: Comparison) -> list[Column]:
         Column("trainable", "trained", "parameters", trainable, 0),
         Column("trainable_share", "trained", "%", trainable_share, 1),
         Column("weights_ratio", "weights held", "", weights, 2),
+        Column("optimizer_state", "optimizer state", "MiB", state, 2),
         Column("step_ratio", "step ratio", "", step, 2, timed=True),
         Column("held_ratio", "memory ratio", "", memory, 2),
         Column("cost_flops", "training cost", "FLOPs", cost_flops, "{:.4g}".format),
@@ -58,19 +61,6 @@ def systems_columns(comparison: Comparison) -> list[Column]:
         Column("switch_epoch", "switch", "epoch", switch_epoch, 1),
         Column("changes", "changes", "", count_changes, 0),
     ]
-
-
-def held(part: str) -> Read:
-    """Return a function that reads the measured bytes of one memory part.
-
-    It reads them from the segment of the run's last update.
-    """
-
-    def read(record: Record) -> float | None:
-        memory = last_segment(record).get("memory") or {}
-        return memory.get("measured", {}).get(part)
-
-    return read
 
 
 def switch_epoch(record: Record) -> float | None:
