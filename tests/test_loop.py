@@ -28,7 +28,7 @@ from runs import BY_DATE, SHORT
 from switchlora import LowRankSwitch, UpdateNorm, WeightUpdateMonitor
 from switchlora.adapters import adapted_modules, is_factor, merged_state_dict
 from switchlora.criteria import AtEpoch
-from switchlora.learner import autocast
+from switchlora.learner import Muon, autocast, in_parts
 from switchlora.run import prepare
 from switchlora.train import train
 
@@ -188,6 +188,23 @@ def test_any_optimizer_goes_on(kind):
     loop = Loop(optimizer=OPTIMIZERS[kind]).run()
     assert loop.fired == [12] and all(map(torch.isfinite, map(torch.tensor, loop.losses)))
     assert all(p.abs().sum() > 0 for p in loop.factors().values())
+
+
+def test_muon_goes_on_with_the_pairs_of_factors():
+    torch.manual_seed(0)
+    model = tiny_vit()
+    optimizer = Muon(in_parts(model, [{"params": list(model.parameters())}]), lr=1e-3)
+    options = {"criterion": at(2), "updates_per_epoch": 1, "window": 2, "rank": 2}
+    switch = LowRankSwitch(model, optimizer, **options)
+    for number in range(5):
+        images, labels = batch(number)
+        optimizer.zero_grad()
+        LOSS(model(images), labels).backward()
+        optimizer.step()
+        switch.step()
+    factors = {p for n, p in model.named_parameters() if is_factor(n)}
+    parts = [set(g["params"]) for g in optimizer.param_groups if g["part"] == "factors"]
+    assert set.union(*parts) == factors and all(p.abs().sum() > 0 for p in factors)
 
 
 def test_groups_of_the_loop_keep_their_settings_and_what_was_frozen_stays_frozen():

@@ -27,6 +27,11 @@ from switchlora.learner.moments import (
     prune_moments as prune_moments,
 )
 from switchlora.learner.muon import Muon as Muon
+from switchlora.learner.parts import (
+    InParts as InParts,
+    as_part_of_factors as as_part_of_factors,
+    in_parts as in_parts,
+)
 from switchlora.learner.passes import (
     evaluate as evaluate,
     module_gradients as module_gradients,

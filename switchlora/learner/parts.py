@@ -105,3 +105,8 @@ def _matrices(model: nn.Module) -> set[nn.Parameter]:
         if isinstance(module, nn.Linear) and module is not classifier:
             inside.update(p for p in module.parameters() if p.ndim == 2)
     return inside
+
+
+def as_part_of_factors(optimizer: Optimizer) -> dict[str, str]:
+    """Return what marks a group of factors for ``optimizer``; nothing for one without parts."""
+    return {"part": FACTORS} if isinstance(optimizer, InParts) else {}

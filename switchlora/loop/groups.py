@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from switchlora.adapters import adapted_modules, trained_adapters
-from switchlora.learner import FactorRates, Muon
+from switchlora.learner import FactorRates, InParts, as_part_of_factors
 
 Group = dict[str, Any]
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -93,6 +93,7 @@ def regrouped(
     for (home, scale), params in sorted(factors.items(), key=lambda item: item[0]):
         like = optimizer.param_groups[home]
         group = {**like, "params": params, "weight_decay": weight_decay}
+        group |= as_part_of_factors(optimizer)
         group |= {key: like[key] * scale for key in RATES if key in like}
         if by_lr_scale:
             group |= {"initial_lr": like["initial_lr"], LR_SCALE: like.get(LR_SCALE, 1.0) * scale}
@@ -105,7 +106,7 @@ def regrouped(
 
 def follow(model: nn.Module, optimizer: Optimizer) -> None:
     """Tell an optimizer that works on pairs of factors which belong together."""
-    if isinstance(optimizer, Muon):
+    if isinstance(optimizer, InParts):
         optimizer.pair(trained_adapters(model))
 
 
