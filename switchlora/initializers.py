@@ -76,6 +76,19 @@ def zero_b(weight: Tensor, update: Tensor, rank: int) -> Factors:
     return Factors(A, _zero_B(weight, rank))
 
 
+def gaussian(weight: Tensor, update: Tensor, rank: int) -> Factors:
+    """Return normal factors for which the entries of B A have variance 1 / (in + out).
+
+    It is the start of CoLA (Liu et al., arXiv 2502.10940; alvin-zyl/CoLA): the entries of both
+    factors have variance 1 / sqrt(r (in + out)).
+    """
+    out_features, in_features = weight.shape
+    std = (rank * (in_features + out_features)) ** -0.25
+    A = nn.init.normal_(_empty_A(weight, rank), std=std)
+    B = nn.init.normal_(_zero_B(weight, rank), std=std)
+    return Factors(A, B)
+
+
 def orthogonal(weight: Tensor, update: Tensor, rank: int) -> Factors:
     """Return A with random orthogonal rows of norm sqrt(1/3), and B = 0."""
     A = _empty_A(weight, rank)

@@ -1,18 +1,21 @@
 """Choose target modules, put adapters on them, and choose the parameters that train."""
 
+from switchlora.adapters.cola import CoLALinear as CoLALinear, cola_linear as cola_linear
 from switchlora.adapters.effect import check_adapters_work as check_adapters_work
 from switchlora.adapters.factorized import (
-    KINDS as KINDS,
     GuidedLinear as GuidedLinear,
     LowRankLinear as LowRankLinear,
     cosine_mix as cosine_mix,
     factorized_linear as factorized_linear,
     guided_linear as guided_linear,
-    made_class as made_class,
-    rebuilt as rebuilt,
     set_mix as set_mix,
     settled as settled,
     skipped_flops as skipped_flops,
+)
+from switchlora.adapters.kinds import (
+    KINDS as KINDS,
+    made_class as made_class,
+    rebuilt as rebuilt,
 )
 from switchlora.adapters.linear import (
     FACTORS as FACTORS,
@@ -29,6 +32,7 @@ from switchlora.adapters.linear import (
     rank_stabilised as rank_stabilised,
     scaling_one as scaling_one,
     trained_adapters as trained_adapters,
+    without_weight as without_weight,
 )
 from switchlora.adapters.product import (
     AdaptedProduct as AdaptedProduct,

@@ -70,6 +70,10 @@ class AdaptedLinear(nn.Linear):
     """name of the class's adapters in saved layouts and in ``conf/switch/adapter``"""
     keeps_residual = True
     """whether W_res stays beside the adapter, so that injecting it keeps the function"""
+    begins_anew = False
+    """whether it starts as a layer of its own, not as the weight that it replaces"""
+    has_weight = True
+    """whether it is a linear map, for which one weight can stand"""
     form: str | None = None
     recompute_gelu = False
     dropout = 0.0
@@ -140,7 +144,7 @@ class AdaptedLinear(nn.Linear):
         return add_adapters(self.residual().detach(), self.adapters())
 
     def settings(self) -> dict[str, Any]:
-        """Return the kind and the attributes that ``factorized.rebuilt`` needs.
+        """Return the kind and the attributes that ``kinds.rebuilt`` needs.
 
         Weights and ranks are not among them.
         """
@@ -362,6 +366,11 @@ def add_frobenius_decay(adapters: Iterable[Adapter], strength: float) -> None:
             A.grad.addmm_(B.mT @ B, A, alpha=factor)
         if B.grad is not None:
             B.grad.addmm_(B, A @ A.mT, alpha=factor)
+
+
+def without_weight(model: nn.Module) -> list[str]:
+    """Return the modules with adapters that no weight can stand for, by name."""
+    return [name for name, module in adapted_modules(model).items() if not module.has_weight]
 
 
 def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -21,7 +21,13 @@ from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed, known_keys
 from switchlora.run.agreement import agree_on_data
-from switchlora.run.checks import check_config, check_outputs, check_recipes, rehearse_switch
+from switchlora.run.checks import (
+    check_config,
+    check_kind,
+    check_outputs,
+    check_recipes,
+    rehearse_switch,
+)
 from switchlora.run.lengths import Length, doubts
 from switchlora.run.run import Run, probe_images, recipe_of
 from switchlora.run.snapshot import check_state, restore, restore_parts
@@ -137,6 +143,7 @@ def check(parts: Parts, monitor: UpdateMonitor) -> None:
     images = parts.images.to(_device_of(model))
     check_outputs(model, images, parts.data.num_classes)
     check_adapters_work(model, monitor.targets.values(), images)
+    check_kind(policy, parts.recipes[Phase.ADAPTER], parts.config.ema)
     rehearse_switch(model, policy, monitor, parts.config.system.parallel)
     check_recipes(parts.recipes, policy, len(parts.data.train), parts.sharded)
 

@@ -24,7 +24,10 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save_merged(model: nn.Module, path: Path) -> Path:
-    """Write the plain model, adapters merged, for timm's ``checkpoint_path=``; return ``path``."""
+    """Write the plain model, adapters merged, for timm's ``checkpoint_path=``; return ``path``.
+
+    ValueError for a model with layers that no weight can stand for.
+    """
     _save(merged_state_dict(model), path)
     return path
 

@@ -1,0 +1,178 @@
+"""Layers and schedules of published methods against their papers' equations."""
+
+import os
+import signal
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretended import DEVICE, on_pretended
+from runs import make_run
+from switchlora.adapters import (
+    Adapter,
+    cola_linear,
+    count_parameters,
+    plain_parameters,
+)
+from switchlora.analysis.compare import differences
+from switchlora.cost import trace_batch
+from switchlora.errors import Interrupted
+from switchlora.initializers import gaussian
+from switchlora.learner import FlopCounter, Recipe
+from switchlora.storage import find_all, load_model, save_merged
+
+TEN = (
+    *("data.train_size=320", "full.scheduler.warmup_t=5", "monitor.window=5", "max_updates=22"),
+    *("epochs=3", "adapter.rewarmup_updates=2"),
+)
+"""10 updates an epoch"""
+FIVE = ("max_updates=5", "monitor.window=2", "adapter.precision=bf16")
+INPUTS, OUTPUTS, RANK = 6, 12, 3
+FACTORIES = {"cola": cola_linear}
+THERE = f"system.device={DEVICE}"
+METHODS = {"cola": ("+method=cola",)}
+
+
+def recipe():
+    return Recipe(partial(torch.optim.AdamW, lr=1e-3), lambda *_, **__: None)
+
+
+def layer(kind, dtype=torch.float32, scaling=2.0, **options):
+    """A plain linear, and the layer of a kind in its place."""
+    torch.manual_seed(0)
+    linear = nn.Linear(INPUTS, OUTPUTS, dtype=dtype)
+    A, B = torch.randn(RANK, INPUTS, dtype=dtype), torch.randn(OUTPUTS, RANK, dtype=dtype)
+    adapter = Adapter(A, B, slice(0, OUTPUTS), scaling)
+    return linear, FACTORIES[kind](linear, {"": adapter}, **options)
+
+
+def trained(module):
+    return {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_gradients_pass_gradcheck(kind):
+    _, module = layer(kind, torch.float64)
+    x = torch.randn(2, 4, INPUTS, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def outputs(x, *values):
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(outputs, (x, *values))
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_under_autocast_products_are_narrow_and_gradients_are_not(kind):
+    _, module = layer(kind)
+    x = torch.randn(5, INPUTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = module(x)
+    assert outputs.dtype == torch.bfloat16
+    assert torch.allclose(outputs.float(), module(x), atol=0.3)
+    outputs.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_the_cost_model_counts_what_a_pass_runs(kind, vit, images):
+    model = vit
+    for name in ("blocks.0.mlp.fc1", "blocks.1.attn.qkv"):
+        linear = model.get_submodule(name)
+        A, B = torch.randn(RANK, linear.in_features), torch.randn(linear.out_features, RANK)
+        adapter = Adapter(A, B, slice(0, linear.out_features), 1.0)
+        model.set_submodule(name, FACTORIES[kind](linear, {"": adapter}))
+    labels = torch.zeros(len(images), dtype=torch.long)
+    traced = trace_batch(model, recipe(), images, labels, F.cross_entropy)
+    with FlopCounter() as counter:
+        F.cross_entropy(model(images), labels).backward()
+    passes = [each.flops for each in traced.operations if each.part != "optimizer"]
+    assert sum(passes) == counter.total
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_stopped_on_another_device_goes_on_to_the_bits_of_a_whole_run(
+    method, tmp_path, at_update
+):
+    words = (*TEN, *METHODS[method])
+    make_run(tmp_path / "whole", *words)
+
+    def stop(images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return images
+
+    with on_pretended():
+        at_update(12, stop)
+        with pytest.raises(Interrupted):
+            make_run(tmp_path / "stopped", THERE, *words)
+        at_update(None, stop)
+        make_run(tmp_path / "stopped", THERE, "resume=auto", *words)
+    found = differences(tmp_path / "whole", tmp_path / "stopped")
+    assert not [line for line in found if "memory" not in line]
+
+
+# CoLA
+
+
+def test_cola_is_b_silu_a_x_and_keeps_no_weight():
+    linear, module = layer("cola")
+    x = torch.randn(5, 7, INPUTS)
+    low = x @ module.lora_A.mT
+    wanted = 2.0 * (low * torch.sigmoid(low)) @ module.lora_B.mT + linear.bias
+    assert torch.allclose(module(x), wanted, atol=1e-5)
+    assert set(module.state_dict()) == {"bias", "lora_A", "lora_B"} == trained(module)
+
+
+def test_cola_has_r_in_plus_out_parameters_and_3_times_2_t_of_that_flops():
+    _, module = layer("cola")
+    model, x = nn.Sequential(nn.Linear(INPUTS, INPUTS), module), torch.randn(5, 7, INPUTS)
+    size = RANK * (INPUTS + OUTPUTS)
+    assert count_parameters(module) == size + OUTPUTS
+    assert plain_parameters(module) == INPUTS * OUTPUTS + OUTPUTS
+    with FlopCounter() as counter:
+        model(x).sum().backward()
+    assert counter.total == 6 * 35 * size + 4 * 35 * INPUTS**2
+
+
+def test_colas_start_gives_b_a_entries_of_variance_1_by_in_plus_out():
+    torch.manual_seed(0)
+    A, B = gaussian(torch.empty(300, 200), torch.empty(300, 200), 50)
+    assert A.std().item() == pytest.approx(B.std().item(), rel=0.05)
+    assert (B @ A).std().item() == pytest.approx(500**-0.5, rel=0.05)
+
+
+def test_no_weight_stands_for_cola():
+    _, module = layer("cola")
+    with pytest.raises(ValueError, match="no matrix to merge"):
+        module.merged()
+
+
+def test_a_run_of_cola_leaves_a_checkpoint_that_rebuilds_it_and_no_merged_model(tmp_path, capsys):
+    summary = make_run(tmp_path, *TEN, "+method=cola", *FIVE)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert "are no matrix that timm or PEFT could load" in capsys.readouterr().out
+    model = load_model(find_all(tmp_path)[0])
+    factors = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    phase = summary["phases"]["adapter"]
+    assert factors == 2 * 16 * (64 + 192 + 2 * 64 + 64 + 2 * 256 + 64)
+    assert count_parameters(model) == phase["trainable_parameters"]
+    assert summary["cost"]["train_flops"] == 5 * phase["flops_per_update"]
+    with pytest.raises(ValueError, match="no matrix to merge"):
+        save_merged(model, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("switch/criterion=at_epoch",), "use switch/criterion=at_start"),
+        (("ema=0.9",), "ema works on weights"),
+        (("adapter/refactoring=reflora",), "adapter.refactoring works on weights"),
+        (("switch/restart=relora",), "does not go with switch.restart"),
+    ],
+)
+def test_what_cola_cannot_do_is_refused_before_the_first_update(words, says, tmp_path):
+    with pytest.raises(Exception, match=says):
+        make_run(tmp_path, *TEN, "+method=cola", *words)
