@@ -15,14 +15,17 @@ from switchlora.adapters import (
     Adapter,
     cola_linear,
     count_parameters,
+    merged_state_dict,
     plain_parameters,
+    sltrain_linear,
 )
 from switchlora.analysis.compare import differences
 from switchlora.cost import trace_batch
 from switchlora.errors import Interrupted
 from switchlora.initializers import gaussian
 from switchlora.learner import FlopCounter, Recipe
-from switchlora.storage import find_all, load_model, save_merged
+from switchlora.learner.recipe import parameter_groups
+from switchlora.storage import find_all, load_model, load_saved, save_merged
 
 TEN = (
     *("data.train_size=320", "full.scheduler.warmup_t=5", "monitor.window=5", "max_updates=22"),
@@ -31,9 +34,9 @@ TEN = (
 """10 updates an epoch"""
 FIVE = ("max_updates=5", "monitor.window=2", "adapter.precision=bf16")
 INPUTS, OUTPUTS, RANK = 6, 12, 3
-FACTORIES = {"cola": cola_linear}
+FACTORIES = {"cola": cola_linear, "sltrain": partial(sltrain_linear, share=0.2)}
 THERE = f"system.device={DEVICE}"
-METHODS = {"cola": ("+method=cola",)}
+METHODS = {"cola": ("+method=cola",), "sltrain": ("+method=sltrain", "ema=0.9")}
 
 
 def recipe():
@@ -176,3 +179,90 @@ def test_a_run_of_cola_leaves_a_checkpoint_that_rebuilds_it_and_no_merged_model(
 def test_what_cola_cannot_do_is_refused_before_the_first_update(words, says, tmp_path):
     with pytest.raises(Exception, match=says):
         make_run(tmp_path, *TEN, "+method=cola", *words)
+
+
+# SLTrain
+
+
+def dense_weight(module):
+    """s B A + S with the matrix S written out, entry by entry."""
+    weight = module.scaling * module.lora_B @ module.lora_A
+    for place, value in zip(module.lora_S_index.tolist(), module.lora_S, strict=True):
+        row, column = divmod(place, INPUTS)
+        one = torch.zeros(OUTPUTS, INPUTS)
+        one[row, column] = 1.0
+        weight = weight + value * one
+    return weight
+
+
+def test_sltrain_is_s_b_a_plus_s_in_values_gradients_and_merged():
+    linear, module = layer("sltrain")
+    x = torch.randn(5, 7, INPUTS)
+    wanted = F.linear(x, dense_weight(module), linear.bias)
+    assert torch.allclose(module(x), wanted, atol=1e-5)
+    assert torch.allclose(module.merged(), dense_weight(module), atol=1e-6)
+    names, values = zip(*module.named_parameters(), strict=True)
+    assert set(names) == trained(module) == {"bias", "lora_A", "lora_B", "lora_S"}
+    found = torch.autograd.grad(module(x).square().sum(), values)
+    for mine, theirs in zip(
+        found, torch.autograd.grad(wanted.square().sum(), values), strict=True
+    ):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_sltrains_support_is_uniform_fixed_by_a_and_its_values_begin_as_a_linears():
+    A, B = torch.randn(2, 100), torch.zeros(80, 2)
+    made = []
+    for start in (A, A.clone(), A + 1):
+        adapter = Adapter(start, B.clone(), slice(0, 80), 1.0)
+        made.append(sltrain_linear(nn.Linear(100, 80), {"": adapter}))
+    one, same, other = (module.lora_S_index for module in made)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert len(one.unique()) == int(0.03 * 8000) and one.max() < 8000
+    assert one.double().mean().item() == pytest.approx(4000, rel=0.15)
+    values = made[0].lora_S
+    assert values.abs().max() <= 0.1 and values.std().item() == pytest.approx(
+        0.1 / 3**0.5, rel=0.1
+    )
+
+
+def test_sltrain_has_the_papers_parameters_and_forms_the_weight_in_both_passes():
+    _, module = layer("sltrain")
+    entries = int(0.2 * INPUTS * OUTPUTS)
+    assert count_parameters(module) == RANK * (INPUTS + OUTPUTS) + entries + OUTPUTS
+    assert plain_parameters(module) == INPUTS * OUTPUTS + OUTPUTS
+    model, x = nn.Sequential(nn.Linear(INPUTS, INPUTS), module), torch.randn(5, 7, INPUTS)
+    with FlopCounter() as counter:
+        model(x).sum().backward()
+    weight = INPUTS * OUTPUTS
+    assert counter.total == (6 * 35 + 8 * RANK) * weight + 4 * 35 * INPUTS**2
+
+
+def test_sltrain_keeps_no_weight_from_the_forward_to_the_backward_pass():
+    _, module = layer("sltrain")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.shape) or x, lambda x: x
+    ):
+        module(torch.randn(5, INPUTS))
+    assert (OUTPUTS, INPUTS) not in map(tuple, kept)
+
+
+def test_sltrains_entries_train_at_the_rate_of_weights_without_decay():
+    _, module = layer("sltrain")
+    groups = parameter_groups(nn.Sequential(module), recipe())
+    (group,) = (g for g in groups if any(p is module.lora_S for p in g["params"]))
+    assert (group["lr_scale"], group["weight_decay"]) == (1.0, 0.0)
+
+
+def test_a_run_of_sltrain_rebuilds_merges_and_exports(tmp_path):
+    summary = make_run(tmp_path, *TEN, "+method=sltrain", *FIVE)
+    model = load_model(find_all(tmp_path)[0])
+    names = [name for name, _ in model.named_parameters() if "lora_S" in name]
+    phase = summary["phases"]["adapter"]
+    assert len(names) == 8 and count_parameters(model) == phase["trainable_parameters"]
+    assert summary["cost"]["train_flops"] == 5 * phase["flops_per_update"]
+    x = torch.randn(4, 1, 8, 8)
+    for path in (tmp_path, tmp_path / "model.safetensors", tmp_path / "adapter"):
+        assert torch.allclose(load_saved(path).model.eval()(x), model(x), atol=1e-4), path
+    assert not any("lora" in name for name in merged_state_dict(model))

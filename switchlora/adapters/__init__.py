@@ -40,6 +40,10 @@ from switchlora.adapters.product import (
     Product as Product,
     cheaper_form as cheaper_form,
 )
+from switchlora.adapters.sltrain import (
+    SparseLowRankLinear as SparseLowRankLinear,
+    sltrain_linear as sltrain_linear,
+)
 from switchlora.adapters.surgery import (
     adapter_layout as adapter_layout,
     applied_ranks as applied_ranks,

@@ -35,6 +35,10 @@ class LowRankLinear(LoRALinear):
         """Map inputs (..., in) to outputs (..., out)."""
         return _low_rank(self, input, self.scaling * self.lora_A)
 
+    def residual(self) -> Tensor:
+        """Return what s B A is added to (out, in): zeros."""
+        return self.lora_B.new_zeros(self.out_features, self.in_features)
+
     def merged(self) -> Tensor:
         """Return s B A (out, in): summed in float64, rounded once to the factors' dtype."""
         return _product(self).to(self.lora_B.dtype)

@@ -15,6 +15,7 @@ from switchlora.adapters.factorized import (
 )
 from switchlora.adapters.linear import AdaptedLinear, Norms, SlicedLoRALinear, adapted_linear
 from switchlora.adapters.product import Adapter
+from switchlora.adapters.sltrain import SparseLowRankLinear, sltrain_linear
 from switchlora.errors import is_number
 
 
@@ -33,6 +34,7 @@ KINDS: dict[str, Callable[..., AdaptedLinear]] = {
     LowRankLinear.kind: factorized_linear,
     GuidedLinear.kind: guided_linear,
     CoLALinear.kind: cola_linear,
+    SparseLowRankLinear.kind: sltrain_linear,
 }
 """the factory of each kind, by its name in saved layouts"""
 
@@ -43,15 +45,17 @@ def rebuilt(
     kind: str,
     dense: Sequence[str] = (),
     start_norms: Mapping[str, tuple[float, float]] = {},
+    made_with: Mapping[str, Any] = {},
     **attributes: Any,
 ) -> AdaptedLinear:
     """Return the module of this ``kind`` with ``adapters`` on ``linear``.
 
     ``kind``, ``dense`` and ``attributes`` are what ``settings()`` of the earlier module gave.
     ``dense`` names the dense row slices. ``start_norms`` are those of the factors by row slice.
+    ``made_with`` are options of the factory.
     ``attributes`` are set on the module: flags, or shares from 0 to 1. TypeError for others.
     """
-    module = KINDS[kind](linear, adapters)
+    module = KINDS[kind](linear, adapters, **made_with)
     if dense:
         cast(SlicedLoRALinear, module).make_dense(dense)
     for part, (A, B) in start_norms.items():

@@ -39,6 +39,8 @@ class Norms(NamedTuple):
 
 
 FACTORS = ("A", "B")
+SPARSE = "S"
+"""what ``lora_`` is followed by in the names of SLTrain's sparse entries"""
 REFORMED_FROM = 8192
 """number of tokens from which the backward pass forms the effective weight again, instead of
 keeping it; forming it costs about r / T of one product of T tokens, and keeping it costs the
@@ -319,8 +321,8 @@ def add_adapters(weight: Tensor, adapters: Mapping[str, Adapter], sign: int = 1)
     return total.to(dtype)
 
 
-def is_factor(parameter_name: str, which: Sequence[str] = FACTORS) -> bool:
-    """Return whether this is the name of an adapter's factor, or of one of ``which``."""
+def is_factor(parameter_name: str, which: Sequence[str] = (*FACTORS, SPARSE)) -> bool:
+    """Return whether this names a tensor of an adapter, or one of its tensors ``which``."""
     return any(f"lora_{factor}" in parameter_name for factor in which)
 
 

@@ -274,6 +274,7 @@ KINDS: dict[str, Kind] = {
     "switch.init.gain": POSITIVE,
     "switch.scaling.alpha": POSITIVE,
     "switch.adapter.stochastic": FLAG,
+    "switch.adapter.share": SHARE,
     "switch.stages.by": one_of("target", "family", "block"),
     "switch.stages.interval": whole(0),
     "switch.stages.least": whole(1),

@@ -41,7 +41,7 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
       block-diagonal B.
     - A linear whose slices are all frozen or dense gets no adapter. Neither does a guided one.
     - A linear whose weight timm or torch reads past an adapter gets none: ``merged_for_peft``.
-    - The residual of a factorised linear is zero.
+    - The residual of a factorised linear is zero; SLTrain's are its sparse entries.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -57,7 +57,7 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
         ranks[name] = len(A)
         if module.weight is None:
-            dense[f"{name}.weight"] = A.new_zeros(module.out_features, module.in_features)
+            dense[f"{name}.weight"] = module.residual().detach()
     residual = without_adapters(model) | dense
     _save(residual, folder / RESIDUAL, HALF)
     _save(tensors, folder / ADAPTER)
