@@ -18,12 +18,13 @@ from switchlora.adapters import (
     merged_state_dict,
     plain_parameters,
     sltrain_linear,
+    switched_linear,
 )
 from switchlora.analysis.compare import differences
 from switchlora.cost import trace_batch
 from switchlora.errors import Interrupted
-from switchlora.initializers import gaussian
-from switchlora.learner import FlopCounter, Recipe
+from switchlora.initializers import gaussian, switchlora
+from switchlora.learner import FlopCounter, Recipe, SwitchLoRA, build_learner
 from switchlora.learner.recipe import parameter_groups
 from switchlora.storage import find_all, load_model, load_saved, save_merged
 
@@ -35,12 +36,17 @@ TEN = (
 FIVE = ("max_updates=5", "monitor.window=2", "adapter.precision=bf16")
 INPUTS, OUTPUTS, RANK = 6, 12, 3
 FACTORIES = {"cola": cola_linear, "sltrain": partial(sltrain_linear, share=0.2)}
+LAYERS = {**FACTORIES, "switchlora": switched_linear}
 THERE = f"system.device={DEVICE}"
-METHODS = {"cola": ("+method=cola",), "sltrain": ("+method=sltrain", "ema=0.9")}
+METHODS = {
+    "cola": ("+method=cola",),
+    "sltrain": ("+method=sltrain", "ema=0.9"),
+    "switchlora": ("+method=switchlora", "adapter.refactoring.interval=10"),
+}
 
 
-def recipe():
-    return Recipe(partial(torch.optim.AdamW, lr=1e-3), lambda *_, **__: None)
+def recipe(**options):
+    return Recipe(partial(torch.optim.AdamW, lr=1e-3), lambda *_, **__: None, **options)
 
 
 def layer(kind, dtype=torch.float32, scaling=2.0, **options):
@@ -49,7 +55,7 @@ def layer(kind, dtype=torch.float32, scaling=2.0, **options):
     linear = nn.Linear(INPUTS, OUTPUTS, dtype=dtype)
     A, B = torch.randn(RANK, INPUTS, dtype=dtype), torch.randn(OUTPUTS, RANK, dtype=dtype)
     adapter = Adapter(A, B, slice(0, OUTPUTS), scaling)
-    return linear, FACTORIES[kind](linear, {"": adapter}, **options)
+    return linear, LAYERS[kind](linear, {"": adapter}, **options)
 
 
 def trained(module):
@@ -266,3 +272,105 @@ def test_a_run_of_sltrain_rebuilds_merges_and_exports(tmp_path):
     for path in (tmp_path, tmp_path / "model.safetensors", tmp_path / "adapter"):
         assert torch.allclose(load_saved(path).model.eval()(x), model(x), atol=1e-4), path
     assert not any("lora" in name for name in merged_state_dict(model))
+
+
+# SwitchLoRA
+
+
+def test_a_switch_trades_a_vector_for_a_waiting_one_and_keeps_the_function():
+    _, module = layer("switchlora", torch.float64)
+    weight, A, B = (x.detach().clone() for x in (module.merged(), module.lora_A, module.lora_B))
+    pools = module.lora_pool_A.clone(), module.lora_pool_B.clone()
+    assert (module.switch_A(4, num_updates=7), module.switch_B(4, num_updates=7)) == (1, 2)
+    assert torch.allclose(module.merged(), weight, atol=1e-12)
+    assert torch.equal(module.lora_A[1], pools[0][1]) and torch.equal(module.lora_pool_A[1], A[1])
+    assert torch.equal(module.lora_B[:, 2], pools[1][1])
+    assert torch.equal(module.lora_pool_B[1], B[:, 2])
+    reset = module.lora_pool_resets == 7
+    assert reset.tolist() == [[False, False, True], [False, True, False]]
+    assert trained(module) == {"bias", "lora_A", "lora_B"}
+
+
+class WrittenOut:
+    """SwitchLoRA's algorithm for one layer as the paper has it, with a counter for each vector."""
+
+    def __init__(self, module):
+        self.W = module.weight.detach().clone()
+        self.scaling = module.scaling
+        vectors = module.lora_A.detach(), module.lora_B.detach().mT
+        self.vectors = [rows.clone() for rows in vectors]
+        self.pools = [module.lora_pool_A.clone(), module.lora_pool_B.clone()]
+        self.m = [torch.zeros_like(rows) for rows in self.vectors]
+        self.v = [torch.zeros_like(rows) for rows in self.vectors]
+        self.k = [torch.zeros(len(rows), 1, dtype=rows.dtype) for rows in self.vectors]
+        self.frozen = [torch.zeros(len(rows), 1, dtype=int) for rows in self.vectors]
+
+    def product(self):
+        A, B = self.vectors
+        return self.scaling * B.mT @ A
+
+    def switch(self, number):
+        for side in (0, 1):
+            rank, waiting = len(self.vectors[side]), len(self.pools[side])
+            row, place = (number + side * (rank // 2)) % rank, number % waiting
+            whole = self.W + self.product()
+            old = self.vectors[side][row].clone()
+            self.vectors[side][row] = self.pools[side][place]
+            self.pools[side][place] = old
+            self.W = whole - self.product()
+            self.m[1 - side][row] = self.v[1 - side][row] = self.k[1 - side][row] = 0
+            self.frozen[1 - side][row] = 5
+
+    def step(self, gradients, lr):
+        for side, gradient in enumerate(gradients):
+            gradient = gradient * (self.frozen[side] == 0)
+            self.frozen[side] = (self.frozen[side] - 1).clamp(min=0)
+            self.k[side] += 1
+            self.m[side] = 0.9 * self.m[side] + 0.1 * gradient
+            self.v[side] = 0.999 * self.v[side] + 0.001 * gradient**2
+            first = self.m[side] / (1 - 0.9 ** self.k[side])
+            second = self.v[side] / (1 - 0.999 ** self.k[side])
+            self.vectors[side] -= lr * first / (second.sqrt() + 1e-8)
+
+
+def test_training_follows_the_algorithm_written_out_update_by_update():
+    _, module = layer("switchlora", torch.float64)
+    how = SwitchLoRA(interval=10)
+    learner = build_learner(nn.Sequential(module), recipe(refactoring=how), total_updates=400)
+    wanted, switches = WrittenOut(module), 0
+    for learner.since in range(60):
+        gradients = torch.randn(RANK, INPUTS).double(), torch.randn(RANK, OUTPUTS).double()
+        module.lora_A.grad, module.lora_B.grad = gradients[0].clone(), gradients[1].mT.clone()
+        while switches < how.switched(RANK, learner.since + 1, 400):
+            wanted.switch(switches)
+            switches += 1
+        wanted.step(gradients, lr=1e-3)
+        learner.optimizer.step()
+        moved = torch.allclose(module.lora_A, wanted.vectors[0], rtol=0, atol=1e-7)
+        assert moved and torch.allclose(module.lora_B.mT, wanted.vectors[1], rtol=0, atol=1e-7)
+        assert torch.allclose(module.weight, wanted.W, rtol=0, atol=1e-6)
+    assert switches > 2 * RANK
+
+
+def test_switches_become_rarer_as_an_exponential_that_is_0_3_after_a_tenth_of_the_run():
+    how = SwitchLoRA(interval=40, ratio=0.1)
+    rank, total = 4000, 10_000
+    rates = [how.switched(rank, t + 10, total) - how.switched(rank, t, total) for t in (0, 1000)]
+    assert rates[0] == pytest.approx(10 * rank / 40, rel=0.01)
+    assert rates[1] == pytest.approx(0.3 * rates[0], rel=0.01)
+
+
+def test_switchloras_start_is_as_large_as_a_linears_own():
+    torch.manual_seed(0)
+    A, B = switchlora(torch.empty(400, 300), torch.empty(400, 300), 64)
+    assert ((B @ A) / 64).std().item() == pytest.approx((3 * 300) ** -0.5, rel=0.05)
+
+
+def test_a_run_of_switchlora_switches_and_leaves_a_merged_model(tmp_path):
+    make_run(tmp_path, *TEN, "+method=switchlora", *FIVE, "adapter.refactoring.interval=10")
+    model = load_model(find_all(tmp_path)[0])
+    resets = model.get_parameter("blocks.0.mlp.fc1.lora_pool_resets")
+    assert (resets >= 0).any()
+    x = torch.randn(4, 1, 8, 8)
+    for path in (tmp_path / "model.safetensors", tmp_path / "adapter"):
+        assert torch.allclose(load_saved(path).model.eval()(x), model(x), atol=1e-4), path

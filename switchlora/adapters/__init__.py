@@ -56,6 +56,11 @@ from switchlora.adapters.surgery import (
     round_residual as round_residual,
     without_adapters as without_adapters,
 )
+from switchlora.adapters.switched import (
+    SwitchedLoRALinear as SwitchedLoRALinear,
+    switched_linear as switched_linear,
+    switchlora_bounds as switchlora_bounds,
+)
 from switchlora.adapters.targets import (
     DEFAULT_TARGETS as DEFAULT_TARGETS,
     Target as Target,

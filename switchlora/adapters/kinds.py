@@ -16,6 +16,7 @@ from switchlora.adapters.factorized import (
 from switchlora.adapters.linear import AdaptedLinear, Norms, SlicedLoRALinear, adapted_linear
 from switchlora.adapters.product import Adapter
 from switchlora.adapters.sltrain import SparseLowRankLinear, sltrain_linear
+from switchlora.adapters.switched import SwitchedLoRALinear, switched_linear
 from switchlora.errors import is_number
 
 
@@ -35,6 +36,7 @@ KINDS: dict[str, Callable[..., AdaptedLinear]] = {
     GuidedLinear.kind: guided_linear,
     CoLALinear.kind: cola_linear,
     SparseLowRankLinear.kind: sltrain_linear,
+    SwitchedLoRALinear.kind: switched_linear,
 }
 """the factory of each kind, by its name in saved layouts"""
 

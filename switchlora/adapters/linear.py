@@ -1,5 +1,6 @@
 """Linear layers with low-rank adapters on a frozen residual weight."""
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,8 +40,8 @@ class Norms(NamedTuple):
 
 
 FACTORS = ("A", "B")
-SPARSE = "S"
-"""what ``lora_`` is followed by in the names of SLTrain's sparse entries"""
+SPARSE, POOL = "S", "pool"
+"""what follows ``lora_`` in the names of SLTrain's sparse entries and of SwitchLoRA's pool"""
 REFORMED_FROM = 8192
 """number of tokens from which the backward pass forms the effective weight again, instead of
 keeping it; forming it costs about r / T of one product of T tokens, and keeping it costs the
@@ -321,7 +322,12 @@ def add_adapters(weight: Tensor, adapters: Mapping[str, Adapter], sign: int = 1)
     return total.to(dtype)
 
 
-def is_factor(parameter_name: str, which: Sequence[str] = (*FACTORS, SPARSE)) -> bool:
+def seed_of(A: Tensor) -> int:
+    """Return a seed that is a function of a factor, so the same on all ranks; 0 on 'meta'."""
+    return 0 if A.is_meta else zlib.crc32(A.detach().cpu().contiguous().numpy().tobytes())
+
+
+def is_factor(parameter_name: str, which: Sequence[str] = (*FACTORS, SPARSE, POOL)) -> bool:
     """Return whether this names a tensor of an adapter, or one of its tensors ``which``."""
     return any(f"lora_{factor}" in parameter_name for factor in which)
 

@@ -1,6 +1,5 @@
 """SLTrain: a low-rank product plus entries at fixed random places, in the place of a weight."""
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchlora.adapters.factorized import LowRankLinear, only_adapter
-from switchlora.adapters.linear import add_adapters
+from switchlora.adapters.linear import add_adapters, seed_of
 from switchlora.adapters.product import Adapter, compute_dtype
 from switchlora.errors import check_share
 
@@ -115,8 +114,7 @@ def drawn_entries(A: Tensor, out_features: int, share: float) -> tuple[Tensor, T
     """
     in_features = A.shape[1]
     size = out_features * in_features
-    seed = 0 if A.is_meta else zlib.crc32(A.detach().cpu().contiguous().numpy().tobytes())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_of(A))
     index, _ = torch.randperm(size, generator=generator)[: int(share * size)].sort()
     uniform = 2 * torch.rand(len(index), generator=generator) - 1
     return index, uniform / in_features**0.5

@@ -38,14 +38,16 @@ def check_adapter(policy: "SwitchPolicy") -> None:
       as ``restart`` or ``split_qkv``.
     - Guided adapters also need a joint phase.
     """
+    kind = made_class(policy.adapter).kind
     if policy.keeps_residual:
+        if kind == "switchlora":
+            _refuse_with_switchlora(policy)
         if policy.least_gain is not None:
             raise ValueError(
                 "switch.least_gain measures factors in place of weights: use "
                 "switch/adapter=factorized"
             )
         return
-    kind = made_class(policy.adapter).kind
     refused = {
         "joint_epochs": policy.joint_epochs and kind != "guided",
         "stages": policy.stages and kind == "guided",
@@ -65,6 +67,19 @@ def check_adapter(policy: "SwitchPolicy") -> None:
             "switch/adapter=guided fades its dense weight out in the joint phase: give "
             "switch.joint_epochs"
         )
+
+
+def _refuse_with_switchlora(policy: "SwitchPolicy") -> None:
+    """Raise ValueError for options that do not go with single vectors that are switched."""
+    refused = {
+        "joint_epochs": policy.joint_epochs,
+        "stages": policy.stages,
+        "split_qkv": policy.split_qkv,
+        "residual_dtype": policy.residual_dtype,
+    }
+    for name, asked in refused.items():
+        if asked:
+            raise ValueError(f"switch/adapter=switchlora does not go with switch.{name}")
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,8 @@ KINDS: dict[str, Kind] = {
     "full.refactoring.warmup_updates": whole(0),
     "full.refactoring.interval": whole(1),
     "full.refactoring.eps": SHARE,
+    "full.refactoring.ratio": SHARE,
+    "full.refactoring.frozen": whole(0),
     "full.before_ddp.patterns": PATTERNS,
     "full.optimizer.lr": number(0),
     "full.optimizer.betas": list_of(BELOW_ONE, "two shares from 0 to below 1", length=2),

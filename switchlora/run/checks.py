@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from switchlora.adapters import FACTORS, adapted_linear, made_class
 from switchlora.criteria import AtEpoch, at_start, never
 from switchlora.errors import NothingMeasured
-from switchlora.learner import Muon, Recipe, check_goes_with_fsdp
+from switchlora.learner import Muon, Recipe, SwitchLoRA, check_goes_with_fsdp
 from switchlora.models import eval_mode
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
@@ -120,6 +120,11 @@ def check_kind(policy: SwitchPolicy, recipe: Recipe, ema: float | None) -> None:
         raise ValueError(
             f"switch/adapter={made.kind} begins as a new layer and would throw away what the "
             "weight has learned: use switch/criterion=at_start"
+        )
+    if (made.kind == "switchlora") != isinstance(recipe.refactoring, SwitchLoRA):
+        raise ValueError(
+            "switch/adapter=switchlora holds the vectors that adapter/refactoring=switchlora "
+            "switches: give both or neither"
         )
     refused = {
         "ema": ema,
