@@ -4,6 +4,7 @@ import os
 import signal
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,12 @@ from switchlora.errors import Interrupted
 from switchlora.initializers import gaussian, switchlora
 from switchlora.learner import FlopCounter, Recipe, SwitchLoRA, build_learner
 from switchlora.learner.recipe import parameter_groups
+from switchlora.policy import InRank
+from switchlora.policy.growth import explained_variance, singular_values
 from switchlora.storage import find_all, load_model, load_saved, save_merged
 
 TEN = (
-    *("data.train_size=320", "full.scheduler.warmup_t=5", "monitor.window=5", "max_updates=22"),
+    *("data.train_size=320", "full.scheduler.warmup_t=5", "monitor.window=5", "max_updates=14"),
     *("epochs=3", "adapter.rewarmup_updates=2"),
 )
 """10 updates an epoch"""
@@ -37,11 +40,16 @@ FIVE = ("max_updates=5", "monitor.window=2", "adapter.precision=bf16")
 INPUTS, OUTPUTS, RANK = 6, 12, 3
 FACTORIES = {"cola": cola_linear, "sltrain": partial(sltrain_linear, share=0.2)}
 LAYERS = {**FACTORIES, "switchlora": switched_linear}
+EARLY = (
+    *("switch.growth.every_updates=4", "switch.growth.earliest=0"),
+    *("switch.growth.buffer=4", "switch.rank.rank=6"),
+)
 THERE = f"system.device={DEVICE}"
 METHODS = {
     "cola": ("+method=cola",),
     "sltrain": ("+method=sltrain", "ema=0.9"),
     "switchlora": ("+method=switchlora", "adapter.refactoring.interval=10"),
+    "inrank": ("+method=inrank", *EARLY),
 }
 
 
@@ -114,7 +122,7 @@ def test_a_run_stopped_on_another_device_goes_on_to_the_bits_of_a_whole_run(
         return images
 
     with on_pretended():
-        at_update(12, stop)
+        at_update(8, stop)
         with pytest.raises(Interrupted):
             make_run(tmp_path / "stopped", THERE, *words)
         at_update(None, stop)
@@ -374,3 +382,71 @@ def test_a_run_of_switchlora_switches_and_leaves_a_merged_model(tmp_path):
     x = torch.randn(4, 1, 8, 8)
     for path in (tmp_path / "model.safetensors", tmp_path / "adapter"):
         assert torch.allclose(load_saved(path).model.eval()(x), model(x), atol=1e-4), path
+
+
+# InRank
+
+
+def diagonal(values, size=20):
+    """An adapter of which the product has these singular values."""
+    A = torch.linalg.qr(torch.randn(size, len(values))).Q.mT
+    B = torch.linalg.qr(torch.randn(2 * size, len(values))).Q * torch.tensor(values)
+    return Adapter(A, B, slice(0, 2 * size), 1.0)
+
+
+def test_the_explained_variance_is_that_of_all_singular_values_of_b_a():
+    adapter = diagonal([5.0, 3.0, 2.0, 0.5])
+    s = np.linalg.svd((adapter.B @ adapter.A).numpy(), compute_uv=False)
+    assert np.allclose(singular_values(adapter).numpy(), s, atol=1e-5) and len(s) == 20
+    for modes in range(5):
+        rest = np.where(np.arange(20) < modes, 0, s)
+        wanted = 1 - rest.var(ddof=1) / s.var(ddof=1)
+        assert explained_variance(singular_values(adapter), modes) == pytest.approx(
+            wanted, abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "values, rank",
+    [
+        ([9.0, 8.0, 0.1, 0.1], 4),  # two modes explain it
+        ([9.0, 8.0, 7.0, 0.1], 5),  # a third one is needed
+        ([9.0, 8.9, 8.8, 8.7], 5),  # the last that a look may ask for
+        ([0.0, 0.0, 0.0, 0.0], 4),  # nothing has moved
+        ([9.0, 8.9, 8.8, 8.7, 8.6, 8.5, 8.4, 8.3, 8.2, 8.1], 10),  # half of the full rank
+    ],
+)
+def test_a_rank_grows_to_the_modes_that_explain_the_product_and_the_buffer(values, rank):
+    assert InRank(buffer=2, threshold=0.9).rank(diagonal(values)) == rank
+
+
+def test_a_run_of_inrank_grows_keeps_its_function_and_counts_every_segment(tmp_path):
+    words = (*TEN, "+method=inrank", *EARLY, "max_updates=10")
+    summary = make_run(tmp_path, *words)
+    first, *grown = summary["transitions"]
+    assert first["kind"] == "switch" and {each["kind"] for each in grown} == {"grow"}
+    for each in grown:
+        assert each["drift"] < 1e-5 and each["trainable_after"] > each["trainable_before"]
+        assert each["moments_carried"] > 0 and max(each["ranks"].values()) <= 32
+    flops = [segment["flops_per_update"] for segment in summary["segments"]]
+    ends = [segment["until"] for segment in summary["segments"]]
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    made = [(n, f) for n, f in zip(lengths, flops, strict=True) if n]
+    assert summary["cost"]["train_flops"] == sum(n * f for n, f in made) and len(made) > 1
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("+method=switchlora", "switch.split_qkv=true"), "does not go with switch.split_qkv"),
+        (("+method=switchlora", "switch.joint_epochs=1"), "does not go with switch.joint_epochs"),
+        (("+method=switchlora", "adapter.refactoring=null"), "give both or neither"),
+        (("+method=switchlora", "switch/growth=inrank"), "does not go with switch.growth"),
+        (("+method=lora", "adapter/refactoring=switchlora"), "give both or neither"),
+        (("+method=inrank", "switch/restart=relora"), "does not go with switch.restart"),
+        (("+method=sltrain", "switch/criterion=at_epoch"), "use switch/criterion=at_start"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_the_first_update(words, says, tmp_path):
+    with pytest.raises(Exception, match=says):
+        make_run(tmp_path, *TEN, *words)

@@ -203,7 +203,11 @@ def test_a_factory_says_what_it_makes_before_it_makes_any(kind):
     _, module = make(factory)
     for asked in (factory, partial(factory)):
         assert made_class(asked).kind == module.kind == kind
-        assert made_class(asked).keeps_residual == module.keeps_residual == (kind == "lora")
+        assert (
+            made_class(asked).keeps_residual
+            == module.keeps_residual
+            == (kind in ("lora", "switchlora"))
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

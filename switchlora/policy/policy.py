@@ -22,6 +22,7 @@ from switchlora.criteria import SwitchCriterion, Verdict
 from switchlora.errors import check_choice, check_patterns, check_range
 from switchlora.initializers import AdapterInit
 from switchlora.monitor import Measurement
+from switchlora.policy.growth import InRank
 from switchlora.policy.guard import Guard
 from switchlora.policy.stages import Restart, Stages
 from switchlora.ranks import RankPolicy
@@ -39,6 +40,8 @@ def check_adapter(policy: "SwitchPolicy") -> None:
     - Guided adapters also need a joint phase.
     """
     kind = made_class(policy.adapter).kind
+    if policy.growth and kind not in ("lora", "factorized"):
+        raise ValueError(f"switch/adapter={kind} does not go with switch.growth: use lora")
     if policy.keeps_residual:
         if kind == "switchlora":
             _refuse_with_switchlora(policy)
@@ -109,6 +112,8 @@ class SwitchPolicy:
     """epochs in which weights and factors train together; then the weights are frozen"""
     stages: Stages | None = None
     restart: Restart | None = None
+    growth: InRank | None = None
+    """the rule by which the ranks of the adapters grow"""
     guard: Guard | None = None
     moments: str = "surviving"
     remove_weight_decay: bool = False
@@ -156,7 +161,11 @@ class SwitchPolicy:
             raise ValueError(
                 f"switch.latest={self.latest} is before switch.earliest={self.earliest}"
             )
-        for one, other in (("stages", "joint_epochs"), ("stages", "restart")):
+        for one, other in (
+            ("stages", "joint_epochs"),
+            ("stages", "restart"),
+            ("growth", "restart"),
+        ):
             if getattr(self, one) and getattr(self, other):
                 raise ValueError(f"switch.{one} does not go with switch.{other}: leave one out")
         if self.least_gain is not None:

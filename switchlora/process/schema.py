@@ -284,6 +284,11 @@ KINDS: dict[str, Kind] = {
     "switch.restart.every_epochs": POSITIVE,
     "switch.restart.prune": one_of("random", "magnitude", "zero"),
     "switch.restart.pruned": SHARE,
+    "switch.growth.every_updates": whole(1),
+    "switch.growth.earliest": whole(0),
+    "switch.growth.threshold": SHARE,
+    "switch.growth.buffer": whole(1),
+    "switch.growth.most": SHARE,
     "switch.guard.tolerance": number(0),
     "switch.guard.patience": whole(1),
     "switch.guard.act": one_of("warn", "ranks", "full"),
@@ -305,7 +310,7 @@ PLAIN = ("trunk", "checkpoint", "monitor", "system", "log", "log.wandb", "log.si
 """sections that build nothing"""
 MAY_BE_NULL = (
     *("full.refactoring", "full.before_ddp", "adapter.refactoring", "adapter.before_ddp"),
-    *("switch.stages", "switch.restart", "switch.restart.init"),
+    *("switch.stages", "switch.restart", "switch.restart.init", "switch.growth"),
     *("switch.guard", "switch.guard.criterion"),
 )
 """sections that a run can do without"""

@@ -145,6 +145,7 @@ def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:
         "joint_epochs": policy.joint_epochs,
         "stages": policy.stages,
         "restart": policy.restart,
+        "growth": policy.growth,
         "guard": policy.guard is not None and policy.guard.act != "warn",
         "adapter": policy.adapter is not adapted_linear,
     }
