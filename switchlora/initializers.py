@@ -94,7 +94,8 @@ def switchlora(weight: Tensor, update: Tensor, rank: int) -> Factors:
 
     It goes with s = 1 / r.
     """
-    bound_A, bound_B = switchlora_bounds(*weight.shape, rank)
+    out_features, in_features = weight.shape
+    bound_A, bound_B = switchlora_bounds(out_features, in_features, rank)
     A = nn.init.uniform_(_empty_A(weight, rank), -bound_A, bound_A)
     B = nn.init.uniform_(_zero_B(weight, rank), -bound_B, bound_B)
     return Factors(A, B)

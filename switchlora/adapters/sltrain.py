@@ -24,6 +24,7 @@ class SparseLowRankLinear(LowRankLinear):
 
     kind = "sltrain"
     begins_anew = True
+    lora_S_index: Tensor
 
     def __init__(self, bias: nn.Parameter | None, adapter: Adapter, share: float) -> None:
         super().__init__(bias, adapter)
