@@ -95,6 +95,15 @@ def test_under_autocast_products_are_narrow_and_gradients_are_not(kind):
 
 
 @pytest.mark.parametrize("kind", FACTORIES)
+def test_it_compiles_without_graph_breaks(kind):
+    _, module = layer(kind)
+    compiled, x = torch.compile(module, backend="eager", fullgraph=True), torch.randn(5, INPUTS)
+    assert torch.allclose(compiled(x), module(x), atol=1e-6)
+    compiled(x).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", FACTORIES)
 def test_the_cost_model_counts_what_a_pass_runs(kind, vit, images):
     model = vit
     for name in ("blocks.0.mlp.fc1", "blocks.1.attn.qkv"):
@@ -421,7 +430,7 @@ def test_a_rank_grows_to_the_modes_that_explain_the_product_and_the_buffer(value
 
 
 def test_a_run_of_inrank_grows_keeps_its_function_and_counts_every_segment(tmp_path):
-    words = (*TEN, "+method=inrank", *EARLY, "max_updates=10")
+    words = (*TEN, "+method=inrank", *EARLY, "max_updates=10", "adapter.precision=bf16")
     summary = make_run(tmp_path, *words)
     first, *grown = summary["transitions"]
     assert first["kind"] == "switch" and {each["kind"] for each in grown} == {"grow"}
