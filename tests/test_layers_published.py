@@ -30,10 +30,11 @@ from switchlora.learner.recipe import parameter_groups
 from switchlora.policy import InRank
 from switchlora.policy.growth import explained_variance, singular_values
 from switchlora.storage import find_all, load_model, load_saved, save_merged
+from switchlora.switching.changes import widened
 
 TEN = (
     *("data.train_size=320", "full.scheduler.warmup_t=5", "monitor.window=5", "max_updates=14"),
-    *("epochs=3", "adapter.rewarmup_updates=2"),
+    *("epochs=3", "adapter.rewarmup_updates=2", "data.eval_size=32"),
 )
 """10 updates an epoch"""
 FIVE = ("max_updates=5", "monitor.window=2", "adapter.precision=bf16")
@@ -123,7 +124,7 @@ def test_the_cost_model_counts_what_a_pass_runs(kind, vit, images):
 def test_a_run_stopped_on_another_device_goes_on_to_the_bits_of_a_whole_run(
     method, tmp_path, at_update
 ):
-    words = (*TEN, *METHODS[method])
+    words = (*TEN, *METHODS[method], "data.train_size=160", "max_updates=9")
     make_run(tmp_path / "whole", *words)
 
     def stop(images):
@@ -131,7 +132,7 @@ def test_a_run_stopped_on_another_device_goes_on_to_the_bits_of_a_whole_run(
         return images
 
     with on_pretended():
-        at_update(8, stop)
+        at_update(6, stop)
         with pytest.raises(Interrupted):
             make_run(tmp_path / "stopped", THERE, *words)
         at_update(None, stop)
@@ -444,6 +445,20 @@ def test_a_run_of_inrank_grows_keeps_its_function_and_counts_every_segment(tmp_p
     assert summary["cost"]["train_flops"] == sum(n * f for n, f in made) and len(made) > 1
 
 
+def test_moments_of_single_entries_grow_with_their_factors_and_those_in_a_basis_are_left():
+    A, B = torch.randn(4, INPUTS), torch.randn(OUTPUTS, 4)
+    adapters = {"fc": {"": Adapter(A, B, slice(0, OUTPUTS), 1.0)}}
+    of_A = {"step": torch.tensor(3.0), "exp_avg": torch.randn(RANK, INPUTS)}
+    of_B = {"step": 3, "rotated_exp_avg": torch.randn(OUTPUTS, RANK)}
+    head = {"step": 3, "exp_avg": torch.randn(2, 2)}
+    moments = {"fc.lora_A": of_A, "fc.lora_B": of_B, "head.weight": head}
+    found = widened(moments, adapters)
+    assert found["head.weight"] is head and set(found) == {"head.weight", "fc.lora_A"}
+    grown = found["fc.lora_A"]["exp_avg"]
+    assert torch.equal(grown[:RANK], of_A["exp_avg"]) and not grown[RANK:].any()
+    assert found["fc.lora_A"]["step"] == 3 and grown.shape == A.shape
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
@@ -452,6 +467,8 @@ def test_a_run_of_inrank_grows_keeps_its_function_and_counts_every_segment(tmp_p
         (("+method=switchlora", "adapter.refactoring=null"), "give both or neither"),
         (("+method=switchlora", "switch/growth=inrank"), "does not go with switch.growth"),
         (("+method=lora", "adapter/refactoring=switchlora"), "give both or neither"),
+        (("+method=switchlora", "recipe@adapter=lora_rite"), "LoRA-RITE does not"),
+        (("+method=cola", "recipe@adapter=lora_rite"), "lora_rite works on weights"),
         (("+method=inrank", "switch/restart=relora"), "does not go with switch.restart"),
         (("+method=sltrain", "switch/criterion=at_epoch"), "use switch/criterion=at_start"),
     ],

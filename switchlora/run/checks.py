@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from switchlora.adapters import FACTORS, adapted_linear, made_class
 from switchlora.criteria import NO_SHARE, AtEpoch, PredictedCost, at_start, never
 from switchlora.errors import NothingMeasured
-from switchlora.learner import Muon, Recipe, Refactoring, SwitchLoRA, check_goes_with_fsdp
+from switchlora.learner import (
+    LoRARite,
+    Muon,
+    Recipe,
+    Refactoring,
+    SwitchLoRA,
+    check_goes_with_fsdp,
+)
 from switchlora.models import eval_mode
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
@@ -141,7 +148,7 @@ def check_kind(policy: SwitchPolicy, recipe: Recipe, ema: float | None) -> None:
     ``recipe`` is that of the adapter phase. An adapter that begins anew takes no trained weight
     over. One that no weight can stand for has no product s B A and no weight to average.
     """
-    made = made_class(policy.adapter)
+    made, optimizer = made_class(policy.adapter), recipe.optimizer_class
     if policy.criterion is never:
         return
     if made.begins_anew and policy.criterion is not at_start:
@@ -154,11 +161,17 @@ def check_kind(policy: SwitchPolicy, recipe: Recipe, ema: float | None) -> None:
             "switch/adapter=switchlora holds the vectors that adapter/refactoring=switchlora "
             "switches: give both or neither"
         )
+    if made.kind == "switchlora" and issubclass(optimizer, LoRARite):
+        raise ValueError(
+            "switch/adapter=switchlora resets the moments of single rows, which LoRA-RITE does "
+            "not have: use recipe@adapter=adamw"
+        )
     refused = {
         "ema": ema,
         "adapter.refactoring": recipe.refactoring,
         "adapter.frobenius_decay": recipe.frobenius_decay,
-        "recipe@adapter=muon": issubclass(recipe.optimizer_class, Muon),
+        "recipe@adapter=muon": issubclass(optimizer, Muon),
+        "recipe@adapter=lora_rite": issubclass(optimizer, LoRARite),
     }
     for name, asked in refused.items():
         if asked and not made.has_weight:

@@ -34,7 +34,7 @@ from switchlora.adapters import (
     train_only,
     training_flags,
 )
-from switchlora.learner import Moments, factor_moments, prune_moments
+from switchlora.learner import POWERS, Moments, factor_moments, prune_moments
 from switchlora.monitor import Measurement, truncated_svd
 from switchlora.policy import Refresh, Restart, SwitchPolicy
 from switchlora.process import from_primary, together
@@ -371,14 +371,18 @@ def without_factors(moments: Moments, adapters: Adapters) -> Moments:
 
 
 def widened(moments: Moments, adapters: Adapters) -> Moments:
-    """Return the moments, with zeros for the rows of A and the columns of B that are new."""
+    """Return the moments, with zeros for the rows of A and the columns of B that are new.
+
+    Factors whose moments are not those of their entries (LoRA-RITE) begin afresh.
+    """
     found = dict(moments)
     for name, parts in adapters.items():
         for part, (A, B, _, _) in parts.items():
             end = f".{part}" if part else ""
             for key, factor in ((f"{name}.lora_A{end}", A), (f"{name}.lora_B{end}", B)):
-                state = moments.get(key, {})
-                found[key] = {what: _padded(value, factor) for what, value in state.items()}
+                state = found.pop(key, {})
+                if not POWERS.keys().isdisjoint(state):
+                    found[key] = {what: _padded(value, factor) for what, value in state.items()}
     return found
 
 
