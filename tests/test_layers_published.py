@@ -124,7 +124,7 @@ def test_the_cost_model_counts_what_a_pass_runs(kind, vit, images):
 def test_a_run_stopped_on_another_device_goes_on_to_the_bits_of_a_whole_run(
     method, tmp_path, at_update
 ):
-    words = (*TEN, *METHODS[method], "data.train_size=160", "max_updates=9")
+    words = (*TEN, *METHODS[method], "model.depth=1", "data.train_size=160", "max_updates=9")
     make_run(tmp_path / "whole", *words)
 
     def stop(images):

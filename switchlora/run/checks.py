@@ -21,7 +21,7 @@ from switchlora.learner import (
 )
 from switchlora.models import eval_mode
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
-from switchlora.policy import SwitchPolicy
+from switchlora.policy import Restart, SwitchPolicy
 from switchlora.process import check_values
 from switchlora.run.state import Phase
 from switchlora.storage import wandb_mode
@@ -130,7 +130,7 @@ def check_refactored_start(
         return
     restart = policy.restart
     starts = {"switch/init": policy.init}
-    if restart is not None and restart.init is not None:
+    if isinstance(restart, Restart) and restart.init is not None:
         starts["switch.restart.init"] = restart.init
     weight = next(iter(monitor.targets.values())).weight(model)
     for key, init in starts.items():
