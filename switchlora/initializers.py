@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from switchlora.adapters import Factors
+from switchlora.adapters import Factors, switchlora_bounds
 from switchlora.errors import NothingMeasured
 from switchlora.monitor import truncated_svd
 
@@ -98,6 +98,31 @@ def balanced(weight: Tensor, update: Tensor, rank: int) -> Factors:
     A, B = re_init(weight, update, rank)
     p = (B.norm() / A.norm()).sqrt()
     return Factors(p * A, B / p)
+
+
+def gaussian(weight: Tensor, update: Tensor, rank: int) -> Factors:
+    """Return normal factors for which the entries of B A have variance 1 / (in + out).
+
+    It is the start of CoLA (Liu et al., arXiv 2502.10940; alvin-zyl/CoLA): the entries of both
+    factors have variance 1 / sqrt(r (in + out)).
+    """
+    out_features, in_features = weight.shape
+    std = (rank * (in_features + out_features)) ** -0.25
+    A = nn.init.normal_(_empty_A(weight, rank), std=std)
+    B = nn.init.normal_(_zero_B(weight, rank), std=std)
+    return Factors(A, B)
+
+
+def switchlora(weight: Tensor, update: Tensor, rank: int) -> Factors:
+    """Return the uniform factors of SwitchLoRA's start (Zhou et al., arXiv 2406.06564).
+
+    It goes with s = 1 / r.
+    """
+    out_features, in_features = weight.shape
+    bound_A, bound_B = switchlora_bounds(out_features, in_features, rank)
+    A = nn.init.uniform_(_empty_A(weight, rank), -bound_A, bound_A)
+    B = nn.init.uniform_(_zero_B(weight, rank), -bound_B, bound_B)
+    return Factors(A, B)
 
 
 def orthogonal(weight: Tensor, update: Tensor, rank: int) -> Factors:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from switchlora.adapters import find_targets
+from switchlora.adapters import factorized_linear, find_targets
 from switchlora.cost import measured_gains, timing as gain
 
 
@@ -40,8 +40,8 @@ def test_each_target_is_timed_on_the_shape_that_its_module_gets_and_alike_ones_o
     assert found == {n: 1.0 if n.endswith("fc1") else 2.0 for n in ranks}
     tokens = (8, 5)  # four patches and the class token
     assert timed == [
-        ((*tokens, 32), 128, 4, True, "fp32"),
-        ((*tokens, 128), 32, 4, True, "fp32"),
+        ((*tokens, 32), 128, 4, True, "fp32", factorized_linear),
+        ((*tokens, 128), 32, 4, True, "fp32", factorized_linear),
     ]
 
 

@@ -26,9 +26,16 @@ from conf_yamls import composed
 from conftest import tiny_vit
 from runs import BY_DATE, SHORT
 from switchlora import LowRankSwitch, UpdateNorm, WeightUpdateMonitor
-from switchlora.adapters import adapted_modules, is_factor, merged_state_dict
+from switchlora.adapters import (
+    adapted_modules,
+    cola_linear,
+    is_factor,
+    merged_state_dict,
+    switched_linear,
+)
 from switchlora.criteria import AtEpoch
 from switchlora.learner import Muon, autocast, in_parts
+from switchlora.policy import Guard, InRank
 from switchlora.run import prepare
 from switchlora.train import train
 
@@ -335,6 +342,23 @@ def test_what_cannot_work_is_refused_in_words():
     assert list(silent.watch.monitor.targets) == ["fc1"]
     with pytest.raises(ValueError, match="was not called"):
         silent.step(1.0)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"growth": InRank()}, "growth"),
+        ({"guard": Guard()}, "guard"),
+        ({"joint_epochs": 1.0}, "joint_epochs"),
+        ({"adapter": cola_linear}, "kind cola"),
+        ({"adapter": switched_linear}, "kind switchlora"),
+    ],
+)
+def test_what_changes_the_model_again_or_begins_anew_is_refused_at_once(options, says):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=f"does not go with .*{says}"):
+        LowRankSwitch(model, optimizer, target_modules="all-linear", rank=2, **options)
 
 
 def test_merged_and_saved_it_computes_what_the_loop_trained(tmp_path):

@@ -103,7 +103,7 @@ def test_guided_starts_with_the_same_function_at_every_a(mix):
     assert trained(module) == {"weight", "bias", "lora_A", "lora_B"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if made_class(KINDS[kind]).has_weight])
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
 def test_the_merged_weight_gives_the_same_function(kind, mix):
     _, module = make(KINDS[kind])
@@ -276,7 +276,11 @@ def test_a_factory_says_what_it_makes_before_it_makes_any(kind):
     _, module = make(factory)
     for asked in (factory, partial(factory)):
         assert made_class(asked).kind == module.kind == kind
-        assert made_class(asked).keeps_residual == module.keeps_residual == (kind == "lora")
+        assert (
+            made_class(asked).keeps_residual
+            == module.keeps_residual
+            == (kind in ("lora", "switchlora"))
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

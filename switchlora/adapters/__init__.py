@@ -1,5 +1,6 @@
 """Choose target modules, put adapters on them, and choose the parameters that train."""
 
+from switchlora.adapters.cola import CoLALinear as CoLALinear, cola_linear as cola_linear
 from switchlora.adapters.core import (
     CoreLinear as CoreLinear,
     core_linear as core_linear,
@@ -8,7 +9,6 @@ from switchlora.adapters.core import (
 )
 from switchlora.adapters.effect import check_adapters_work as check_adapters_work
 from switchlora.adapters.factorized import (
-    KINDS as KINDS,
     GuidedLinear as GuidedLinear,
     LowRankLinear as LowRankLinear,
     SlicedLowRankLinear as SlicedLowRankLinear,
@@ -18,11 +18,14 @@ from switchlora.adapters.factorized import (
     factorized_linear as factorized_linear,
     guided_layers as guided_layers,
     guided_linear as guided_linear,
-    made_class as made_class,
-    rebuilt as rebuilt,
     set_mix as set_mix,
     settled as settled,
     skipped_flops as skipped_flops,
+)
+from switchlora.adapters.kinds import (
+    KINDS as KINDS,
+    made_class as made_class,
+    rebuilt as rebuilt,
 )
 from switchlora.adapters.linear import (
     FACTORS as FACTORS,
@@ -39,12 +42,17 @@ from switchlora.adapters.linear import (
     rank_stabilised as rank_stabilised,
     scaling_one as scaling_one,
     trained_adapters as trained_adapters,
+    without_weight as without_weight,
 )
 from switchlora.adapters.product import (
     AdaptedProduct as AdaptedProduct,
     Adapter as Adapter,
     Product as Product,
     cheaper_form as cheaper_form,
+)
+from switchlora.adapters.sltrain import (
+    SparseLowRankLinear as SparseLowRankLinear,
+    sltrain_linear as sltrain_linear,
 )
 from switchlora.adapters.surgery import (
     adapter_layout as adapter_layout,
@@ -57,6 +65,11 @@ from switchlora.adapters.surgery import (
     restore as restore,
     round_residual as round_residual,
     without_adapters as without_adapters,
+)
+from switchlora.adapters.switched import (
+    SwitchedLoRALinear as SwitchedLoRALinear,
+    switched_linear as switched_linear,
+    switchlora_bounds as switchlora_bounds,
 )
 from switchlora.adapters.targets import (
     DEFAULT_TARGETS as DEFAULT_TARGETS,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from switchlora.adapters.factorized import only_adapter
 from switchlora.adapters.linear import Factors, LoRALinear
 from switchlora.adapters.product import Adapter
 
@@ -85,12 +86,7 @@ def core_linear(linear: nn.Linear, adapters: Mapping[str, Adapter]) -> CoreLinea
 
     The bias is shared with ``linear``. ValueError if ``adapters`` are of row slices.
     """
-    if set(adapters) != {""}:
-        raise ValueError(
-            "switch/adapter=core takes one adapter for all rows of a linear: it does not go with "
-            "switch.split_qkv"
-        )
-    return CoreLinear(linear.bias, adapters[""]).train(linear.training)
+    return CoreLinear(linear.bias, only_adapter(adapters)).train(linear.training)
 
 
 core_linear.makes = CoreLinear  # type: ignore[attr-defined]

@@ -1,25 +1,16 @@
 """Linear layers whose weight is a product of two factors, without a residual weight."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchlora.adapters.core import CoreLinear, core_linear
-from switchlora.adapters.linear import (
-    AdaptedLinear,
-    LoRALinear,
-    Norms,
-    SlicedLoRALinear,
-    adapted_linear,
-)
+from switchlora.adapters.linear import AdaptedLinear, LoRALinear, SlicedLoRALinear
 from switchlora.adapters.product import Adapter
-from switchlora.errors import is_number
 
 
 class LowRankLinear(LoRALinear):
@@ -43,6 +34,10 @@ class LowRankLinear(LoRALinear):
     def forward(self, input: Tensor) -> Tensor:
         """Map inputs (..., in) to outputs (..., out)."""
         return _low_rank(self, input, self.scaling * self.lora_A)
+
+    def residual(self) -> Tensor:
+        """Return what s B A is added to (out, in): zeros."""
+        return self.lora_B.new_zeros(self.out_features, self.in_features)
 
     def merged(self) -> Tensor:
         """Return s B A (out, in): summed in float64, rounded once to the factors' dtype."""
@@ -81,6 +76,11 @@ class SlicedLowRankLinear(SlicedLoRALinear):
         parts = [F.linear(each, adapter.B) for each, adapter in zip(low, adapters, strict=True)]
         outputs = torch.cat(parts, dim=-1)
         return outputs if self.bias is None else outputs + self.bias.to(outputs)
+
+    def residual(self) -> Tensor:
+        """Return what the products are added to (out, in): zeros."""
+        one = next(iter(self.lora_B.values()))
+        return one.new_zeros(self.out_features, self.in_features)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -179,8 +179,18 @@ def guided_linear(
     W starts at s B A too. The bias is shared with ``linear``. ValueError if ``adapters`` are of
     row slices.
     """
-    module = GuidedLinear(linear.bias, _only(adapters), stochastic)
+    module = GuidedLinear(linear.bias, only_adapter(adapters), stochastic)
     return module.train(linear.training)
+
+
+def only_adapter(adapters: Mapping[str, Adapter]) -> Adapter:
+    """Return the one adapter of ``adapters``; ValueError if they are of row slices."""
+    if set(adapters) != {""}:
+        raise ValueError(
+            "a switch/adapter without a residual weight takes one adapter for all rows of a "
+            "linear: it does not go with switch.split_qkv"
+        )
+    return adapters[""]
 
 
 def settled(module: GuidedLinear) -> LowRankLinear:
@@ -251,55 +261,6 @@ factorized_linear.makes = LowRankLinear  # type: ignore[attr-defined]
 guided_linear.makes = GuidedLinear  # type: ignore[attr-defined]
 
 
-def made_class(make: Callable[..., AdaptedLinear]) -> type[AdaptedLinear]:
-    """Return the class of the modules that an adapter factory makes.
-
-    The factory has it as its attribute ``makes``. A factory without this attribute makes adapters
-    beside a residual weight.
-    """
-    function = make.func if isinstance(make, partial) else make
-    return getattr(function, "makes", AdaptedLinear)
-
-
-KINDS: dict[str, Callable[..., AdaptedLinear]] = {
-    AdaptedLinear.kind: adapted_linear,
-    LowRankLinear.kind: factorized_linear,
-    GuidedLinear.kind: guided_linear,
-    CoreLinear.kind: core_linear,
-}
-"""the factory of each kind, by its name in saved layouts"""
-
-
-def rebuilt(
-    linear: nn.Linear,
-    adapters: Mapping[str, Adapter],
-    kind: str,
-    dense: Sequence[str] = (),
-    start_norms: Mapping[str, tuple[float, float]] = {},
-    **attributes: Any,
-) -> AdaptedLinear:
-    """Return the module of this ``kind`` with ``adapters`` on ``linear``.
-
-    ``kind``, ``dense`` and ``attributes`` are what ``settings()`` of the earlier module gave.
-    ``dense`` names the dense row slices. ``start_norms`` are those of the factors by row slice.
-    ``attributes`` are set on the module: flags, or shares from 0 to 1. TypeError for others.
-    """
-    module = KINDS[kind](linear, adapters)
-    if dense:
-        cast(SlicedLoRALinear, module).make_dense(dense)
-    for part, (A, B) in start_norms.items():
-        if not (is_number(A) and is_number(B) and min(A, B) >= 0):
-            raise TypeError(f"the norms of an adapter's factors are {A!r} and {B!r}")
-        module.start_norms[part] = Norms(A, B)
-    for name, value in attributes.items():
-        is_flag = isinstance(getattr(module, name), bool)
-        fits = isinstance(value, bool) if is_flag else is_number(value) and 0 <= value <= 1
-        if not fits:
-            raise TypeError(f"'{name}' of an adapter is {value!r}")
-        setattr(module, name, value)
-    return module
-
-
 def _low_rank(module: LoRALinear, input: Tensor, A: Tensor) -> Tensor:
     """Return B (A drop(x)) + b; A already contains the scaling."""
     dropped = F.dropout(input, module.dropout, module.training)
@@ -313,12 +274,3 @@ def _product(module: LoRALinear) -> Tensor:
     A = module.lora_A.double()
     B = module.lora_B.double()
     return module.scaling * (B @ A)
-
-
-def _only(adapters: Mapping[str, Adapter]) -> Adapter:
-    if set(adapters) != {""}:
-        raise ValueError(
-            "switch/adapter=guided takes one adapter for all rows of a linear: it does not go "
-            "with switch.split_qkv"
-        )
-    return adapters[""]

@@ -1,5 +1,6 @@
 """Linear layers with low-rank adapters on a frozen residual weight."""
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,10 @@ class Norms(NamedTuple):
 
 
 FACTORS = ("A", "B")
+BASIS, SPARSE, POOL = "U", "S", "pool"
+"""what follows ``lora_`` in the names of the second frozen basis of a core, of SLTrain's sparse
+entries and of SwitchLoRA's pool"""
+TENSORS = (*FACTORS, BASIS, SPARSE, POOL)
 REFORMED_FROM = 8192
 """number of tokens from which the backward pass forms the effective weight again, instead of
 keeping it; forming it costs about r / T of one product of T tokens, and keeping it costs the
@@ -72,6 +77,10 @@ class AdaptedLinear(nn.Linear):
     """whether W_res stays beside the adapter, so that injecting it keeps the function"""
     must_save = True
     """whether a target stays full when its factors would have no fewer parameters than it has"""
+    begins_anew = False
+    """whether it starts as a layer of its own, not as the weight that it replaces"""
+    has_weight = True
+    """whether it is a linear map, for which one weight can stand"""
     form: str | None = None
     recompute_gelu = False
     dropout = 0.0
@@ -142,7 +151,7 @@ class AdaptedLinear(nn.Linear):
         return add_adapters(self.residual().detach(), self.adapters())
 
     def settings(self) -> dict[str, Any]:
-        """Return the kind and the attributes that ``factorized.rebuilt`` needs.
+        """Return the kind and the attributes that ``kinds.rebuilt`` needs.
 
         Weights and ranks are not among them.
         """
@@ -317,11 +326,13 @@ def add_adapters(weight: Tensor, adapters: Mapping[str, Adapter], sign: int = 1)
     return total.to(dtype)
 
 
-def is_factor(parameter_name: str, which: Sequence[str] = (*FACTORS, "U")) -> bool:
-    """Return whether this is the name of an adapter's factor, or of one of ``which``.
+def seed_of(A: Tensor) -> int:
+    """Return a seed that is a function of a factor, so the same on all ranks; 0 on 'meta'."""
+    return 0 if A.is_meta else zlib.crc32(A.detach().cpu().contiguous().numpy().tobytes())
 
-    U is the second frozen basis of a ``CoreLinear``.
-    """
+
+def is_factor(parameter_name: str, which: Sequence[str] = TENSORS) -> bool:
+    """Return whether this names a tensor of an adapter, or one of its tensors ``which``."""
     return any(f"lora_{factor}" in parameter_name for factor in which)
 
 
@@ -367,6 +378,11 @@ def add_frobenius_decay(adapters: Iterable[Adapter], strength: float) -> None:
             A.grad.addmm_(B.mT @ B, A, alpha=factor)
         if B.grad is not None:
             B.grad.addmm_(B, A @ A.mT, alpha=factor)
+
+
+def without_weight(model: nn.Module) -> list[str]:
+    """Return the modules with adapters that no weight can stand for, by name."""
+    return [name for name, module in adapted_modules(model).items() if not module.has_weight]
 
 
 def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from switchlora.adapters.factorized import rebuilt
+from switchlora.adapters.kinds import rebuilt
 from switchlora.adapters.linear import (
     AdaptedLinear,
     Factors,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from switchlora.adapters.linear import FACTORS, adapted_modules, is_factor
+from switchlora.adapters.linear import FACTORS, SPARSE, adapted_modules, is_factor
 from switchlora.adapters.targets import Target
 from switchlora.models import eval_mode
 from switchlora.names import matching
@@ -87,10 +87,12 @@ def kept_parameters(
 def train_only(model: nn.Module, kept: Container[str], factors: Sequence[str] = FACTORS) -> None:
     """Train ``factors`` and the ``kept`` parameters; freeze the rest and drop its gradients.
 
-    A frozen parameter would otherwise keep its last gradient allocated.
+    Sparse entries train beside any factor. A frozen parameter would otherwise keep its last
+    gradient allocated.
     """
+    parts = (*factors, SPARSE) if factors else ()
     for name, parameter in model.named_parameters():
-        trained_factor = is_factor(name, factors) and parameter.numel() > 0
+        trained_factor = is_factor(name, parts) and parameter.numel() > 0
         parameter.requires_grad_(name in kept or trained_factor)
         if not parameter.requires_grad:
             parameter.grad = None

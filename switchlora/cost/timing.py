@@ -22,6 +22,7 @@ from switchlora.models import eval_mode
 T = TypeVar("T")
 Step = Callable[[], object]
 Clock = Callable[[], float]
+MakesFactors = Callable[[nn.Linear, Mapping[str, Adapter]], nn.Linear]
 ROUNDS = 7
 SHORTEST = 2e-3
 """least seconds of a timed block; shorter steps are repeated in it"""
@@ -110,6 +111,7 @@ def measured_gains(
     ranks: Mapping[str, int],
     example_inputs: Tensor,
     precision: str = "fp32",
+    make: MakesFactors = factorized_linear,
 ) -> dict[str, float]:
     """Return, per target in ``ranks``, the seconds of the target over the seconds of its factors.
 
@@ -117,7 +119,7 @@ def measured_gains(
     factorises a layer only when this ratio is 1.5 or more. Fresh layers are timed. Their inputs
     have the shape and type that the target's module gets when ``model`` computes
     ``example_inputs``. Targets that are alike are timed once. The model and the global RNG stay
-    as they are.
+    as they are. ``make`` makes the layer with factors.
     """
     names = {targets[name].module for name in ranks}
     inputs = _inputs_of(model, names, example_inputs, precision)
@@ -131,7 +133,7 @@ def measured_gains(
         bias = model.get_submodule(target.module).bias is not None
         key = (x.shape, x.dtype, outputs, rank, bias)
         if key not in gains:
-            gains[key] = _gain(x, device, outputs, rank, bias, precision)
+            gains[key] = _gain(x, device, outputs, rank, bias, precision, make)
         found[name] = gains[key]
     return found
 
@@ -142,13 +144,14 @@ def linear_and_factors(
     rank: int,
     bias: bool = True,
     device: torch.device | None = None,
+    make: MakesFactors = factorized_linear,
 ) -> tuple[nn.Linear, nn.Linear]:
-    """Return a fresh dense linear and a fresh factorised one of the same shape; both train."""
+    """Return a fresh dense linear and a fresh one of factors of the same shape; both train."""
     linear = nn.Linear(inputs, outputs, bias, device=device)
     A = torch.randn(rank, inputs, device=device) / inputs**0.5
     B = torch.randn(outputs, rank, device=device) / rank**0.5
     adapter = Adapter(A, B, slice(0, outputs), 1.0)
-    return linear, factorized_linear(linear, {"": adapter})
+    return linear, make(linear, {"": adapter})
 
 
 def forward_and_backward(module: nn.Module, x: Tensor, precision: str) -> Step:
@@ -171,10 +174,11 @@ def _gain(
     rank: int,
     bias: bool,
     precision: str,
+    make: MakesFactors,
 ) -> float:
     generators = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(generators), torch.enable_grad():
-        dense, factors = linear_and_factors(x.shape[-1], outputs, rank, bias, device)
+        dense, factors = linear_and_factors(x.shape[-1], outputs, rank, bias, device, make)
         filled = torch.randn(x.shape, device=device).to(x.dtype)
         steps = {
             "dense": forward_and_backward(dense, filled, precision),

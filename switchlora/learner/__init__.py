@@ -77,3 +77,4 @@ from switchlora.learner.stopwatch import (
     release_memory as release_memory,
     reset_peak_memory as reset_peak_memory,
 )
+from switchlora.learner.switched import SwitchLoRA as SwitchLoRA

@@ -69,6 +69,8 @@ class Learner:
     recipe: Recipe
     start: int
     """update at which this learner took over"""
+    total_updates: int = 0
+    """updates of the whole run"""
     ramp_updates: int = 0
     """length of the ramp of the learning rate after ``start``"""
     since: int = 0
@@ -279,6 +281,7 @@ def build_learner(
         scheduler=recipe.scheduler(optimizer, t_initial=total_updates),
         recipe=recipe,
         start=start,
+        total_updates=total_updates,
         ramp_updates=recipe.ramp_updates(start, total_updates),
         scaler=_scaler(model, recipe, scaler),
         bones=bones,

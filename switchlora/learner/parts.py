@@ -81,7 +81,7 @@ class InParts(Optimizer):
 def in_parts(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return ``groups`` of the parameters of ``model``, each split by the parts of ``InParts``."""
     matrices = _matrices(model)
-    factors = {p for name, p in model.named_parameters() if is_factor(name)}
+    factors = {p for name, p in model.named_parameters() if is_factor(name, ("A", "B"))}
     found = []
     for group in groups:
         by_part: dict[str, list[nn.Parameter]] = {}

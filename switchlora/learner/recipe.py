@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from switchlora.adapters import (
+    FACTORS,
     AdaptedLinear,
     Adapter,
     Norms,
@@ -212,7 +213,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Return the optimizer's groups of the trained parameters.
 
     Weights are split by timm's rule into a group with and a group without decay. Factors have
-    groups of their own.
+    groups of their own; sparse entries of adapters count as weights without decay.
     """
     groups = _groups_beside_factors(model, recipe.weight_decay)
     for lr_scale, factors in sorted(_factors_by_scale(model, recipe).items()):
@@ -235,7 +236,7 @@ def _groups_beside_factors(model: nn.Module, weight_decay: float) -> list[dict[s
     no_weight_decay: Callable[[], Iterable[str]] = getattr(model, "no_weight_decay", set)
     skip = set(no_weight_decay())
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=skip)
-    factors = {id(p) for name, p in model.named_parameters() if is_factor(name)}
+    factors = {id(p) for name, p in model.named_parameters() if is_factor(name, FACTORS)}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in factors]
         group["lr_scale"] = 1.0

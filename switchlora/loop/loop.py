@@ -17,6 +17,7 @@ from switchlora.adapters import (
     check_adapters_work,
     count_parameters,
     inject_empty,
+    made_class,
     merge,
     train_only,
 )
@@ -37,6 +38,8 @@ from switchlora.switching import Scene, SwitchReport, switch
 TRIES = 3
 """after this many failed switches no further one is tried"""
 LONGEST_RAMP = 20
+CHANGES_AGAIN = ("joint_epochs", "stages", "restart", "growth", "guard")
+"""options of a policy for what comes after the switch"""
 
 
 @dataclass
@@ -80,7 +83,8 @@ class LowRankSwitch:
     - further names are those of ``SwitchPolicy``: ``keep``, ``earliest``, ``split_qkv`` ...
 
     ValueError for targets on which an adapter would not do what its weight does, at the first
-    ``step``; for a model that is wrapped; for a scheduler of unknown kind.
+    ``step``; for a model that is wrapped; for a scheduler of unknown kind; for a policy that would
+    change the model again after the switch.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class LowRankSwitch:
             targets=patterns_of(self.model, target_modules),
             **policy,
         )
+        check_switches_once(self.policy)
         self.rates = FactorRates(factor_lr)
         self.factor_weight_decay = factor_weight_decay
         self.ramp_updates = ramp_updates
@@ -291,6 +296,19 @@ def rank_policy(rank: int | float | RankPolicy) -> RankPolicy:
     if isinstance(rank, float):
         return Budget(share=rank)
     return Fixed(rank) if isinstance(rank, int) else rank
+
+
+def check_switches_once(policy: SwitchPolicy) -> None:
+    """Raise ValueError for adapters that begin anew, and for changes after the switch."""
+    made = made_class(policy.adapter)
+    refused = {name: getattr(policy, name) for name in CHANGES_AGAIN}
+    refused[f"an adapter of the kind {made.kind}"] = made.begins_anew or made.kind == "switchlora"
+    for name, asked in refused.items():
+        if asked:
+            raise ValueError(
+                f"LowRankSwitch puts adapters on trained weights once, so it does not go with "
+                f"{name}: leave it out, or train with the command switchlora"
+            )
 
 
 def _finish(tells: Iterable[Tell], model: nn.Module, optimizer: Optimizer) -> None:

@@ -1,5 +1,6 @@
 """The policy of a switch: when it happens, which targets it takes, and what follows it."""
 
+from switchlora.policy.growth import InRank as InRank
 from switchlora.policy.guard import (
     Guard as Guard,
     Loss as Loss,

@@ -22,6 +22,7 @@ from switchlora.criteria import PredictedCost, SwitchCriterion, Verdict
 from switchlora.errors import check_choice, check_patterns, check_range
 from switchlora.initializers import AdapterInit
 from switchlora.monitor import Measurement
+from switchlora.policy.growth import InRank
 from switchlora.policy.guard import Guard
 from switchlora.policy.stages import Refresh, Restart, Stages
 from switchlora.ranks import RankPolicy
@@ -49,7 +50,11 @@ def check_adapter(policy: "SwitchPolicy") -> None:
             "switch/adapter=core trains the core between two frozen bases: give "
             "switch.train_factors=[B]"
         )
+    if policy.growth and kind not in ("lora", "factorized"):
+        raise ValueError(f"switch/adapter={kind} does not go with switch.growth: use lora")
     if policy.keeps_residual:
+        if kind == "switchlora":
+            _refuse_with_switchlora(policy)
         if policy.least_gain is not None:
             raise ValueError(
                 "switch.least_gain measures factors in place of weights: use "
@@ -90,6 +95,19 @@ def with_share(criterion: SwitchCriterion, rank: RankPolicy) -> SwitchCriterion:
     return replace(criterion, share=getattr(rank, "share", None))
 
 
+def _refuse_with_switchlora(policy: "SwitchPolicy") -> None:
+    """Raise ValueError for options that do not go with single vectors that are switched."""
+    refused = {
+        "joint_epochs": policy.joint_epochs,
+        "stages": policy.stages,
+        "split_qkv": policy.split_qkv,
+        "residual_dtype": policy.residual_dtype,
+    }
+    for name, asked in refused.items():
+        if asked:
+            raise ValueError(f"switch/adapter=switchlora does not go with switch.{name}")
+
+
 @dataclass(frozen=True)
 class SwitchPolicy:
     """When to switch, with which adapters, and which parameters go on training.
@@ -117,6 +135,8 @@ class SwitchPolicy:
     """epochs in which weights and factors train together; then the weights are frozen"""
     stages: Stages | None = None
     restart: Restart | Refresh | None = None
+    growth: InRank | None = None
+    """the rule by which the ranks of the adapters grow"""
     guard: Guard | None = None
     moments: str = "surviving"
     remove_weight_decay: bool = False
@@ -164,7 +184,11 @@ class SwitchPolicy:
             raise ValueError(
                 f"switch.latest={self.latest} is before switch.earliest={self.earliest}"
             )
-        for one, other in (("stages", "joint_epochs"), ("stages", "restart")):
+        for one, other in (
+            ("stages", "joint_epochs"),
+            ("stages", "restart"),
+            ("growth", "restart"),
+        ):
             if getattr(self, one) and getattr(self, other):
                 raise ValueError(f"switch.{one} does not go with switch.{other}: leave one out")
         if self.least_gain is not None:

@@ -223,6 +223,8 @@ KINDS: dict[str, Kind] = {
     "full.refactoring.eps": SHARE,
     "full.refactoring.reset_moments": FLAG,
     "full.refactoring.damping": POSITIVE,
+    "full.refactoring.ratio": SHARE,
+    "full.refactoring.frozen": whole(0),
     "full.before_ddp.patterns": PATTERNS,
     "full.optimizer.lr": number(0),
     "full.optimizer.betas": list_of(BELOW_ONE, "two shares from 0 to below 1", length=2),
@@ -292,6 +294,7 @@ KINDS: dict[str, Kind] = {
     "switch.init.gain": POSITIVE,
     "switch.scaling.alpha": POSITIVE,
     "switch.adapter.stochastic": FLAG,
+    "switch.adapter.share": SHARE,
     "switch.stages.by": one_of("target", "family", "block"),
     "switch.stages.interval": whole(0),
     "switch.stages.least": whole(1),
@@ -302,6 +305,11 @@ KINDS: dict[str, Kind] = {
     "switch.restart.step": SHARE,
     "switch.restart.prune": one_of("random", "magnitude", "zero"),
     "switch.restart.pruned": SHARE,
+    "switch.growth.every_updates": whole(1),
+    "switch.growth.earliest": whole(0),
+    "switch.growth.threshold": SHARE,
+    "switch.growth.buffer": whole(1),
+    "switch.growth.most": SHARE,
     "switch.guard.tolerance": number(0),
     "switch.guard.patience": whole(1),
     "switch.guard.act": one_of("warn", "ranks", "full"),
@@ -323,7 +331,7 @@ PLAIN = ("trunk", "checkpoint", "monitor", "system", "log", "log.wandb", "log.si
 """sections that build nothing"""
 MAY_BE_NULL = (
     *("full.refactoring", "full.before_ddp", "adapter.refactoring", "adapter.before_ddp"),
-    *("switch.stages", "switch.restart", "switch.restart.init"),
+    *("switch.stages", "switch.restart", "switch.restart.init", "switch.growth"),
     *("switch.guard", "switch.guard.criterion"),
 )
 """sections that a run can do without"""

@@ -8,10 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from switchlora.adapters import FACTORS, adapted_linear
+from switchlora.adapters import FACTORS, adapted_linear, made_class
 from switchlora.criteria import NO_SHARE, AtEpoch, PredictedCost, at_start, never
 from switchlora.errors import NothingMeasured
-from switchlora.learner import Recipe, Refactoring, check_goes_with_fsdp
+from switchlora.learner import (
+    LoRARite,
+    Muon,
+    Recipe,
+    Refactoring,
+    SwitchLoRA,
+    check_goes_with_fsdp,
+)
 from switchlora.models import eval_mode
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import Restart, SwitchPolicy
@@ -135,11 +142,51 @@ def check_refactored_start(
             )
 
 
+def check_kind(policy: SwitchPolicy, recipe: Recipe, ema: float | None) -> None:
+    """Raise ValueError for settings that the kind of adapter has no use for.
+
+    ``recipe`` is that of the adapter phase. An adapter that begins anew takes no trained weight
+    over. One that no weight can stand for has no product s B A and no weight to average.
+    """
+    made, optimizer = made_class(policy.adapter), recipe.optimizer_class
+    if policy.criterion is never:
+        return
+    if made.begins_anew and policy.criterion is not at_start:
+        raise ValueError(
+            f"switch/adapter={made.kind} begins as a new layer and would throw away what the "
+            "weight has learned: use switch/criterion=at_start"
+        )
+    if (made.kind == "switchlora") != isinstance(recipe.refactoring, SwitchLoRA):
+        raise ValueError(
+            "switch/adapter=switchlora holds the vectors that adapter/refactoring=switchlora "
+            "switches: give both or neither"
+        )
+    if made.kind == "switchlora" and issubclass(optimizer, LoRARite):
+        raise ValueError(
+            "switch/adapter=switchlora resets the moments of single rows, which LoRA-RITE does "
+            "not have: use recipe@adapter=adamw"
+        )
+    refused = {
+        "ema": ema,
+        "adapter.refactoring": recipe.refactoring,
+        "adapter.frobenius_decay": recipe.frobenius_decay,
+        "recipe@adapter=muon": issubclass(optimizer, Muon),
+        "recipe@adapter=lora_rite": issubclass(optimizer, LoRARite),
+    }
+    for name, asked in refused.items():
+        if asked and not made.has_weight:
+            raise ValueError(
+                f"{name} works on weights s B A, which switch/adapter={made.kind} does not have: "
+                "leave it out"
+            )
+
+
 def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:
     found = {
         "joint_epochs": policy.joint_epochs,
         "stages": policy.stages,
         "restart": policy.restart,
+        "growth": policy.growth,
         "guard": policy.guard is not None and policy.guard.act != "warn",
         "adapter": policy.adapter is not adapted_linear,
     }
@@ -181,7 +228,7 @@ def check_factors_alone(model: nn.Module, policy: SwitchPolicy, monitor: UpdateM
     Adapters that keep a residual weight are not checked. For the others, ||s B A - W|| must be at
     most 1 % of ||W||, tried at full rank on one target.
     """
-    if policy.keeps_residual:
+    if policy.keeps_residual or made_class(policy.adapter).begins_anew:
         return
     weight = next(iter(monitor.targets.values())).weight(model)
     rank = min(weight.shape)

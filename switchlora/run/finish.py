@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from switchlora.adapters import adapted_modules
+from switchlora.adapters import adapted_modules, without_weight
 from switchlora.data import Data
 from switchlora.learner import Refactoring, factor_balance, refactored_from, trained_pairs
 from switchlora.process import is_primary, one_line, together
@@ -15,6 +15,7 @@ from switchlora.run.messages import (
     final_table,
     never_refactored_line,
     never_switched_lines,
+    no_export_lines,
     not_finite_lines,
 )
 from switchlora.run.run import Run
@@ -45,9 +46,12 @@ def finish(run: Run, status: str) -> dict[str, Any]:
     model = run.learner.plain()
     with together():
         if is_primary():
-            save_models(run, model, folder)
+            mergeable = not without_weight(model)
+            if mergeable:
+                save_models(run, model, folder)
             run.log.summary(summary)
-            describe(run, model, summary, folder)
+            if mergeable:
+                describe(run, model, summary, folder)
             if run.config["log"]["figures"]:
                 draw(run, folder)
     run.log.end_progress()
@@ -197,10 +201,14 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
     lines += not_finite_lines(ledger.skipped_averages, ledger.unmeasured)
     share = run.stopwatch.monitor_share
     lines.append(f"the monitor took {share:.2%} of the training time")
-    names = ["model.safetensors", "summary.json", "metrics.jsonl"]
+    names = ["summary.json", "metrics.jsonl"]
     if run.config["log"]["figures"]:
         names.append("figures/")
-    if adapted_modules(run.model):
+    unmergeable = without_weight(run.model)
+    lines += no_export_lines(unmergeable)
+    if not unmergeable:
+        names.insert(0, "model.safetensors")
+    if adapted_modules(run.model) and not unmergeable:
         names.append("adapter/")
         lines += export_lines(merged_for_peft(run.model))
     if status.startswith("switch failed"):

@@ -213,6 +213,17 @@ def export_lines(merged: Sequence[str]) -> list[str]:
     ]
 
 
+def no_export_lines(unmergeable: Sequence[str]) -> list[str]:
+    """Return a line on why the run has no merged model and no adapter, if there is a reason."""
+    if not unmergeable:
+        return []
+    return [
+        f"there is no model.safetensors and no adapter/: {len(unmergeable)} layer(s), such as "
+        f"{unmergeable[0]}, are no matrix that timm or PEFT could load; the last checkpoint holds "
+        "the model"
+    ]
+
+
 def not_finite_lines(skipped_averages: int, unmeasured: int) -> list[str]:
     """Return lines on how often a weight or a measured number was not finite; none for never."""
     lines = []

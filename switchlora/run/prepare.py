@@ -23,6 +23,7 @@ from switchlora.process import Interruption, distributed, known_keys
 from switchlora.run.agreement import agree_on_data
 from switchlora.run.checks import (
     check_config,
+    check_kind,
     check_outputs,
     check_recipes,
     check_refactored_start,
@@ -143,6 +144,7 @@ def check(parts: Parts, monitor: UpdateMonitor) -> None:
     images = parts.images.to(_device_of(model))
     check_outputs(model, images, parts.data.num_classes)
     check_adapters_work(model, monitor.targets.values(), images)
+    check_kind(policy, parts.recipes[Phase.ADAPTER], parts.config.ema)
     rehearse_switch(model, policy, monitor, parts.config.system.parallel)
     check_recipes(parts.recipes, policy, len(parts.data.train), parts.sharded)
     check_refactored_start(parts.recipes[Phase.ADAPTER], policy, model, monitor)

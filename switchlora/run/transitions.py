@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from switchlora.adapters import Target, applied_ranks, set_mix
+from switchlora.adapters import Target, adapted_modules, applied_ranks, set_mix
 from switchlora.cost import Prediction, speedup_parts, warning
 from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
 from switchlora.learner import Learner, module_gradients, release_memory
 from switchlora.policy import Refresh, Standing
+from switchlora.process import distributed
+from switchlora.ranks import largest_saving_rank
 from switchlora.run.forecast import predicted_update
 from switchlora.run.run import Run
 from switchlora.run.saving import save
@@ -192,23 +194,47 @@ def refresh_cores(run: Run, scene: Scene) -> Change:
 
 def grow_ranks(run: Run, standing: Standing) -> Change:
     """Multiply the ranks by the guard's ``growth``."""
-    state, guard = run.state, run.policy.guard
-    assert guard is not None and state.switch_report is not None
+    guard = run.policy.guard
+    assert guard is not None
+    what = f"ranks are {guard.growth} times what they were"
+    return _grow(run, standing.reason, what, growth=guard.growth)
+
+
+def grow_by_rule(run: Run) -> Change | None:
+    """Raise the ranks that ``policy.growth`` finds too small (arXiv 2306.11250), or do nothing."""
+    rule, modules = run.policy.growth, adapted_modules(run.model)
+    assert rule is not None
+    larger = {}
+    for name, target in run.adapted_targets.items():
+        adapter = modules[target.module].adapters()[target.part]
+        limit = largest_saving_rank((len(adapter.B), adapter.A.shape[1]))
+        rank = min(rule.rank(adapter), limit)
+        if rank > len(adapter.A):
+            larger[name] = rank
+    larger = distributed.from_primary(lambda: larger)
+    if not larger:
+        return None
+    reason = f"{len(larger)} target(s) use their leading modes"
+    return _grow(run, reason, f"the ranks of {len(larger)} target(s) are larger", ranks=larger)
+
+
+def _grow(run: Run, reason: str, what: str, **how: Any) -> Change:
+    """Raise ranks as ``grow`` does with the options ``how``."""
+    state = run.state
+    assert state.switch_report is not None
     figures = run.phase_summary()
     scene = run.scene(run.recipe_of(state.phase))
-    growth = guard.growth
 
     def gradients() -> dict[str, Tensor]:
         return weight_gradients(run, run.adapted_targets)
 
-    outcome = attempt(run, "growth of the ranks", lambda: grow(scene, gradients, growth))
+    outcome = attempt(run, "growth of the ranks", lambda: grow(scene, gradients, **how))
     if isinstance(outcome, Failed):
         return outcome
-    enter(run, state.phase, "grow", outcome, standing.reason, figures)
+    enter(run, state.phase, "grow", outcome, reason, figures)
     run.ledger.transitions[-1]["ranks"] = dict(outcome.ranks)
     merged = {**state.switch_report.ranks, **outcome.ranks}
     state.switch_report = replace(state.switch_report, ranks=merged)
-    what = f"ranks are {growth} times what they were"
     return Changed(what, outcome, run.ledger.transitions[-1])
 
 
@@ -298,6 +324,8 @@ def watch_the_rest(run: Run, waiting: Collection[str]) -> None:
     adapted = run.adapted_targets if how is not None and run.state.phase is Phase.ADAPTER else ()
     cycle = 0.0 if how is None else how.every_epochs * len(run.data.train)
     monitor.window = max(1, round(cycle)) if adapted else run.window
+    if run.policy.growth is not None and run.state.phase is Phase.ADAPTER:
+        monitor.window = run.policy.growth.every_updates
     monitor.watch(adapted or waiting, run.state.num_updates)
 
 
@@ -307,7 +335,8 @@ def watch_as_configured(run: Run) -> None:
     A run that goes on from another run's checkpoint may have another window, or restarts where
     the other run had none.
     """
-    if run.state.phase is not Phase.ADAPTER or run.policy.restart is None:
+    cycles = run.policy.restart or run.policy.growth
+    if run.state.phase is not Phase.ADAPTER or cycles is None:
         run.monitor.window = run.window
     if run.state.phase is Phase.ADAPTER and bool(run.policy.restart) != bool(run.monitor.targets):
         watch_the_rest(run, ())

@@ -25,6 +25,7 @@ from switchlora.run.transitions import (
     begin_segment,
     freeze_weights,
     given_up,
+    grow_by_rule,
     grow_ranks,
     restart_adapter,
     return_to_full,
@@ -56,6 +57,7 @@ def end_window(run: Run) -> None:
 
     - While any target still trains its whole weight (full or staged phase), ask the criterion.
     - In the adapter phase of a policy with restarts, restart the adapter.
+    - In that of a policy with growth, see whether ranks have to grow.
     """
     state = run.state
     with run.stopwatch.paused(monitor=True):
@@ -74,6 +76,8 @@ def end_window(run: Run) -> None:
         restarts = state.phase is Phase.ADAPTER and run.policy.restart is not None
         if restarts and goes_on(run) and not given_up(state):
             tell(run, restart_adapter(run))
+    consider_growth(run)
+    with run.stopwatch.paused():
         run.monitor.start_window(state.num_updates)
 
 
@@ -83,6 +87,21 @@ def refactoring_metrics(run: Run) -> dict[str, float]:
     if run.learner.recipe.refactoring is None or not pairs:
         return {}
     return balance_metrics(factor_balance(pairs))
+
+
+def consider_growth(run: Run) -> None:
+    """Let ranks grow by the rule of the policy, if it has one, in the adapter phase."""
+    state, rule = run.state, run.policy.growth
+    if rule is None or state.phase is not Phase.ADAPTER or state.num_updates <= rule.earliest:
+        return
+    if not goes_on(run) or given_up(state):
+        return
+    with run.stopwatch.paused():
+        change = grow_by_rule(run)
+        if change is not None:
+            tell(run, change)
+    if isinstance(change, Changed):
+        begin_segment(run)
 
 
 def goes_on(run: Run) -> bool:

@@ -25,7 +25,10 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save_merged(model: nn.Module, path: Path) -> Path:
-    """Write the plain model, adapters merged, for timm's ``checkpoint_path=``; return ``path``."""
+    """Write the plain model, adapters merged, for timm's ``checkpoint_path=``; return ``path``.
+
+    ValueError for a model with layers that no weight can stand for.
+    """
     _save(merged_state_dict(model), path)
     return path
 
@@ -40,7 +43,7 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
     - A linear whose slices are all frozen or dense gets no adapter. Neither does a guided one, or
       one that trains a core.
     - A linear whose weight timm or torch reads past an adapter gets none: ``merged_for_peft``.
-    - The residual of a factorised linear is zero.
+    - The residual of a factorised linear is zero; SLTrain's are its sparse entries.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -59,7 +62,7 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
         ranks[name] = len(A)
         if module.weight is None:
-            dense[f"{name}.weight"] = A.new_zeros(module.out_features, module.in_features)
+            dense[f"{name}.weight"] = module.residual().detach()
     residual = without_adapters(model) | dense
     _save(residual, folder / RESIDUAL, HALF)
     _save(tensors, folder / ADAPTER)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchlora.adapters import (
@@ -33,7 +34,7 @@ from switchlora.adapters import (
     train_only,
     training_flags,
 )
-from switchlora.learner import Moments, factor_moments, prune_moments
+from switchlora.learner import POWERS, Moments, factor_moments, prune_moments
 from switchlora.monitor import Measurement, truncated_svd
 from switchlora.policy import Refresh, Restart, SwitchPolicy
 from switchlora.process import from_primary, together
@@ -227,28 +228,38 @@ def _cut(state: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def grow(
-    scene: Scene[L], gradients: Callable[[], Mapping[str, Tensor]], growth: int
+    scene: Scene[L],
+    gradients: Callable[[], Mapping[str, Tensor]],
+    growth: int = 1,
+    ranks: Mapping[str, int] | None = None,
 ) -> tuple[L, Growth]:
     """Multiply the ranks of the adapters by ``growth``, as far as factors save parameters.
+
+    ``ranks`` are those that are wanted instead, by target. The factors then keep their moments,
+    and what is new has moments of zero. Without ``ranks`` factors begin with fresh moments.
 
     ``gradients()`` returns the gradient of the loss by the effective weight (out, in) of each
     adapted target. It is called on the primary rank. The part of the gradient outside the row
     space of A gives the new rows of A: its leading right singular vectors, with the norm sqrt(1/3)
     of LoRA's start. The new columns of B are zero, so the function of the network does not change.
-    Factors begin with fresh moments. SwitchFailed when no rank can grow.
+    SwitchFailed when no rank can grow.
     """
     policy, targets = scene.policy, scene.monitor.known
     flags = training_flags(scene.learner.model)
 
+    def wanted(name: str, rank: int) -> int:
+        return growth * rank if ranks is None else ranks.get(name, rank)
+
     def change(model: nn.Module, replaced: Replaced) -> dict[str, int]:
-        wider = from_primary(lambda: _wider(model, policy, targets, gradients(), growth))
+        wider = from_primary(lambda: _wider(model, policy, targets, gradients(), wanted))
         with together():
             _inject(model, policy, targets, wider, replaced)
             _train_as(model, flags, policy)
         return {name: len(factors.A) for name, factors in wider.items()}
 
-    learner, outcome, ranks = operate(scene, change, without_factors, policy.max_drift)
-    return learner, Growth(**vars(outcome), ranks=ranks)
+    inherit = without_factors if ranks is None else widened
+    learner, outcome, grown = operate(scene, change, inherit, policy.max_drift)
+    return learner, Growth(**vars(outcome), ranks=grown)
 
 
 def take_back(scene: Scene[L], trained: Iterable[str]) -> tuple[L, Outcome]:
@@ -305,7 +316,7 @@ def _wider(
     policy: SwitchPolicy,
     targets: Mapping[str, Target],
     gradients: Mapping[str, Tensor],
-    growth: int,
+    wanted: Callable[[str, int], int],
 ) -> dict[str, Factors]:
     """Return the factors after growth, of each target with a gradient. ValueError if none grew."""
     adapted = adapted_modules(model)
@@ -316,7 +327,7 @@ def _wider(
         if target.is_dense(model):
             continue
         adapter = adapted[target.module].adapters()[target.part]
-        rank = min(growth * len(adapter.A), largest_saving_rank(gradient.shape))
+        rank = min(wanted(name, len(adapter.A)), largest_saving_rank(gradient.shape))
         if rank > len(adapter.A):
             grows = True
             A, B = _grown(adapter, gradient, rank, policy.scaling(rank))
@@ -357,6 +368,30 @@ def with_factors(moments: Moments, adapters: Adapters) -> Moments:
 def without_factors(moments: Moments, adapters: Adapters) -> Moments:
     """Return the moments of everything but factors."""
     return {name: state for name, state in moments.items() if not is_factor(name)}
+
+
+def widened(moments: Moments, adapters: Adapters) -> Moments:
+    """Return the moments, with zeros for the rows of A and the columns of B that are new.
+
+    Factors whose moments are not those of their entries (LoRA-RITE) begin afresh.
+    """
+    found = dict(moments)
+    for name, parts in adapters.items():
+        for part, (A, B, _, _) in parts.items():
+            end = f".{part}" if part else ""
+            for key, factor in ((f"{name}.lora_A{end}", A), (f"{name}.lora_B{end}", B)):
+                state = found.pop(key, {})
+                if not POWERS.keys().isdisjoint(state):
+                    found[key] = {what: _padded(value, factor) for what, value in state.items()}
+    return found
+
+
+def _padded(value: Any, factor: Tensor) -> Any:
+    """Return a moment with zeros up to the shape of ``factor``; a counter as it is."""
+    if not isinstance(value, Tensor) or value.ndim != factor.ndim:
+        return value
+    rows, columns = (new - old for new, old in zip(factor.shape, value.shape, strict=True))
+    return F.pad(value, (0, columns, 0, rows))
 
 
 INHERIT = {"reset": nothing, "surviving": surviving, "factors": with_factors}

@@ -11,9 +11,11 @@ from switchlora.adapters import (
     Factors,
     Target,
     call_order,
+    factorized_linear,
     frozen_outright,
     is_factor,
     kept_parameters,
+    made_class,
     plain_parameters,
     training_flags,
 )
@@ -305,8 +307,10 @@ def _slow(
     """
     assert policy.least_gain is not None
     adapted = {name: rank for name, rank in ranks.items() if rank}
+    own = made_class(policy.adapter).begins_anew
+    make = policy.adapter if own else factorized_linear  # what a guided one becomes
     with eval_mode(model), torch.enable_grad():
-        gains = measured_gains(model, monitor.targets, adapted, inputs, precision)
+        gains = measured_gains(model, monitor.targets, adapted, inputs, precision, make)
     units = set()
     for name, gain in gains.items():
         if gain < policy.least_gain:

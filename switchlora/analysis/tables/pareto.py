@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     SMALLER_STATE: {"marker": "D", "color": "#cc79a7"},
 }
 """the look of each kind of row"""
-FACTORIZED = ("factorized_linear", "guided_linear")
+FACTORIZED = ("factorized_linear", "guided_linear", "cola_linear", "sltrain_linear")
 """what makes layers of factors instead of weights"""
 MARKER = 6.0  # points
 DISTANCES = (8, 15, 24, 36, 50, 66, 84, 104, 130, 160, 200)  # points from a point to its name
