@@ -111,7 +111,8 @@ class LowRankSwitch:
         )
         self.model = self.watch.model
         self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.schedulers = list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
+        listed = schedulers if isinstance(schedulers, Sequence) else [schedulers]
+        self.schedulers = [scheduler for scheduler in listed if scheduler is not None]
         self.policy = SwitchPolicy(
             criterion=criterion or UpdateNorm(),
             rank=rank_policy(rank),
@@ -127,6 +128,8 @@ class LowRankSwitch:
         self.verdict: Verdict | None = None
         self.report: SwitchReport | None = None
         self.switched_at: int | None = None
+        self.ranks: dict[str, int] = {}
+        """the rank of each target; empty before the switch"""
         self.failures: list[str] = []
         self._ramp: Ramp | None = None
         self._homes = home_of_weights(self.model, self.optimizer)
@@ -149,11 +152,6 @@ class LowRankSwitch:
     def switched(self) -> bool:
         """Whether the adapters are in."""
         return self.switched_at is not None
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """The rank of each target; empty before the switch."""
-        return dict(self.report.ranks) if self.report else {}
 
     def step(self, loss: Tensor | float = math.nan) -> bool:
         """Count one update of the optimizer, and return whether the model has just switched.
@@ -203,6 +201,7 @@ class LowRankSwitch:
         return {
             **self.watch.state_dict(),
             "switched_at": self.switched_at,
+            "ranks": self.ranks,
             "layout": adapter_layout(self.model),
             "trained": trained,
             "ramp": self._ramp.done if self._ramp else 0,
@@ -215,6 +214,7 @@ class LowRankSwitch:
         groups, and the schedulers are told.
         """
         self.switched_at = state["switched_at"]
+        self.ranks = dict(state["ranks"])
         self.watch.load_state_dict(state, still_measures=not self.switched)
         if not self.switched:
             return
@@ -266,6 +266,7 @@ class LowRankSwitch:
         self._inputs.remove()
         self.watch.monitor.references.clear()
         self.report, self.switched_at = report, self.num_updates
+        self.ranks = dict(report.ranks)
         if self.on_switch is not None:
             self.on_switch(report)
 
