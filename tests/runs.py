@@ -1,6 +1,8 @@
 """Whole runs on real digits that many tests make, and the comparison of two of them."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from packaging.version import Version
 
 from conf_yamls import composed
 from switchlora.analysis.compare import TIMED, differences
+from switchlora.errors import Interrupted
 from switchlora.train import train
 
 SHALLOW = "model.depth=2"
@@ -27,6 +30,21 @@ BY_DATE = ("switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
 def make_run(folder, *overrides):
     """Train on digits in ``folder``; 20 updates an epoch, a measurement every 10."""
     return train(composed(*SHORT, *overrides), Path(folder))
+
+
+def make_run_in_parts(folder, at_update, stops, *overrides):
+    """As ``make_run``, but stopped by SIGTERM at each of these updates, and gone on with."""
+
+    def stop(images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return images
+
+    for update in stops:
+        at_update(update, stop)
+        with pytest.raises(Interrupted):
+            make_run(folder, *overrides, "resume=auto")
+    at_update(None, stop)
+    return make_run(folder, *overrides, "resume=auto")
 
 
 def events_without_times(folder):
@@ -53,4 +71,10 @@ def history_row(record):
 def assert_same_run(one, other):
     """Both runs ended bit-equal, as ``scripts/compare.py`` sees it."""
     found = differences(Path(one), Path(other))
+    assert not found, found
+
+
+def assert_same_but_for_memory(one, other):
+    """As ``assert_same_run``, for runs on two devices, of which each counts what is on its own."""
+    found = [line for line in differences(Path(one), Path(other)) if "memory" not in line]
     assert not found, found

@@ -1,8 +1,5 @@
 """OIALR: a core between two frozen orthonormal bases, which follow it and shed small values."""
 
-import os
-import signal
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +8,8 @@ from torch import nn
 
 from conf_yamls import build, composed
 from pretended import DEVICE, on_pretended
-from runs import assert_same_run, make_run
+from runs import assert_same_but_for_memory, assert_same_run, make_run, make_run_in_parts
 from switchlora.adapters import Adapter, CoreLinear, adapted_modules, core_linear
-from switchlora.analysis.compare import differences
-from switchlora.errors import Interrupted
 from switchlora.policy import Refresh
 from switchlora.storage import find_all, load_model
 from trials import Trial
@@ -99,11 +94,6 @@ def test_at_full_rank_every_target_switches_without_drift_and_trains_its_core_al
     assert cores <= moved and not any("lora_A" in name or "lora_U" in name for name in moved)
 
 
-def stop(images):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return images
-
-
 def test_a_run_cuts_last_layers_first_and_goes_on_after_stops(tmp_path, at_update):
     whole = make_run(tmp_path / "whole", *OIALR)
     switch, first, *later = whole["transitions"]
@@ -114,12 +104,7 @@ def test_a_run_cuts_last_layers_first_and_goes_on_after_stops(tmp_path, at_updat
     last = later[-1]["ranks"]
     assert any(last[name] < switch["ranks"][name] for name in names[:4])
     assert first["moments_carried"] > 0 and first["trainable_after"] < first["trainable_before"]
-    for update in (5, 13):
-        at_update(update, stop)
-        with pytest.raises(Interrupted):
-            make_run(tmp_path / "stopped", *OIALR, "resume=auto")
-    at_update(None, stop)
-    make_run(tmp_path / "stopped", *OIALR, "resume=auto")
+    make_run_in_parts(tmp_path / "stopped", at_update, [5, 13], *OIALR)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     model = load_model(find_all(tmp_path / "whole")[0])
     assert isinstance(model.blocks[1].mlp.fc2, CoreLinear)
@@ -130,8 +115,7 @@ def test_on_another_device_it_is_the_run_on_the_cpu(tmp_path):
     make_run(tmp_path / "here", *words)
     with on_pretended():
         make_run(tmp_path / "there", f"system.device={DEVICE}", *words)
-    found = differences(tmp_path / "there", tmp_path / "here")
-    assert not [line for line in found if "memory" not in line]
+    assert_same_but_for_memory(tmp_path / "there", tmp_path / "here")
 
 
 @pytest.mark.parametrize(

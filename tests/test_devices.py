@@ -1,16 +1,11 @@
 """A run on a device that is not the CPU, where no operation may mix the two."""
 
-import os
-import signal
-
 import pytest
 import torch
 from torch import nn
 
 from pretended import DEVICE, TwoDevices, on_pretended
-from runs import make_run
-from switchlora.analysis.compare import differences
-from switchlora.errors import Interrupted
+from runs import assert_same_but_for_memory, make_run, make_run_in_parts
 
 THERE = f"system.device={DEVICE}"
 SMALL = (
@@ -28,12 +23,6 @@ KINDS = {
     "guided": ("+method=self_guided_32",),
     "stages under Muon": ("+method=staged", "recipe@full=muon", "recipe@adapter=muon"),
 }
-
-
-def assert_same_numbers(one, other):
-    """Both ended bit-equal. The CPU alone counts what the monitor holds there as its own."""
-    found = [line for line in differences(one, other) if "memory" not in line]
-    assert not found, found
 
 
 def test_the_pretended_device_refuses_what_a_real_one_refuses():
@@ -54,22 +43,12 @@ def test_a_run_on_another_device_is_the_run_on_the_cpu(kind, tmp_path):
     with on_pretended():
         make_run(tmp_path / "there", THERE, *words)
     make_run(tmp_path / "here", *words)
-    assert_same_numbers(tmp_path / "there", tmp_path / "here")
+    assert_same_but_for_memory(tmp_path / "there", tmp_path / "here")
 
 
 def test_a_run_stops_and_goes_on_on_another_device(tmp_path, at_update):
     words = (*SMALL, *EVERYTHING)
-
-    def stop(images):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return images
-
     with on_pretended():
-        for update in (12, 18):
-            at_update(update, stop)
-            with pytest.raises(Interrupted):
-                make_run(tmp_path / "there", THERE, "resume=auto", *words)
-        at_update(None, stop)
-        make_run(tmp_path / "there", THERE, "resume=auto", *words)
+        make_run_in_parts(tmp_path / "there", at_update, [12, 18], THERE, *words)
     make_run(tmp_path / "here", *words)
-    assert_same_numbers(tmp_path / "there", tmp_path / "here")
+    assert_same_but_for_memory(tmp_path / "there", tmp_path / "here")

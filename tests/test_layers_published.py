@@ -1,7 +1,5 @@
 """Layers and schedules of published methods against their papers' equations."""
 
-import os
-import signal
 from functools import partial
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pretended import DEVICE, on_pretended
-from runs import make_run
+from runs import assert_same_but_for_memory, make_run, make_run_in_parts
 from switchlora.adapters import (
     Adapter,
     cola_linear,
@@ -21,9 +19,7 @@ from switchlora.adapters import (
     sltrain_linear,
     switched_linear,
 )
-from switchlora.analysis.compare import differences
 from switchlora.cost import trace_batch
-from switchlora.errors import Interrupted
 from switchlora.initializers import gaussian, switchlora
 from switchlora.learner import FlopCounter, Recipe, SwitchLoRA, build_learner
 from switchlora.learner.recipe import parameter_groups
@@ -126,19 +122,9 @@ def test_a_run_stopped_on_another_device_goes_on_to_the_bits_of_a_whole_run(
 ):
     words = (*TEN, *METHODS[method], "model.depth=1", "data.train_size=160", "max_updates=9")
     make_run(tmp_path / "whole", *words)
-
-    def stop(images):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return images
-
     with on_pretended():
-        at_update(6, stop)
-        with pytest.raises(Interrupted):
-            make_run(tmp_path / "stopped", THERE, *words)
-        at_update(None, stop)
-        make_run(tmp_path / "stopped", THERE, "resume=auto", *words)
-    found = differences(tmp_path / "whole", tmp_path / "stopped")
-    assert not [line for line in found if "memory" not in line]
+        make_run_in_parts(tmp_path / "stopped", at_update, [6], THERE, *words)
+    assert_same_but_for_memory(tmp_path / "whole", tmp_path / "stopped")
 
 
 # CoLA

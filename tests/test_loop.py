@@ -54,6 +54,20 @@ def at(update):
     return AtEpoch(update)
 
 
+SOON = {"criterion": at(2), "updates_per_epoch": 1, "window": 2, "rank": 2}
+"""switches after two updates"""
+
+
+def run_bare(model, optimizer, switch, updates):
+    """A loop without a scheduler."""
+    for number in range(updates):
+        images, labels = batch(number)
+        optimizer.zero_grad()
+        LOSS(model(images), labels).backward()
+        optimizer.step()
+        switch.step()
+
+
 class Loop:
     """A plain loop: model, AdamW, a scheduler, and the switch."""
 
@@ -200,14 +214,8 @@ def test_muon_goes_on_with_the_pairs_of_factors():
     torch.manual_seed(0)
     model = tiny_vit()
     optimizer = Muon(in_parts(model, [{"params": list(model.parameters())}]), lr=1e-3)
-    options = {"criterion": at(2), "updates_per_epoch": 1, "window": 2, "rank": 2}
-    switch = LowRankSwitch(model, optimizer, **options)
-    for number in range(5):
-        images, labels = batch(number)
-        optimizer.zero_grad()
-        LOSS(model(images), labels).backward()
-        optimizer.step()
-        switch.step()
+    switch = LowRankSwitch(model, optimizer, **SOON)
+    run_bare(model, optimizer, switch, 5)
     factors = {p for n, p in model.named_parameters() if is_factor(n)}
     parts = [set(g["params"]) for g in optimizer.param_groups if g["part"] == "factors"]
     assert set.union(*parts) == factors and all(p.abs().sum() > 0 for p in factors)
@@ -221,14 +229,8 @@ def test_groups_of_the_loop_keep_their_settings_and_what_was_frozen_stays_frozen
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in map(id, blocks)]
     groups = [{"params": others, "weight_decay": 0.1}, {"params": blocks, "lr": 5e-4}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    options = {"criterion": at(2), "updates_per_epoch": 1, "window": 2, "rank": 2}
-    switch = LowRankSwitch(model, optimizer, ramp_updates=0, factor_lr=2, **options)
-    for number in range(4):
-        images, labels = batch(number)
-        optimizer.zero_grad()
-        LOSS(model(images), labels).backward()
-        optimizer.step()
-        switch.step()
+    switch = LowRankSwitch(model, optimizer, ramp_updates=0, factor_lr=2, **SOON)
+    run_bare(model, optimizer, switch, 4)
     assert switch.switched and not model.pos_embed.requires_grad
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.01, 0.0]
     assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 5e-4, 1e-3]
@@ -302,8 +304,7 @@ def test_models_that_return_more_than_logits_switch_too():
         torch.manual_seed(0)
         model = Wrapped()
         optimizer = torch.optim.AdamW(model.parameters())
-        options = {"criterion": at(2), "updates_per_epoch": 1, "window": 2, "rank": 2}
-        switch = LowRankSwitch(model, optimizer, forward=function, **options)
+        switch = LowRankSwitch(model, optimizer, forward=function, **SOON)
         for number in range(2):
             images, labels = batch(number)
             optimizer.zero_grad()

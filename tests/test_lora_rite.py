@@ -1,18 +1,13 @@
 """LoRA-RITE by its equations, the same for every split of B A; whole runs with it."""
 
-import os
-import signal
-
 import pytest
 import torch
 from torch import nn
 
 from conf_yamls import build, composed
 from pretended import DEVICE, on_pretended
-from runs import assert_same_run, make_run
+from runs import assert_same_but_for_memory, assert_same_run, make_run, make_run_in_parts
 from switchlora.adapters import Adapter
-from switchlora.analysis.compare import differences
-from switchlora.errors import Interrupted
 from switchlora.learner import LoRARite
 from switchlora.learner.parts import FACTORS
 from switchlora.learner.recipe import check_goes_with_fsdp
@@ -109,21 +104,11 @@ def test_a_run_is_the_same_on_another_device(tmp_path):
     (memory,) = read_events(tmp_path / "here", "memory")
     part = "memory/optimizer_state"
     assert memory[part] == memory[f"{part}_predicted"] > 0
-    found = differences(tmp_path / "there", tmp_path / "here")
-    assert not [line for line in found if "memory" not in line]
+    assert_same_but_for_memory(tmp_path / "there", tmp_path / "here")
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path, at_update):
     words = (*WORDS, "full.precision=bf16")
     make_run(tmp_path / "whole", *words)
-
-    def stop(images):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return images
-
-    at_update(8, stop)
-    with pytest.raises(Interrupted):
-        make_run(tmp_path / "again", *words, "resume=auto")
-    at_update(None, stop)
-    make_run(tmp_path / "again", *words, "resume=auto")
+    make_run_in_parts(tmp_path / "again", at_update, [8], *words)
     assert_same_run(tmp_path / "whole", tmp_path / "again")

@@ -1,8 +1,6 @@
 """GaLore, APOLLO and Fira: each step by its equation, what the state holds, runs that go on."""
 
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -11,10 +9,9 @@ from torch import nn
 from conf_yamls import build, composed
 from conftest import tiny_vit
 from pretended import DEVICE, on_pretended
-from runs import SHORT, assert_same_run, make_run
+from runs import SHORT, assert_same_run, make_run, make_run_in_parts
 from switchlora.analysis.compare import differences
 from switchlora.cost import stepped, without_content
-from switchlora.errors import Interrupted
 from switchlora.learner import (
     build_learner,
     dense_moments,
@@ -208,17 +205,8 @@ def test_a_run_that_stops_between_two_projections_goes_on_bit_for_bit(
     finished, tmp_path, at_update
 ):
     name, folder = finished
-    words = (f"+method={name}", *SMALL, "full.precision=bf16", "resume=auto")
-
-    def stop(images):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return images
-
-    at_update(14, stop)
-    with pytest.raises(Interrupted):
-        make_run(tmp_path, *words)
-    at_update(None, stop)
-    make_run(tmp_path, *words)
+    words = (f"+method={name}", *SMALL, "full.precision=bf16")
+    make_run_in_parts(tmp_path, at_update, [14], *words)
     assert_same_run(folder, tmp_path)
 
 

@@ -1,13 +1,10 @@
 """The recipes of published systems, where their authors' code decides: numbers, rates, ramps."""
 
-import os
-import signal
-
 import pytest
 import torch
 
 from conf_yamls import build, composed
-from runs import assert_same_run, make_run
+from runs import assert_same_run, make_run, make_run_in_parts
 from switchlora.adapters import (
     Factors,
     SlicedLowRankLinear,
@@ -15,7 +12,6 @@ from switchlora.adapters import (
     inject,
     scaling_one,
 )
-from switchlora.errors import Interrupted
 from switchlora.learner import build_optimizer
 from switchlora.names import family
 from switchlora.storage import find_all, load_model, read_events
@@ -74,11 +70,6 @@ RELORA = (
 )
 
 
-def stop(images):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return images
-
-
 def test_relora_has_a_fresh_optimizer_and_a_ramp_at_the_switch_and_another_at_a_restart(
     tmp_path, at_update
 ):
@@ -92,11 +83,8 @@ def test_relora_has_a_fresh_optimizer_and_a_ramp_at_the_switch_and_another_at_a_
         start = change["num_updates"]
         expected = [2e-3 * min(1, (n + 1) / ramp) for n in range(6)]
         assert rates[start : start + 6] == pytest.approx(expected)
-    at_update(first["num_updates"] + 1, stop)  # in the ramp of the restart
-    with pytest.raises(Interrupted):
-        make_run(tmp_path / "stopped", *words, "resume=auto")
-    at_update(None, stop)
-    make_run(tmp_path / "stopped", *words, "resume=auto")
+    in_the_ramp = first["num_updates"] + 1
+    make_run_in_parts(tmp_path / "stopped", at_update, [in_the_ramp], *words)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
@@ -108,12 +96,7 @@ def test_relora_scales_its_adapter_by_a_quarter_and_drops_a_tenth_of_its_inputs(
 def test_pufferfishs_run_has_factors_of_q_k_and_v_stops_resumes_and_loads(tmp_path, at_update):
     words = (*TEN, "+method=pufferfish", "switch.criterion.epoch=1", "max_updates=16", "ema=0.9")
     make_run(tmp_path / "whole", *words)
-    for update in (10, 13):
-        at_update(update, stop)
-        with pytest.raises(Interrupted):
-            make_run(tmp_path / "stopped", *words, "resume=auto")
-    at_update(None, stop)
-    make_run(tmp_path / "stopped", *words, "resume=auto")
+    make_run_in_parts(tmp_path / "stopped", at_update, [10, 13], *words)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     model = load_model(find_all(tmp_path / "whole")[0])
     assert isinstance(model.blocks[1].attn.qkv, SlicedLowRankLinear)

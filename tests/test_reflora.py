@@ -1,8 +1,6 @@
 """RefLoRA: the equation that S solves, the step that it makes, and whole runs with it."""
 
 import csv
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -16,7 +14,13 @@ import reflora as script
 from conf_yamls import build, composed, names
 from conftest import tiny_vit
 from pretended import DEVICE, on_pretended
-from runs import assert_same_run, events_without_times, make_run
+from runs import (
+    assert_same_but_for_memory,
+    assert_same_run,
+    events_without_times,
+    make_run,
+    make_run_in_parts,
+)
 from switchlora.adapters import (
     Adapter,
     Factors,
@@ -26,8 +30,6 @@ from switchlora.adapters import (
     train_only,
     trained_adapters,
 )
-from switchlora.analysis.compare import differences
-from switchlora.errors import Interrupted
 from switchlora.initializers import WeightSVD, empty_factors, zero_b
 from switchlora.learner import (
     RefLoRA,
@@ -317,15 +319,7 @@ def test_it_begins_at_the_measured_balance_says_so_and_resumes_bit_equal(how, tm
     assert began["num_updates"] == next(number for number in ratios if ratios[number] >= 0.4)
     assert 2 < began["num_updates"] < 9 and 0.4 <= began["factors/norm_ratio"] < 0.8
 
-    def stop(images):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return images
-
-    at_update(9, stop)
-    with pytest.raises(Interrupted):
-        make_run(tmp_path / "parts", *options)
-    at_update(None, stop)
-    make_run(tmp_path / "parts", *options, "resume=auto")
+    make_run_in_parts(tmp_path / "parts", at_update, [9], *options)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -336,8 +330,7 @@ def test_without_a_warm_up_it_runs_from_re_init_on_any_device(how, tmp_path):
     with on_pretended():
         make_run(tmp_path / "there", *options, f"system.device={DEVICE}")
     make_run(tmp_path / "here", *options)
-    found = differences(tmp_path / "there", tmp_path / "here")
-    assert not [line for line in found if "memory" not in line]
+    assert_same_but_for_memory(tmp_path / "there", tmp_path / "here")
 
 
 @pytest.mark.parametrize("how", REFACTORINGS)

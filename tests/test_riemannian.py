@@ -1,16 +1,12 @@
 """Riemannian preconditioned LoRA: its gradients, its fast descent, a run that goes on."""
 
-import os
-import signal
-
 import pytest
 import torch
 from torch import nn
 
 from conf_yamls import composed
-from runs import assert_same_run, make_run
+from runs import assert_same_run, make_run, make_run_in_parts
 from switchlora.adapters import Adapter
-from switchlora.errors import Interrupted
 from switchlora.learner import Riemannian
 from switchlora.learner.riemannian import scale_gradients
 
@@ -72,14 +68,5 @@ def test_a_run_with_it_goes_on_bit_for_bit(tmp_path, at_update):
         *("full.scheduler.warmup_t=5", "monitor.window=5", "full.precision=bf16"),
     )
     make_run(tmp_path / "whole", *words)
-
-    def stop(images):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return images
-
-    at_update(8, stop)
-    with pytest.raises(Interrupted):
-        make_run(tmp_path / "again", *words, "resume=auto")
-    at_update(None, stop)
-    make_run(tmp_path / "again", *words, "resume=auto")
+    make_run_in_parts(tmp_path / "again", at_update, [8], *words)
     assert_same_run(tmp_path / "whole", tmp_path / "again")

@@ -177,16 +177,12 @@ class Apollo(Projected):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-2,
-        weight_decay: float = 0.0,
-        betas: Sequence[float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        rank: float = 0.25,
-        interval: int = 200,
+        *,
         scale: float = 1.0,
         scaling: str = "channel",
+        **options: Any,
     ) -> None:
-        super().__init__(params, lr, weight_decay, betas, eps, rank, interval, scale)
+        super().__init__(params, scale=scale, **options)
         check_choice("full.optimizer.scaling", scaling, SCALINGS)
         self.scaling = scaling
 

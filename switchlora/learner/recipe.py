@@ -247,7 +247,8 @@ def _factors_by_scale(model: nn.Module, recipe: Recipe) -> dict[float, list[nn.P
     """Return the factors that train, by their learning rate relative to that of the weights."""
     found: dict[float, list[nn.Parameter]] = {}
     rates = FactorRates(recipe.factor_lr, recipe.matched_step, recipe.factor_B_lr_scale)
+    optimizer = recipe.bare_optimizer
     for module in adapted_modules(model).values():
-        for factor, scale in rates(module, recipe.bare_optimizer):
+        for factor, scale in rates(module, optimizer):
             found.setdefault(scale, []).append(factor)
     return found

@@ -27,7 +27,7 @@ from switchlora.initializers import AdapterInit, update_directions
 from switchlora.learner import FactorRates
 from switchlora.loop.groups import NewGroup, Regrouped, follow, home_of_weights, regrouped
 from switchlora.loop.inputs import FirstInputs, Logits
-from switchlora.loop.measure import History, WeightUpdateMonitor, patterns_of
+from switchlora.loop.measure import History, WeightUpdateMonitor
 from switchlora.loop.ramp import Ramp
 from switchlora.loop.schedulers import Tell, is_timms, prepared
 from switchlora.policy import SwitchPolicy
@@ -117,7 +117,7 @@ class LowRankSwitch:
             criterion=criterion or UpdateNorm(),
             rank=rank_policy(rank),
             init=init,
-            targets=patterns_of(self.model, target_modules),
+            targets=self.watch.patterns,
             **policy,
         )
         check_switches_once(self.policy)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from switchlora.adapters import DEFAULT_TARGETS, find_targets
-from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
+from switchlora.monitor import Measurement, UpdateMonitor
 
 ALL_LINEAR = "all-linear"
 
@@ -49,8 +49,8 @@ class WeightUpdateMonitor:
         split_qkv: bool = False,
     ) -> None:
         self.model = unwrapped(model)
-        patterns = patterns_of(self.model, target_modules)
-        targets = find_targets(self.model, patterns, split_qkv)
+        self.patterns = patterns_of(self.model, target_modules)
+        targets = find_targets(self.model, self.patterns, split_qkv)
         self.monitor = UpdateMonitor(self.model, targets, window)
         self.updates_per_epoch = updates_per_epoch
         self.num_updates = 0
@@ -105,7 +105,7 @@ class WeightUpdateMonitor:
     def load_state_dict(self, state: Mapping[str, Any], still_measures: bool = True) -> None:
         """Go on where ``state_dict`` was taken, with the window too if it ``still_measures``."""
         self.num_updates = state["num_updates"]
-        self.history = History(_measurement(measured) for measured in state["history"])
+        self.history = History(Measurement.from_plain(measured) for measured in state["history"])
         self._losses = [torch.tensor(loss) for loss in state["losses"]]
         if still_measures:
             self.monitor.load_state_dict(state["monitor"])
@@ -129,8 +129,3 @@ def patterns_of(model: nn.Module, target_modules: str | Sequence[str]) -> list[s
         return [target_modules] if isinstance(target_modules, str) else list(target_modules)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [re.escape(name) for name in names[:-1]]
-
-
-def _measurement(plain: Mapping[str, Any]) -> Measurement:
-    layers = {name: LayerStats(**stats) for name, stats in plain["layers"].items()}
-    return Measurement(**{**plain, "layers": layers})

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class Measurement:
     train_loss: float
     """mean over the updates of the window"""
     layers: Mapping[str, LayerStats]
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Measurement":
+        """Return the measurement of which ``plain`` is ``dataclasses.asdict``."""
+        layers = {name: LayerStats(**stats) for name, stats in plain["layers"].items()}
+        return cls(**{**plain, "layers": layers})
 
     @property
     def not_finite(self) -> list[str]:

@@ -95,8 +95,9 @@ def checked(words: Sequence[str]) -> list[str]:
 def check_multirun(words: Sequence[str], places: Sequence[Path]) -> None:
     """Raise ValueError for what only a multirun reads, in the words of a single run."""
     only = list(filter(FOR_MULTIRUNS.fullmatch, words))
-    allowed = any(map(ALLOWS_THESE.fullmatch, words)) or is_sweep(words, places)
-    if only and not allowed:
+    if not only or any(map(ALLOWS_THESE.fullmatch, words)):
+        return
+    if not is_sweep(words, places):
         raise ValueError(f"{only[0]} does nothing in a single run: write switchlora -m {only[0]}")
 
 

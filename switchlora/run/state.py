@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from switchlora.criteria import Verdict
-from switchlora.monitor import LayerStats, Measurement
+from switchlora.monitor import Measurement
 from switchlora.policy import Loss
 from switchlora.switching import SwitchReport
 
@@ -87,7 +87,7 @@ class TrainState:
             setattr(self, item.name, plain[item.name])
         self.phase = Phase(plain["phase"])
         self.losses = [Loss(*loss) for loss in plain["losses"]]
-        self.history = [_measurement(measured) for measured in plain["history"]]
+        self.history = [Measurement.from_plain(measured) for measured in plain["history"]]
         self.verdict = Verdict(**plain["verdict"]) if plain["verdict"] else None
         report = plain["switch_report"]
         self.switch_report = SwitchReport(**report) if report else None
@@ -162,8 +162,3 @@ def _together(earlier: Mapping[str, Any] | None, figures: Mapping[str, Any]) -> 
         return dict(figures)
     sums = {key: earlier[key] + figures[key] for key in ("num_updates", "train_seconds")}
     return {**figures, **sums}
-
-
-def _measurement(plain: Mapping[str, Any]) -> Measurement:
-    layers = {name: LayerStats(**stats) for name, stats in plain["layers"].items()}
-    return Measurement(**{**plain, "layers": layers})
