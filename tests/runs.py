@@ -22,7 +22,7 @@ FEW = ("data.train_size=640", "data.batch_size=32")
 """20 updates an epoch"""
 SHORT = (
     *(*DIGITS, *FEW, "epochs=3", "full.scheduler.warmup_t=10"),
-    *("monitor.window=10", "log.every=1"),
+    *("monitor.window=10", "log.every=1", "data.eval_size=64"),
 )
 BY_DATE = ("switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
 

@@ -86,6 +86,7 @@ class Started:
 def _enter(files, act, words):
     os.setsid()
     gc.freeze()  # what the imports made stays
+    os.fsync = lambda descriptor: None  # no test cuts the power
     multiprocessing.set_start_method(None, force=True)  # that of a program, not of this server
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     tqdm.set_lock(threading.RLock())  # its own would be told as leaked after a kill
