@@ -43,6 +43,7 @@ from switchlora.storage import (
     events,
     find_all,
     find_records,
+    load_adapter,
     load_model,
     read,
 )
@@ -371,6 +372,27 @@ def test_weights_of_any_bytes_are_loaded_or_told_in_one_line(here, data, way):
     path.write_bytes(data.draw(spoiled(path.read_bytes())))
     line = outcome(lambda: load_weights(tiny_vit(), str(path)))
     assert line is None or line.startswith(f"init_checkpoint={path}")
+
+
+@fuzzed(30)
+@given(st.data())
+def test_adapters_of_any_content_are_put_on_or_told_in_one_line(here, data):
+    folder = here / "adapter"
+    folder.mkdir(exist_ok=True)
+    rows, columns = tiny_vit().blocks[0].mlp.fc1.weight.shape
+    shapes = {"A": (2, columns), "B": (rows, 2)}
+    name = "base_model.model.blocks.0.mlp.fc1.lora_{}.weight"
+    factors = {name.format(side): torch.ones(shape) for side, shape in shapes.items()}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "lora_dropout": 0.0}
+    settings |= {"alpha_pattern": {"fc1": 4}, "use_rslora": False, "init_lora_weights": True}
+    if data.draw(st.booleans()):
+        settings = data.draw(altered(settings, ODD))
+    else:
+        factors = data.draw(altered(factors, [*ODD, *TENSORS]))
+    (folder / "adapter_config.json").write_text(json.dumps(settings, default=str))
+    torch.save(factors, folder / "adapter_model.bin")
+    line = outcome(lambda: load_adapter(tiny_vit(), folder))
+    assert line is None or line.startswith(str(folder))
 
 
 @fuzzed(30)

@@ -183,7 +183,7 @@ MISTAKES = {
     "evil_data": "data.train is to be built by 'os.mkdir', which is no part of this program",
     "evil_hub": "is to be built by 'os.mkdir', which is no part of this program",
     "half": "is missing: an adapter needs adapter_model.safetensors",
-    "scaled": "was not written by switchlora",
+    "dora": "adapter_config.json: use_dora is True, which is more than LoRA",
 }
 
 
@@ -194,7 +194,7 @@ def mistaken(finished, tmp_path_factory):
     place = tmp_path_factory.mktemp("mistaken")
     (place / "empty").mkdir()
     files = ("config.yaml", "config.json", "metrics.jsonl", "model.safetensors")
-    for name in ("alone", "other", "cut", "evil", "evil_data", "evil_hub", "half", "scaled"):
+    for name in ("alone", "other", "cut", "evil", "evil_data", "evil_hub", "half", "dora"):
         (place / name).mkdir()
         for file in files:
             shutil.copy(folder / file, place / name)
@@ -211,19 +211,19 @@ def mistaken(finished, tmp_path_factory):
     hub = json.loads((folder / "config.json").read_text())
     hub["model_args"]["norm_layer"] = {"_target_": "os.mkdir", "path": str(place / "ran")}
     (place / "evil_hub/config.json").write_text(json.dumps(hub))
-    for name in ("half", "scaled"):
+    for name in ("half", "dora"):
         shutil.copytree(folder / "adapter", place / name / "adapter")
         (place / name / "model.safetensors").rename(place / name / "adapter/x")
     (place / "half/adapter/residual.safetensors").unlink()
-    settings = place / "scaled/adapter/adapter_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"lora_alpha": 16}))
+    settings = place / "dora/adapter/adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"use_dora": True}))
     return place
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_file_that_is_not_right_is_one_line_and_runs_nothing(name, mistaken, monkeypatch):
     path = mistaken / name
-    if name in ("half", "scaled"):
+    if name in ("half", "dora"):
         path /= "adapter"
     with pytest.raises(SystemExit, match=rf"^eval: [^\n]*{MISTAKES[name]}[^\n]*$"):
         call(monkeypatch, path)

@@ -87,8 +87,8 @@ def _read(model: nn.Module, source: str) -> dict[str, Tensor]:
     if factors:
         raise ValueError(
             f"init_checkpoint={source}: holds low-rank factors, such as {factors[0]}, which are "
-            "half a model; give the merged model: model.safetensors of a run, or what PEFT's "
-            "merge_and_unload() returns"
+            "half a model; give the merged model, such as model.safetensors of a run, or the "
+            "folder of the adapter as init_adapter"
         )
     weights = {}
     for key, tensor in found.items():
