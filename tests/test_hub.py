@@ -168,6 +168,65 @@ def test_other_folders_have_the_models_normalisation_and_numbers_of_classes(on_f
         evaluated(on_folders / "run", words)
 
 
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A model of timm that this program never saw, as timm writes it for the hub."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    torch.manual_seed(0)
+    options = {"depth": 1, "embed_dim": 16, "num_heads": 1, "num_classes": 3, "patch_size": 8}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, **options)
+    seen = {"mean": (0.2, 0.3, 0.4), "std": (0.3, 0.2, 0.4), "crop_pct": 0.6}
+    model.pretrained_cfg |= {**seen, "interpolation": "bicubic", "input_size": (3, 16, 16)}
+    names = ["red", "green", "blue"]
+    described = {"label_names": names, "model_args": {**options, "img_size": 16}}
+    timm.models.save_for_hf(model, folder, described, safe_serialization=True)
+    return folder
+
+
+def as_flat(folder):
+    content = json.loads((folder / "config.json").read_text())
+    labels = {"labels": content["label_names"], "architecture": content["architecture"]}
+    old = content["pretrained_cfg"] | labels | {"model_args": content["model_args"]}
+    (folder / "config.json").write_text(json.dumps(old))
+
+
+def as_bin(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def as_dino(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "mask_token": torch.zeros(1, 16)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("change", [None, as_flat, as_bin, as_dino])
+@torch.no_grad()
+def test_a_folder_of_timm_from_elsewhere_is_evaluated_as_timm_does(
+    change, elsewhere, on_folders, tmp_path
+):
+    shutil.copytree(elsewhere, tmp_path / "hub")
+    model = timm.create_model(f"local-dir:{elsewhere}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    images, labels = [], []
+    for number, name in enumerate(["red", "green", "blue"]):
+        for path in sorted((on_folders / "images/val" / name).glob("*.png")):
+            images.append(transform(Image.open(path)))
+            labels.append(number)
+    loss = torch.nn.functional.cross_entropy(model(torch.stack(images)), torch.tensor(labels))
+    if change is not None:
+        change(tmp_path / "hub")
+    words = ["data=imagefolder", f"data.root={on_folders}/images"]
+    found = evaluated(tmp_path / "hub", words, device="cpu")
+    assert found["images"] == 9 and found["loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_a_device_that_is_not_there_is_one_line(finished, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^eval: --device 'nowhere' cannot be used: [^\n]*$"):
+        call(monkeypatch, finished[0], "--device", "nowhere")
+
+
 def test_a_changed_root_of_the_runs_own_data_is_followed(on_folders, tmp_path):
     paint(tmp_path / "val", CLASSES, 2)
     assert evaluated(on_folders / "run", [f"data.root={tmp_path}"])["images"] == 6

@@ -12,4 +12,4 @@ from switchlora.models.vision import (
     eval_mode as eval_mode,
     read_directly as read_directly,
 )
-from switchlora.models.weights import load_weights as load_weights
+from switchlora.models.weights import converted as converted, load_weights as load_weights

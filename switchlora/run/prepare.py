@@ -19,7 +19,7 @@ from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_lear
 from switchlora.models import RESIDUAL, load_weights
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
-from switchlora.process import Interruption, distributed, known_keys
+from switchlora.process import Interruption, distributed, find_device, known_keys
 from switchlora.run.agreement import agree_on_data
 from switchlora.run.checks import (
     check_config,
@@ -140,7 +140,7 @@ def build_parts(config: DictConfig) -> Parts:
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
-    device = _device("system.device", config.system.device)
+    device = find_device("system.device", config.system.device)
     sinks = {name: build(section) for name, section in (config.log.get("sinks") or {}).items()}
     data = _build_data(config)
     sharded = config.system.parallel == "fsdp"
@@ -160,7 +160,7 @@ def build_parts(config: DictConfig) -> Parts:
 def build_monitor(parts: Parts) -> UpdateMonitor:
     """Build the monitor of the policy's targets; their weights are its first references."""
     options = parts.config.monitor
-    _device("monitor.device", options.device)
+    find_device("monitor.device", options.device)
     targets = parts.policy.find_targets(parts.model)
     return UpdateMonitor(parts.model, targets, **{**options, "window": parts.window})
 
@@ -269,23 +269,6 @@ def _build_data(config: DictConfig) -> Data:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-
-
-def _device(key: str, name: str) -> torch.device:
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
-    try:
-        zero = torch.zeros((), device=name)
-        zero.item()  # the device 'meta' holds no numbers
-        device = zero.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{key} '{name}' cannot be used: {reason}") from error
 
 
 def _device_of(model: nn.Module) -> torch.device:
