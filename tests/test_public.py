@@ -38,7 +38,7 @@ def public():
 
 
 def members(thing):
-    """The public methods, properties and attributes of a class; its options are in the signature."""
+    """The public methods, properties and attributes of a class that are no options of it."""
     if not inspect.isclass(thing):
         return []
     options = set(inspect.signature(thing).parameters)
