@@ -14,9 +14,16 @@ peft = pytest.importorskip("peft")
 from conf_yamls import composed  # noqa: E402
 from runs import SHORT  # noqa: E402
 from switchlora.adapters import adapted_modules, merge  # noqa: E402
-from switchlora.config import build  # noqa: E402
+from switchlora.config import as_plain, build  # noqa: E402
 from switchlora.run import prepare  # noqa: E402
-from switchlora.storage import load_adapter, save_adapter, save_merged  # noqa: E402
+from switchlora.storage import (  # noqa: E402
+    code_digest,
+    load_adapter,
+    load_saved,
+    save_adapter,
+    save_merged,
+)
+from switchlora.storage.hub import hub_config  # noqa: E402
 
 CONFIG = composed(*SHORT, "log=quiet")
 SETTINGS = {"r": 3, "lora_alpha": 7, "target_modules": ["qkv", "fc1"]}
@@ -103,6 +110,25 @@ def test_a_run_starts_from_an_adapter_merged_into_its_weights(images, tmp_path, 
     torch.testing.assert_close(run.model.eval()(images), wanted, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="has its own base model.*leave init_checkpoint out"):
         prepare(composed(*SHORT, "log=quiet", start[0], own), tmp_path / "both")
+
+
+@torch.no_grad()
+def test_an_adapter_of_peft_beside_its_base_is_a_saved_model(images, tmp_path):
+    wanted = written(tmp_path, use_rslora=True)(images)
+    save_merged(plain(), tmp_path / "residual.safetensors")
+    described = hub_config(plain(), as_plain(CONFIG), ())
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    saved = load_saved(tmp_path)
+    assert not adapted_modules(saved.model)
+    torch.testing.assert_close(saved.model(images), wanted, rtol=0, atol=1e-4)
+
+
+def test_another_adapter_under_the_same_name_is_another_code(tmp_path):
+    digests = set()
+    for rank in (2, 3):
+        written(tmp_path, r=rank)
+        digests.add(code_digest({"init_adapter": str(tmp_path)}))
+    assert len(digests) == 2
 
 
 REFUSED = {

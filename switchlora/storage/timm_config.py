@@ -55,8 +55,7 @@ def classes_in(content: Mapping[str, Any]) -> tuple[str, ...]:
     for names in (content.get("label_names"), inner.get("label_names"), content.get("labels")):
         if isinstance(names, list):
             return tuple(map(str, names))
-        numbers = [str(number) for number in range(len(names))] if names else []
-        if isinstance(names, Mapping) and list(names) == numbers:
+        if isinstance(names, Mapping) and list(names) == list(map(str, range(len(names)))):
             return tuple(map(str, names.values()))
     return ()
 
