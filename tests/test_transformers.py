@@ -1,5 +1,6 @@
 """The switch in the Trainer of transformers: images, text, checkpoints."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,15 @@ def test_checkpoints_that_do_not_belong_are_refused_in_a_line(whole, tmp_path):
         ValueError, match="checkpoint-24 is of update 24, but the trainer goes on from update 18"
     ):
         hf.train(resume_from_checkpoint=str(place / "checkpoint-18"))
+    for content in (
+        b"",
+        b"no file of torch",
+        (place / "checkpoint-18/low_rank_switch.pt").read_bytes()[:99],
+    ):
+        shutil.copytree(place / "checkpoint-18", tmp_path / "cut", dirs_exist_ok=True)
+        (tmp_path / "cut/low_rank_switch.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="low_rank_switch.pt is damaged"):
+            goes_on(tmp_path, tmp_path / "cut")
     with pytest.raises(ValueError, match="the model has adapters already"):
         trainer(tmp_path, whole.model, Images(), switching()).train()
 
