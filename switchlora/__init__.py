@@ -11,6 +11,7 @@ The names below serve a loop of one's own; everything else has a room, such as
 - ``Scene``, ``switch``: switches the model of a training, all or nothing
 - ``Recipe``, ``build_learner``: optimizer and schedule of a phase, and what trains with them
 - ``load_model``: a model with its adapters, from a checkpoint
+- ``load_adapter``: a LoRA adapter in PEFT's format, put on a plain model
 """
 
 from importlib import import_module
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     )
     from switchlora.monitor import UpdateMonitor as UpdateMonitor
     from switchlora.policy import SwitchPolicy as SwitchPolicy
-    from switchlora.storage import load_model as load_model
+    from switchlora.storage import load_adapter as load_adapter, load_model as load_model
     from switchlora.switching import Scene as Scene, switch as switch
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ ROOMS = {
     "Recipe": "learner",
     "build_learner": "learner",
     "load_model": "storage",
+    "load_adapter": "storage",
 }
 __all__ = [*ROOMS, "__version__"]
 

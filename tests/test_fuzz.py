@@ -32,7 +32,7 @@ from switchlora.analysis.tables.table import make_table
 from switchlora.analysis.wandb_report import build_report
 from switchlora.config import as_plain
 from switchlora.errors import CheckpointUnusable
-from switchlora.models import load_weights
+from switchlora.models import create_model, load_weights
 from switchlora.process import USER_ERRORS, check_values, one_line
 from switchlora.run import prepare
 from switchlora.storage import (
@@ -43,8 +43,11 @@ from switchlora.storage import (
     events,
     find_all,
     find_records,
+    load_adapter,
     load_model,
+    load_saved,
     read,
+    save_merged,
 )
 from switchlora.storage.checkpoint import _digest
 from switchlora.train import train
@@ -356,6 +359,7 @@ def test_a_run_goes_on_from_any_content_of_its_checkpoint_or_from_the_one_before
 # Files of weights
 
 
+SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 1, "patch_size": 8}
 WAYS = {
     "safetensors": save_file,
     "zip": torch.save,
@@ -371,6 +375,44 @@ def test_weights_of_any_bytes_are_loaded_or_told_in_one_line(here, data, way):
     path.write_bytes(data.draw(spoiled(path.read_bytes())))
     line = outcome(lambda: load_weights(tiny_vit(), str(path)))
     assert line is None or line.startswith(f"init_checkpoint={path}")
+
+
+@fuzzed(30)
+@given(st.data())
+def test_descriptions_of_timm_of_any_content_give_a_model_or_one_line(here, data):
+    folder = here / "hub"
+    folder.mkdir(exist_ok=True)
+    model = create_model("vit_tiny_patch16_224", **SMALL, num_classes=3, img_size=16)
+    save_merged(model, folder / "model.safetensors")
+    known = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+    content = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "model_args": SMALL}
+    content |= {
+        "pretrained_cfg": known | {"fixed_input_size": True},
+        "label_names": ["a", "b", "c"],
+    }
+    (folder / "config.json").write_text(json.dumps(data.draw(altered(content, ODD)), default=str))
+    outcome(lambda: load_saved(folder))
+
+
+@fuzzed(30)
+@given(st.data())
+def test_adapters_of_any_content_are_put_on_or_told_in_one_line(here, data):
+    folder = here / "adapter"
+    folder.mkdir(exist_ok=True)
+    rows, columns = tiny_vit().blocks[0].mlp.fc1.weight.shape
+    shapes = {"A": (2, columns), "B": (rows, 2)}
+    name = "base_model.model.blocks.0.mlp.fc1.lora_{}.weight"
+    factors = {name.format(side): torch.ones(shape) for side, shape in shapes.items()}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "lora_dropout": 0.0}
+    settings |= {"alpha_pattern": {"fc1": 4}, "use_rslora": False, "init_lora_weights": True}
+    if data.draw(st.booleans()):
+        settings = data.draw(altered(settings, ODD))
+    else:
+        factors = data.draw(altered(factors, [*ODD, *TENSORS]))
+    (folder / "adapter_config.json").write_text(json.dumps(settings, default=str))
+    torch.save(factors, folder / "adapter_model.bin")
+    line = outcome(lambda: load_adapter(tiny_vit(), folder))
+    assert line is None or line.startswith(str(folder))
 
 
 @fuzzed(30)

@@ -168,6 +168,65 @@ def test_other_folders_have_the_models_normalisation_and_numbers_of_classes(on_f
         evaluated(on_folders / "run", words)
 
 
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A model of timm that this program never saw, as timm writes it for the hub."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    torch.manual_seed(0)
+    options = {"depth": 1, "embed_dim": 16, "num_heads": 1, "num_classes": 3, "patch_size": 8}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, **options)
+    seen = {"mean": (0.2, 0.3, 0.4), "std": (0.3, 0.2, 0.4), "crop_pct": 0.6}
+    model.pretrained_cfg |= {**seen, "interpolation": "bicubic", "input_size": (3, 16, 16)}
+    names = ["red", "green", "blue"]
+    described = {"label_names": names, "model_args": {**options, "img_size": 16}}
+    timm.models.save_for_hf(model, folder, described, safe_serialization=True)
+    return folder
+
+
+def as_flat(folder):
+    content = json.loads((folder / "config.json").read_text())
+    labels = {"labels": content["label_names"], "architecture": content["architecture"]}
+    old = content["pretrained_cfg"] | labels | {"model_args": content["model_args"]}
+    (folder / "config.json").write_text(json.dumps(old))
+
+
+def as_bin(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def as_dino(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "mask_token": torch.zeros(1, 16)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("change", [None, as_flat, as_bin, as_dino])
+@torch.no_grad()
+def test_a_folder_of_timm_from_elsewhere_is_evaluated_as_timm_does(
+    change, elsewhere, on_folders, tmp_path
+):
+    shutil.copytree(elsewhere, tmp_path / "hub")
+    model = timm.create_model(f"local-dir:{elsewhere}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    images, labels = [], []
+    for number, name in enumerate(["red", "green", "blue"]):
+        for path in sorted((on_folders / "images/val" / name).glob("*.png")):
+            images.append(transform(Image.open(path)))
+            labels.append(number)
+    loss = torch.nn.functional.cross_entropy(model(torch.stack(images)), torch.tensor(labels))
+    if change is not None:
+        change(tmp_path / "hub")
+    words = ["data=imagefolder", f"data.root={on_folders}/images"]
+    found = evaluated(tmp_path / "hub", words, device="cpu")
+    assert found["images"] == 9 and found["loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_a_device_that_is_not_there_is_one_line(finished, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^eval: --device 'nowhere' cannot be used: [^\n]*$"):
+        call(monkeypatch, finished[0], "--device", "nowhere")
+
+
 def test_a_changed_root_of_the_runs_own_data_is_followed(on_folders, tmp_path):
     paint(tmp_path / "val", CLASSES, 2)
     assert evaluated(on_folders / "run", [f"data.root={tmp_path}"])["images"] == 6
@@ -183,7 +242,7 @@ MISTAKES = {
     "evil_data": "data.train is to be built by 'os.mkdir', which is no part of this program",
     "evil_hub": "is to be built by 'os.mkdir', which is no part of this program",
     "half": "is missing: an adapter needs adapter_model.safetensors",
-    "scaled": "was not written by switchlora",
+    "dora": "adapter_config.json: use_dora is True, which is more than LoRA",
 }
 
 
@@ -194,7 +253,7 @@ def mistaken(finished, tmp_path_factory):
     place = tmp_path_factory.mktemp("mistaken")
     (place / "empty").mkdir()
     files = ("config.yaml", "config.json", "metrics.jsonl", "model.safetensors")
-    for name in ("alone", "other", "cut", "evil", "evil_data", "evil_hub", "half", "scaled"):
+    for name in ("alone", "other", "cut", "evil", "evil_data", "evil_hub", "half", "dora"):
         (place / name).mkdir()
         for file in files:
             shutil.copy(folder / file, place / name)
@@ -211,19 +270,19 @@ def mistaken(finished, tmp_path_factory):
     hub = json.loads((folder / "config.json").read_text())
     hub["model_args"]["norm_layer"] = {"_target_": "os.mkdir", "path": str(place / "ran")}
     (place / "evil_hub/config.json").write_text(json.dumps(hub))
-    for name in ("half", "scaled"):
+    for name in ("half", "dora"):
         shutil.copytree(folder / "adapter", place / name / "adapter")
         (place / name / "model.safetensors").rename(place / name / "adapter/x")
     (place / "half/adapter/residual.safetensors").unlink()
-    settings = place / "scaled/adapter/adapter_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"lora_alpha": 16}))
+    settings = place / "dora/adapter/adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"use_dora": True}))
     return place
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_file_that_is_not_right_is_one_line_and_runs_nothing(name, mistaken, monkeypatch):
     path = mistaken / name
-    if name in ("half", "scaled"):
+    if name in ("half", "dora"):
         path /= "adapter"
     with pytest.raises(SystemExit, match=rf"^eval: [^\n]*{MISTAKES[name]}[^\n]*$"):
         call(monkeypatch, path)

@@ -29,6 +29,7 @@ from switchlora import LowRankSwitch, UpdateNorm, WeightUpdateMonitor
 from switchlora.adapters import (
     adapted_modules,
     cola_linear,
+    factorized_linear,
     is_factor,
     merged_state_dict,
     switched_linear,
@@ -349,6 +350,8 @@ def test_what_cannot_work_is_refused_in_words():
     [
         ({"growth": InRank()}, "growth"),
         ({"guard": Guard()}, "guard"),
+        ({"remove_weight_decay": True}, "remove_weight_decay"),
+        ({"least_gain": 1.1, "adapter": factorized_linear}, "least_gain"),
         ({"joint_epochs": 1.0}, "joint_epochs"),
         ({"adapter": cola_linear}, "kind cola"),
         ({"adapter": switched_linear}, "kind switchlora"),

@@ -1,7 +1,12 @@
 """The switch in the Trainer of transformers: images, text, checkpoints."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from torch.utils.data import Dataset
 
 transformers = pytest.importorskip("transformers")
@@ -72,7 +77,9 @@ def trainer(folder, model, data, callback, **options):
         seed=0,
         **{"max_steps": 24, "logging_steps": 6, "save_steps": 6} | options,
     )
-    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+    return transformers.Trainer(
+        *(model, arguments), train_dataset=data, eval_dataset=data, callbacks=[callback]
+    )
 
 
 def switching(**options):
@@ -95,37 +102,113 @@ def test_a_trainer_switches_and_its_optimizer_trains_the_factors(make, data, tmp
     assert [(e["step"], e["switch/switched"]) for e in logged] == [(6, 0.0), (12, 1.0)]
 
 
-def test_what_is_saved_after_the_switch_gives_the_logits_that_were_trained(tmp_path):
-    hf = trainer(tmp_path, vit(), Images(), switching())
-    hf.train()
+def test_what_is_saved_after_the_switch_gives_the_logits_that_were_trained(whole, tmp_path):
+    hf = whole
     image = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = hf.model.eval()(image).logits
     hf.save_model(str(tmp_path / "end"))
     save_merged(hf.model, tmp_path / "end")
-    for folder in ("checkpoint-24", "end"):
-        loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / folder).eval()
+    for folder in (f"{hf.args.output_dir}/checkpoint-24", tmp_path / "end"):
+        loaded = transformers.ViTForImageClassification.from_pretrained(folder).eval()
         with torch.no_grad():
             torch.testing.assert_close(loaded(image).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_a_trainer_goes_on_from_before_the_switch_and_refuses_one_after(tmp_path):
-    whole = trainer(tmp_path / "whole", vit(), Images(), switching())
-    whole.train()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training that switched at update 12 of 24, with a checkpoint every 6."""
+    hf = trainer(tmp_path_factory.mktemp("whole"), vit(), Images(), switching())
+    hf.train()
+    return hf
 
-    def goes_on(name, update):
-        place = str(tmp_path / f"whole/checkpoint-{update}")
-        hf = trainer(tmp_path / name, vit(), Images(), switching(resume_from_checkpoint=place))
-        hf.train(resume_from_checkpoint=place)
-        return hf
 
-    again = goes_on("again", 6)
-    first = whole.state.log_history[0], again.state.log_history[0]
-    assert first[0] == first[1] and len(adapted_modules(again.model)) == 12
-    logged = [entry for entry in again.state.log_history if "switch/switched" in entry]
-    assert [(e["step"], e["switch/switched"]) for e in logged] == [(6, 0.0), (12, 1.0)]
-    with pytest.raises(ValueError, match="was written after the switch, at update 12"):
-        goes_on("late", 18)
-    lost = trainer(tmp_path / "lost", vit(), Images(), switching())
+def goes_on(folder, place, model=None):
+    callback = switching(resume_from_checkpoint=place)
+    hf = trainer(folder, model or vit(), Images(), callback)
+    hf.train(resume_from_checkpoint=str(place))
+    return hf
+
+
+@pytest.mark.parametrize("update", [6, 12, 18])
+def test_a_trainer_that_goes_on_before_or_after_the_switch_ends_the_same(update, whole, tmp_path):
+    again = goes_on(tmp_path, f"{whole.args.output_dir}/checkpoint-{update}")
+    assert len(adapted_modules(again.model)) == 12
+    logs = []
+    for hf in (whole, again):
+        logs.append([e.get("loss") or e.get("switch/switched") for e in hf.state.log_history[:-1]])
+    assert logs[0] == logs[1]
+    states = [hf.model.state_dict() for hf in (again, whole)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    states = [hf.optimizer.state_dict() for hf in (again, whole)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+class Plain(nn.Module):
+    """A model that is none of transformers, whose checkpoints are plain files of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2, self.head = nn.Linear(768, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.head(self.fc2(self.fc1(pixel_values.flatten(1)).relu()).relu())
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+def test_a_model_that_is_none_of_transformers_goes_on_after_the_switch_too(tmp_path):
+    hf = trainer(tmp_path / "whole", Plain(), Images(), switching())
+    hf.train()
+    again = goes_on(tmp_path / "again", tmp_path / "whole/checkpoint-18", Plain())
+    states = [hf.model.state_dict(), again.model.state_dict()]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    saved = Plain()
+    saved.load_state_dict(load_file(tmp_path / "again/checkpoint-24/model.safetensors"))
+    images = torch.randn(2, 3, 16, 16)
+    logits = [model(images)["logits"] for model in (saved, hf.model)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_checkpoints_that_do_not_belong_are_refused_in_a_line(whole, tmp_path):
+    place = Path(whole.args.output_dir)
+    hf = trainer(tmp_path, vit(), Images(), switching())
     with pytest.raises(ValueError, match="name the checkpoint"):
-        lost.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-6"))
+        hf.train(resume_from_checkpoint=str(place / "checkpoint-6"))
+    hf = trainer(
+        tmp_path, vit(), Images(), switching(resume_from_checkpoint=place / "checkpoint-24")
+    )
+    with pytest.raises(
+        ValueError, match="checkpoint-24 is of update 24, but the trainer goes on from update 18"
+    ):
+        hf.train(resume_from_checkpoint=str(place / "checkpoint-18"))
+    for content in (
+        b"",
+        b"no file of torch",
+        (place / "checkpoint-18/low_rank_switch.pt").read_bytes()[:99],
+    ):
+        shutil.copytree(place / "checkpoint-18", tmp_path / "cut", dirs_exist_ok=True)
+        (tmp_path / "cut/low_rank_switch.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="low_rank_switch.pt is damaged"):
+            goes_on(tmp_path, tmp_path / "cut")
+    with pytest.raises(ValueError, match="the model has adapters already"):
+        trainer(tmp_path, whole.model, Images(), switching()).train()
+
+
+@pytest.mark.parametrize("best", [6, 18])
+def test_the_best_model_at_the_end_is_the_one_that_was_saved(best, tmp_path):
+    hf = trainer(
+        *(tmp_path, vit(), Images(), switching()),
+        **{"eval_strategy": "steps", "eval_steps": 6, "load_best_model_at_end": True},
+        metric_for_best_model="chosen",
+        greater_is_better=True,
+    )
+    hf.compute_metrics = lambda _: {"chosen": float(hf.state.global_step == best)}
+    hf.train()
+    saved = transformers.ViTForImageClassification.from_pretrained(tmp_path / f"checkpoint-{best}")
+    image = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted = saved.eval()(image).logits
+        torch.testing.assert_close(hf.model.eval()(image).logits, wanted, rtol=0, atol=1e-5)
+    assert len(adapted_modules(hf.model)) == (12 if best > 12 else 0)

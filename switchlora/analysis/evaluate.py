@@ -1,9 +1,9 @@
 """Evaluate a saved model: ``switchlora-runs eval PATH [data=NAME] [data.KEY=VALUE ...]``.
 
-PATH is a run folder, a checkpoint, ``model.safetensors``, or an adapter beside its residual. The
-test split of the run is evaluated, or that of the data that the words name. Images are normalised
-and sized as the model learned them, and labels go by the names of the classes, unless a word says
-otherwise.
+PATH is a run folder, a checkpoint, ``model.safetensors``, an adapter beside its residual, or a
+folder as timm puts it on the hub. The test split of the run is evaluated, or that of the data that
+the words name. Images are normalised, sized and cropped as the model learned them, and labels go
+by the names of the classes, unless a word says otherwise.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from switchlora.data import build_test, classes_of
 from switchlora.learner import evaluate
 from switchlora.models import eval_mode
 from switchlora.names import near
-from switchlora.process import USER_ERRORS, check_keys, checked, one_line
+from switchlora.process import USER_ERRORS, check_keys, checked, find_device, one_line
 from switchlora.storage import Saved, load_saved, warn
 
 IMAGES = "switchlora.data.build_data"
 FIXED = ("num_classes", "in_chans")
 """keys of the data that belong to the model"""
-LEARNED = (*FIXED, "image_size", "mean", "std")
-"""keys of the data that other data take over from those of training"""
+LEARNED = (*FIXED, "image_size", "mean", "std", "eval_transform")
+"""keys of the data that other data take over from those of training, where these have them"""
 BASE = "evaluated_data"
 
 
@@ -52,7 +52,9 @@ def main() -> None:
     """Evaluate what the command line names. Exit with one line on a mistake in it."""
     options = parse(sys.argv[1:])
     try:
-        found = evaluated(options.path, options.overrides, options.config_dir, options.allow)
+        found = evaluated(
+            *(options.path, options.overrides, options.config_dir, options.allow, options.device)
+        )
     except USER_ERRORS as error:
         sys.exit(f"eval: {one_line(error)}")
     print(json.dumps(found, indent=2) if options.json else table(found))
@@ -70,6 +72,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--allow", action="append", default=[], metavar="NAME", help="your class that a file names"
     )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the GPU if there is one"
+    )
     return parser.parse_intermixed_args(words)
 
 
@@ -78,18 +83,20 @@ def evaluated(
     words: Sequence[str] = (),
     config_dir: Path | None = None,
     allow: Collection[str] = (),
+    device: str = "auto",
 ) -> dict[str, Any]:
-    """Return the metrics of the model in ``path``, and what was evaluated.
+    """Return the metrics of the model in ``path`` on a ``device``, and what was evaluated.
 
     ``words`` choose or change the data. ValueError for a mistake in them, or in the files.
     """
     if config_dir is not None and not config_dir.is_dir():
         raise ValueError(f"--config-dir {config_dir} is no folder")
     allowed = {*allow, *(names_in_yamls(config_dir) if config_dir else ())}
+    place = find_device("--device", device)
     saved = load_saved(path, allowed)
     data = data_of(saved, words, config_dir, allowed)
     loader = test_loader(saved, data, allowed, own=not is_chosen(words))
-    model = saved.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = saved.model.to(place)
     check_fits(model, loader)
     metrics = evaluate(model, loader, precision_of(saved))
     view: Any = loader.dataset
@@ -154,7 +161,7 @@ def data_of(
 def chosen(own: Config, words: Sequence[str], config_dir: Path | None) -> Config:
     """Return the data that a word chooses, with what the model learned of its own data."""
     choices = [word.partition("=")[2] for word in words if word.startswith("data=")]
-    learned = {key: own[key] for key in LEARNED if key in own}
+    learned = {key: own[key] for key in LEARNED if own.get(key) is not None}
     changes = [word for word in words if not word.startswith("data=")]
     search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
     with initialize_config_dir(str(folder_of("conf")), version_base="1.3"):

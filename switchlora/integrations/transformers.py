@@ -1,19 +1,34 @@
 """``LowRankSwitchCallback``: the switch in the ``Trainer`` of Hugging Face's transformers."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from switchlora.adapters import adapted_modules, merged_state_dict
+from switchlora.adapters import adapted_modules, merge, merged_state_dict
 from switchlora.loop import LowRankSwitch
 from switchlora.process import distributed
+from switchlora.storage import save_merged as save_merged_file
 
+WEIGHTS = "model.safetensors"
 SWITCH = "low_rank_switch.pt"
-OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"
+ADAPTED = "adapted"
+"""key of the file ``SWITCH`` that holds the tensors of the linears with adapters, unmerged"""
+OURS = {"optimizer.pt": "low_rank_optimizer.pt", "scheduler.pt": "low_rank_scheduler.pt"}
+"""by the name that Trainer gives a file, and would load into the plain model's optimizer, the one
+that it has after the switch"""
 
 
 class LowRankSwitchCallback(TrainerCallback):
@@ -21,11 +36,12 @@ class LowRankSwitchCallback(TrainerCallback):
 
     ``options`` are those of ``LowRankSwitch``. Measurements are entries of
     ``trainer.state.log_history``. A checkpoint holds merged weights after the switch, which
-    ``from_pretrained`` reads, and the switch's own state. Training goes on from a checkpoint that
-    was written before the switch; ``resume_from_checkpoint`` says from which, where it is not in
-    the trainer's output folder.
+    ``from_pretrained`` reads, and beside them what training goes on with: the switch's own state,
+    the adapters, the optimizer and the scheduler. ``resume_from_checkpoint`` says from which
+    checkpoint, where it is not in the trainer's output folder.
 
-    ValueError for several processes, and for a checkpoint that was written after the switch.
+    ValueError for several processes, for a model that has adapters already, and for a checkpoint
+    that is not the one that the trainer loaded.
     """
 
     def __init__(self, resume_from_checkpoint: Path | str | None = None, **options: Any) -> None:
@@ -36,16 +52,25 @@ class LowRankSwitchCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Begin to measure; go on from the checkpoint that the trainer goes on from."""
+        """Begin to measure; go on from the checkpoint that the trainer goes on from.
+
+        By now the trainer has loaded the merged weights, and no optimizer of an adapter.
+        """
         if args.world_size > 1 or distributed.world_size() > 1:
             raise ValueError(
                 "LowRankSwitchCallback works in one process: for several Trainer keeps a wrapper, "
                 "which a switch would have to make anew; use a loop of your own, or switchlora"
             )
         model, optimizer = given["model"], given["optimizer"]
+        if adapted_modules(model):
+            raise ValueError(
+                "the model has adapters already, from a training before: give a new Trainer the "
+                "model of from_pretrained, and train(resume_from_checkpoint=...) to go on"
+            )
         self.switch = LowRankSwitch(model, optimizer, given["lr_scheduler"], **self.options)
         if state.global_step:
-            self._go_on(Path(self.checkpoint or _checkpoint(args, state)))
+            place = Path(self.checkpoint or _checkpoint(args, state))
+            self._go_on(place, state, given["lr_scheduler"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -63,31 +88,46 @@ class LowRankSwitchCallback(TrainerCallback):
     ) -> None:
         """Write the switch's state into the checkpoint, and merged weights after the switch.
 
-        The optimizer's state then goes: it is that of factors, which the weights no longer have.
+        The files of optimizer and scheduler then get names of ours: they belong to the adapters.
         """
         assert self.switch is not None
-        folder = _checkpoint(args, state)
-        torch.save(self.switch.state_dict(), folder / SWITCH)
+        folder, model = _checkpoint(args, state), given["model"]
+        torch.save({**self.switch.state_dict(), ADAPTED: _adapted(model)}, folder / SWITCH)
         if self.switch.switched:
-            save_merged(given["model"], folder)
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-                (folder / name).unlink(missing_ok=True)
+            save_merged(model, folder)
+            for theirs, ours in OURS.items():
+                if (folder / theirs).is_file():
+                    (folder / theirs).replace(folder / ours)
 
-    def _go_on(self, folder: Path) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Give the model the best weights again, where the trainer loads them at the end.
+
+        It has loaded them merged, beside the factors that the model has now.
+        """
+        model, best = given["model"], state.best_model_checkpoint
+        if not (args.load_best_model_at_end and best and adapted_modules(model)):
+            return
+        kept = _read(Path(best))
+        if kept["switched_at"] is None:
+            merge(model)
+        _load_weights(model, Path(best), kept)
+
+    def _go_on(self, folder: Path, state: TrainerState, scheduler: Any) -> None:
         assert self.switch is not None
-        if not (folder / SWITCH).is_file():
+        kept = _read(folder)
+        if kept["num_updates"] != state.global_step:
             raise ValueError(
-                f"{folder / SWITCH} is missing: name the checkpoint that the trainer goes on "
-                "from, LowRankSwitchCallback(resume_from_checkpoint=...)"
-            )
-        kept = torch.load(folder / SWITCH, weights_only=True)
-        if kept["switched_at"] is not None:
-            raise ValueError(
-                f"{folder} was written after the switch, at update {kept['switched_at']}: its "
-                "weights are merged, and Trainer cannot load the optimizer of an adapter; go on "
-                "from a checkpoint before the switch, or train the adapter with PEFT"
+                f"{folder} is of update {kept['num_updates']}, but the trainer goes on from "
+                f"update {state.global_step}: name its checkpoint, "
+                "LowRankSwitchCallback(resume_from_checkpoint=...)"
             )
         self.switch.load_state_dict(kept)
+        _load_weights(self.switch.model, folder, kept)
+        for part, name in zip((self.switch.optimizer, scheduler), OURS.values(), strict=True):
+            if (folder / name).is_file():  # neither before the switch nor with save_only_model
+                part.load_state_dict(_load(folder / name))
 
 
 def save_merged(model: nn.Module, folder: Path | str) -> None:
@@ -95,12 +135,63 @@ def save_merged(model: nn.Module, folder: Path | str) -> None:
 
     It does nothing for a model without adapters. Call it after ``trainer.save_model`` too.
     """
-    if adapted_modules(model):
-        for file in Path(folder).glob("model*.safetensors*"):
-            file.unlink()
-        model.save_pretrained(folder, state_dict=merged_state_dict(model))  # type: ignore[operator]
+    if not adapted_modules(model):
+        return
+    for file in Path(folder).glob("model*.safetensors*"):
+        file.unlink()
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder, state_dict=merged_state_dict(model))
+    else:
+        save_merged_file(model, Path(folder) / WEIGHTS)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     assert args.output_dir is not None
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Return the switch's state in a checkpoint; ValueError if training cannot go on from it."""
+    if not (folder / SWITCH).is_file():
+        raise ValueError(
+            f"{folder / SWITCH} is missing: name the checkpoint that the trainer goes on "
+            "from, LowRankSwitchCallback(resume_from_checkpoint=...)"
+        )
+    kept = _load(folder / SWITCH)
+    if kept["switched_at"] is not None and not kept.get(ADAPTED):
+        raise ValueError(
+            f"{folder} was written after the switch, at update {kept['switched_at']}, by a "
+            "version that kept the merged weights alone: go on from a checkpoint before the switch"
+        )
+    return kept
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged, or no file of torch: go on from another checkpoint"
+        ) from error
+
+
+def _adapted(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the linears with adapters, by their names in the model."""
+    found = {}
+    for name, module in adapted_modules(model).items():
+        for key, tensor in module.state_dict(prefix=f"{name}.").items():
+            found[key] = tensor
+    return found
+
+
+def _load_weights(model: nn.Module, folder: Path, kept: Mapping[str, Any]) -> None:
+    """Load the weights of a checkpoint, and what was ``kept`` of its adapters.
+
+    The trainer's own loading misses weights that have other names in files of transformers.
+    """
+    if isinstance(model, PreTrainedModel):
+        merged = type(model).from_pretrained(folder).state_dict()
+    else:
+        merged = load_file(folder / WEIGHTS)
+    model.load_state_dict(merged, strict=False)
+    model.load_state_dict(kept.get(ADAPTED) or {}, strict=False)

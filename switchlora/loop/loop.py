@@ -40,6 +40,8 @@ TRIES = 3
 LONGEST_RAMP = 20
 CHANGES_AGAIN = ("joint_epochs", "stages", "restart", "growth", "guard")
 """options of a policy for what comes after the switch"""
+NEEDS_RECIPE = ("remove_weight_decay", "least_gain")
+"""options of a policy that need the decay of each update, or inputs to measure the speed on"""
 
 
 @dataclass
@@ -300,15 +302,16 @@ def rank_policy(rank: int | float | RankPolicy) -> RankPolicy:
 
 
 def check_switches_once(policy: SwitchPolicy) -> None:
-    """Raise ValueError for adapters that begin anew, and for changes after the switch."""
+    """Raise ValueError for adapters that begin anew, and for options that a loop cannot follow."""
     made = made_class(policy.adapter)
-    refused = {name: getattr(policy, name) for name in CHANGES_AGAIN}
+    refused = {name: getattr(policy, name) for name in (*CHANGES_AGAIN, *NEEDS_RECIPE)}
     refused[f"an adapter of the kind {made.kind}"] = made.begins_anew or made.kind == "switchlora"
     for name, asked in refused.items():
         if asked:
             raise ValueError(
-                f"LowRankSwitch puts adapters on trained weights once, so it does not go with "
-                f"{name}: leave it out, or train with the command switchlora"
+                "LowRankSwitch puts adapters on trained weights once, and does not know a loop's "
+                f"recipe, so it does not go with {name}: leave it out, or train with the command "
+                "switchlora"
             )
 
 

@@ -1,10 +1,15 @@
 """The models that train: timm's transformers, and a small one over bytes."""
 
-from switchlora.models.files import HALF as HALF, RESIDUAL as RESIDUAL, read_file as read_file
+from switchlora.models.files import (
+    HALF as HALF,
+    RESIDUAL as RESIDUAL,
+    read_file as read_file,
+    read_half as read_half,
+)
 from switchlora.models.text import CausalTransformer as CausalTransformer
 from switchlora.models.vision import (
     create_model as create_model,
     eval_mode as eval_mode,
     read_directly as read_directly,
 )
-from switchlora.models.weights import load_weights as load_weights
+from switchlora.models.weights import converted as converted, load_weights as load_weights

@@ -42,6 +42,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return dict(_tensors(found))
 
 
+def read_half(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of safetensors, be it the half of a model beside an adapter."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"is a damaged file of safetensors ({error})") from error
+
+
 def _check_kind(path: Path) -> None:
     """Raise ValueError for a folder, and for half a model."""
     if path.is_dir():
@@ -76,18 +84,18 @@ def _merged_near(folder: Path) -> str:
     merged = folder.parent / "model.safetensors"
     if merged.is_file():
         return f"give {merged}"
-    return "give the merged model, model.safetensors of its run"
+    return f"give the merged model, model.safetensors of its run, or init_adapter={folder}"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        if HALF.items() <= metadata.items():
-            raise ValueError(_half_of(path))
-        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"is a damaged file of safetensors ({error})") from error
+    if HALF.items() <= metadata.items():
+        raise ValueError(_half_of(path))
+    return read_half(path)
 
 
 def _read_torch(path: Path) -> object:

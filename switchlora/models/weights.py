@@ -87,8 +87,8 @@ def _read(model: nn.Module, source: str) -> dict[str, Tensor]:
     if factors:
         raise ValueError(
             f"init_checkpoint={source}: holds low-rank factors, such as {factors[0]}, which are "
-            "half a model; give the merged model: model.safetensors of a run, or what PEFT's "
-            "merge_and_unload() returns"
+            "half a model; give the merged model, such as model.safetensors of a run, or the "
+            "folder of the adapter as init_adapter"
         )
     weights = {}
     for key, tensor in found.items():
@@ -159,14 +159,17 @@ def _under(whole: Weights, prefix: str) -> dict[str, Tensor]:
     return found
 
 
+def converted(weights: Weights, model: nn.Module) -> dict[str, Tensor]:
+    """Return weights with the names and shapes of ``model``, by timm's filter if it has one."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return dict(weights) if convert is None else dict(convert(dict(weights), model))
+
+
 def _fitted(found: Weights, model: nn.Module, source: str) -> dict[str, Tensor]:
     """Return ``found`` converted and resampled to ``model``, without a head of other shapes."""
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     own = model.state_dict()
-    weights = dict(found)
     try:
-        if convert is not None:
-            weights = dict(convert(weights, model))
+        weights = converted(found, model)
         for name in _names(model, "first_conv"):
             key = f"{name}.weight"
             if key in weights and key in own:

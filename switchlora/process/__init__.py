@@ -1,5 +1,6 @@
 """Run as one of several processes: talk to the others, heed signals, exit with one line."""
 
+from switchlora.process.device import find_device as find_device
 from switchlora.process.distributed import (
     agreed_checksum as agreed_checksum,
     any_rank as any_rank,

@@ -129,6 +129,7 @@ KINDS: dict[str, Kind] = {
     "max_updates": or_null(whole(1)),
     "max_skipped": whole(0),
     "init_checkpoint": or_null(TEXT),
+    "init_adapter": or_null(TEXT),
     "resume": or_null(TEXT),
     "objectives": list_of(TEXT, "a list of keys of summary.json", least=1),
     "ema": or_null(BELOW_ONE),

@@ -11,15 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from switchlora.adapters import check_adapters_work, coverage_line, freeze_unused
+from switchlora.adapters import check_adapters_work, coverage_line, freeze_unused, merge
 from switchlora.config import as_plain, build, from_environment
 from switchlora.data import Data
 from switchlora.errors import ODD
 from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_learner
-from switchlora.models import load_weights
+from switchlora.models import RESIDUAL, load_weights
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
-from switchlora.process import Interruption, distributed, known_keys
+from switchlora.process import Interruption, distributed, find_device, known_keys
 from switchlora.run.agreement import agree_on_data
 from switchlora.run.checks import (
     check_config,
@@ -43,6 +43,7 @@ from switchlora.storage import (
     Sink,
     WandbLog,
     find,
+    load_adapter,
     machine_line,
     wandb_options,
     write_whole,
@@ -91,9 +92,7 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     agree_on_data(parts.data)
     distributed.from_primary(parts.data.digest)  # of the data that the run begins with
     found = find(config.resume, folder, parts.plain, parts.model, parts.data.digest, check_state)
-    loaded = None
-    if found is None and config.init_checkpoint is not None:
-        loaded = load_weights(parts.model, config.init_checkpoint)
+    loaded = load_start(parts.model, config) if found is None else []
     monitor = build_monitor(parts)
     check(parts, monitor)
     ema = WeightEMA(parts.model, config.ema) if config.ema else None
@@ -101,9 +100,37 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     if trunk is not None:
         found = trunk.enter(parts.policy, parts.model, found, folder, interruption)
     run = begin(parts, monitor, ema, trunk, found, folder, interruption)
-    if loaded:
-        run.log.line(f"starts from {loaded}")
+    for line in loaded:
+        run.log.line(f"starts from {line}")
     return resume(run, found)
+
+
+def load_start(model: nn.Module, config: DictConfig) -> list[str]:
+    """Give ``model`` the weights that it starts from, in place; return a line on each of them."""
+    lines = []
+    if config.init_checkpoint is not None:
+        lines.append(load_weights(model, config.init_checkpoint))
+    if config.init_adapter is not None:
+        lines.append(merge_adapter(model, Path(config.init_adapter), alone=not lines))
+    return lines
+
+
+def merge_adapter(model: nn.Module, folder: Path, alone: bool) -> str:
+    """Merge the adapter of a folder into ``model``, in place; return a line on it.
+
+    ValueError if the folder has a base model, and the start is not it ``alone``.
+    """
+    has_base = (folder / RESIDUAL).is_file()
+    if has_base and not alone:
+        raise ValueError(
+            f"init_adapter={folder} has its own base model, {RESIDUAL}: leave init_checkpoint out"
+        )
+    try:
+        load_adapter(model, folder)
+    except ValueError as error:
+        raise ValueError(f"init_adapter={folder}: {error}") from error
+    merged = len(merge(model))
+    return f"{folder}: adapters of {merged} linears, merged{' into their base' * has_base}"
 
 
 def build_parts(config: DictConfig) -> Parts:
@@ -113,7 +140,7 @@ def build_parts(config: DictConfig) -> Parts:
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
-    device = _device("system.device", config.system.device)
+    device = find_device("system.device", config.system.device)
     sinks = {name: build(section) for name, section in (config.log.get("sinks") or {}).items()}
     data = _build_data(config)
     sharded = config.system.parallel == "fsdp"
@@ -133,7 +160,7 @@ def build_parts(config: DictConfig) -> Parts:
 def build_monitor(parts: Parts) -> UpdateMonitor:
     """Build the monitor of the policy's targets; their weights are its first references."""
     options = parts.config.monitor
-    _device("monitor.device", options.device)
+    find_device("monitor.device", options.device)
     targets = parts.policy.find_targets(parts.model)
     return UpdateMonitor(parts.model, targets, **{**options, "window": parts.window})
 
@@ -242,23 +269,6 @@ def _build_data(config: DictConfig) -> Data:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-
-
-def _device(key: str, name: str) -> torch.device:
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
-    try:
-        zero = torch.zeros((), device=name)
-        zero.item()  # the device 'meta' holds no numbers
-        device = zero.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{key} '{name}' cannot be used: {reason}") from error
 
 
 def _device_of(model: nn.Module) -> torch.device:

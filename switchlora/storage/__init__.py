@@ -31,6 +31,7 @@ from switchlora.storage.export import (
 from switchlora.storage.files import write_whole as write_whole
 from switchlora.storage.hub import save_hub_layout as save_hub_layout
 from switchlora.storage.mlflow_log import MLflow as MLflow
+from switchlora.storage.peft import load_adapter as load_adapter
 from switchlora.storage.provenance import (
     KERNEL_LIMITS as KERNEL_LIMITS,
     code_digest as code_digest,

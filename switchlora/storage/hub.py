@@ -204,6 +204,8 @@ def facts(config: Config, summary: Mapping[str, Any]) -> list[str]:
     found = [f"Data: {described(data)}"]
     if config.get("init_checkpoint"):
         found.append(f"Start: `{config['init_checkpoint']}`")
+    if config.get("init_adapter"):
+        found.append(f"Start: the adapter `{config['init_adapter']}`, merged")
     found.append(f"Length: {updates}, seed {config['seed']}, {summary['status']}")
     if switch["fired"]:
         before, after = switch["trainable_before"], switch["trainable_after"]

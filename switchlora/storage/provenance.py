@@ -16,6 +16,7 @@ import torch
 from hydra.utils import get_object
 
 from switchlora.process import distributed
+from switchlora.storage.export import ADAPTER_CONFIG
 
 PACKAGES = ("switchlora", "torch", "torchvision", "timm", "hydra-core", "wandb", "scipy", "numpy")
 KERNEL_LIMITS = (
@@ -102,30 +103,32 @@ def code_digest(keys: Mapping[str, Any]) -> str:
 
     - the code of this package,
     - the source files of the ``_target_`` values,
-    - files that are values themselves, such as ``model.checkpoint_path``.
+    - files that are values themselves, such as ``model.checkpoint_path``, and those of a folder
+      that is one and holds an adapter.
     """
     files = set(Path(__file__).parents[1].rglob("*.py"))
     for key, value in keys.items():
-        file = _source_of(value) if key.split(".")[-1] == "_target_" else _file_of(value)
-        if file is not None:
-            files.add(file)
+        is_target = key.split(".")[-1] == "_target_"
+        files.update(_source_of(value) if is_target else _files_of(value))
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def _source_of(target: Any) -> Path | None:
+def _source_of(target: Any) -> list[Path]:
     try:
-        return Path(inspect.getfile(get_object(str(target))))
+        return [Path(inspect.getfile(get_object(str(target))))]
     except TypeError:  # it is built in
-        return None
+        return []
 
 
-def _file_of(value: Any) -> Path | None:
-    if isinstance(value, str) and Path(value).is_file():
-        return Path(value)
-    return None
+def _files_of(value: Any) -> list[Path]:
+    if not isinstance(value, str):
+        return []
+    if (Path(value) / ADAPTER_CONFIG).is_file():
+        return [path for path in Path(value).iterdir() if path.is_file()]
+    return [Path(value)] if Path(value).is_file() else []
 
 
 def git_state() -> str | None:

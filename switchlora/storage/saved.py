@@ -1,32 +1,31 @@
 """Load a saved model, whatever form it was saved in, without trusting its files."""
 
-import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from switchlora.config import TARGET, Config, build_saved, without_start
-from switchlora.models import RESIDUAL, read_file
+from switchlora.adapters import merge
+from switchlora.config import Config, build_saved, without_start
+from switchlora.models import RESIDUAL, converted, read_file
 from switchlora.storage.checkpoint import STATE, read, rebuild
-from switchlora.storage.export import ADAPTER, ADAPTER_CONFIG, PEFT_PREFIX
-from switchlora.storage.hub import BUILDER, HUB_CONFIG
+from switchlora.storage.export import ADAPTER, ADAPTER_CONFIG
+from switchlora.storage.hub import HUB_CONFIG
+from switchlora.storage.peft import load_adapter
 from switchlora.storage.reading import FileDamaged, content_of, parse_json
 from switchlora.storage.records import read_config
 from switchlora.storage.retention import find_all
 from switchlora.storage.runlog import CONFIG
 from switchlora.storage.tensors import check_weights
+from switchlora.storage.timm_config import classes_in, config_of_timm
 
-MERGED = "model.safetensors"
-FACTOR = re.compile(rf"{re.escape(PEFT_PREFIX)}(?P<name>.+)\.lora_A\.weight")
-FORMS = f"a run folder, a checkpoint, {MERGED}, or an adapter beside its {RESIDUAL}"
-OTHER_SCALINGS = ("use_rslora", "use_dora")
-"""settings of PEFT with which the scaling is not alpha / rank"""
+MERGED = ("model.safetensors", "pytorch_model.bin")
+FORMS = (
+    f"a run folder, a checkpoint, {MERGED[0]}, an adapter beside its {RESIDUAL}, or a folder with "
+    f"{HUB_CONFIG} of timm"
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,9 @@ def load_saved(path: Path, allow: Collection[str] = ()) -> Saved:
         return _checkpoint(path, allow)
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter(path, allow)
-    if (path / MERGED).is_file():
-        return _merged(path / MERGED, allow)
+    for name in MERGED:
+        if (path / name).is_file():
+            return _merged(path / name, allow)
     checkpoints = find_all(path)
     if not checkpoints:
         raise ValueError(f"{path} holds no model; give {FORMS}")
@@ -89,48 +89,13 @@ def _merged(path: Path, allow: Collection[str]) -> Saved:
 
 def _adapter(folder: Path, allow: Collection[str]) -> Saved:
     config, described = _description(folder, folder.parent)
-    settings = parse_json(content_of(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
-    alike = settings.get("lora_alpha") == settings.get("r")
-    alike &= settings.get("alpha_pattern") == settings.get("rank_pattern")
-    if not alike or any(settings.get(key) for key in OTHER_SCALINGS):
+    if not (folder / RESIDUAL).is_file():
         raise ValueError(
-            f"{folder}: this adapter was not written by switchlora; merge it with PEFT, and give "
-            "the file of its weights"
+            f"{folder / RESIDUAL} is missing: an adapter needs {ADAPTER} and its base model"
         )
-    weights = _tensors(folder / RESIDUAL)
-    _merge(weights, _tensors(folder / ADAPTER), folder / ADAPTER)
-    model = _model(config, described, weights, folder, allow)
-    return Saved(model, config, folder, _classes(described), adapted=True)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: an adapter needs {ADAPTER} and {RESIDUAL}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise FileDamaged(f"{path} is a damaged file of safetensors ({error})") from error
-
-
-def _merge(weights: dict[str, Tensor], factors: Mapping[str, Tensor], path: Path) -> None:
-    """Add the products B A of ``factors`` to the weights that they belong to."""
-    for key, A in factors.items():
-        found = FACTOR.fullmatch(key)
-        if found is None:
-            continue
-        name = f"{found['name']}.weight"
-        B = factors.get(key.replace(".lora_A.", ".lora_B."))
-        weight = weights.get(name)
-        if B is None or weight is None or not _fit(weight, A, B):
-            raise ValueError(f"{path} does not fit its {RESIDUAL}: {found['name']}")
-        weights[name] = (weight.float() + B.float() @ A.float()).to(weight.dtype)
-
-
-def _fit(weight: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Return whether B A has the shape of the weight."""
-    if A.ndim != 2 or B.ndim != 2:
-        return False
-    return len(A) == B.shape[1] and weight.shape == (len(B), A.shape[1])
+    model = _built(config, described, allow)
+    merge(load_adapter(model, folder))
+    return Saved(model.eval(), config, folder, _classes(described), adapted=True)
 
 
 def _description(*folders: Path) -> tuple[Config, Path]:
@@ -140,38 +105,21 @@ def _description(*folders: Path) -> tuple[Config, Path]:
             return read_config(folder), folder
         if (folder / HUB_CONFIG).is_file():
             path = folder / HUB_CONFIG
-            return _as_run(parse_json(content_of(path), path), path), folder
+            return config_of_timm(parse_json(content_of(path), path), path), folder
     raise ValueError(
         f"{folders[0]} does not say which model its weights belong to: put {CONFIG} of the run, "
         f"or {HUB_CONFIG} of timm, beside them"
     )
 
 
-def _as_run(content: Mapping[str, Any], path: Path) -> Config:
-    """Return the model, and the shape of its data, that timm's ``config.json`` describes."""
-    try:
-        known = content["pretrained_cfg"]
-        channels, height, width = known["input_size"]
-        shape = {"in_chans": channels, "mean": known["mean"], "std": known["std"]}
-        classes = content.get("num_classes", known["num_classes"])
-        options = dict(content.get("model_args") or {})
-        name = content["architecture"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileDamaged(f"{path} does not describe a model of timm ({error})") from error
-    if height != width:
-        raise ValueError(f"{path}: images of {height} x {width} pixels are not square")
-    model = {**options, TARGET: BUILDER, "name": name, "num_classes": classes}
-    return {"model": model, "data": {**shape, "image_size": height, "num_classes": classes}}
-
-
 def _classes(folder: Path) -> tuple[str, ...]:
     """Return the names of classes that ``config.json`` in a folder holds, if there are any."""
     path = folder / HUB_CONFIG
-    names: object = None
-    if path.is_file():
-        with suppress(FileDamaged):  # a file of somebody else's
-            names = parse_json(content_of(path), path).get("label_names")
-    return tuple(map(str, names)) if isinstance(names, list) else ()
+    if not path.is_file():
+        return ()
+    with suppress(FileDamaged):  # a file of somebody else's
+        return classes_in(parse_json(content_of(path), path))
+    return ()
 
 
 def _model(
@@ -182,11 +130,9 @@ def _model(
     allow: Collection[str],
 ) -> nn.Module:
     """Build the model that ``config`` of a folder describes, with exactly these weights."""
-    described = config.get("model")
-    if not isinstance(described, Mapping):
-        raise FileDamaged(f"{folder / CONFIG} is damaged: it has no 'model'")
-    model: nn.Module = build_saved(without_start(described), f"{folder}: model", allow)
+    model = _built(config, folder, allow)
     try:
+        weights = _with_names_of(model, weights)
         check_weights(model, weights)
     except (KeyError, ValueError) as error:
         raise ValueError(
@@ -194,3 +140,21 @@ def _model(
         ) from error
     model.load_state_dict(weights)
     return model.eval()
+
+
+def _built(config: Config, folder: Path, allow: Collection[str]) -> nn.Module:
+    """Build the model that ``config`` of a folder describes."""
+    described = config.get("model")
+    if not isinstance(described, Mapping):
+        raise FileDamaged(f"{folder / CONFIG} is damaged: it has no 'model'")
+    return build_saved(without_start(described), f"{folder}: model", allow)
+
+
+def _with_names_of(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the weights as timm converts them for ``model``, if they have other names."""
+    if weights.keys() == model.state_dict().keys():
+        return weights
+    try:
+        return converted(weights, model)
+    except Exception:  # whatever a filter raises on the weights of another model
+        return weights
