@@ -248,6 +248,7 @@ def test_what_fails_leaves_model_optimizer_and_schedulers_as_they_were(monkeypat
     loop.switch._inputs._given = broken
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        loop.optimizer.step()
         loop.switch.step(1.0)
     assert "undone" in str(caught[0].message) and not loop.switch.switched
     after = (loop.model.state_dict(), loop.optimizer.state_dict())

@@ -1,0 +1,50 @@
+"""The switch in a loop of one's own on two real gloo processes, and under Accelerate."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+import loop_ranks  # noqa: E402
+from starts import Started, torchrun  # noqa: E402
+from switchlora.adapters import adapted_modules, merged_state_dict  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What two processes found, and the folder with their weights."""
+    folder = tmp_path_factory.mktemp("pair")
+    with Started(f"{folder}.said", torchrun, 2, loop_ranks.two_loops, str(folder)) as started:
+        done = started.finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "ranks.json").read_text()), folder
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same loop on one process with whole batches."""
+    return loop_ranks.accelerated()
+
+
+@pytest.mark.parametrize("loop", ["plain_loop", "accelerated"])
+def test_two_processes_switch_together_and_train_what_one_trains_with_whole_batches(
+    pair, alone, loop
+):
+    found, folder = pair
+    facts = found[loop]
+    assert facts["agree"] and facts["spread"] == 0
+    assert facts["switched_at"] == alone.switched_at == 12 and facts["num_updates"] == 24
+    assert facts["ranks"] == alone.ranks and len(adapted_modules(alone.model)) == 8
+    losses = [loss for _, loss in facts["history"]]
+    assert losses == pytest.approx([m.train_loss for m in alone.history], rel=1e-4)
+    weights = torch.load(folder / f"{loop}.pt", weights_only=True)
+    torch.testing.assert_close(weights, merged_state_dict(alone.model), rtol=1e-3, atol=2e-5)
+
+
+def test_micro_batches_under_accelerate_are_not_updates(alone):
+    switch = loop_ranks.accelerated(accumulate=2)
+    assert switch.switched_at == 12 and switch.num_updates == 24
+    ours, theirs = merged_state_dict(switch.model), merged_state_dict(alone.model)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
