@@ -1,17 +1,20 @@
-"""What every rank of ``test_loop_ranks.py`` does: a plain loop, and one under Accelerate."""
+"""What every rank of ``test_loop_ranks.py`` does: a plain loop, Accelerate, Lightning."""
 
 import json
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from conftest import tiny_vit
 from ranks import spread
 from switchlora import LowRankSwitch, UpdateNorm
 from switchlora.adapters import merged_state_dict
+from switchlora.integrations.lightning import LowRankSwitchCallback
 from switchlora.process import distributed, gather
 
 UPDATES = 24
@@ -35,9 +38,12 @@ def parts(seed=0):
     return model, optimizer
 
 
+OPTIONS = {"criterion": UpdateNorm(5.0, patience=1), "window": 6, "rank": 4, "ramp_updates": 4}
+"""fires at the second measurement"""
+
+
 def switching(model, optimizer):
-    criterion = UpdateNorm(5.0, patience=1)
-    return LowRankSwitch(model, optimizer, criterion=criterion, window=6, rank=4, ramp_updates=4)
+    return LowRankSwitch(model, optimizer, **OPTIONS)
 
 
 def plain_loop():
@@ -75,11 +81,48 @@ def accelerated(accumulate=1):
     return switch
 
 
+class Lit(pl.LightningModule):
+    """The same network in Lightning, called by the module's own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.optimizer = parts()
+
+    def forward(self, images):
+        return self.net(images)
+
+    def training_step(self, batch, _):
+        return LOSS(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return self.optimizer
+
+
+def in_lightning():
+    """In Lightning's Trainer, with this rank's share of the batches."""
+    loader = DataLoader([batch(number) for number in range(UPDATES)], batch_size=None)
+    callback = LowRankSwitchCallback(**OPTIONS)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        strategy="ddp" if distributed.world_size() > 1 else "auto",
+        devices=distributed.world_size(),
+        max_epochs=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    )
+    trainer.fit(Lit(), loader)
+    return callback.switch
+
+
 def found_by(switch):
     """Facts of a loop, equal on all ranks or not."""
     facts = {
         "switched_at": switch.switched_at,
-        "ranks": switch.ranks,
+        "ranks": list(switch.ranks.values()),
         "history": [(m.num_updates, m.train_loss) for m in switch.history],
         "num_updates": switch.num_updates,
     }
@@ -88,15 +131,16 @@ def found_by(switch):
     return {**facts, "agree": agree, "spread": spread(model.state_dict().values())}
 
 
-def two_loops(folder):
-    """Both loops on all ranks; what they found is left in ``folder``."""
+def all_loops(folder):
+    """Each loop on all ranks; what they found is left in ``folder``."""
     distributed.join()
     found = {}
-    for loop in (plain_loop, accelerated):
+    for loop in (plain_loop, accelerated, in_lightning):
         switch = loop()
         found[loop.__name__] = found_by(switch)
         if distributed.is_primary():
-            torch.save(merged_state_dict(switch.model), Path(folder) / f"{loop.__name__}.pt")
+            network = getattr(switch.model, "net", switch.model)
+            torch.save(merged_state_dict(network), Path(folder) / f"{loop.__name__}.pt")
     if distributed.is_primary():
         (Path(folder) / "ranks.json").write_text(json.dumps(found))
     del switch

@@ -166,8 +166,8 @@ def test_what_cannot_work_is_refused_in_a_line(whole, tmp_path):
     several = SimpleNamespace(optimizers=[1, 2], world_size=1)
     with pytest.raises(ValueError, match="needs one optimizer, not 2"):
         switching().on_fit_start(several, Lit())
-    several = SimpleNamespace(optimizers=[1], world_size=2)
-    with pytest.raises(ValueError, match="works in one process"):
+    several = SimpleNamespace(optimizers=[1], world_size=2, strategy=SimpleNamespace(model=None))
+    with pytest.raises(ValueError, match="does not go with SimpleNamespace: use .*ddp"):
         switching().on_fit_start(several, Lit())
     trainer(tmp_path, keeping := ModelCheckpoint(tmp_path), max_steps=1).fit(Lit(), loader())
     with pytest.raises(ValueError, match="was written without LowRankSwitchCallback"):

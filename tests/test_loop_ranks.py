@@ -1,4 +1,4 @@
-"""The switch in a loop of one's own on two real gloo processes, and under Accelerate."""
+"""The switch on two real gloo processes: a plain loop, Accelerate, Lightning."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("accelerate")
+pytest.importorskip("lightning")
 
 import loop_ranks  # noqa: E402
 from starts import Started, torchrun  # noqa: E402
@@ -16,7 +17,7 @@ from switchlora.adapters import adapted_modules, merged_state_dict  # noqa: E402
 def pair(tmp_path_factory):
     """What two processes found, and the folder with their weights."""
     folder = tmp_path_factory.mktemp("pair")
-    with Started(f"{folder}.said", torchrun, 2, loop_ranks.two_loops, str(folder)) as started:
+    with Started(f"{folder}.said", torchrun, 2, loop_ranks.all_loops, str(folder)) as started:
         done = started.finish()
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "ranks.json").read_text()), folder
@@ -28,7 +29,7 @@ def alone():
     return loop_ranks.accelerated()
 
 
-@pytest.mark.parametrize("loop", ["plain_loop", "accelerated"])
+@pytest.mark.parametrize("loop", ["plain_loop", "accelerated", "in_lightning"])
 def test_two_processes_switch_together_and_train_what_one_trains_with_whole_batches(
     pair, alone, loop
 ):
@@ -36,7 +37,7 @@ def test_two_processes_switch_together_and_train_what_one_trains_with_whole_batc
     facts = found[loop]
     assert facts["agree"] and facts["spread"] == 0
     assert facts["switched_at"] == alone.switched_at == 12 and facts["num_updates"] == 24
-    assert facts["ranks"] == alone.ranks and len(adapted_modules(alone.model)) == 8
+    assert facts["ranks"] == list(alone.ranks.values()) and len(adapted_modules(alone.model)) == 8
     losses = [loss for _, loss in facts["history"]]
     assert losses == pytest.approx([m.train_loss for m in alone.history], rel=1e-4)
     weights = torch.load(folder / f"{loop}.pt", weights_only=True)

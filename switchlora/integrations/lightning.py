@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from switchlora.adapters import adapted_modules, is_factor, merge, merged_state_dict
 from switchlora.loop import LowRankSwitch
-from switchlora.process import world_size
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -35,8 +35,11 @@ class LowRankSwitchCallback(Callback):
     dict of a checkpoint holds merged weights after the switch, which ``load_from_checkpoint``
     reads without this package. ``fit(ckpt_path=...)`` goes on from before and after the switch.
 
-    ValueError for manual optimization, several optimizers, several processes, a model that has
-    adapters when ``fit`` begins, and a checkpoint that was written without this callback.
+    Several processes work with ``strategy='ddp'``, whose wrapper is made anew after the switch.
+
+    ValueError for manual optimization, several optimizers, other strategies for several processes,
+    a model that has adapters when ``fit`` begins, and a checkpoint that was written without this
+    callback.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -74,6 +77,8 @@ class LowRankSwitchCallback(Callback):
         self.switch = LowRankSwitch(pl_module, optimizer, schedulers, **self.options)
         if self._kept is not None:
             self._go_on(self.switch, self._kept)
+            if self.switch.switched:
+                _follow(trainer, pl_module)
         elif trainer.ckpt_path:
             raise ValueError(
                 f"{trainer.ckpt_path} was written without LowRankSwitchCallback: load its weights "
@@ -88,7 +93,7 @@ class LowRankSwitchCallback(Callback):
         assert switch is not None
         known = len(switch.history)
         if switch.step(_loss(trainer, outputs)):
-            _save_merged_from_now_on(pl_module)
+            _follow(trainer, pl_module)
         if len(switch.history) > known:
             for (
                 logger
@@ -98,8 +103,6 @@ class LowRankSwitchCallback(Callback):
     def _go_on(self, switch: LowRankSwitch, kept: Mapping[str, Any]) -> None:
         switch.load_state_dict(kept["switch"])
         switch.model.load_state_dict(kept["weights"], strict=False)
-        if switch.switched:
-            _save_merged_from_now_on(switch.model)
 
 
 def _loss(trainer: Any, outputs: Any) -> Tensor | float:
@@ -123,10 +126,18 @@ def _weights_of_adapters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _save_merged_from_now_on(pl_module: Any) -> None:
-    """Let each checkpoint of the trainer hold the state dict of the plain model."""
+def _follow(trainer: Any, pl_module: Any) -> None:
+    """Exchange gradients of what trains now, and let each checkpoint hold merged weights."""
+    strategy = trainer.strategy
+    if _is_ddp(strategy):
+        strategy.model = pl_module
+        strategy.configure_ddp()
     given = pl_module.on_save_checkpoint
     pl_module.on_save_checkpoint = partial(_save_merged, pl_module, given)
+
+
+def _is_ddp(strategy: Any) -> bool:
+    return isinstance(strategy.model, DistributedDataParallel)
 
 
 def _save_merged(
@@ -162,8 +173,8 @@ def _refuse_what_cannot_work(trainer: Any, pl_module: Any) -> None:
             f"LowRankSwitchCallback needs one optimizer, not {len(trainer.optimizers)}: with "
             "several call LowRankSwitch in training_step, once for each"
         )
-    if trainer.world_size > 1 or world_size() > 1:
+    if trainer.world_size > 1 and not _is_ddp(trainer.strategy):
         raise ValueError(
-            "LowRankSwitchCallback works in one process: for several use a loop of your own with "
-            "DistributedDataParallel, or switchlora"
+            f"LowRankSwitchCallback does not go with {type(trainer.strategy).__name__}: use "
+            "Trainer(strategy='ddp'), or the command switchlora"
         )

@@ -52,7 +52,7 @@ class FirstInputs:
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             here = seen_by()
-            if here is not None and not here.seen:
+            if here is not None and not here.seen and not _redirected(module):
                 here._keep(name, args, kwargs)
 
         self._hooks.append(module.register_forward_pre_hook(see, with_kwargs=True))
@@ -83,6 +83,12 @@ class FirstInputs:
         if self._kwargs and not self._args:
             return self._kwargs
         return self._args[0] if len(self._args) == 1 and not self._kwargs else self._args
+
+
+def _redirected(module: nn.Module) -> bool:
+    """Return whether this call of the module's forward is Lightning's, for ``training_step``."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__qualname__", "").startswith("_ForwardRedirection")
 
 
 def _around(modules: Sequence[str]) -> list[str]:
