@@ -20,8 +20,8 @@ from switchlora.integrations.lightning import LowRankSwitchCallback  # noqa: E40
 EARLY = UpdateNorm(5.0, patience=1)
 """fires at the second measurement"""
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*has no scheduler"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
 
 
