@@ -62,13 +62,17 @@ def plain_loop():
     return switch
 
 
-def accelerated(accumulate=1):
+def accelerated(accumulate=1, until=UPDATES, keep=None, resume=None):
     """Under Accelerate, on any number of processes."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     model, plain_optimizer = parts()
     switch = switching(model, plain_optimizer)
+    if resume:
+        switch.load_state_dict(torch.load(resume / "switch.pt", weights_only=True))
     wrapped, optimizer = accelerator.prepare(model, plain_optimizer)
-    for number in range(UPDATES):
+    if resume:
+        accelerator.load_state(str(resume))
+    for number in range(switch.num_updates, until):
         images, labels = batch(number)
         for rows in range(accumulate):
             with accelerator.accumulate(wrapped):
@@ -78,6 +82,9 @@ def accelerated(accumulate=1):
                 optimizer.zero_grad()
                 if switch.step(loss):
                     wrapped = accelerator.prepare(model)
+    if keep:
+        accelerator.save_state(str(keep))
+        torch.save(switch.state_dict(), keep / "switch.pt")
     return switch
 
 

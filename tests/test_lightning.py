@@ -1,5 +1,7 @@
 """The switch in the Trainer of Lightning: checkpoints, accumulation, what is refused."""
 
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 from conftest import tiny_vit  # noqa: E402
 from switchlora import UpdateNorm  # noqa: E402
 from switchlora.adapters import adapted_modules, is_factor, merged_state_dict  # noqa: E402
+from switchlora.integrations import lightning as ours  # noqa: E402
 from switchlora.integrations.lightning import LowRankSwitchCallback  # noqa: E402
 
 EARLY = UpdateNorm(5.0, patience=1)
@@ -172,3 +175,19 @@ def test_what_cannot_work_is_refused_in_a_line(whole, tmp_path):
     trainer(tmp_path, keeping := ModelCheckpoint(tmp_path), max_steps=1).fit(Lit(), loader())
     with pytest.raises(ValueError, match="was written without LowRankSwitchCallback"):
         trainer(tmp_path, switching()).fit(Lit(), loader(), ckpt_path=keeping.best_model_path)
+
+
+def imported_anew():
+    spec = spec_from_file_location("anew", ours.__file__)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_lightning_the_older_package_is_taken_and_without_both_a_line_says_so(monkeypatch):
+    older = pytest.importorskip("pytorch_lightning.callbacks")
+    monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", None)
+    assert issubclass(imported_anew().LowRankSwitchCallback, older.Callback)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning.callbacks", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install lightning"):
+        imported_anew()

@@ -9,6 +9,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("lightning")
 
 import loop_ranks  # noqa: E402
+from conftest import tiny_vit  # noqa: E402
 from starts import Started, torchrun  # noqa: E402
 from switchlora.adapters import adapted_modules, merged_state_dict  # noqa: E402
 
@@ -49,3 +50,21 @@ def test_micro_batches_under_accelerate_are_not_updates(alone):
     assert switch.switched_at == 12 and switch.num_updates == 24
     ours, theirs = merged_state_dict(switch.model), merged_state_dict(alone.model)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("update", [8, 18])
+def test_accelerate_resumes_before_and_after_the_switch(alone, update, tmp_path):
+    loop_ranks.accelerated(until=update, keep=tmp_path)
+    again = loop_ranks.accelerated(resume=tmp_path)
+    assert again.switched_at == 12 and again.num_updates == 24
+    ours, theirs = again.model.state_dict(), alone.model.state_dict()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_what_accelerate_trained_merges_and_loads_elsewhere():
+    switch = loop_ranks.accelerated(until=14)
+    images, _ = loop_ranks.batch(99)
+    expected = switch.model.eval()(images)
+    plain = tiny_vit().eval()
+    plain.load_state_dict(switch.merge_and_unload().state_dict())
+    torch.testing.assert_close(plain(images), expected, rtol=0, atol=1e-5)
