@@ -89,7 +89,7 @@ def accelerated(accumulate=1, until=UPDATES, keep=None, resume=None):
 
 
 class Lit(pl.LightningModule):
-    """The same network in Lightning, called by the module's own forward."""
+    """The same network in Lightning, called by the module's own forward; four epochs."""
 
     def __init__(self):
         super().__init__()
@@ -104,24 +104,35 @@ class Lit(pl.LightningModule):
     def configure_optimizers(self):
         return self.optimizer
 
+    def train_dataloader(self):
+        numbers = range(6 * self.current_epoch, 6 * self.current_epoch + 6)
+        return DataLoader([batch(number) for number in numbers], batch_size=None)
 
-def in_lightning():
-    """In Lightning's Trainer, with this rank's share of the batches."""
-    loader = DataLoader([batch(number) for number in range(UPDATES)], batch_size=None)
-    callback = LowRankSwitchCallback(**OPTIONS)
-    trainer = pl.Trainer(
+
+def lightning_trainer(epochs):
+    return pl.Trainer(
         accelerator="cpu",
-        strategy="ddp" if distributed.world_size() > 1 else "auto",
+        strategy="ddp",
         devices=distributed.world_size(),
-        max_epochs=1,
+        max_epochs=epochs,
+        reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[callback],
+        callbacks=[LowRankSwitchCallback(**OPTIONS)],
     )
-    trainer.fit(Lit(), loader)
+
+
+def in_lightning(folder):
+    """In Lightning's Trainer, stopped after the switch and gone on with."""
+    first = lightning_trainer(epochs=3)
+    first.fit(Lit())
+    first.save_checkpoint(Path(folder) / "lit.ckpt")
+    again = lightning_trainer(epochs=4)
+    again.fit(Lit(), ckpt_path=Path(folder) / "lit.ckpt", weights_only=True)
+    (callback,) = (c for c in again.callbacks if isinstance(c, LowRankSwitchCallback))
     return callback.switch
 
 
@@ -141,14 +152,13 @@ def found_by(switch):
 def all_loops(folder):
     """Each loop on all ranks; what they found is left in ``folder``."""
     distributed.join()
-    found = {}
-    for loop in (plain_loop, accelerated, in_lightning):
-        switch = loop()
-        found[loop.__name__] = found_by(switch)
+    for loop, words in ((plain_loop, ()), (accelerated, ()), (in_lightning, (folder,))):
+        switch = loop(*words)
+        found = found_by(switch)
+        network = getattr(switch.model, "net", switch.model)
         if distributed.is_primary():
-            network = getattr(switch.model, "net", switch.model)
-            torch.save(merged_state_dict(network), Path(folder) / f"{loop.__name__}.pt")
-    if distributed.is_primary():
-        (Path(folder) / "ranks.json").write_text(json.dumps(found))
-    del switch
+            name = f"{folder}/{loop.__name__}"
+            Path(f"{name}.json").write_text(json.dumps(found))
+            torch.save(merged_state_dict(network), f"{name}.pt")
+    del switch, network
     distributed.leave()

@@ -16,12 +16,12 @@ from switchlora.adapters import adapted_modules, merged_state_dict  # noqa: E402
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """What two processes found, and the folder with their weights."""
+    """The folder with what two processes found, and their weights."""
     folder = tmp_path_factory.mktemp("pair")
     with Started(f"{folder}.said", torchrun, 2, loop_ranks.all_loops, str(folder)) as started:
         done = started.finish()
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "ranks.json").read_text()), folder
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,13 @@ def alone():
 def test_two_processes_switch_together_and_train_what_one_trains_with_whole_batches(
     pair, alone, loop
 ):
-    found, folder = pair
-    facts = found[loop]
+    facts = json.loads((pair / f"{loop}.json").read_text())
     assert facts["agree"] and facts["spread"] == 0
     assert facts["switched_at"] == alone.switched_at == 12 and facts["num_updates"] == 24
     assert facts["ranks"] == list(alone.ranks.values()) and len(adapted_modules(alone.model)) == 8
     losses = [loss for _, loss in facts["history"]]
     assert losses == pytest.approx([m.train_loss for m in alone.history], rel=1e-4)
-    weights = torch.load(folder / f"{loop}.pt", weights_only=True)
+    weights = torch.load(pair / f"{loop}.pt", weights_only=True)
     torch.testing.assert_close(weights, merged_state_dict(alone.model), rtol=1e-3, atol=2e-5)
 
 
