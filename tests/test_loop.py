@@ -438,6 +438,13 @@ def test_the_blocks_of_the_page_run_one_after_the_other(tmp_path, monkeypatch, c
     assert here["switch"].switched and capsys.readouterr().out.count("trainable params") == 1
 
 
+def test_each_test_that_the_table_of_the_page_names_exists():
+    page = (ROOT / "docs/your_loop.md").read_text()
+    named = re.findall(r"^\d+\. `(test_\w+)`$", page, re.M)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) == 16 and all(f"def {name}(" in tests for name in named)
+
+
 def test_the_example_of_the_readme_switches_and_has_twelve_lines_at_most(capsys):
     (block,) = blocks("README.md")
     assert len(block.splitlines()) <= 12

@@ -1,17 +1,20 @@
 """The switch on two real gloo processes: a plain loop, Accelerate, Lightning."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("lightning")
+pytest.importorskip("transformers")
 
 import loop_ranks  # noqa: E402
 from conftest import tiny_vit  # noqa: E402
 from starts import Started, torchrun  # noqa: E402
 from switchlora.adapters import adapted_modules, merged_state_dict  # noqa: E402
+from switchlora.integrations.transformers import LowRankSwitchCallback  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +70,9 @@ def test_what_accelerate_trained_merges_and_loads_elsewhere():
     plain = tiny_vit().eval()
     plain.load_state_dict(switch.merge_and_unload().state_dict())
     torch.testing.assert_close(plain(images), expected, rtol=0, atol=1e-5)
+
+
+def test_the_trainer_of_transformers_refuses_several_processes():
+    arguments = SimpleNamespace(world_size=2)
+    with pytest.raises(ValueError, match="works in one process"):
+        LowRankSwitchCallback().on_train_begin(arguments, None, None)
