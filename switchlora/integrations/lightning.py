@@ -19,7 +19,7 @@ try:
     from lightning.pytorch.callbacks import Callback
 except ModuleNotFoundError:
     try:
-        Callback = import_module("pytorch_lightning.callbacks").Callback
+        Callback = import_module("pytorch_lightning.callbacks").Callback  # type: ignore[misc]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "LowRankSwitchCallback for Lightning needs it: pip install lightning"
