@@ -249,6 +249,7 @@ def test_what_fails_leaves_model_optimizer_and_schedulers_as_they_were(monkeypat
     loop.switch._inputs._given = broken
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        loop.optimizer.step()
         loop.switch.step(1.0)
     assert "undone" in str(caught[0].message) and not loop.switch.switched
     after = (loop.model.state_dict(), loop.optimizer.state_dict())
@@ -438,6 +439,13 @@ def test_the_blocks_of_the_page_run_one_after_the_other(tmp_path, monkeypatch, c
     for block in blocks("docs/your_loop.md"):
         exec(block, here)  # noqa: S102
     assert here["switch"].switched and capsys.readouterr().out.count("trainable params") == 1
+
+
+def test_each_test_that_the_table_of_the_page_names_exists():
+    page = (ROOT / "docs/your_loop.md").read_text()
+    named = re.findall(r"^\d+\. `(test_\w+)`$", page, re.M)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) == 16 and all(f"def {name}(" in tests for name in named)
 
 
 def test_the_example_of_the_readme_switches_and_has_twelve_lines_at_most(capsys):

@@ -25,12 +25,14 @@ from switchlora.criteria import SwitchCriterion, UpdateNorm, Verdict
 from switchlora.errors import SwitchFailed
 from switchlora.initializers import AdapterInit, update_directions
 from switchlora.learner import FactorRates
+from switchlora.loop.counter import UpdateCounter
 from switchlora.loop.groups import NewGroup, Regrouped, follow, home_of_weights, regrouped
 from switchlora.loop.inputs import FirstInputs, Logits
 from switchlora.loop.measure import History, WeightUpdateMonitor
 from switchlora.loop.ramp import Ramp
 from switchlora.loop.schedulers import Tell, is_timms, prepared
 from switchlora.policy import SwitchPolicy
+from switchlora.process import from_primary, together
 from switchlora.ranks import Budget, Fixed, RankPolicy
 from switchlora.storage import save_adapter
 from switchlora.switching import Scene, SwitchReport, switch
@@ -63,10 +65,13 @@ class Held:
 class LowRankSwitch:
     """Turns full training into the training of a low-rank adapter, when a criterion says so.
 
-    Call ``step`` once after each update of the optimizer. It measures the targets every ``window``
-    updates and asks the criterion. When that fires, adapters are put on the targets, and the same
-    optimizer trains them: what is frozen leaves its groups, factors come as new groups, and the
-    schedulers are told. All of it happens, or nothing.
+    Call ``step`` after each update of the optimizer, or after each micro-batch: what counts are
+    the updates that the optimizer made, without those that a GradScaler skipped. ``step`` measures
+    the targets every ``window`` updates and asks the criterion. When that fires, adapters are put
+    on the targets, and the same optimizer trains them: what is frozen leaves its groups, factors
+    come as new groups, and the schedulers are told. All of it happens, or nothing.
+
+    With several processes each of them calls ``step``. The first one decides for all.
 
     - ``optimizer``: any of torch's, or one with its interface.
     - ``schedulers``: those that set its learning rates, torch's or timm's. A function in the place
@@ -135,7 +140,9 @@ class LowRankSwitch:
         self.failures: list[str] = []
         self._ramp: Ramp | None = None
         self._homes = home_of_weights(self.model, self.optimizer)
-        self._inputs = FirstInputs(model, forward)
+        self._made = UpdateCounter(self.optimizer)
+        modules = [target.module for target in self.watch.monitor.targets.values()]
+        self._inputs = FirstInputs(model, forward, modules)
         self._checked = False
         self._tells_of([])
         self._check_optimized()
@@ -156,16 +163,20 @@ class LowRankSwitch:
         return self.switched_at is not None
 
     def step(self, loss: Tensor | float = math.nan) -> bool:
-        """Count one update of the optimizer, and return whether the model has just switched.
+        """Count what the optimizer has done, and return whether the model has just switched.
 
-        ``loss`` is that of the update. It is read at the end of a window.
+        ``loss`` is that of the update or micro-batch. It is read at the end of a window.
+        ValueError when weights move that the optimizer does not move.
         """
+        updates = self._made.since_last()
         if self.switched:
-            self.watch.num_updates += 1
+            self.watch.num_updates += updates
             return False
         if not self._checked:
             self._check_targets()
-        if not self.watch.measured(loss):
+        if self._made.idle == self.watch.monitor.window:
+            self._check_counted()
+        if not self.watch.measured(loss, updates):
             return False
         fired = self._consider()
         if not fired:
@@ -233,12 +244,13 @@ class LowRankSwitch:
         """Refuse targets on which an adapter would do something else than its weight."""
         self._checked = True
         try:
-            check_adapters_work(self.model, self.watch.monitor.targets.values(), self._inputs)
+            with together():
+                check_adapters_work(self.model, self.watch.monitor.targets.values(), self._inputs)
         except ValueError as error:
             raise ValueError(str(error).replace("switch.targets", "target_modules")) from error
 
     def _consider(self) -> bool:
-        self.verdict = self.policy.decide(self.history)
+        self.verdict = from_primary(lambda: self.policy.decide(self.history))
         if not self.verdict.fires or len(self.failures) >= TRIES:
             return False
         try:
@@ -281,6 +293,14 @@ class LowRankSwitch:
         for scheduler in self.schedulers:
             tells += prepared(scheduler, len(self.optimizer.param_groups), new)
         return tells
+
+    def _check_counted(self) -> None:
+        """Refuse an optimizer that is not the one that trains the targets."""
+        if self.num_updates == 0 and self.watch.moved():
+            raise ValueError(
+                f"weights have moved in {self._made.idle} calls of step(), and the optimizer that "
+                "LowRankSwitch got made no update: give it the one whose step() the loop calls"
+            )
 
     def _check_optimized(self) -> None:
         """Refuse targets that the optimizer does not train."""

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from switchlora.adapters import DEFAULT_TARGETS, find_targets
 from switchlora.monitor import Measurement, UpdateMonitor
+from switchlora.process import gather, world_size
 
 ALL_LINEAR = "all-linear"
 
@@ -38,6 +40,8 @@ class WeightUpdateMonitor:
 
     ``target_modules`` are regular expressions for the ends of the names of linears, or
     'all-linear': all but the last one. Their copies at the start of a window are on the CPU.
+
+    With several processes each of them calls ``step``. All get the same numbers.
     """
 
     def __init__(
@@ -67,18 +71,26 @@ class WeightUpdateMonitor:
         self.monitor.start_window(self.num_updates)
         return self.log_dict()
 
-    def measured(self, loss: Tensor | float) -> bool:
-        """Count one update, and measure at the end of a window. The caller starts the next one."""
-        self.num_updates += 1
+    def measured(self, loss: Tensor | float, updates: int = 1) -> bool:
+        """Count ``updates`` and measure at the end of a window. The caller starts the next one."""
+        self.num_updates += updates
         self._losses.append(torch.as_tensor(loss).detach())
         if not self.monitor.due(self.num_updates):
             return False
-        for each in torch.stack([loss.cpu().double() for loss in self._losses]).tolist():
+        for each in self._losses_of_all():
             self.monitor.observe(each)
         self._losses.clear()
         epoch = self.num_updates / self.updates_per_epoch if self.updates_per_epoch else math.nan
         self.history.append(self.monitor.measure(self.num_updates, epoch))
         return True
+
+    def moved(self) -> bool:
+        """Return whether a target's weight is not what it was at the start of the window."""
+        for name, target in self.monitor.targets.items():
+            weight = target.weight(self.model).detach().cpu()
+            if not torch.equal(weight, self.monitor.references[name].cpu()):
+                return True
+        return False
 
     def log_dict(self) -> dict[str, float]:
         """Return the numbers of the last measurement for any logger, by name."""
@@ -110,6 +122,11 @@ class WeightUpdateMonitor:
         if still_measures:
             self.monitor.load_state_dict(state["monitor"])
 
+    def _losses_of_all(self) -> list[float]:
+        """Return the losses of the window; with several processes the mean of each."""
+        losses = torch.stack([loss.cpu().double() for loss in self._losses])
+        return gather(float(losses.mean())) if world_size() > 1 else losses.tolist()
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the plain model; ValueError for a wrapper that must be made anew after the switch."""
@@ -118,6 +135,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "the model is in DistributedDataParallel, which keeps buckets for the parameters that "
             "train when it is made: give the module inside (model.module), and wrap that again "
             "where step() returns True"
+        )
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "the model is sharded, and a switch needs whole weights: use "
+            "DistributedDataParallel, or train with the command switchlora"
         )
     inner = getattr(model, "_orig_mod", model)
     return unwrapped(inner) if inner is not model else model

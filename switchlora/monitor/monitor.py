@@ -219,7 +219,7 @@ class UpdateMonitor:
 
     def _spectral_norm(self, key: str, matrix: Tensor) -> Tensor:
         if key in self._vectors:
-            start = self._vectors[key]
+            start = self._vectors[key].to(matrix.device)  # which may have moved
             iterations = self.iterations
         else:
             start = _start_vector(matrix)

@@ -6,6 +6,7 @@ from switchlora.process.distributed import (
     any_rank as any_rank,
     from_primary as from_primary,
     full as full,
+    gather as gather,
     is_primary as is_primary,
     like as like,
     lost_rank as lost_rank,
