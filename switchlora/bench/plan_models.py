@@ -62,14 +62,17 @@ class Planned:
     """number of equal blocks"""
 
     def with_blocks(self, number: int) -> nn.Module:
-        """Return a copy that has ``number`` of the equal blocks."""
-        model = copy.deepcopy(self.model)
+        """Return a copy that has ``number`` of the equal blocks. The others are not copied."""
         if self.stack is None:
-            return model
+            return copy.deepcopy(self.model)
         parent, _, name = self.stack.rpartition(".")
-        holder = model.get_submodule(parent)
-        setattr(holder, name, getattr(holder, name)[:number])
-        return model
+        holder = self.model.get_submodule(parent)
+        blocks = getattr(holder, name)
+        setattr(holder, name, blocks[:number])
+        try:
+            return copy.deepcopy(self.model)
+        finally:
+            setattr(holder, name, blocks)
 
 
 def planned(name: str, options: Mapping[str, Any], context: int | None = None) -> Planned:

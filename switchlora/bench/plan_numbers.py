@@ -13,6 +13,7 @@ from switchlora.adapters import DEFAULT_TARGETS, count_parameters, find_targets
 from switchlora.bench.arms import Cell, become
 from switchlora.bench.plan_models import Planned, planned
 from switchlora.cost import Hardware, Machine, Prediction, Trace, fuse, predict, trace_batch
+from switchlora.errors import check_range
 from switchlora.learner import Recipe
 
 FEW_BLOCKS = (1, 2)
@@ -110,6 +111,8 @@ class Plan:
     request: Request
     hardware: Hardware
     machine: Machine
+    measured: bool
+    """whether ``machine`` was measured, not taken from ``hardware``"""
     parameters: int
     unit: str
     example_bytes: int
@@ -175,13 +178,14 @@ class Plan:
     @property
     def capacity(self) -> float:
         """Bytes of a device that tensors can have."""
-        beside = CONTEXT_BYTES + (COMMUNICATION_BYTES if self.request.gpus > 1 else 0.0)
-        return self.hardware.memory - beside
+        return capacity_of(self.hardware, self.request)
 
 
 def make_plan(request: Request, hardware: Hardware, machine: Machine | None = None) -> Plan:
     """Trace both phases and price them; ``machine`` has measured rates instead of the device's."""
     found = planned(request.model, request.options, request.context)
+    check_rank(found.model, request.rank)
+    measured = machine is not None
     machine = machine or hardware.machine(request.precision, request.compiled, request.host)
     if request.network is not None:
         hardware = replace(hardware, network=request.network)
@@ -191,12 +195,20 @@ def make_plan(request: Request, hardware: Hardware, machine: Machine | None = No
         request=request,
         hardware=hardware,
         machine=machine,
+        measured=measured,
         parameters=count_parameters(found.model),
         unit=found.example.unit,
         example_bytes=found.example.bytes,
         full=phase("full"),
         adapter=phase(arm),
     )
+
+
+def check_rank(model: nn.Module, rank: int) -> None:
+    """Raise ValueError for a rank above the shortest side of a target's weight."""
+    targets = find_targets(model, DEFAULT_TARGETS)
+    sides = [min(target.weight(model).shape) for target in targets.values()]
+    check_range("rank", rank, 1, min(sides))
 
 
 def phase_of(
@@ -206,11 +218,8 @@ def phase_of(
     few = traces_of(found, request, arm)
     priced = whole_of(found.depth, [price(trace, machine, request.compiled) for trace in few])
     sizes = sizes_of(found.depth, few)
-    twice = traces_of(found, replace(request, batch=2 * request.batch), arm)
     states = held_states(sizes, found.depth, request)
-    micro = request.share // request.accumulation
     kept = held_beside(found.depth, few)
-    slope = (held_beside(found.depth, twice) - kept) / micro
     passes = priced["forward"] + priced["backward"]
     return Phase(
         name=arm,
@@ -221,7 +230,7 @@ def phase_of(
         memory=FRAGMENTS * (states + kept),
         states=states,
         all_states=sizes["parameters"] + sizes["gradients"] + sizes["optimizer_state"],
-        largest=largest_batch(hardware, request, states + kept - slope * micro, slope),
+        largest=largest_batch(found, request, arm, kept, free_bytes(hardware, request, states)),
         error=LARGE_ERROR if mean_width(few[-1]) >= WIDE else SMALL_ERROR,
     )
 
@@ -327,11 +336,31 @@ def held_states(sizes: Mapping[str, float], depth: int, request: Request) -> flo
     return states
 
 
-def largest_batch(hardware: Hardware, request: Request, constant: float, slope: float) -> int:
-    """Return the most examples of a micro-batch that fit; 0 if not one does."""
+def free_bytes(hardware: Hardware, request: Request, states: float) -> float:
+    """Return the bytes of a device that activations can have."""
+    return capacity_of(hardware, request) / FRAGMENTS - states
+
+
+def capacity_of(hardware: Hardware, request: Request) -> float:
+    """Return the bytes of a device that tensors can have."""
     beside = CONTEXT_BYTES + (COMMUNICATION_BYTES if request.gpus > 1 else 0.0)
-    free = (hardware.memory - beside) / FRAGMENTS - constant
-    return max(0, int(free / slope))
+    return hardware.memory - beside
+
+
+def largest_batch(found: Planned, request: Request, arm: str, kept: float, free: float) -> int:
+    """Return the most examples of a micro-batch whose activations fit; 0 if not one does.
+
+    ``kept`` are the bytes of the request's own batch. The line through it and a batch that would
+    fit if bytes were in proportion to examples gives the answer.
+    """
+    micro = request.share // request.accumulation
+    guess = max(1, int(micro * free / kept))
+    if guess == micro:
+        guess += 1
+    other = replace(request, batch=guess * request.accumulation * request.gpus)
+    held = held_beside(found.depth, traces_of(found, other, arm))
+    slope = (held - kept) / (guess - micro)
+    return max(0, int(micro + (free - kept) / slope))
 
 
 def exposed(

@@ -28,13 +28,14 @@ def head(plan: Plan) -> list[str]:
     parallel = f", {r.parallel}" if r.gpus > 1 else ""
     dtype = f", frozen weights in {r.residual_dtype}" if r.residual_dtype else ""
     rates = plan.machine
+    source = "measured here" if plan.measured else plan.hardware.source
     return [
         f"{r.model}, {plan.parameters / 1e6:,.1f} M parameters, on {r.gpus} x "
         f"{plan.hardware.name}: {r.precision}, {how}{parallel}",
         f"batch {r.batch:,} ({r.share:,} a device), rank {r.rank}, trains "
         f"{' and '.join(r.train_factors)}{dtype}; predicted, intervals in brackets",
-        f"rates: products {rates.product_rate / 1e12:,.3g} TFLOP/s, element-wise "
-        f"{rates.bandwidth / 1e12:,.3g} TB/s, host {rates.host * 1e6:,.0f} us an operation",
+        f"rates ({source}): products {rates.product_rate / 1e12:,.3g} TFLOP/s, element-wise "
+        f"{rates.bandwidth / 1e12:,.3g} TB/s, host {rates.host * 1e6:,.0f} us",
     ]
 
 
@@ -49,8 +50,8 @@ def rows(plan: Plan) -> list[Row]:
         row(plan, "device alone, ms", lambda p: f"{1000 * p.device:,.1f}"),
         row(plan, "host alone, ms", lambda p: f"{1000 * p.host:,.1f}"),
         row(plan, "exchange that nothing hides, ms", lambda p: f"{1000 * p.exchange:,.1f}"),
-        row(plan, "memory of a device, GiB", lambda p: f"{p.memory / GIB:,.1f}"),
-        row(plan, "  weights, moments, buckets", lambda p: f"{p.states / GIB:,.1f}"),
+        row(plan, "memory of a device, GiB", lambda p: digits(p.memory / GIB)),
+        row(plan, "  weights, moments, buckets", lambda p: digits(p.states / GIB)),
         row(plan, "largest batch of a device", lambda p: f"{p.largest:,}"),
         row(plan, "trained parameters, M", lambda p: f"{p.trained / 1e6:,.1f}"),
     ]
@@ -98,16 +99,15 @@ def conclusions(plan: Plan) -> list[str]:
     lines = [
         f"the adapter phase is {interval(plan.speedup, plan.speedup_error)} times as fast as full "
         "training",
-        f"{r.epochs} epochs of {r.size:,}: {digits(hours)} hours without a switch, "
-        f"{digits(switched)} with one at epoch {r.switch_epoch} ({hours / switched:.2f} times as "
-        "fast)",
+        f"{r.epochs} epochs of {r.size:,}: {digits(hours)} hours; with a switch at epoch "
+        f"{r.switch_epoch} {digits(switched)} ({hours / switched:.2f} times as fast)",
         f"device-hours: {digits(hours * r.gpus)} and {digits(switched * r.gpus)}",
         break_even_line(plan),
         loader_line(plan),
     ]
     if plan.hardware.watts:
         energy = [digits(plan.kilowatt_hours(each)) for each in (hours, switched)]
-        lines[2] += f"; at full power {energy[0]} and {energy[1]} kWh for the devices"
+        lines[2] += f"; at full power {energy[0]} and {energy[1]} kWh"
     return lines
 
 
@@ -141,7 +141,10 @@ def refuse_what_cannot_fit(plan: Plan) -> None:
     r = plan.request
     model = f"full training of {r.model} does not fit {r.gpus} x {plan.hardware.name}"
     states = f"{plan.full.states / GIB:,.0f} of {plan.capacity / GIB:,.0f} GiB"
-    raise ValueError(f"{model}: weights, gradients and moments take {states}; {way_out(plan)}")
+    alone = "; the adapter phase alone would fit" if plan.adapter.largest else ""
+    raise ValueError(
+        f"{model}: weights, gradients and moments take {states}; {way_out(plan)}{alone}"
+    )
 
 
 def way_out(plan: Plan) -> str:
@@ -189,8 +192,8 @@ def warnings(plan: Plan) -> list[str]:
     waiting = [phase.name for phase in (plan.full, plan.adapter) if phase.waits_for_host]
     if waiting:
         found.append(
-            f"the device waits for the host ({' and '.join(waiting)}): a larger batch or a faster "
-            "host; host=... sets its microseconds"
+            f"waits for the host ({', '.join(waiting)}): a larger batch, a faster host; "
+            "host=... sets its microseconds"
         )
     if plan.speedup < 1:
         found.append("the adapter phase is slower: what it saves here is memory, not time")
@@ -213,6 +216,7 @@ def plain(plan: Plan) -> dict[str, Any]:
     return {
         "predicted": True,
         "request": asdict(plan.request),
+        "rates_measured": plan.measured,
         "machine": asdict(plan.machine),
         "parameters": plan.parameters,
         "phases": phases,

@@ -8,7 +8,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from operator import itemgetter
@@ -65,9 +65,9 @@ class Operation:
     """bytes of the tensors read and written; 0 for views"""
     width: int = 0
     """shortest side (of M, N and K) of a product; 0 for other operations"""
-    reads: Moved = ()
+    reads: Moved = field(default=(), compare=False)
     """(number of a storage, bytes) of each tensor read; numbers are given in order of creation"""
-    writes: Moved = ()
+    writes: Moved = field(default=(), compare=False)
     """the same of each tensor written anew"""
 
 
