@@ -74,12 +74,12 @@ def test_most_measured_updates_were_not_fitted_to():
 
 def test_memory_measured_on_a_gpu_is_predicted():
     """5,500 MiB were allocated at the peak: experiments/gpu/updates.jsonl."""
-    hardware = hardware_named("h100")
     request = plan_numbers.Request("vit_base_patch16_224", "h100", {}, batch=64, compiled=False)
-    machine = hardware.machine("bf16", compiled=False)
     found = plan_models.planned(request.model, {})
-    phase = plan_numbers.phase_of(found, request, hardware, machine, "full")
-    assert phase.memory / plan_numbers.FRAGMENTS == pytest.approx(5500 * 2**20, rel=0.05)
+    few = plan_numbers.traces_of(found, request, "full")
+    states = plan_numbers.held_states(plan_numbers.sizes_of(12, few), 12, request)
+    peak = states + plan_numbers.held_beside(12, few)
+    assert peak == pytest.approx(5500 * 2**20, rel=0.05)
 
 
 @pytest.mark.parametrize("arm", ["full", "adapter"])
@@ -167,11 +167,13 @@ def test_an_exchange_hides_behind_the_backward_pass_until_it_is_longer():
 def test_the_largest_batch_is_the_last_that_fits():
     hardware = replace(hardware_named("h100"), memory=1.02 * 2**30)
     request = plan.request_of([*TINY, "hardware=h100"])
-    found = plan_numbers.make_plan(request, hardware)
-    for share, fits in ((0.98, True), (1.02, False)):
-        batch = int(found.full.largest * share)
-        again = plan_numbers.make_plan(replace(request, batch=batch), hardware)
-        assert (again.full.memory <= again.capacity) == fits
+    found = plan_models.planned(request.model, request.options)
+    machine = hardware.machine("bf16", compiled=True)
+    phase = plan_numbers.phase_of(found, request, hardware, machine, "full")
+    largest = replace(request, batch=phase.largest)
+    held = plan_numbers.held_beside(5, plan_numbers.traces_of(found, largest, "full"))
+    free = plan_numbers.free_bytes(hardware, request, phase.states)
+    assert held == pytest.approx(free, rel=0.02)
 
 
 def test_hours_add_up_and_a_switch_that_saves_nothing_has_no_last_epoch(tiny):
@@ -199,13 +201,17 @@ def test_numbers_for_programs_are_those_of_the_page(tiny):
     assert found["request"]["rank"] == 4 and found["break_even_epoch"] is None
 
 
-def test_this_machine_is_measured_on_the_spot(monkeypatch):
+def test_this_machine_is_measured_on_the_spot(monkeypatch, tiny):
     rates = Machine(1e11, 5e10, 5e9)
     monkeypatch.setattr(plan, "measure_machine", lambda device, precision: rates)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = made(*TINY, "hardware=here")
-    assert found.machine == rates and "rates (measured here)" in plan_page.page(found)
-    assert found.full.host == 0 and not found.request.compiled
+    request = plan.request_of([*TINY, "hardware=here"])
+    hardware, machine = plan.hardware_of(request, calibrate=False)
+    assert machine == rates and hardware.memory > 0 and not request.compiled
+    named = plan.request_of([*TINY, "hardware=h100"])
+    hardware, machine = plan.hardware_of(named, calibrate=True)
+    assert machine == rates.compiled() and hardware == hardware_named("h100")
+    assert "rates (measured here)" in plan_page.page(replace(tiny, measured=True))
 
 
 @pytest.mark.parametrize(
@@ -237,11 +243,16 @@ def test_a_mistake_is_one_line(words, said, monkeypatch):
 
 
 def test_what_fits_nowhere_needs_more_devices_or_what_is_not_here():
-    words = ["model=gpt3-175b", "hardware=h100", "gpus=8", "data.batch_size=8"]
-    with pytest.raises(ValueError, match=r"does not fit 8 x h100: .* at least \d+ of these"):
-        plan.answer(words)
+    found = made("model=gpt3-175b", "hardware=h100", "gpus=8", "data.batch_size=8")
+    with pytest.raises(ValueError, match=r"does not fit 8 x h100: .*fsdp.* at least \d+ of these"):
+        plan_page.page(found)
+    sharded = replace(
+        found,
+        request=replace(found.request, parallel="fsdp"),
+        full=replace(found.full, states=found.full.all_states / 8),
+    )
     with pytest.raises(ValueError, match="needs at least .* tensor parallelism, which this"):
-        plan.answer([*words, "system.parallel=fsdp"])
+        plan_page.plain(sharded)
 
 
 def test_a_batch_that_does_not_fit_is_said_with_what_helps(tiny):

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from switchlora.adapters import DEFAULT_TARGETS, count_parameters, find_targets
+from switchlora.adapters import (
+    DEFAULT_TARGETS,
+    adapted_modules,
+    count_parameters,
+    find_targets,
+)
 from switchlora.bench.arms import Cell, become
 from switchlora.bench.plan_models import Planned, planned
 from switchlora.cost import Hardware, Machine, Prediction, Trace, fuse, predict, trace_batch
@@ -290,10 +295,9 @@ def cast_residual(model: nn.Module, dtype: str | None) -> None:
     """Give frozen weights of targets half the bytes where ``dtype`` is 'bf16'."""
     if dtype is None:
         return
-    for target in find_targets(model, DEFAULT_TARGETS).values():
-        linear = model.get_submodule(target.module)
-        weight = linear.weight.to(torch.bfloat16)  # type: ignore[operator,union-attr]
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+    for linear in adapted_modules(model).values():
+        weight = linear.weight.detach()
+        linear.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
 
 
 def price(trace: Trace, machine: Machine, compiled: bool) -> Prediction:
@@ -353,6 +357,8 @@ def largest_batch(found: Planned, request: Request, arm: str, kept: float, free:
     ``kept`` are the bytes of the request's own batch. The line through it and a batch that would
     fit if bytes were in proportion to examples gives the answer.
     """
+    if free <= 0:
+        return 0
     micro = request.share // request.accumulation
     guess = max(1, int(micro * free / kept))
     if guess == micro:
