@@ -82,14 +82,13 @@ def test_memory_measured_on_a_gpu_is_predicted():
     assert peak == pytest.approx(5500 * 2**20, rel=0.05)
 
 
-@pytest.mark.parametrize("arm", ["full", "adapter"])
-def test_two_blocks_tell_what_all_of_them_take(arm):
+def test_two_blocks_tell_what_all_of_them_take():
     request = plan.request_of([*TINY, "hardware=h100"])
     found = plan_models.planned(request.model, request.options)
     machine = hardware_named("h100").machine("bf16", compiled=True)
     assert found.stack == "blocks" and found.depth == 5
-    few = plan_numbers.traces_of(found, request, arm)
-    whole = plan_numbers.traced(found, request, arm, found.depth)
+    few = plan_numbers.traces_of(found, request, "adapter")
+    whole = plan_numbers.traced(found, request, "adapter", found.depth)
     sizes = plan_numbers.sizes_of(found.depth, few)
     assert sizes == dict(whole.memory)
     prices = [plan_numbers.price(trace, machine, True) for trace in (*few, whole)]
