@@ -23,6 +23,7 @@ RUNS = {
 }
 BENCH = {
     "update": ("bench.bench", "an update's seconds and memory: full training, adapters, PEFT"),
+    "plan": ("bench.plan", "time and memory of both phases on a device by name, predicted"),
     "switch": ("bench.switch", "what monitor and switch cost"),
     "lowrank": ("bench.lowrank", "low-rank layers beside dense ones"),
     "phases": ("bench.phases", "an update of both phases of a run, and what each of them holds"),

@@ -104,7 +104,7 @@ def test_arms_train_what_their_names_say(arms):
     factors = {t.replace("weight", f) for t in targets for f in LORA}
     assert len(targets) == 4
     assert trained(arms["frozen"]) == everything - targets
-    for name in ("adapter", "adapter-merged", "adapter-split", "peft"):
+    for name in ("adapter", "adapter-merged", "adapter-split", "peft", "peft-nocast"):
         assert trained(arms[name]) == everything - targets | factors
     only_B = {factor for factor in factors if "lora_B" in factor}
     assert trained(arms["adapter-B"]) == everything - targets | only_B
@@ -148,18 +148,42 @@ def test_each_round_is_one_update_of_each_arm_in_an_order_of_its_own(arms):
     rounds = list(bench_rounds.timed_rounds(list(arms.values()), 6, 1, ""))
     orders = [tuple(laps) for laps in rounds]
     assert all(Counter(order) == Counter(bench_arms.ARMS) for order in orders)
-    assert len(set(orders)) == 6
-    assert {arm.num_updates for arm in arms.values()} == {7}
+    assert len(set(orders[:6])) == 6
+    shown = [{key for lap in laps.values() for key in lap} for laps in rounds]
+    assert shown == [{"total"}] * 6 + [set(bench_report.PARTS)] * bench_rounds.ROUNDS_OF_PARTS
+    assert {arm.num_updates for arm in arms.values()} == {7 + bench_rounds.ROUNDS_OF_PARTS}
 
 
 def test_parts_of_an_update_add_up_over_micro_batches(cell):
     split = replace(cell, accumulation=2)
     arm = bench_arms.make_arm("adapter", bench_arms.base_model(split), split)
-    lap = arm.lap()
-    parts = [lap[part] for part in bench_report.PARTS]
-    assert min(parts) > 0
-    assert sum(parts) == pytest.approx(lap["total"])
+    readings = iter(range(100))
+    arm.clock._now = lambda: next(readings)
+    parts = arm.lap_of_parts()
+    assert set(parts) == set(bench_report.PARTS) and min(parts.values()) > 0
+    assert sum(parts.values()) == next(readings) - 1
     assert all(p.grad is None for p in arm.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["full", "adapter", "peft"])
+def test_nothing_waits_for_the_device_inside_an_update_that_counts(arms, name):
+    arm = arms[name]
+    readings = []
+    arm.clock._now = lambda: readings.append(0.0) or 0.0
+    arm.lap()
+    assert len(readings) == 2
+    hooked = [m for m in arm.model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooked
+
+
+def test_peft_casts_inputs_in_one_arm_and_leaves_them_in_the_other(cell):
+    moved = {}
+    for name in ("peft", "peft-nocast"):
+        each = replace(cell, precision="bf16")
+        arm = bench_arms.make_arm(name, bench_arms.base_model(each), each)
+        trace = bench.trace_of(arm, each)
+        moved[name] = sum(operation.bytes for operation in trace.operations)
+    assert moved["peft-nocast"] < moved["peft"]
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,10 @@ def test_a_wheel_knows_its_commit_and_its_readme_stands_alone(installed):
     assert "switchlora" in readme and not re.search(r"\]\((?!https?:|#)", readme)
 
 
-@pytest.mark.parametrize("program", ["switchlora-runs", "switchlora-bench"])
-def test_the_commands_list_themselves_and_name_the_nearest_to_a_typo(installed, program):
+@pytest.mark.parametrize(
+    ("program", "typo"), [("switchlora-runs", "tabels"), ("switchlora-bench", "phaess")]
+)
+def test_the_commands_list_themselves_and_name_the_nearest_to_a_typo(installed, program, typo):
     assert f"usage: {program} COMMAND" in run("/", installed / program)
-    done = subprocess.run([installed / program, "tabels"], capture_output=True, text=True)
-    assert done.returncode == 1 and "no command 'tabels'; near names" in done.stderr
+    done = subprocess.run([installed / program, typo], capture_output=True, text=True)
+    assert done.returncode == 1 and f"no command '{typo}'; near names" in done.stderr

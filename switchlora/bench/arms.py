@@ -39,7 +39,10 @@ from switchlora.learner import (
 from switchlora.models import create_model
 from switchlora.process import distributed
 
-ARMS = ("full", "adapter", "adapter-merged", "adapter-split", "adapter-B", "peft", "frozen")
+ARMS = (
+    *("full", "adapter", "adapter-merged", "adapter-split", "adapter-B"),
+    *("peft", "peft-nocast", "frozen"),
+)
 LEANER = {"adapter-gelu": "gelu", "adapter-B-blocks": "blocks"}
 """what these arms recompute in the backward pass (activation checkpointing); on demand only"""
 REFACTORED: dict[str, Callable[[Learner], None]] = {
@@ -107,17 +110,28 @@ class Clock:
         self.loss = nn.CrossEntropyLoss()
         self._now = clock_of(device)
 
-    def time(self, update: Callable[[], None]) -> dict[str, float]:
-        """Run ``update`` and return its seconds, 'total' and by part."""
-        self._seconds = {"forward": 0.0, "optimizer": 0.0}
-        hooks = self._hooks()
+    def total(self, update: Callable[[], None]) -> dict[str, float]:
+        """Run ``update`` and return the seconds of the whole, 'total'.
+
+        The device is waited for before and after it alone.
+        """
         begin = self._now()
         update()
-        total = self._now() - begin
+        return {"total": self._now() - begin}
+
+    def parts(self, update: Callable[[], None]) -> dict[str, float]:
+        """Run ``update`` and return its seconds by part.
+
+        On a GPU each part waits for the device. So nothing overlaps, and the parts add up to more
+        than ``total``.
+        """
+        self._seconds = {"forward": 0.0, "optimizer": 0.0}
+        hooks = self._hooks()
+        whole = self.total(update)["total"]
         for hook in hooks:
             hook.remove()
-        backward = total - sum(self._seconds.values())
-        return {"total": total, "backward": backward, **self._seconds}
+        backward = whole - sum(self._seconds.values())
+        return {"backward": backward, **self._seconds}
 
     def _hooks(self) -> list[RemovableHandle]:
         model = self.learner.forward
@@ -157,7 +171,16 @@ class Arm:
 
     def lap(self) -> dict[str, float]:
         """Make one more update and return its seconds. Its gradients are dropped afterwards."""
-        seconds = self.clock.time(self.update)
+        return self._measured(self.clock.total)
+
+    def lap_of_parts(self) -> dict[str, float]:
+        """Make one more update and return the seconds of its parts."""
+        return self._measured(self.clock.parts)
+
+    def _measured(
+        self, measure: Callable[[Callable[[], None]], dict[str, float]]
+    ) -> dict[str, float]:
+        seconds = measure(self.update)
         self.learner.optimizer.zero_grad(set_to_none=True)
         return seconds
 
@@ -238,8 +261,9 @@ def become(name: str, model: nn.Module, cell: Cell) -> list[str]:
     targets = find_targets(model, DEFAULT_TARGETS)
     if name == "frozen":
         freeze(model, targets)
-    elif name == "peft":
+    elif name.startswith("peft"):
         add_peft(model, targets, cell.rank)
+        leave_inputs_as_they_are(model, casts=name == "peft")
     elif name != "full":
         add_adapters(model, targets, cell.rank)
     for module_name, module in adapted_modules(model).items():
@@ -290,6 +314,16 @@ def add_peft(model: nn.Module, targets: Mapping[str, Target], rank: int) -> None
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in others or is_factor(parameter_name))
     check_same_shapes_train(ours, model)
+
+
+def leave_inputs_as_they_are(model: nn.Module, casts: bool) -> None:
+    """Let PEFT's layers cast their inputs to the type of the factors, or not.
+
+    Under autocast the cast to float32 is for nothing: the product casts it back.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = casts  # type: ignore[assignment]
 
 
 def check_same_shapes_train(ours: nn.Module, theirs: nn.Module) -> None:

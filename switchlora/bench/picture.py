@@ -22,6 +22,7 @@ HATCHES = {
     "adapter-B": "xx",
     "adapter-gelu": "--",
     "adapter-B-blocks": "++",
+    "peft-nocast": "//",
 }
 ORDER = (*ARMS, *ON_DEMAND)
 BAR_INCHES = 0.24

@@ -260,7 +260,8 @@ def _without_exchange(predicted: Mapping[str, float], all_reduce: float) -> tupl
 def speed_table(result: Result) -> str:
     """Return a table of throughput, speed ratios with quartiles, and the parts of an update.
 
-    Throughput and parts are medians over the rounds.
+    Throughput is a median over the rounds. Parts are medians over rounds of their own, in which
+    each part waits for the device.
     """
     rounds = max(len(times(result, name)) for name in result["arms"])
     parts = [f"{part} ms" for part in PARTS]
@@ -323,7 +324,8 @@ def _beside(predicted: float | None, measured: float | None, form: Any) -> str:
 
 
 def _median_milliseconds(result: Result, name: str, part: str) -> str:
-    return _milliseconds(median(times(result, name, part)))
+    seconds = times(result, name, part)
+    return _milliseconds(median(seconds)) if seconds else "-"
 
 
 def _milliseconds(seconds: float) -> str:

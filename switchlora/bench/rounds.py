@@ -1,6 +1,6 @@
 """Rounds of the benchmark: every arm makes one update in each, under the same conditions."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -12,6 +12,8 @@ from tqdm import tqdm
 from switchlora.bench.arms import Arm
 from switchlora.cost import take_turns
 from switchlora.process import distributed
+
+ROUNDS_OF_PARTS = 3
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,23 @@ def timed_rounds(
     warmup: int,
     label: str,
 ) -> Iterator[dict[str, dict[str, float]]]:
-    """Yield the seconds by arm and part of each complete round after the ``warmup`` rounds.
+    """Yield the seconds by arm of each complete round after the ``warmup`` rounds.
 
     In a round every arm makes one update. The keys of the dictionary are in the order of the
-    updates.
+    updates. Rounds of whole updates come first, under 'total'. Then some show the parts.
     """
     common_conditions({arm.name: conditions_of(arm) for arm in arms})
-    total = (warmup + rounds) * len(arms)
+    of_parts = min(rounds, ROUNDS_OF_PARTS)
+    total = (warmup + rounds + of_parts) * len(arms)
     with tqdm(total=total, desc=label, leave=False, disable=not distributed.is_primary()) as bar:
 
-        def lap(arm: Arm) -> dict[str, float]:
+        def timed(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
             distributed.total([0.0])  # ranks start together
-            seconds = arm.lap()
+            seconds = measure()
             bar.update()
             return seconds
 
-        laps = {arm.name: partial(lap, arm) for arm in arms}
-        yield from islice(take_turns(laps, warmup, shuffle=True), rounds)
+        wholes = {arm.name: partial(timed, arm.lap) for arm in arms}
+        yield from islice(take_turns(wholes, warmup, shuffle=True), rounds)
+        parts = {arm.name: partial(timed, arm.lap_of_parts) for arm in arms}
+        yield from islice(take_turns(parts, 0, shuffle=True), of_parts)

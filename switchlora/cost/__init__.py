@@ -1,5 +1,11 @@
 """The cost of training in seconds and bytes, predicted before training or measured."""
 
+from switchlora.cost.fusion import fuse as fuse
+from switchlora.cost.hardware import (
+    Hardware as Hardware,
+    all_hardware as all_hardware,
+    hardware_named as hardware_named,
+)
 from switchlora.cost.machine import (
     Machine as Machine,
     measure_machine as measure_machine,

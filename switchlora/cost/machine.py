@@ -1,7 +1,7 @@
 """Measure the speed of a device with short products and element-wise operations."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from statistics import median
@@ -19,6 +19,16 @@ from switchlora.process import world_size
 
 ROUNDS = 5
 MEASURED_SECONDS = 0.8
+EAGER_BANDWIDTH, COMPILED_BANDWIDTH = 0.60, 0.80
+"""shares of a GPU's bandwidth that element-wise operations reach; eager: fitted to ViT-Ti on an
+RTX 3090"""
+EAGER_HOST, COMPILED_HOST, COMPILED_TENSOR = 40e-6, 36e-6, 75e-6
+"""seconds of the host for an operation, for a kernel of a compiled graph, for a parameter of one;
+fitted to full and frozen updates of ViT-S, 64 images, on an H100 (experiments/gpu)"""
+SHORTEST_KERNEL = 4e-6
+"""seconds of a kernel on a GPU that has nothing to do; a smaller one cannot be told from it"""
+INNER, NARROW = 768, 64
+"""shortest sides of the wide and of the narrow products that are timed"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,12 @@ class Machine:
     """bytes/s of the optimizer, which finds parameters in the caches; None: ``bandwidth``"""
     latency: float = 0.0
     """seconds of the shortest operation in forward and backward passes"""
+    half_width: float = 0.0
+    """shortest side (of M, N and K) at which a product has half of ``product_rate``"""
+    host: float = 0.0
+    """seconds that the host needs to start an operation while the device works; 0 on a CPU"""
+    host_tensor: float = 0.0
+    """seconds that the host needs for each parameter of a compiled model"""
 
     def seconds(self, operation: Operation) -> float:
         """Return max(flops / rate, bytes / bandwidth, latency); views take no time.
@@ -46,9 +62,32 @@ class Machine:
         """
         if operation.part == "optimizer":
             return operation.bytes / (self.update_bandwidth or self.bandwidth)
-        rate = self.attention_rate if "attention" in operation.name else self.product_rate
         shortest = self.latency if operation.bytes else 0.0
-        return max(operation.flops / rate, operation.bytes / self.bandwidth, shortest)
+        return max(
+            operation.flops / self._rate(operation),
+            operation.bytes / self.bandwidth,
+            shortest,
+        )
+
+    def compiled(self) -> "Machine":
+        """Return the rates of what torch.compile makes, from those of single operations.
+
+        Fused element-wise operations use more of the bandwidth; kernels start a little faster, and
+        the host looks at each parameter once.
+        """
+        return replace(
+            self,
+            bandwidth=self.bandwidth * COMPILED_BANDWIDTH / EAGER_BANDWIDTH,
+            host=self.host * COMPILED_HOST / EAGER_HOST,
+            host_tensor=self.host * COMPILED_TENSOR / EAGER_HOST,
+        )
+
+    def _rate(self, operation: Operation) -> float:
+        if "attention" in operation.name:
+            return self.attention_rate
+        if not operation.width:
+            return self.product_rate
+        return self.product_rate * operation.width / (operation.width + self.half_width)
 
 
 @cache
@@ -58,27 +97,45 @@ def measure_machine(device: torch.device, precision: str) -> Machine:
     It takes about a second. All ranks must call it together. The trials take turns, so other work
     on the machine slows all of them alike. Their medians count. ``bandwidth`` is measured on the
     element-wise operations of a transformer block, forward and backward: layer norm, GELU,
-    additions and column sums. On a CPU most of these are slower than a copy.
+    additions and column sums. On a CPU most of these are slower than a copy. Products are of
+    random numbers: a GPU draws less power on ones, and clocks higher. On a GPU the smallest
+    operations take the host's time, and narrow products tell how the rate falls.
     """
     dtype = PRECISIONS[precision] or torch.float32
     scale = 1 if device.type == "cpu" else 8  # a large device needs more work to be busy
     trials = {
         "product": _product_trial(device, dtype, scale),
+        "narrow": _product_trial(device, dtype, scale, NARROW),
         "attention": _attention_trial(device, dtype, scale),
         "mixed": _mixed_trial(device, dtype, 2048 * scale, 512),
         "update": _update_trial(device),
         "tiny": _mixed_trial(device, dtype, 1, 8),
     }
     counts = {name: _counts(trial, device) for name, trial in trials.items()}
+    if device.type == "cpu":  # it does its own work: nothing is started, narrow ones are not slow
+        del trials["narrow"]
     seconds = _median_seconds(trials, device)
+    shortest = seconds["tiny"] / counts["tiny"].operations
+    started = {"latency": shortest}
+    if device.type != "cpu":
+        started = {"latency": min(shortest, SHORTEST_KERNEL), "host": shortest}
+        started["half_width"] = _half_width(counts, seconds)
     return Machine(
         product_rate=counts["product"].flops / seconds["product"],
         attention_rate=counts["attention"].flops / seconds["attention"],
         bandwidth=counts["mixed"].bytes / seconds["mixed"],
         all_reduce=_all_reduce_speed(device),
         update_bandwidth=counts["update"].bytes / seconds["update"],
-        latency=seconds["tiny"] / counts["tiny"].operations,
+        **started,
     )
+
+
+def _half_width(counts: "Mapping[str, _Counts]", seconds: Mapping[str, float]) -> float:
+    """Return h of rate = r w / (w + h), from the rates of narrow and of wide products."""
+    narrow, wide = (counts[name].flops / seconds[name] for name in ("narrow", "product"))
+    lost = wide / narrow - 1
+    gained = 1 / NARROW - wide / narrow / INNER
+    return max(0.0, lost / gained) if gained > 0 else 0.0
 
 
 class _Counts(NamedTuple):
@@ -124,9 +181,13 @@ def _all_reduce_speed(device: torch.device) -> float | None:
     return bucket.nbytes / median(by_name(rounds)["average"])
 
 
-def _product_trial(device: torch.device, dtype: torch.dtype, scale: int) -> Step:
-    left = torch.ones(1024 * scale, 768, device=device, dtype=dtype)
-    right = torch.ones(768, 1536 * scale, device=device, dtype=dtype)
+def _product_trial(
+    device: torch.device, dtype: torch.dtype, scale: int, inner: int = INNER
+) -> Step:
+    generator = torch.Generator(device).manual_seed(0)
+    random = partial(torch.randn, generator=generator, device=device)
+    left = random(1024 * scale, inner).to(dtype)
+    right = random(inner, 1536 * scale).to(dtype)
     return lambda: left @ right
 
 

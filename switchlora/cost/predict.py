@@ -7,6 +7,7 @@ roofline model (Williams, Waterman & Patterson, 2009, doi 10.1145/1498765.149878
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import hypot
 
 from switchlora.adapters import FACTORS
 from switchlora.cost.machine import Machine
@@ -27,11 +28,18 @@ class Prediction:
     """exchange of the gradients, assuming that none of it overlaps with the backward pass"""
     modules: Mapping[str, float]
     """forward and backward together, by module; '' is outside of all"""
+    host: float = 0.0
+    """what the host needs to start all operations, while the device works on earlier ones"""
 
     @property
     def total(self) -> float:
-        """Seconds of the whole update."""
-        return self.forward + self.backward + self.optimizer + self.communication
+        """Seconds of the whole update.
+
+        Device and host wait for each other in places, so the sum of squares stands for the
+        larger of the two.
+        """
+        device = self.forward + self.backward + self.optimizer
+        return hypot(device, self.host) + self.communication
 
 
 def predict(trace: Trace, machine: Machine, world_size: int = 1) -> Prediction:
@@ -44,7 +52,17 @@ def predict(trace: Trace, machine: Machine, world_size: int = 1) -> Prediction:
         if operation.part != "optimizer":
             modules[operation.module] = modules.get(operation.module, 0.0) + seconds
     exchange = _exchange_seconds(trace.trainable_bytes, machine, world_size)
-    return Prediction(**parts, communication=exchange, modules=modules)
+    host = machine.host * sum(map(_is_started, trace.operations))
+    host += machine.host_tensor * trace.num_parameters
+    return Prediction(**parts, communication=exchange, modules=modules, host=host)
+
+
+def _is_started(operation: Operation) -> bool:
+    """Return whether the host starts a kernel for it in a pass.
+
+    An optimizer starts a few kernels for all its tensors together.
+    """
+    return operation.bytes > 0 and operation.part != "optimizer"
 
 
 def _exchange_seconds(size: int, machine: Machine, world_size: int) -> float:

@@ -8,8 +8,9 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from operator import itemgetter
 from typing import Any
 
@@ -34,6 +35,7 @@ from switchlora.learner import (
 )
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+Moved = tuple[tuple[int, int], ...]
 PARTS = ("forward", "backward", "optimizer")
 MOVES_NOTHING = {
     "empty",
@@ -43,6 +45,7 @@ MOVES_NOTHING = {
     "new_empty_strided",
     "_unsafe_view",
 }
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 ONLY_WRITES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 
 
@@ -60,6 +63,12 @@ class Operation:
     """flops of products and attention, two for a multiply-add; 0 for element-wise operations"""
     bytes: int
     """bytes of the tensors read and written; 0 for views"""
+    width: int = 0
+    """shortest side (of M, N and K) of a product; 0 for other operations"""
+    reads: Moved = field(default=(), compare=False)
+    """(number of a storage, bytes) of each tensor read; numbers are given in order of creation"""
+    writes: Moved = field(default=(), compare=False)
+    """the same of each tensor written anew"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class Trace:
     """largest sum of all live tensors; a C allocator that keeps freed memory holds more"""
     trainable_bytes: int
     """bytes of the gradients that ranks exchange"""
+    num_parameters: int = 0
+    """number of tensors that are parameters of the model, trained or frozen"""
 
 
 class Recorder(TorchDispatchMode):
@@ -94,6 +105,8 @@ class Recorder(TorchDispatchMode):
         self.peak = 0
         self._device = device
         self._held = WeakIdKeyDictionary()
+        self._numbers = WeakIdKeyDictionary()
+        self._next_number = count()
         self._inside = [""]
         self._marks = [(0, "")]
         self._owners: dict[int, str] = {}
@@ -116,13 +129,18 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.namespace == "prim":
             return result
-        made = _tensors(result)
+        read, made = _tensors((args, kwargs)), _tensors(result)
+        moved = _bytes_moved(func, args, read, made)
+        flops = flops_of(func, args, kwargs, result)
         operation = Operation(
             name=str(func.overloadpacket),
             module=self._module(),
             part=self.part,
-            flops=flops_of(func, args, kwargs, result),
-            bytes=_bytes_moved(func, _tensors((args, kwargs)), made),
+            flops=flops,
+            bytes=moved,
+            width=_width(read, made) if func.overloadpacket.__name__ in PRODUCTS else 0,
+            reads=self._numbered(read) if moved else (),
+            writes=self._numbered(made) if moved else (),
         )
         self.operations.append(operation)
         self.hold(made)
@@ -137,6 +155,15 @@ class Recorder(TorchDispatchMode):
                 self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _numbered(self, tensors: Iterable[Tensor]) -> Moved:
+        found = []
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage not in self._numbers:
+                self._numbers[storage] = next(self._next_number)
+            found.append((self._numbers[storage], _extent(tensor)))
+        return tuple(found)
 
     def _release(self, size: int) -> None:
         self.live -= size
@@ -191,6 +218,8 @@ def trace_batch(
     one, with its setting of activation checkpointing. The loss scaling of fp16 is left out.
     """
     device = next(model.parameters()).device
+    if device.type == "meta":  # no operation runs there; on fake tensors the device is a name
+        device = torch.device("cpu")
     with without_content(model, device) as model:
         optimizer = stepped(model, recipe)
         recorder = Recorder(model, device)
@@ -207,7 +236,9 @@ def trace_batch(
         "optimizer_state": held_bytes(state),
         "activations": activations,
     }
-    return Trace(tuple(recorder.operations), memory, recorder.peak, gradients)
+    num_parameters = len(list(model.parameters()))
+    operations = tuple(recorder.operations)
+    return Trace(operations, memory, recorder.peak, gradients, num_parameters)
 
 
 @contextmanager
@@ -281,7 +312,9 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def _bytes_moved(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+def _bytes_moved(
+    func: Any, args: tuple, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> int:
     """Return the bytes of the tensors that ``func`` reads and writes; 0 for a view."""
     name = func.overloadpacket.__name__
     if name in MOVES_NOTHING or func.is_view:
@@ -289,7 +322,21 @@ def _bytes_moved(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor])
     written = sum(map(_extent, outputs))
     if name in ONLY_WRITES:
         return written
+    if not outputs:
+        written = sum(map(_extent, _tensors(_changed(func, args))))
     return written + sum(map(_extent, inputs))
+
+
+def _changed(func: Any, args: tuple) -> list[Any]:
+    """Return the arguments that an operator without a result changes in place."""
+    pairs = zip(func._schema.arguments, args, strict=False)
+    return [value for argument, value in pairs if argument.is_write]
+
+
+def _width(read: Sequence[Tensor], made: Sequence[Tensor]) -> int:
+    """Return the shortest of M, N and K of a product from its two operands and its result."""
+    matrices = [tensor.shape[-2:] for tensor in [*read, *made] if tensor.dim() >= 2]
+    return min((min(sides) for sides in matrices), default=0)
 
 
 def _extent(tensor: Tensor) -> int:
