@@ -1,5 +1,6 @@
 """GPUs of the jobs of a sweep: who gets which, who waits, and when one is free again."""
 
+import multiprocessing
 import os
 import signal
 import subprocess

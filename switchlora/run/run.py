@@ -30,6 +30,7 @@ from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, distributed
 from switchlora.run.state import Ledger, Phase, TrainState
 from switchlora.storage import (
+    Background,
     RunLog,
     SaveSchedule,
 )
@@ -68,6 +69,8 @@ class Run:
     probe: Tensor
     """a few validation images, the same on all ranks; a change of the model must not change the
     logits on them"""
+    writer: Background = field(default_factory=Background)
+    """writes checkpoints while a GPU trains"""
     interruption: Interruption = field(default_factory=Interruption)
     trunk: Trunk | None = None
     """the full phase shared with runs that differ only in their switch; None without one"""
