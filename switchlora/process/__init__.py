@@ -1,6 +1,7 @@
 """Run as one of several processes: talk to the others, heed signals, exit with one line."""
 
 from switchlora.process.distributed import (
+    Question as Question,
     agreed_checksum as agreed_checksum,
     any_rank as any_rank,
     from_primary as from_primary,

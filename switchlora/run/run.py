@@ -27,7 +27,7 @@ from switchlora.learner import (
 )
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
-from switchlora.process import Interruption, distributed
+from switchlora.process import Interruption, Question, distributed
 from switchlora.run.state import Ledger, Phase, TrainState
 from switchlora.storage import (
     Background,
@@ -72,6 +72,8 @@ class Run:
     writer: Background = field(default_factory=Background)
     """writes checkpoints while a GPU trains"""
     interruption: Interruption = field(default_factory=Interruption)
+    question: Question = field(default_factory=Question)
+    """whether a rank wants to save or to leave"""
     trunk: Trunk | None = None
     """the full phase shared with runs that differ only in their switch; None without one"""
     skipped: set[str] = field(default_factory=set)
@@ -223,6 +225,8 @@ class Run:
             start=self.state.num_updates,
             parallel=self.config["system"]["parallel"],
             scaler=self.learner.scaler,
+            device=self.device,
+            compress=self.config["system"]["compress"],
         )
 
 

@@ -64,14 +64,15 @@ def save_elsewhere(run: Run, folder: Path, place: int) -> None:
 def save_or_leave(run: Run) -> None:
     """Save if a checkpoint is due, and leave if any rank has received a signal.
 
-    It is called between two updates.
+    It is called between two updates. What one rank alone knows, such as a signal, several learn of
+    within a second.
     """
     interruption = run.interruption
-    due, asked = distributed.any_rank(
-        run.saves.due(run.state.num_updates) or interruption.warned,
+    due, asked = run.question.any_rank(
+        run.saves.due_by_time() or interruption.warned,
         interruption.received is not None,
     )
-    if due or asked:
+    if due or asked or run.saves.due_by_updates(run.state.num_updates):
         interruption.warned = False
         save(run)
     if asked:

@@ -63,7 +63,7 @@ NAMED = ("resumed", "retried", "interrupted", "failed")
 NOT_DONE = ("interrupted", "failed")
 METHOD = "+method"
 """config group of published systems, one yaml each"""
-PLACED = ("resume", "system.threads", "system.device", "system.parallel")
+PLACED = (*("resume", "system.threads", "system.device", "system.parallel", "system.compress"),)
 """keys that are not in the identity of a run, but make it another job"""
 
 
