@@ -40,49 +40,30 @@ where() {
     git log -1 --oneline
     nvidia-smi
     lscpu | sed -n '1,20p'
-    "$python" -m switchlora --version
 }
 
-run() {  # run FOLDER WORDS...: a training run
-    local folder=$1
-    shift
-    "$python" -m switchlora log=quiet log.wandb.mode=disabled log.figures=false "hydra.run.dir=$folder" "$@"
-}
-
-in_bits() {  # the same run, stopped and gone on with: is it the same to the last bit?
-    local words=("${training[@]}" checkpoint.every_updates="$half" checkpoint.keep=9 max_updates=$((2 * half)))
-    grep -q '^deterministic:' conf/system/default.yaml && words+=(system.deterministic=true)
-    run "$out/whole" "${words[@]}" || return
-    run "$out/resumed" "${words[@]}" "resume=$(ls -d "$out"/whole/checkpoints/update-*"$half" | head -1)" || return
-    "$python" scripts/compare.py "$out/whole" "$out/resumed"
-}
-
-export -f where run in_bits
-export python out
+export -f where
+export python
 
 if [ -n "$small" ]; then
     training=(data=digits model=digits model.depth=1 data.train_size=64 data.batch_size=8 monitor.window=2
         full.scheduler.warmup_t=1 switch/criterion=at_epoch switch.criterion.epoch=1)
-    half=6
+    halves=12
     updates=(--small)
+    export OMP_NUM_THREADS=1
 else
     training=(data=fake model=vit_small_patch16_224 data.train.size=2048 data.batch_size=128 epochs=11
         monitor.window=50 full.precision=bf16 full.scheduler.warmup_t=5
         switch/criterion=at_epoch switch.criterion.epoch=5)
-    half=20
+    halves=40
     updates=()
 fi
-export half
-declare -p training > "$out/.training"  # an array does not go through the environment
-with_training() { bash -c "source '$out/.training'; $1"; }
-export -f with_training
 
 step where 20 bash -c where
-step tests 90 "$python" -m pytest -q -m cuda tests -p no:cacheprovider
+step tests 90 "$python" -m pytest -q -m cuda $(grep -l mark.cuda tests/test_*.py) -p no:cacheprovider
 step eager 100 "$python" scripts/gpu_updates.py --out "$out" --only eager --seconds 90 "${updates[@]}"
 [ -n "$small" ] || step compiled 150 "$python" scripts/gpu_updates.py --out "$out" --only compiled --seconds 110
-step bits 90 bash -c "with_training in_bits"
-[ -n "$small" ] || step training 60 bash -c "with_training 'run \"\$out/training\" \"\${training[@]}\" max_updates=128'"
+step bits 90 "$python" scripts/gpu_bits.py "$out" "$halves" "${training[@]}"
+[ -n "$small" ] || step training 60 "$python" -m switchlora "${training[@]}" log=quiet log.wandb.mode=disabled max_updates=128 "hydra.run.dir=$out/training"
 [ -n "$small" ] || step predicted 40 "$python" scripts/bench.py --model vit_small_patch16_224 --precision bf16 --batch 128 --rounds 3 --warmup 1 --out "$out/bench"
-step tables 30 "$python" scripts/gpu_updates.py --out "$out" --table
-rm -f "$out/.training"
+[ -n "$small" ] || step tables 30 "$python" scripts/gpu_updates.py --out "$out" --table

@@ -2,7 +2,7 @@
 
 ``python scripts/gpu_updates.py --out FOLDER --seconds 150`` appends a line to
 FOLDER/updates.jsonl for each cell, the most telling first, until the time is over. ``--table``
-makes FOLDER/updates.md of it, with the speed of full training of the same kind as 1.
+makes FOLDER/updates.md of what is there, with the speed of full training of the same kind as 1.
 
 The arm 'bare' is a loop of a few lines on tensors in the device's memory. It reads no loss and
 writes no file, so it is what a training loop can reach at best.
@@ -214,20 +214,8 @@ def measured(asked: Asked, small: bool) -> dict:
         release_memory(device_of_benchmark())
 
 
-def main() -> None:
-    """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--models", nargs="+", default=["base", "small", "large"])
-    parser.add_argument("--only", choices=["eager", "compiled"])
-    parser.add_argument("--small", action="store_true", help="a tiny model, for a CPU")
-    parser.add_argument("--table", action="store_true", help="only make the table")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.table:
-        (options.out / "updates.md").write_text(table(options.out))
-        return
+def measure_all(options: argparse.Namespace) -> None:
+    """Measure cells until the time is over. Each is written as soon as it is known."""
     end = time.monotonic() + options.seconds
     with (options.out / "updates.jsonl").open("a") as file:
         for asked in small_cells() if options.small else cells(options.models):
@@ -239,6 +227,22 @@ def main() -> None:
             line = json.dumps({**asdict(asked), **measured(asked, options.small)})
             print(line, flush=True)
             print(line, file=file, flush=True)
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--models", nargs="+", default=["base", "small", "large"])
+    parser.add_argument("--only", choices=["eager", "compiled"])
+    parser.add_argument("--small", action="store_true", help="a tiny model, for a CPU")
+    parser.add_argument("--table", action="store_true", help="only make the table")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.table:
+        measure_all(options)
+    (options.out / "updates.md").write_text(table(options.out))
 
 
 if __name__ == "__main__":
