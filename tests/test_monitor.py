@@ -24,6 +24,7 @@ from switchlora.monitor import (
 )
 from switchlora.process import distributed
 from switchlora.run import prepare
+from switchlora.run.prepare import place_of_references
 from switchlora.storage import read_record
 from switchlora.train import fit
 
@@ -408,3 +409,13 @@ def test_ranks_share_the_targets_and_all_of_them_know_the_same_afterwards(monkey
         vectors = monitor.state_dict()["vectors"]
         for key, vector in alone.state_dict()["vectors"].items():
             assert torch.equal(vectors[key], vector)
+
+
+@pytest.mark.parametrize(
+    "device,memory,place", [("cuda", 2**34, "cuda"), ("cuda", 2**18, "cpu"), ("cpu", 2**34, "cpu")]
+)
+def test_copies_of_the_weights_lie_on_a_gpu_with_room_for_them(device, memory, place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
+    model, monitor = monitored()
+    found = place_of_references(model, monitor.targets, torch.device(device))
+    assert found == torch.device(place)
