@@ -20,6 +20,8 @@ from switchlora.monitor.spectral import (
 from switchlora.process import distributed
 
 FIRST_ITERATIONS = 32
+NUMBERS = ("weight_norm", "update_norm", "weight_stable_rank", "update_stable_rank", "grad_norm")
+"""what is measured of every target, in the order of its row"""
 Value = TypeVar("Value")
 
 
@@ -214,8 +216,9 @@ class UpdateMonitor:
         rows = self._rows_together(names) if self._is_batched else self._rows_one_by_one(names)
         layers = {}
         for name, row in zip(names, rows, strict=True):
-            exact = self._exact_stats(name)
-            layers[name] = LayerStats(*row, **exact)
+            numbers = dict(zip(NUMBERS, row, strict=True))
+            stats: dict[str, Any] = {**numbers, **self._exact_stats(name)}
+            layers[name] = LayerStats(**stats)
         return layers
 
     def _exchanged(self, own: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
