@@ -14,7 +14,7 @@ from switchlora.storage.background import Background, staged
 
 ADAPTER = (
     *("+method=lora", "switch/rank=fixed", "switch.rank.rank=1", "model.embed_dim=256"),
-    *("max_updates=6", "checkpoint.every_updates=2", "checkpoint.keep=9", "seed=1"),
+    *("max_updates=4", "checkpoint.every_updates=2", "checkpoint.keep=9", "seed=1"),
 )
 
 
