@@ -33,6 +33,7 @@ from switchlora.run import (
     status_at_end,
     tell_refactoring,
     tell_skipped,
+    wait_until_saved,
     watch_as_configured,
     window_complete,
 )
@@ -88,6 +89,8 @@ def train_and_finish(run: Run) -> dict:
                     finish(run, f"stopped: {one_line(error)}")
             raise
         finally:
+            with suppress(OSError):  # it was told already, or an earlier error is
+                run.writer.wait()
             if run.trunk is not None:
                 run.trunk.release()
         if summary["status"] != "finished":
@@ -115,6 +118,7 @@ def fit(run: Run) -> None:
         look_after(run)
         save(run)
         leave_if_asked(run)
+    wait_until_saved(run)
 
 
 def train_epoch(run: Run) -> None:

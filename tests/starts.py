@@ -121,7 +121,7 @@ def multirun(*words):
 class Forked:
     """What ``subprocess.Popen`` makes of ``python -m switchlora *words``, without the imports."""
 
-    def __init__(self, command, env, stdout, stderr):
+    def __init__(self, command, env, stdout, stderr, pass_fds):
         assert command[1:3] == ["-m", "switchlora"]
         self.pid = os.fork()
         if self.pid == 0:

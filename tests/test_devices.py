@@ -1,11 +1,17 @@
 """A run on a device that is not the CPU, where no operation may mix the two."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from pretended import DEVICE, TwoDevices, on_pretended
 from runs import assert_same_but_for_memory, make_run, make_run_in_parts
+from switchlora.monitor import monitor
+from switchlora.monitor.spectral import polar_by_products
+from switchlora.storage import checkpoint
+from switchlora.storage.background import THREAD
 
 THERE = f"system.device={DEVICE}"
 SMALL = (
@@ -23,6 +29,13 @@ KINDS = {
     "guided": ("+method=self_guided_32",),
     "stages under Muon": ("+method=staged", "recipe@full=muon", "recipe@adapter=muon"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _measured_together(monkeypatch):
+    """Both devices measure as a GPU does; ``test_monitor`` has how near that is to a CPU's way."""
+    monkeypatch.setattr(monitor, "goes_together", lambda device: True)
+    monkeypatch.setattr(monitor, "polar_factor", polar_by_products)
 
 
 def test_the_pretended_device_refuses_what_a_real_one_refuses():
@@ -46,9 +59,20 @@ def test_a_run_on_another_device_is_the_run_on_the_cpu(kind, tmp_path):
     assert_same_but_for_memory(tmp_path / "there", tmp_path / "here")
 
 
-def test_a_run_stops_and_goes_on_on_another_device(tmp_path, at_update):
+def test_a_run_stops_and_goes_on_on_another_device_where_a_thread_writes_its_checkpoints(
+    tmp_path, at_update, monkeypatch
+):
     words = (*SMALL, *EVERYTHING)
+    threads = set()
+    finish = checkpoint._finish_writing
+
+    def finish_here(*args):
+        threads.add(threading.current_thread().name)
+        finish(*args)
+
+    monkeypatch.setattr(checkpoint, "_finish_writing", finish_here)
     with on_pretended():
         make_run_in_parts(tmp_path / "there", at_update, [12, 18], THERE, *words)
+    assert threads == {THREAD}
     make_run(tmp_path / "here", *words)
     assert_same_but_for_memory(tmp_path / "there", tmp_path / "here")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ranks import (
     compare_settings,
@@ -20,6 +21,7 @@ from ranks import (
 )
 from runs import SHORT, assert_same_run, make_run
 from starts import Started, program, torchrun
+from switchlora.process import distributed
 from switchlora.storage import STATE, find_all, read_events
 
 PLATEAU = (
@@ -212,13 +214,54 @@ def test_sharded_ranks_go_on_from_the_checkpoint_of_replicas(alone, pair, tmp_pa
     assert_like(alone, tmp_path)
 
 
-def test_a_switch_that_fails_on_one_rank_is_undone_on_all(tmp_path):
+def test_a_switch_that_fails_on_one_rank_is_undone_on_all(alone, tmp_path):
     options = (*PLATEAU, "full.accumulation=1")
     found = run_ranks(2, tmp_path, *options, act=run_with_a_broken_switch)
     assert found["spread"] == 0.0
     (failed,) = read_events(tmp_path, "switch_failed")
     assert failed["num_updates"] == 10 and "broken on rank 1" in failed["reason"]
     assert switched_at(tmp_path) and switched_at(tmp_path)[0] > 10
+    assert losses(tmp_path)[:10] == pytest.approx(losses(alone)[:10], rel=2e-5)
+
+
+def test_ranks_ask_each_other_about_flags_once_a_second(monkeypatch):
+    clock, sums = [0.0], []
+
+    def all_reduce(values):
+        sums.append(clock[0])
+        values.mul_(2)
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: clock[0])
+    question = distributed.Question()
+    answers = []
+    for update in range(1000):
+        clock[0] += 0.01
+        answers.append(question.any_rank(False, update > 500))
+    assert len(sums) < 20
+    first = answers.index([False, True])
+    assert 500 < first <= 501 + 100 and answers.count([True, True]) == 0
+    for _ in range(3 * question.every):
+        clock[0] += 10.0
+        question.any_rank(False)
+    assert question.every == 1
+
+
+def test_nccl_knows_its_device_from_the_start(monkeypatch):
+    joined = {}
+    variables = {"RANK": "1", "MASTER_ADDR": "localhost", "LOCAL_RANK": "5"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    cuda = {"is_available": lambda: True, "device_count": lambda: 4, "set_device": joined.get}
+    for name, does in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, does)
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda backend, **options: joined.update(options)
+    )
+    distributed.join()
+    assert joined["device_id"] == torch.device("cuda", 1)
 
 
 SHAPING = {

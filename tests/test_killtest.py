@@ -64,7 +64,8 @@ def alter_state(folder, change):
     change(state)
     torch.save(state, path / STATE)
     digest = hashlib.sha256((path / STATE).read_bytes()).hexdigest()
-    (path / SUMS).write_text(f"{digest}  {STATE}\n")
+    others = [x for x in (path / SUMS).read_text().splitlines() if not x.endswith(f"  {STATE}")]
+    (path / SUMS).write_text("\n".join([*others, f"{digest}  {STATE}"]) + "\n")
 
 
 def drop_a_line(folder):

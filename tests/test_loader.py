@@ -17,6 +17,8 @@ from torch.utils.data import Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Batches
 
 from switchlora.data import Loader
+from switchlora.data.batches import EpochSampler
+from switchlora.data.loaders import make_loaders
 from switchlora.errors import LoaderDied
 from switchlora.process import exit_with_one_line
 
@@ -42,6 +44,28 @@ def loader(act=lambda row: None, workers=1):
 def test_batches_of_workers_are_those_of_none():
     alone, helped = ([batch[0][0, 0].item() for batch in loader(workers=n)] for n in (0, 2))
     assert alone == helped == list(range(8))
+
+
+class Keyed(Squares):
+    """The same, by keys of a row and its draws."""
+
+    def __getitem__(self, key):
+        rows, _ = key
+        return super().__getitem__(int(rows[0]))
+
+
+def test_workers_for_validation_outlive_a_pass_and_those_for_testing_do_not():
+    views = [Keyed() for _ in range(3)]
+    sampler = EpochSampler(8, batch_size=1, seed=0)
+    _, val, test = make_loaders(views, sampler, workers=1, pin_memory=False)
+    workers = []
+    for _ in range(2):
+        next(iter(val))  # a pass that stops early, as that for the probe
+        rows = [batch[0][0, 0].item() for batch in val]
+        workers.append({process.pid for process in multiprocessing.active_children()})
+    assert workers[0] == workers[1] and len(workers[0]) == 1
+    assert rows == [batch[0][0, 0].item() for batch in test]
+    assert {process.pid for process in multiprocessing.active_children()} == workers[0]
 
 
 ENDS = [

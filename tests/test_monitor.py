@@ -1,21 +1,35 @@
 """The monitor against exact linear algebra, and its small print."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import scipy.linalg
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf_yamls import composed
 from conftest import tiny_vit
+from pretended import DEVICE, on_pretended
 from runs import SHORT
 from switchlora.adapters import find_targets
-from switchlora.monitor import UpdateMonitor, captured_energy, truncated_svd
+from switchlora.monitor import (
+    Measurement,
+    UpdateMonitor,
+    batched,
+    captured_energy,
+    monitor as monitor_module,
+    truncated_svd,
+)
+from switchlora.process import distributed
 from switchlora.run import prepare
+from switchlora.run.prepare import place_of_references
 from switchlora.storage import read_record
 from switchlora.train import fit
 
 PATTERNS = [r"attn\.qkv", r"mlp\.fc1"]
+ALL_FOUR = [*PATTERNS, r"attn\.proj", r"mlp\.fc2"]
 
 
 def monitored(window=10, split_qkv=False, **options):
@@ -31,6 +45,18 @@ def move(model, scale=0.01, seed=0):
             p.add_(scale * torch.randn(p.shape, generator=generator))
 
 
+@pytest.fixture(params=[False, True], ids=["one by one", "together"])
+def way(request, monkeypatch):
+    """How a CPU measures, and how a GPU does."""
+    monkeypatch.setattr(monitor_module, "goes_together", lambda device: request.param)
+
+
+@pytest.fixture
+def together(monkeypatch):
+    monkeypatch.setattr(monitor_module, "goes_together", lambda device: True)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("split_qkv", [False, True])
 def test_statistics_agree_with_scipy(split_qkv):
     model, monitor = monitored(split_qkv=split_qkv)
@@ -148,6 +174,7 @@ def test_a_run_logs_how_far_bases_turn_and_its_criterion_reads_it(tmp_path):
     }
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_weight_that_is_not_finite_is_measured_as_such_and_forgotten_when_it_is_whole(value):
     model, monitor = monitored(exact=True, bases=True)
@@ -163,13 +190,14 @@ def test_a_weight_that_is_not_finite_is_measured_as_such_and_forgotten_when_it_i
     assert monitor.measure(20, 2.0).not_finite == []
 
 
+@pytest.mark.usefixtures("way")
 def test_a_decomposition_that_fails_gives_no_number_and_no_end(monkeypatch):
     model, monitor = monitored(exact=True, bases=True)
 
     def fail(*_, **__):
         raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
-    for name in ("svd", "svdvals"):
+    for name in ("svd", "svdvals", "eigh"):
         monkeypatch.setattr(torch.linalg, name, fail)
     assert monitor.measure(10, 1.0).not_finite == list(monitor.targets)
 
@@ -245,3 +273,149 @@ def test_measuring_leaves_model_and_rng_alone():
 def test_a_window_of_zero_updates_is_refused():
     with pytest.raises(ValueError, match="at least 1 update"):
         monitored(window=0)
+
+
+def with_gradients(model):
+    for p in model.parameters():
+        p.grad = 0.1 * p.detach()
+
+
+def three_windows(**options):
+    """Measurements of three windows, of which the second has gradients."""
+    model, monitor = monitored(split_qkv=True, **options)
+    found = []
+    for window in range(3):
+        move(model, seed=window)
+        if window == 1:
+            with_gradients(model)
+        found.append(monitor.measure(10 * window, 1.0))
+        monitor.start_window(10 * window)
+    return found, monitor
+
+
+def rows(measured: Measurement):
+    found = {}
+    for name, stats in measured.layers.items():
+        numbers = (stats.weight_norm, stats.update_norm, stats.grad_norm)
+        found[name] = (*numbers, stats.weight_stable_rank, stats.update_stable_rank)
+    return found
+
+
+def assert_same_numbers(measured, expected, within):
+    assert rows(measured).keys() == rows(expected).keys()
+    for name, row in rows(measured).items():
+        assert row == pytest.approx(rows(expected)[name], rel=within, nan_ok=True)
+
+
+def test_targets_measured_together_have_the_numbers_of_targets_measured_one_by_one(monkeypatch):
+    expected, one_by_one = three_windows()
+    monkeypatch.setattr(monitor_module, "goes_together", lambda device: True)
+    monkeypatch.setattr(batched, "LARGEST", 2 * 32 * 32)  # some stacks hold a part of one shape
+    measured, monitor = three_windows()
+    for now, before in zip(measured, expected, strict=True):
+        assert_same_numbers(now, before, within=1e-5)
+    assert monitor.initial_stable_ranks == pytest.approx(one_by_one.initial_stable_ranks, rel=1e-5)
+
+
+@pytest.mark.usefixtures("together")
+def test_a_measurement_that_goes_on_from_a_checkpoint_has_the_same_bits_together():
+    _, monitor = three_windows()
+    again = UpdateMonitor(monitor.model, monitor.targets, 10)
+    again.load_state_dict(monitor.state_dict())
+    move(monitor.model, seed=9)
+    assert again.measure(40, 2.0) == monitor.measure(40, 2.0)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators, but not those that only look at a tensor in another way."""
+
+    VIEWS = (
+        *("view", "unbind", "split", "slice", "expand", "transpose", "detach", "unsqueeze"),
+        *("_unsafe_view", "select", "permute", "alias", "t."),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.name().startswith(tuple(f"aten::{name}" for name in self.VIEWS))
+        return function(*args, **(kwargs or {}))
+
+
+def kernels_of_a_measurement(depth):
+    model = tiny_vit(depth=depth)
+    monitor = UpdateMonitor(model, find_targets(model, ALL_FOUR), 10)
+    move(model)
+    monitor.measure(10, 1.0)
+    monitor.start_window(10)
+    move(model)
+    with Kernels() as kernels:
+        monitor.measure(20, 2.0)
+    return kernels.count
+
+
+@pytest.mark.usefixtures("together")
+def test_a_measurement_has_under_a_thousand_kernels_at_any_depth():
+    assert kernels_of_a_measurement(2) == kernels_of_a_measurement(9) < 1000
+
+
+def test_a_measurement_waits_for_the_device_once():
+    with on_pretended() as mode:
+        model = tiny_vit().to(DEVICE)
+        monitor = UpdateMonitor(model, find_targets(model, ALL_FOUR), 10, device=DEVICE)
+        for _ in range(2):
+            move_there(model)
+            with_gradients(model)
+            mode.crossings.clear()
+            monitor.measure(10, 1.0)
+    waits = {name: n for name, n in mode.crossings.items() if name != "async"}
+    assert waits == {"waiting": 1}
+
+
+def move_there(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.01)
+
+
+def test_ranks_share_the_targets_and_all_of_them_know_the_same_afterwards(monkeypatch):
+    pair = [monitored(split_qkv=True) for _ in range(2)]
+    for model, _ in pair:
+        move(model)
+    _, alone = monitored(split_qkv=True)
+    move(alone.model)
+    expected = alone.measure(10, 1.0)
+    here, both_there, sent = threading.local(), threading.Barrier(2), [None, None]
+
+    def gather(own):
+        sent[here.rank] = own
+        both_there.wait(timeout=20)
+        return list(sent)
+
+    def measure(number):
+        here.rank = number
+        return pair[number][1].measure(10, 1.0, share=True)
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: here.rank)
+    monkeypatch.setattr(distributed, "gather", gather)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(measure, range(2)))
+    (first, *_), (second, *_) = sent
+    assert len(first) == len(second) == 4 and not set(first) & set(second)
+    for measured, (_, monitor) in zip(found, pair, strict=True):
+        assert_same_numbers(measured, expected, within=0)
+        vectors = monitor.state_dict()["vectors"]
+        for key, vector in alone.state_dict()["vectors"].items():
+            assert torch.equal(vectors[key], vector)
+
+
+@pytest.mark.parametrize(
+    "device,memory,place", [("cuda", 2**34, "cuda"), ("cuda", 2**18, "cpu"), ("cpu", 2**34, "cpu")]
+)
+def test_copies_of_the_weights_lie_on_a_gpu_with_room_for_them(device, memory, place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
+    model, monitor = monitored()
+    found = place_of_references(model, monitor.targets, torch.device(device))
+    assert found == torch.device(place)

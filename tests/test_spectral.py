@@ -9,10 +9,12 @@ from switchlora.monitor import (
     captured_energy,
     effective_rank,
     energies,
+    polar_factor,
     spectral_norm,
     stable_rank,
     truncated_svd,
 )
+from switchlora.monitor.spectral import polar_by_products
 
 
 def decaying(rows, columns, power=1.0, seed=0):
@@ -117,3 +119,12 @@ def test_captured_energy_of_leading_directions_is_their_share():
     rows = 3 * truncated_svd(matrix, 5).Vh
     assert captured_energy(matrix, rows) == pytest.approx(float(share), rel=1e-4)
     assert captured_energy(matrix, torch.eye(40)) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(60, 60), (200, 40), (40, 200)])
+def test_the_polar_factor_is_the_same_by_products_alone(shape):
+    matrix = decaying(*shape)
+    exact, _ = scipy.linalg.polar(matrix.double().numpy())
+    for found in (polar_factor(matrix), polar_by_products(matrix)):
+        assert np.allclose(found, exact, atol=1e-4)
+    assert not polar_by_products(torch.full_like(matrix, torch.nan)).isfinite().any()

@@ -264,7 +264,8 @@ def make_loaders(
 ) -> list[Loader]:
     """Return the loaders of three views: to train, to validate and to test on.
 
-    ``sampler`` gives the batches to train on. Workers for training outlive an epoch.
+    ``sampler`` gives the batches to train on. Workers outlive a pass, except
+    those of the one test.
     """
     orders: list[Iterable[Key]] = [sampler]
     for view in views[1:]:
@@ -276,7 +277,7 @@ def make_loaders(
             view,
             sampler=order,
             num_workers=workers,
-            persistent_workers=workers > 0 and order is sampler,
+            persistent_workers=workers > 0 and view is not views[-1],
             pin_memory=pin_memory and torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(sampler.seed),  # torch's own stays as it is
         )

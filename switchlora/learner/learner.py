@@ -11,6 +11,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from switchlora.learner.reflora import FactorBalance
 
 PARALLEL = ("ddp", "fsdp")
+COMPRESSIONS = {"bf16": bf16_compress_hook}
 
 
 @dataclass(frozen=True)
@@ -256,13 +258,15 @@ def build_learner(
     start: int = 0,
     parallel: str = "ddp",
     scaler: GradScaler | None = None,
+    device: torch.device | None = None,
+    compress: str | None = None,
 ) -> Learner:
     """Build an optimizer, a schedule and wrappers for the tensors of ``model`` that train now.
 
     ``model`` is plain. With several processes, ``parallel`` says how they work together:
 
-    - 'ddp': DDP averages gradients.
-    - 'fsdp': the model is sharded in place.
+    - 'ddp': DDP averages gradients, which travel in ``compress``, such as 'bf16', if given.
+    - 'fsdp': the model is sharded in place, onto ``device``.
 
     ``scaler`` is the loss scaler of the previous learner. The new one starts from its scale.
     """
@@ -272,11 +276,11 @@ def build_learner(
     if parallel == "fsdp":
         check_goes_with_fsdp(recipe)
         bones = skeleton(model)
-        model = shard(model)
+        model = shard(model, device, recipe.precision)
     optimizer = build_optimizer(model, recipe)
     learner = Learner(
         model,
-        forward=_compiled(_wrapped(model, recipe), recipe),
+        forward=_compiled(_wrapped(model, recipe, compress), recipe),
         optimizer=optimizer,
         scheduler=recipe.scheduler(optimizer, t_initial=total_updates),
         recipe=recipe,
@@ -292,12 +296,24 @@ def build_learner(
     return learner
 
 
-def _wrapped(model: nn.Module, recipe: Recipe) -> nn.Module:
+def _wrapped(model: nn.Module, recipe: Recipe, compress: str | None) -> nn.Module:
     if world_size() == 1 or is_sharded(model):
         return model
     if recipe.before_ddp is not None:
         recipe.before_ddp(model)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    alike = recipe.accumulation == 1 and not guided_layers(model)  # are all its backward passes
+    wrapper = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=alike)
+    if compress is not None:
+        _compress(wrapper, compress)
+    return wrapper
+
+
+def _compress(wrapper: DistributedDataParallel, how: str) -> None:
+    """Let gradients travel in fewer bytes; ValueError on a CPU, where that serves nobody."""
+    device = next(wrapper.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(f"system.compress={how} is for GPUs, and this run trains on a {device}")
+    wrapper.register_comm_hook(None, COMPRESSIONS[how])
 
 
 def _compiled(forward: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:

@@ -6,13 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from switchlora.process import full, world_size
 
 
-def shard(model: nn.Module) -> nn.Module:
+def shard(
+    model: nn.Module, device: torch.device | None = None, precision: str = "fp32"
+) -> nn.Module:
     """Shard the parameters of ``model`` over all ranks, block by block, in place; return it.
+
+    Shards lie on ``device``, by default where the model is. In bf16 ranks gather half the bytes;
+    gradients are summed, and weights and moments kept, in fp32.
 
     Adapters cannot be added to a sharded model. Change its ``gathered`` copy instead, then shard
     that. ValueError if modules share parameters.
@@ -20,12 +25,19 @@ def shard(model: nn.Module) -> nn.Module:
     named = dict(model.named_parameters(remove_duplicate=False))
     if len(list(model.parameters())) < len(named):
         raise ValueError("system.parallel=fsdp does not go with parameters that modules share")
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device_type, (world_size(),))
+    device = device or next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (world_size(),))
+    policy = _mixed_precision(precision)
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
+
+
+def _mixed_precision(precision: str) -> MixedPrecisionPolicy:
+    if precision != "bf16":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def skeleton(model: nn.Module, keep_buffers: bool = True) -> nn.Module:

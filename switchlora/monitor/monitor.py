@@ -1,7 +1,7 @@
 """Measure how far the weight of every target moves, once per window of optimizer updates."""
 
 import math
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -9,11 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from switchlora.adapters import Target
+from switchlora.monitor import batched
 from switchlora.monitor.measurement import LayerStats, Measurement
-from switchlora.monitor.spectral import effective_rank, spectral_norm, stable_rank
+from switchlora.monitor.spectral import (
+    effective_rank,
+    polar_factor,
+    spectral_norm,
+    stable_rank,
+)
+from switchlora.process import distributed
 
 FIRST_ITERATIONS = 32
+NUMBERS = ("weight_norm", "update_norm", "weight_stable_rank", "update_stable_rank", "grad_norm")
+"""what is measured of every target, in the order of its row"""
 Value = TypeVar("Value")
+
+
+def goes_together(device: torch.device) -> bool:
+    """Return whether the targets of one shape are measured in one product on a device.
+
+    A CPU is faster with one matrix at a time, which stays in its cache.
+    """
+    return device.type != "cpu"
 
 
 class WeightUpdates(Mapping[str, Tensor]):
@@ -64,7 +81,8 @@ class UpdateMonitor:
 
     The copies live on ``device``. It is the CPU by default, so that they do not show in the memory
     table. Spectral norms come from ``iterations`` power iterations, which start from the vector of
-    the previous window. Two options each cost two SVDs per target and window:
+    the previous window. Where the model is not on the CPU, targets of one shape are measured
+    together. Two options each cost two SVDs per target and window:
 
     - ``exact`` adds full spectra, with the first ``leading`` singular values, and how much of an
       update lies in the ``leading`` directions of the window before.
@@ -74,7 +92,7 @@ class UpdateMonitor:
     model: nn.Module
     targets: Mapping[str, Target]
     window: int
-    device: str = "cpu"
+    device: str | torch.device = "cpu"
     iterations: int = 5
     exact: bool = False
     leading: int = 16
@@ -94,13 +112,9 @@ class UpdateMonitor:
         self._losses: list[float] = []
         self._decay = 0.0
         self._window_start = 0
+        self._copying = False
         self.start_window(0)
-        ranks = []
-        for name in self.targets:
-            _, stable = self._weight_stats(name)
-            ranks.append(stable)
-        on_host = torch.stack(ranks).tolist()
-        self.initial_stable_ranks = dict(zip(self.targets, on_host, strict=True))
+        self.initial_stable_ranks = self._weights_stable_ranks()
 
     def observe(self, loss: float, decay: float = 0.0) -> None:
         """Count one update: its train loss and its lr * decoupled weight decay."""
@@ -112,19 +126,20 @@ class UpdateMonitor:
         return num_updates - self._window_start >= self.window
 
     @torch.no_grad()
-    def measure(self, num_updates: int, epoch: float) -> Measurement:
+    def measure(self, num_updates: int, epoch: float, share: bool = False) -> Measurement:
         """Return the statistics of every target at the end of the window.
 
         What cannot be computed, such as the spectrum of a weight that is not finite, is NaN.
 
-        Norms and stable ranks of all targets reach the host in one transfer.
+        Norms and stable ranks of all targets reach the host in one transfer. With ``share`` each
+        rank measures a part of the targets, and all ranks must call this.
         """
-        measured = [self._measure_target(name) for name in self.targets]
-        rows = torch.stack(measured).tolist() if measured else []
-        layers = {}
-        for name, row in zip(self.targets, rows, strict=True):
-            exact = self._exact_stats(name)
-            layers[name] = LayerStats(*row, **exact)
+        names = list(self.targets)
+        ranks = distributed.world_size()
+        if share and ranks > 1:
+            layers = self._exchanged(self._measure(names[distributed.rank() :: ranks]))
+        else:
+            layers = self._measure(names)
         loss = math.nan
         if self._losses:
             loss = sum(self._losses) / len(self._losses)
@@ -136,6 +151,7 @@ class UpdateMonitor:
         ``without_decay`` takes out the share of weight decay. ``of`` is a copy of the model; if
         given, the present weights are read from it.
         """
+        self._wait_for_copies()
         decay = self._decay if without_decay else 0.0
         return WeightUpdates(of or self.model, self.targets, self.references, decay)
 
@@ -157,14 +173,17 @@ class UpdateMonitor:
         for name, target in self.targets.items():
             weight = target.weight(self.model)
             if name not in self.references:
-                self.references[name] = torch.empty_like(weight, device=self.device)
-            self.references[name].copy_(weight)
+                self.references[name] = _place_for(weight, self.device)
+            self.references[name].copy_(weight, non_blocking=True)
         self._losses.clear()
         self._decay = 0.0
         self._window_start = num_updates
+        to_host = torch.device(self.device).type == "cpu"
+        self._copying = to_host and self._model_device.type == "cuda"
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next measurement depends on, as plain types and tensors."""
+        self._wait_for_copies()
         return {
             "window": self.window,
             "references": self.references,
@@ -192,6 +211,111 @@ class UpdateMonitor:
         self._decay = state["decay"]
         self._window_start = state["window_start"]
         self.window = state["window"]
+
+    def _measure(self, names: Sequence[str]) -> dict[str, LayerStats]:
+        rows = self._rows_together(names) if self._is_batched else self._rows_one_by_one(names)
+        layers = {}
+        for name, row in zip(names, rows, strict=True):
+            numbers = dict(zip(NUMBERS, row, strict=True))
+            stats: dict[str, Any] = {**numbers, **self._exact_stats(name)}
+            layers[name] = LayerStats(**stats)
+        return layers
+
+    def _exchanged(self, own: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
+        """Return what all ranks measured, and take over their vectors and directions."""
+        vectors = _only({*own, *map(_key_of_update, own)}, self._vectors)
+        directions = _only(own, self._directions)
+        found: dict[str, LayerStats] = {}
+        for layers, *tensors in distributed.gather((own, _on_host(vectors), _on_host(directions))):
+            found.update(layers)
+            self._take_over(*tensors)
+        return {name: found[name] for name in self.targets}
+
+    def _take_over(self, vectors: Mapping[str, Tensor], directions: Mapping[str, Tensor]) -> None:
+        for own, others in ((self._vectors, vectors), (self._directions, directions)):
+            for key, tensor in others.items():
+                own[key] = tensor.to(self._model_device)
+
+    @property
+    def _model_device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def _is_batched(self) -> bool:
+        return goes_together(self._model_device)
+
+    def _rows_one_by_one(self, names: Sequence[str]) -> list[list[float]]:
+        measured = [self._measure_target(name) for name in names]
+        return torch.stack(measured).tolist() if measured else []
+
+    def _rows_together(self, names: Sequence[str]) -> list[list[float]]:
+        """Return what ``_rows_one_by_one`` returns, with one kernel for targets of one shape."""
+        sketches = []
+        for group in self._groups(names):
+            weights = self._stacked(group)
+            sketches.append(self._sketch(group, weights))
+            updates = weights.sub_(self._stacked_references(group))
+            sketches.append(self._sketch([*map(_key_of_update, group)], updates))
+        measured, grad_norms = batched.measure(sketches, self._grad_norms(names))
+        self._vectors.update(measured.vectors)
+        rows = []
+        for name, grad_norm in zip(names, grad_norms, strict=True):
+            keys = (name, _key_of_update(name))
+            norms = [measured.norms[key] for key in keys]
+            ranks = [measured.stable_ranks[key] for key in keys]
+            rows.append([*norms, *ranks, grad_norm])
+        return rows
+
+    def _weights_stable_ranks(self) -> dict[str, float]:
+        if not self._is_batched:
+            ranks = [self._weight_stats(name)[1] for name in self.targets]
+            return dict(zip(self.targets, torch.stack(ranks).tolist(), strict=True))
+        groups = self._groups(list(self.targets))
+        sketches = [self._sketch(group, self._stacked(group)) for group in groups]
+        measured, _ = batched.measure(sketches, torch.empty(0, device=self._model_device))
+        self._vectors.update(measured.vectors)
+        return {name: measured.stable_ranks[name] for name in self.targets}
+
+    def _groups(self, names: Sequence[str]) -> Iterator[list[str]]:
+        return batched.of_one_shape({name: self.references[name].shape for name in names})
+
+    def _stacked(self, names: Sequence[str]) -> Tensor:
+        weights = torch.stack([self.targets[name].weight(self.model) for name in names])
+        return weights.float()
+
+    def _stacked_references(self, names: Sequence[str]) -> Tensor:
+        references = [self.references[name] for name in names]
+        here = [each.to(self._model_device, non_blocking=True) for each in references]
+        return torch.stack(here)
+
+    def _sketch(self, keys: Sequence[str], matrices: Tensor) -> batched.Sketch:
+        known = all(key in self._vectors for key in keys)
+        iterations = self.iterations if known else FIRST_ITERATIONS
+        if known:
+            starts = torch.stack([self._vectors[key] for key in keys])
+        else:
+            starts = _start_vector(matrices[0]).expand(len(keys), -1)
+        return batched.sketch(keys, matrices, starts, iterations)
+
+    def _grad_norms(self, names: Sequence[str]) -> Tensor:
+        """Return the norms of the targets' gradients (n,); NaN where there is none."""
+        norms = torch.full((len(names),), math.nan)
+        grads = {}
+        for place, name in enumerate(names):
+            grad = self.targets[name].grad(self.model)
+            if grad is not None:
+                grads[place] = grad.float()
+        norms = norms.to(self._model_device, non_blocking=True)
+        if grads:
+            places = torch.tensor([*grads]).to(self._model_device, non_blocking=True)
+            norms[places] = torch.stack(torch._foreach_norm([*grads.values()]))
+        return norms
+
+    def _wait_for_copies(self) -> None:
+        """Wait until the copies of the weights have reached the host's memory."""
+        if self._copying:
+            torch.cuda.synchronize(self._model_device)
+        self._copying = False
 
     def _measure_target(self, name: str) -> Tensor:
         weight_norm, weight_stable = self._weight_stats(name)
@@ -258,8 +382,8 @@ class UpdateMonitor:
         """
         weight = self._weight(name)
         reference = self.references[name].to(weight)
-        now = _orthogonal_factor(weight)
-        before = _orthogonal_factor(reference)
+        now = polar_factor(weight)
+        before = polar_factor(reference)
         cosines = (now * before).sum()
         return float(cosines / min(weight.shape))
 
@@ -297,13 +421,15 @@ def _energy_along(matrix: Tensor, rows: Tensor) -> Tensor:
     return along / matrix.square().sum()
 
 
-def _orthogonal_factor(matrix: Tensor) -> Tensor:
-    """Return U V^T of the decomposition U S V^T; NaN where that fails."""
-    try:
-        U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        return torch.full_like(matrix, math.nan)
-    return U @ Vh
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU, each with memory of its own."""
+    return {key: tensor.cpu().clone() for key, tensor in tensors.items()}
+
+
+def _place_for(weight: Tensor, device: str | torch.device) -> Tensor:
+    """Return an empty tensor like ``weight``; on the host of a GPU its memory is pinned."""
+    from_gpu = weight.is_cuda and torch.device(device).type == "cpu"
+    return torch.empty_like(weight, device=device, pin_memory=from_gpu)
 
 
 def _start_vector(matrix: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from switchlora.process.device import find_device as find_device
 from switchlora.process.distributed import (
+    Question as Question,
     agreed_checksum as agreed_checksum,
     any_rank as any_rank,
     from_primary as from_primary,

@@ -7,8 +7,10 @@ import gc
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -31,11 +33,12 @@ def join() -> None:
     """
     if dist.is_initialized() or not _launched_as_one_of_several():
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    dist.init_process_group(backend, timeout=PATIENCE)
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", timeout=PATIENCE)
+        return
+    own = torch.device("cuda", local_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(own)
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=own)
 
 
 def leave() -> None:
@@ -82,6 +85,38 @@ def any_rank(*flags: bool) -> list[bool]:
     """Return whether each flag is set on at least one rank."""
     counts = total(list(map(float, flags)))
     return [count > 0 for count in counts]
+
+
+@dataclass
+class Question:
+    """Flags about which ranks ask each other now and then: once a second, not at every update.
+
+    How many calls lie between two exchanges follows from the time that they took on the mean, so
+    that all ranks ask at the same calls.
+    """
+
+    seconds: float = 1.0
+    every: int = 1
+    """calls from one exchange to the next"""
+    _calls: int = 0
+    _since: float = field(default_factory=time.monotonic)
+
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Return whether each flag is set on some rank; all are False between two exchanges.
+
+        All ranks must call it equally often. A single process gets its own flags each time.
+        """
+        if world_size() == 1:
+            return list(flags)
+        self._calls += 1
+        if self._calls < self.every:
+            return [False] * len(flags)
+        now = time.monotonic()
+        *counts, passed = total([*map(float, flags), now - self._since])
+        wanted = self.seconds * self._calls * world_size() / max(passed, 1e-9)
+        self.every = max(1, min(int(wanted), 2 * self.every))
+        self._calls, self._since = 0, now
+        return [count > 0 for count in counts]
 
 
 def gather(value: T) -> list[T]:

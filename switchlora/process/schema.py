@@ -151,6 +151,8 @@ KINDS: dict[str, Kind] = {
     "system.workers": whole(0, MOST_PROCESSES),
     "system.pin_memory": FLAG,
     "system.parallel": one_of("ddp", "fsdp"),
+    "system.compress": or_null(one_of("bf16")),
+    "system.jobs_per_gpu": whole(1),
     "log.every": whole(1),
     "log.progress": FLAG,
     "log.cost_model": FLAG,

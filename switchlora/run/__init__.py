@@ -22,6 +22,7 @@ from switchlora.run.saving import (
     leave_if_asked as leave_if_asked,
     save as save,
     save_or_leave as save_or_leave,
+    wait_until_saved as wait_until_saved,
 )
 from switchlora.run.snapshot import restore as restore, state_of as state_of
 from switchlora.run.state import Phase as Phase

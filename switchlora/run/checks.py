@@ -32,7 +32,12 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Raise ValueError for a number out of its range, or for settings that exclude each other."""
     check_values(config)
     wandb_mode(config["log"]["wandb"]["mode"])
-    if config["system"]["parallel"] == "fsdp":
+    system = config["system"]
+    if system["compress"] and system["parallel"] == "fsdp":
+        raise ValueError(
+            "system.compress goes with system.parallel=ddp: shards have their own sums"
+        )
+    if system["parallel"] == "fsdp":
         if not dist.is_initialized():
             raise ValueError("system.parallel=fsdp shards over processes: start it with torchrun")
         if config["ema"]:

@@ -188,4 +188,4 @@ def _total(run: Run, found: Bytes) -> int | None:
 
 
 def _reference_device(run: Run) -> str:
-    return torch.device(run.config["monitor"]["device"]).type
+    return torch.device(run.monitor.device).type

@@ -1,5 +1,6 @@
 """Build a run from its configuration, check it before it starts, and resume it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from switchlora.adapters import check_adapters_work, coverage_line, freeze_unused, merge
+from switchlora.adapters import (
+    Target,
+    check_adapters_work,
+    coverage_line,
+    freeze_unused,
+    merge,
+)
 from switchlora.config import as_plain, build, from_environment
 from switchlora.data import Data
 from switchlora.errors import ODD
@@ -49,6 +56,9 @@ from switchlora.storage import (
     write_whole,
 )
 from switchlora.sweep import Trunk, give_back, trunk_key
+
+REFERENCES = 0.05
+"""largest share of a GPU's memory that the monitor's copies of the weights take"""
 
 
 @dataclass(frozen=True)
@@ -160,9 +170,27 @@ def build_parts(config: DictConfig) -> Parts:
 def build_monitor(parts: Parts) -> UpdateMonitor:
     """Build the monitor of the policy's targets; their weights are its first references."""
     options = parts.config.monitor
-    find_device("monitor.device", options.device)
     targets = parts.policy.find_targets(parts.model)
-    return UpdateMonitor(parts.model, targets, **{**options, "window": parts.window})
+    if options.device == "auto":
+        device = place_of_references(parts.model, targets, parts.device)
+    else:
+        device = find_device("monitor.device", options.device)
+    own = {**options, "window": parts.window, "device": device}
+    return UpdateMonitor(parts.model, targets, **own)
+
+
+def place_of_references(
+    model: nn.Module, targets: Mapping[str, Target], device: torch.device
+) -> torch.device:
+    """Return the ``device`` that trains if it is a GPU with room for the monitor's copies.
+
+    Otherwise return the CPU. There is room if they take no more than ``REFERENCES`` of its memory.
+    """
+    if device.type != "cuda":
+        return torch.device("cpu")
+    wanted = sum(target.weight(model).nbytes for target in targets.values())
+    _, memory = torch.cuda.mem_get_info(device)
+    return device if wanted <= REFERENCES * memory else torch.device("cpu")
 
 
 def check(parts: Parts, monitor: UpdateMonitor) -> None:
@@ -327,9 +355,10 @@ def _trunk(parts: Parts, found: Found | None) -> Trunk | None:
 def _first_learner(parts: Parts, recipe: Recipe, found: Found | None) -> Learner:
     """Return the learner of the start; ValueError unless it has a rate to the last update."""
     start = found.state["start"] if found else 0
-    parallel = parts.config.system.parallel
+    system = parts.config.system
+    how = {"parallel": system.parallel, "device": parts.device, "compress": system.compress}
     try:
-        learner = build_learner(parts.model, recipe, parts.total_updates, start, parallel)
+        learner = build_learner(parts.model, recipe, parts.total_updates, start, **how)
         learner.scheduler.step_update(parts.total_updates - 1)
         learner.scheduler.step_update(start)
         return learner

@@ -27,9 +27,10 @@ from switchlora.learner import (
 )
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
-from switchlora.process import Interruption, distributed
+from switchlora.process import Interruption, Question, distributed
 from switchlora.run.state import Ledger, Phase, TrainState
 from switchlora.storage import (
+    Background,
     RunLog,
     SaveSchedule,
 )
@@ -68,7 +69,11 @@ class Run:
     probe: Tensor
     """a few validation images, the same on all ranks; a change of the model must not change the
     logits on them"""
+    writer: Background = field(default_factory=Background)
+    """writes checkpoints while a GPU trains"""
     interruption: Interruption = field(default_factory=Interruption)
+    question: Question = field(default_factory=Question)
+    """whether a rank wants to save or to leave"""
     trunk: Trunk | None = None
     """the full phase shared with runs that differ only in their switch; None without one"""
     skipped: set[str] = field(default_factory=set)
@@ -220,6 +225,8 @@ class Run:
             start=self.state.num_updates,
             parallel=self.config["system"]["parallel"],
             scaler=self.learner.scaler,
+            device=self.device,
+            compress=self.config["system"]["compress"],
         )
 
 

@@ -4,7 +4,8 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +29,7 @@ from switchlora.sweep import is_job, quoted, words_for_yamls
 def save(run: Run) -> None:
     """Write a checkpoint of the run as it is, and remove old checkpoints beyond the limit.
 
+    While a GPU trains, a thread writes: ``wait_until_saved`` waits for it.
     With ``checkpoint.keep=0`` nothing is written. RanksDisagree, and nothing is written either,
     when ranks hold different weights: every checkpoint is one of ranks that agree.
     """
@@ -37,11 +39,17 @@ def save(run: Run) -> None:
         return
     state, folder = run.state, run.log.folder
     with run.stopwatch.paused():
-        checkpoint.write(folder, state.num_updates, state_of(run), run.learner)
+        wait_until_saved(run)
+        prune = partial(retention.prune, folder, run.saves.keep, state.best_update)
+        writer = None if run.device.type == "cpu" else run.writer
+        content = state_of(run)
+        checkpoint.write(folder, state.num_updates, content, run.learner, writer, then=prune)
         run.saves.done(state.num_updates)
-        distributed.from_primary(
-            lambda: retention.prune(folder, run.saves.keep, state.best_update)
-        )
+
+
+def wait_until_saved(run: Run) -> None:
+    """Wait for the checkpoint that a thread writes, if any; OSError if it cannot be written."""
+    distributed.from_primary(run.writer.wait)
 
 
 def save_elsewhere(run: Run, folder: Path, place: int) -> None:
@@ -56,14 +64,15 @@ def save_elsewhere(run: Run, folder: Path, place: int) -> None:
 def save_or_leave(run: Run) -> None:
     """Save if a checkpoint is due, and leave if any rank has received a signal.
 
-    It is called between two updates.
+    It is called between two updates. What one rank alone knows, such as a signal, several learn of
+    within a second.
     """
     interruption = run.interruption
-    due, asked = distributed.any_rank(
-        run.saves.due(run.state.num_updates) or interruption.warned,
+    due, asked = run.question.any_rank(
+        run.saves.due_by_time() or interruption.warned,
         interruption.received is not None,
     )
-    if due or asked:
+    if due or asked or run.saves.due_by_updates(run.state.num_updates):
         interruption.warned = False
         save(run)
     if asked:
@@ -78,6 +87,7 @@ def leave_if_asked(run: Run) -> None:
 
 def leave(run: Run) -> NoReturn:
     """Raise Interrupted with a message that says how to go on."""
+    wait_until_saved(run)
     number = next(n for n in distributed.gather(run.interruption.received) if n is not None)
     run.interruption.received = number
     where = f"interrupted by {number.name} after update {run.state.num_updates}"
@@ -89,6 +99,8 @@ def how_to_go_on(run: Run, *changed: str) -> str:
 
     ``changed`` are words of the command line that the command has too.
     """
+    with suppress(OSError):  # the checkpoint before it is told then
+        run.writer.wait()
     found = retention.find_all(run.log.folder)
     if not found:
         return "there is no checkpoint"

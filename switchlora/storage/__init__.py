@@ -1,5 +1,6 @@
 """The files of a run: checkpoints, events, exports for other libraries, and provenance."""
 
+from switchlora.storage.background import Background as Background
 from switchlora.storage.checkpoint import (
     FORMAT as FORMAT,
     STATE as STATE,

@@ -5,6 +5,8 @@ in ``.1``, ``.2`` and so on. It holds:
 
 - ``state.pt``: plain types and tensors, for ``torch.load`` with ``weights_only=True``.
 - ``SHA256SUMS``: checksums that ``sha256sum -c`` reads.
+- ``frozen-<hash>.pt``: weights that no longer change, if they are most: one file with those of
+  other checkpoints, by a link.
 - ``tensors/``: weights and moments of a sharded model, in the format of
   torch.distributed.checkpoint.
 """
@@ -12,8 +14,9 @@ in ``.1``, ``.2`` and so on. It holds:
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,8 +31,17 @@ from switchlora.config import build, check_saved, without_start
 from switchlora.errors import CheckpointUnusable
 from switchlora.learner import Learner, is_sharded, moments_of, skeleton
 from switchlora.process import distributed
+from switchlora.storage import frozen
+from switchlora.storage.background import Background, staged
 from switchlora.storage.files import is_regular
-from switchlora.storage.retention import FOLDER, free_name, name_of, remove_unfinished, updates_of
+from switchlora.storage.retention import (
+    FOLDER,
+    find_all,
+    free_name,
+    name_of,
+    remove_unfinished,
+    updates_of,
+)
 from switchlora.storage.tensors import (
     TENSORS,
     PlainReader,
@@ -39,7 +51,10 @@ from switchlora.storage.tensors import (
     write_sharded,
 )
 
-FORMAT = 7
+FORMAT = 8
+"""of a checkpoint with frozen weights in a file of their own"""
+IN_ONE_FILE = 7
+"""of any other"""
 STATE, SUMS = "state.pt", "SHA256SUMS"
 CONTENT: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("config", "train", "adapters", "monitor", "stopwatch", "log"), dict),
@@ -74,12 +89,20 @@ WRONG = (
 """what code raises that is given something else than it expects"""
 
 
-def write(folder: Path, num_updates: int, state: Mapping[str, Any], learner: Learner) -> Path:
-    """Write a checkpoint of ``state`` and the learner's tensors into a run folder; return it.
+def write(
+    folder: Path,
+    num_updates: int,
+    state: Mapping[str, Any],
+    learner: Learner,
+    background: Background | None = None,
+    then: Callable[[], object] = lambda: None,
+) -> None:
+    """Write a checkpoint of ``state`` and the learner's tensors into a run folder.
 
-    The checkpoint appears under its name only when all of it is on the disk. All ranks must call
-    this. The primary rank writes; of a sharded model each rank writes its part. OSError when it
-    cannot be written.
+    The checkpoint appears under its name only when all of it is on the disk. The primary rank then
+    calls ``then()``. All ranks must call this. The primary rank writes, in a thread of
+    ``background`` if given; of a sharded model each rank writes its part, and none in a thread.
+    OSError when it cannot be written; a thread's error comes out of ``background``.
     """
     part = folder / FOLDER / f".writing-{num_updates:08d}"
     with distributed.together():
@@ -99,16 +122,31 @@ def write(folder: Path, num_updates: int, state: Mapping[str, Any], learner: Lea
         except CheckpointException as error:  # no Exception, and many lines long
             reason, _ = next(iter(error.failures.values()))
             raise _given_up(part, reason) from error
-    state = {"format": FORMAT, **state, **tensors}
-    return distributed.from_primary(lambda: _finish_writing(part, state, num_updates))
+        background = None
+    content = {**state, **tensors}
+    parameters = learner.model.named_parameters()
+    frozen_names = {name for name, parameter in parameters if not parameter.requires_grad}
+
+    def finish(content: Mapping[str, Any]) -> None:
+        _finish_writing(part, content, frozen_names, num_updates)
+        then()
+
+    if background is None:
+        distributed.from_primary(lambda: finish(content))
+    elif distributed.is_primary():
+        background.start(partial(finish, staged(content)))
 
 
-def _finish_writing(part: Path, state: Mapping[str, Any], num_updates: int) -> Path:
+def _finish_writing(
+    part: Path, content: Mapping[str, Any], frozen_names: Collection[str], num_updates: int
+) -> None:
     try:
-        with (part / STATE).open("wb") as file:
-            torch.save(state, file)
-        files = sorted(filter(Path.is_file, part.rglob("*")))
-        _write_sums(part, files)
+        sums = _write_state(part, content, frozen_names)
+        for path in filter(Path.is_file, part.rglob("*")):
+            name = str(path.relative_to(part))
+            sums[name] = sums.get(name) or _digest(path)
+        _write_sums(part, sums)
+        files = [part / name for name in sums]
         folders = {path.parent for path in files}
         for path in (*files, part / SUMS, *folders):
             _sync(path)
@@ -118,7 +156,19 @@ def _finish_writing(part: Path, state: Mapping[str, Any], num_updates: int) -> P
     except (OSError, RuntimeError) as error:  # torch.save hides the system's error in its own
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise _given_up(part, reason) from error
-    return target
+
+
+def _write_state(
+    part: Path, content: Mapping[str, Any], frozen_names: Collection[str]
+) -> dict[str, str]:
+    """Write the state, and frozen weights beside it if they are most; return the checksums."""
+    weights, apart = frozen.split(content["weights"] or {}, frozen_names)
+    if not apart:
+        state = {"format": IN_ONE_FILE, **content}
+        return {STATE: frozen.save_hashed(state, part / STATE)}
+    name, digest = frozen.write(apart, part, find_all(part.parent.parent))
+    state = {"format": FORMAT, **content, "weights": weights, "frozen": name}
+    return {STATE: frozen.save_hashed(state, part / STATE), name: digest}
 
 
 def _given_up(part: Path, reason: object) -> OSError:
@@ -127,10 +177,10 @@ def _given_up(part: Path, reason: object) -> OSError:
     return OSError(f"no checkpoint could be written to {part.parent}: {reason}")
 
 
-def _write_sums(folder: Path, files: Sequence[Path]) -> None:
-    with (folder / SUMS).open("w") as sums:
-        for path in files:
-            sums.write(f"{_digest(path)}  {path.relative_to(folder)}\n")
+def _write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    with (folder / SUMS).open("w") as file:
+        for name in sorted(sums):
+            file.write(f"{sums[name]}  {name}\n")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -145,7 +195,7 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointUnusable(f"{path} holds a {type(state).__name__}: it is no checkpoint")
     version = state.get("format")
-    if not isinstance(version, int) or version != FORMAT:
+    if not isinstance(version, int) or version not in (IN_ONE_FILE, FORMAT):
         told = " ".join(str(version).split())[:LONGEST]
         raise CheckpointUnusable(
             f"{path} has format {told}, this version of switchlora reads {FORMAT}"
@@ -182,8 +232,8 @@ def content_checked(path: Path, told: type[Exception] = CheckpointUnusable) -> I
 
 def _check_sums(path: Path) -> None:
     sums = _read_sums(path)
-    for shard in path.glob(f"{TENSORS}/*.distcp"):
-        sums.setdefault(str(shard.relative_to(path)), "")
+    for file in (*path.glob(f"{TENSORS}/*.distcp"), *path.glob("frozen-*.pt")):
+        sums.setdefault(str(file.relative_to(path)), "")
     for name, expected in sums.items():
         file = path / name
         if path.resolve() not in file.resolve().parents:
@@ -218,7 +268,8 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
 
     With ``mmap`` tensors are read from the file on first use.
     """
-    return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mmap)
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mmap)
+    return frozen.read(state, path, mmap) if isinstance(state, dict) else state
 
 
 def check_model(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:

@@ -106,12 +106,17 @@ class SaveSchedule:
 
     def due(self, num_updates: int) -> bool:
         """Return whether a checkpoint is due."""
-        if not self.keep:
-            return False
-        if self.every_updates and num_updates - self.saved_at >= self.every_updates:
-            return True
+        return self.due_by_updates(num_updates) or self.due_by_time()
+
+    def due_by_updates(self, num_updates: int) -> bool:
+        """Return whether a checkpoint is due by the number of updates, the same on all ranks."""
+        since = num_updates - self.saved_at
+        return bool(self.keep and self.every_updates and since >= self.every_updates)
+
+    def due_by_time(self) -> bool:
+        """Return whether a checkpoint is due by this process's clock."""
         minutes = (time.monotonic() - self._clock) / 60
-        return self.every_minutes is not None and minutes >= self.every_minutes
+        return bool(self.keep) and self.every_minutes is not None and minutes >= self.every_minutes
 
     def done(self, num_updates: int) -> None:
         """Note that a checkpoint was written."""

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from switchlora.config import Config, as_plain, identity, is_free, leaves, shaping
 from switchlora.errors import ODD, JobFailed, JobInterrupted
 from switchlora.names import near
-from switchlora.process import FAILURE, distributed, one_line, tell_overruled
+from switchlora.process import FAILURE, distributed, one_line, say, tell_overruled
 from switchlora.storage import (
     AUTO,
     BY_ENVIRONMENT,
@@ -38,6 +38,7 @@ from switchlora.storage import (
     finished_summary,
     read_summary,
 )
+from switchlora.sweep.gpus import ANY_GPU, VISIBLE, Slot, gpu_slot, visible_gpus
 
 JOB = "job.json"
 TRUNK = "trunk"
@@ -45,12 +46,16 @@ PARENT = "SWITCHLORA_PARENT"
 """names the process that started a job's process"""
 SWEEP = "SWITCHLORA_SWEEP"
 """names the process of the multirun, for the processes of a launcher such as joblib's"""
+GPUS = "SWITCHLORA_GPUS"
+"""names the GPUs of the multirun, for a launcher that shows all jobs the same ones"""
 POLL_SECONDS = 1.0
 NAME_LENGTH = 80
 JOB_PATIENCE = 30.0
 """seconds that a job waits for an earlier process in its folder, which may still be saving"""
 FRESH_PROCESSES = "submitit"
 """part of the names of launchers that already run each job in its own process"""
+ON_THIS_MACHINE = "submitit_launcher.LocalLauncher"
+"""end of the name of that launcher of them whose jobs share this machine"""
 COUNTED = {"skipped": "finished before", "new": "new"}
 """outcomes of which the closing lines tell the number, with their words"""
 NAMED = ("resumed", "retried", "interrupted", "failed")
@@ -58,7 +63,7 @@ NAMED = ("resumed", "retried", "interrupted", "failed")
 NOT_DONE = ("interrupted", "failed")
 METHOD = "+method"
 """config group of published systems, one yaml each"""
-PLACED = ("resume", "system.threads", "system.device", "system.parallel")
+PLACED = (*("resume", "system.threads", "system.device", "system.parallel", "system.compress"),)
 """keys that are not in the identity of a run, but make it another job"""
 
 
@@ -70,6 +75,7 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Make the folder of the jobs; note it, this process and the outcomes of before."""
         os.environ[SWEEP] = str(os.getpid())
+        os.environ[GPUS] = ",".join(visible_gpus())
         self.folder = Path(config.hydra.sweep.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.before = {path: _stamp(path) for path in self.folder.glob(f"*/{JOB}")}
@@ -194,9 +200,11 @@ def run_job(config: DictConfig, folder: Path, train: Any) -> Mapping[str, Any]:
         outcome = distributed.from_primary(lambda: _begun(folder, plain))
         if dist.is_initialized() or FRESH_PROCESSES in hydra.launcher._target_:
             tell_overruled(config, hydra)
-            train(config, folder)
+            with _slot_here(config, sweep, folder):
+                train(config, folder)
         elif outcome != "skipped":
-            _run_alone(values, folder)
+            with _slot(config, sweep, folder, visible_gpus()) as slot:
+                _run_alone(values, folder, slot)
     except Exception as error:
         outcome = "interrupted" if isinstance(error, JobInterrupted) else "failed"
         with suppress(OSError):
@@ -293,8 +301,37 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
-    """Run the job in its own process and wait for it.
+def _slot(
+    config: DictConfig, sweep: Path, folder: Path, gpus: Sequence[str]
+) -> AbstractContextManager[Slot | None]:
+    """Return the context in which a job has one of ``gpus``, unless it says where it runs."""
+    if config.system.device not in ANY_GPU:
+        gpus = ()
+
+    def tell(line: str) -> None:
+        say(f"{folder.name} {line}")
+
+    return gpu_slot(sweep, gpus, config.system.jobs_per_gpu, tell)
+
+
+@contextmanager
+def _slot_here(config: DictConfig, sweep: Path, folder: Path) -> Iterator[None]:
+    """Let this process have a GPU of its own, if its launcher shows all jobs the same ones.
+
+    Processes that share one job have all GPUs. On a cluster the queue gives each job its own.
+    """
+    gpus = [name for name in os.environ.get(GPUS, "").split(",") if name]
+    shared = HydraConfig.get().launcher._target_.endswith(ON_THIS_MACHINE)
+    if dist.is_initialized() or not shared:
+        gpus = []
+    with _slot(config, sweep, folder, gpus) as slot:
+        if slot is not None:
+            os.environ[VISIBLE] = slot.gpu
+        yield
+
+
+def _run_alone(values: Mapping[str, Any], folder: Path, slot: Slot | None = None) -> None:
+    """Run the job in its own process, on the GPU of its ``slot``, and wait for it.
 
     JobFailed with the reason that the job leaves in ``failure.txt``. JobInterrupted when a signal
     ended it. If the launcher runs jobs at the same time, the output goes to ``output.log``.
@@ -303,6 +340,10 @@ def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
     failure = folder / "failure.txt"
     failure.unlink(missing_ok=True)
     environment = {**os.environ, PARENT: str(os.getpid()), FAILURE: str(failure)}
+    held = []
+    if slot is not None:
+        environment[VISIBLE] = slot.gpu
+        held.append(slot.lock.fileno())
     one_at_a_time = "BasicLauncher" in HydraConfig.get().launcher._target_
     with nullcontext() if one_at_a_time else (folder / "output.log").open("a") as output:
         process = subprocess.Popen(
@@ -310,6 +351,7 @@ def _run_alone(values: Mapping[str, Any], folder: Path) -> None:
             env=environment,
             stdout=output,
             stderr=output and subprocess.STDOUT,
+            pass_fds=held,
         )
         status = _wait_for(process)
     number = _signal_in(status)

@@ -1,0 +1,248 @@
+"""Time updates on the device at hand: arms by model, batch, precision, eager and compiled.
+
+``python scripts/gpu_updates.py --out FOLDER --seconds 150`` appends a line to
+FOLDER/updates.jsonl for each cell, the most telling first, until the time is over. ``--table``
+makes FOLDER/updates.md of what is there, with the speed of full training of the same kind as 1.
+
+The arm 'bare' is a loop of a few lines on tensors in the device's memory. It reads no loss and
+writes no file, so it is what a training loop can reach at best.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from switchlora.bench.arms import Cell, base_model, become, bench_recipe, device_of_benchmark
+from switchlora.learner import autocast, build_learner, release_memory
+
+VIT = "vit_{}_patch16_224"
+BATCHES = {"base": (64, 128), "small": (128, 512), "large": (32, 64)}
+ARMS = ("full", "frozen", "adapter", "adapter-B", "peft", "peft-nocast", "bare")
+NO_CASTS = "peft-nocast"
+"""PEFT without its casts of activations to the type of the factors"""
+TIMED = 5
+"""measurements of ``EACH`` updates; the median counts"""
+EACH = 6
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One cell of the table."""
+
+    model: str
+    batch: int
+    arm: str
+    precision: str
+    """fp32, tf32 or bf16"""
+    compiled: bool
+
+
+def cells(models: Sequence[str]) -> Iterator[Asked]:
+    """Yield the cells, the most telling first."""
+    for number in range(2):
+        for model in models:
+            for compiled in (False, True):
+                for arm in ARMS:
+                    batch = BATCHES[model][number]
+                    yield Asked(VIT.format(model), batch, arm, "bf16", compiled)
+        for precision in ("tf32", "fp32"):
+            for arm in ("full", "adapter"):
+                batch = BATCHES[models[0]][number]
+                yield Asked(VIT.format(models[0]), batch, arm, precision, False)
+
+
+def small_cells() -> Iterator[Asked]:
+    """Yield a few cells that a CPU times in seconds."""
+    for arm in ARMS:
+        yield Asked(VIT.format("tiny"), 4, arm, "bf16", False)
+    yield Asked(VIT.format("tiny"), 4, "full", "tf32", False)
+
+
+def measure(asked: Asked, small: bool) -> dict[str, float]:
+    """Return milliseconds of an update, the peak of memory and the seconds until it runs."""
+    torch.set_float32_matmul_precision("high" if asked.precision == "tf32" else "highest")
+    device = device_of_benchmark()
+    begun = time.perf_counter()
+    update = make_update(asked, small)
+    for _ in range(1 if small else WARM_UP):
+        update()
+    wait_for(device)
+    ready = time.perf_counter() - begun
+    times = []
+    for _ in range(1 if small else TIMED):
+        times.append(seconds_of(update, device, 1 if small else EACH))
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0
+    milliseconds = [1000 * each for each in times]
+    return {
+        "ms": round(median(milliseconds), 2),
+        "ms_least": round(min(milliseconds), 2),
+        "ms_largest": round(max(milliseconds), 2),
+        "peak_mib": round(peak),
+        "seconds_to_start": round(ready, 1),
+    }
+
+
+def seconds_of(update, device: torch.device, number: int) -> float:
+    """Return the seconds of one update, from a ``number`` that are launched without waiting."""
+    begin = time.perf_counter()
+    for _ in range(number):
+        update()
+    wait_for(device)
+    return (time.perf_counter() - begin) / number
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def make_update(asked: Asked, small: bool):
+    """Return the function that makes one update of a cell."""
+    device = device_of_benchmark()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    precision = "fp32" if asked.precision == "tf32" else asked.precision
+    options = {"depth": 1} if small else {}
+    size = 32 if small else 224
+    cell = Cell(asked.model, precision, 16, asked.batch, image_size=size, options=options)
+    model = base_model(cell)
+    become({"bare": "full", NO_CASTS: "peft"}.get(asked.arm, asked.arm), model, cell)
+    images = torch.randn(asked.batch, 3, size, size).to(device)
+    labels = torch.randint(1000, (asked.batch,)).to(device)
+    if asked.arm == "bare":
+        return bare_update(model, images, labels, precision, asked.compiled)
+    recipe = replace(bench_recipe(cell), compile=asked.compiled)
+    learner = build_learner(model, recipe, 10_000)
+    loss = nn.CrossEntropyLoss()
+    counter = iter(range(10_000))
+
+    def update() -> None:
+        with without_casts(model) if asked.arm == NO_CASTS else nullcontext():
+            learner.update(images, labels, loss, next(counter))
+
+    return update
+
+
+def without_casts(model: nn.Module):
+    """Return PEFT's context in which its layers leave the type of activations alone."""
+    from peft.helpers import disable_input_dtype_casting
+
+    return disable_input_dtype_casting(model)
+
+
+def bare_update(model, images, labels, precision: str, compiled: bool):
+    """Return an update of a loop that does nothing but train."""
+    fused = images.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=fused)
+    forward = torch.compile(model) if compiled else model
+    loss_of = nn.CrossEntropyLoss()
+
+    def update() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(images.device.type, precision):
+            loss = loss_of(forward(images), labels)
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return update
+
+
+def table(folder: Path) -> str:
+    """Return the cells in Markdown."""
+    rows = [json.loads(line) for line in (folder / "updates.jsonl").read_text().splitlines()]
+    full = {}
+    for row in rows:
+        if row["arm"] == "full" and "ms" in row:
+            full[kind_of(row)] = row["ms"]
+    lines = [
+        "| model | images | precision | | arm | ms | speed of full training | peak, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        whole = full.get(kind_of(row))
+        speed = f"{whole / row['ms']:.2f}" if whole and "ms" in row else ""
+        how = "compiled" if row["compiled"] else "eager"
+        place = f"| {row['model']} | {row['batch']} | {row['precision']} | {how} | {row['arm']} "
+        found = row.get("ms", row.get("failed"))
+        lines.append(f"{place}| {found} | {speed} | {row.get('peak_mib', '')} |")
+    return "\n".join([*lines, *training_lines(folder / "training", rows)]) + "\n"
+
+
+def training_lines(folder: Path, rows: Sequence[dict]) -> list[str]:
+    """Return what the training run beside the table says of the loop and of the monitor."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except FileNotFoundError:
+        return []
+    share = summary["monitor"]["time_share"]
+    lines = ["", f"The monitor took {share:.2%} of the time of training."]
+    for row in rows:
+        if kind_of(row) == (VIT.format("small"), 128, "bf16", False) and row["arm"] == "bare":
+            speed = (
+                summary["phases"]["full"]["images_per_second"] * row["ms"] / 1000 / row["batch"]
+            )
+            lines.append(f"The run's full phase has {speed:.2f} of the bare loop's speed.")
+    return lines
+
+
+def kind_of(row: dict) -> tuple:
+    """Return what the arms of one comparison share."""
+    return row["model"], row["batch"], row["precision"], row["compiled"]
+
+
+def measured(asked: Asked, small: bool) -> dict:
+    """Return a cell's numbers, or why there are none: the other cells go on."""
+    try:
+        return measure(asked, small)
+    except Exception as error:
+        return {"failed": str(error).splitlines()[0][:200] if str(error) else type(error).__name__}
+    finally:
+        torch.compiler.reset()
+        release_memory(device_of_benchmark())
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Measure cells until the time is over. Each is written as soon as it is known."""
+    end = time.monotonic() + options.seconds
+    with (options.out / "updates.jsonl").open("a") as file:
+        for asked in small_cells() if options.small else cells(options.models):
+            if options.only and asked.compiled != (options.only == "compiled"):
+                continue
+            if time.monotonic() > end:
+                print(f"time is over before {asked}", flush=True)
+                break
+            line = json.dumps({**asdict(asked), **measured(asked, options.small)})
+            print(line, flush=True)
+            print(line, file=file, flush=True)
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--models", nargs="+", default=["base", "small", "large"])
+    parser.add_argument("--only", choices=["eager", "compiled"])
+    parser.add_argument("--small", action="store_true", help="a tiny model, for a CPU")
+    parser.add_argument("--table", action="store_true", help="only make the table")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.table:
+        measure_all(options)
+    (options.out / "updates.md").write_text(table(options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What only a GPU can show. Without one all of it is skipped; ``scripts/gpu_check.sh`` runs it."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import tiny_vit
+from runs import BY_DATE, assert_same_but_for_memory, make_run
+from switchlora.adapters import find_targets
+from switchlora.monitor import UpdateMonitor
+from switchlora.storage import find_all, read_events
+from switchlora.storage.background import staged
+from switchlora.sweep.gpus import visible_gpus
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+ON_GPU = ("system.device=cuda", "max_updates=40", *BY_DATE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("cuda")
+    make_run(place, *ON_GPU, "checkpoint.every_updates=10", "checkpoint.keep=9")
+    return place
+
+
+def test_a_run_switches_and_ends(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["switch"]["drift"] < 1e-3
+
+
+def test_its_losses_are_those_of_a_cpu(folder, tmp_path):
+    make_run(tmp_path, "system.device=cpu", "max_updates=40", *BY_DATE)
+    there, here = ([e["train/loss"] for e in read_events(f, "train")] for f in (folder, tmp_path))
+    assert there[:10] == pytest.approx(here[:10], rel=0.01)
+
+
+def test_it_goes_on_from_a_checkpoint_that_a_thread_wrote(folder, tmp_path):
+    path = next(path for path in find_all(folder) if path.name.endswith("00000010"))
+    make_run(tmp_path, *ON_GPU, f"resume={path}")
+    events = [[e["train/loss"] for e in read_events(f, "train")] for f in (folder, tmp_path)]
+    assert events[0] == pytest.approx(events[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_the_monitor_measures_what_it_measures_on_a_cpu(place):
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = tiny_vit().to(device)
+        targets = find_targets(model, [r"attn\.qkv", r"mlp\.fc[12]"])
+        monitor = UpdateMonitor(model, targets, 10, device=place if device == "cuda" else "cpu")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.01).add_(0.01)
+        found.append(monitor.measure(10, 1.0))
+    here, there = found
+    for name, stats in here.layers.items():
+        other = there.layers[name]
+        assert other.update_norm == pytest.approx(stats.update_norm, rel=1e-4)
+        assert other.weight_stable_rank == pytest.approx(stats.weight_stable_rank, rel=1e-3)
+
+
+def test_a_staged_tensor_is_pinned_and_whole():
+    tensor = torch.arange(1000.0, device="cuda")
+    copy = staged({"w": tensor})["w"]
+    tensor.zero_()
+    assert copy.is_pinned() and copy.tolist() == list(range(1000))
+
+
+def test_choosing_a_gpu_does_not_start_cuda():
+    assert visible_gpus()
+
+
+def test_a_deterministic_run_is_the_same_twice(tmp_path):
+    pytest.importorskip("switchlora.process.deterministic")
+    for name in ("one", "other"):
+        make_run(tmp_path / name, *ON_GPU, "system.deterministic=true")
+    assert_same_but_for_memory(tmp_path / "one", tmp_path / "other")
