@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -53,10 +53,10 @@ def save_elsewhere(run: Run, folder: Path, place: int) -> None:
     checkpoint.write(folder, run.state.num_updates, state, run.learner)
 
 
-def save_or_leave(run: Run) -> None:
+def save_or_leave(run: Run, settle: Callable[[Run], None]) -> None:
     """Save if a checkpoint is due, and leave if any rank has received a signal.
 
-    It is called between two updates.
+    It is called between two updates. Before anything is written, ``settle`` acts on the last one.
     """
     interruption = run.interruption
     due, asked = distributed.any_rank(
@@ -65,6 +65,7 @@ def save_or_leave(run: Run) -> None:
     )
     if due or asked:
         interruption.warned = False
+        settle(run)
         save(run)
     if asked:
         leave(run)
