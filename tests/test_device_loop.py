@@ -1,4 +1,4 @@
-"""The loop on a device that works alone: nobody waits for it, and it computes what the CPU does."""
+"""The loop on a device that works alone: nobody waits for it; it computes what the CPU does."""
 
 import os
 import signal
@@ -29,10 +29,11 @@ from switchlora.run import prepare
 from switchlora.train import fit
 
 THERE = f"system.device={DEVICE}"
-ONE_KERNEL = "+full.optimizer.fused=true"
+ONE_KERNEL = ("+full.optimizer.fused=true", "+adapter.optimizer.fused=true")
 LIVELY = (
     *(*BY_DATE, "epochs=2", "ema=0.9", "data.mixup_alpha=0.8", "data.crop_padding=1"),
     *("model.depth=1", "model.embed_dim=16", "checkpoint.every_updates=7", "max_skipped=9"),
+    *("switch/rank=fixed", "switch.rank.rank=1"),
 )
 
 
@@ -67,14 +68,14 @@ def test_outcomes_read_late_change_no_bit_where_updates_are_skipped_and_a_run_is
     bad = (6, 7, 20, 33)
     with monkeypatch.context() as patch:
         poisoned(patch, bad)
-        summary = make_run(tmp_path / "at_once", ONE_KERNEL, *LIVELY)
+        summary = make_run(tmp_path / "at_once", *ONE_KERNEL, *LIVELY)
     assert summary["skipped_updates"] == len(bad) and summary["switch"]["fired"]
     late("cpu")
     with monkeypatch.context() as patch:
         poisoned(patch, bad, stopped_at=16)
         with pytest.raises(Interrupted):
-            make_run(tmp_path / "late", ONE_KERNEL, *LIVELY)
-        make_run(tmp_path / "late", ONE_KERNEL, *LIVELY, "resume=auto")
+            make_run(tmp_path / "late", *ONE_KERNEL, *LIVELY)
+        make_run(tmp_path / "late", *ONE_KERNEL, *LIVELY, "resume=auto")
     assert_same_run(tmp_path / "at_once", tmp_path / "late")
 
 
@@ -194,12 +195,16 @@ def test_the_files_of_a_run_name_the_precision_it_had(tmp_path):
     assert run.recipe.precision == "fp32"
 
 
-def test_products_are_exact_where_a_switch_is_checked(monkeypatch):
-    monkeypatch.setattr("torch.backends.cuda.matmul.allow_tf32", True)
-    with exact_products():
-        assert torch.get_float32_matmul_precision() == "highest"
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+def test_products_are_exact_where_a_switch_is_checked():
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, True
+    try:
+        with exact_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
+        assert products.allow_tf32 and torch.backends.cudnn.allow_tf32
+    finally:
+        products.allow_tf32 = before
 
 
 def test_a_deterministic_run_sets_torch_and_moves_no_bit_on_a_cpu(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -153,7 +153,7 @@ class Learner:
         outcome = self._step_by_host(loss, norm, lr)
         return lambda: outcome
 
-    @property
+    @cached_property
     def decides_on_device(self) -> bool:
         """Whether the device finds out for itself if a step is applied, so that nobody waits.
 
