@@ -2,6 +2,8 @@
 
 import os
 import signal
+import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,14 +82,21 @@ def test_outcomes_read_late_change_no_bit_where_updates_are_skipped_and_a_run_is
 
 
 class Counting(Pretended):
-    """Also counts the bytes that reach the device."""
+    """Also counts the bytes that reach the device.
+
+    torch's clipping asks C++ for the device of gradients, where nothing is pretended.
+    """
 
     sent = 0
 
     def _moved(self, name, args, kwargs):
-        was = self.device_of(args[0])
+        was, before = self.device_of(args[0]), self.crossings["waiting"]
         result = super()._moved(name, args, kwargs)
-        if self.device_of(result) != was and was.type == "cpu":
+        callers = {Path(frame.filename).name for frame in traceback.extract_stack(limit=6)}
+        if "clip_grad.py" in callers:
+            self.crossings["waiting"] = before
+            self.place(result, was)
+        elif self.device_of(result) != was and was.type == "cpu":
             self.sent += result.nbytes
         return result
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def set_backends(device: torch.device, tf32: bool, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault(WORKSPACE, ":4096:8")  # cuBLAS reads it at its first product
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(True)
 
 
@@ -31,7 +32,7 @@ def exact_products() -> Iterator[None]:
 
     TF32 moves a number by about 1e-3, as much as a drift at which a switch is undone.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:

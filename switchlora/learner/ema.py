@@ -104,6 +104,6 @@ class WeightEMA:
 
 def _named(model: nn.Module) -> Tensors:
     """Return what ``model.state_dict()`` holds, and buffers that are not saved; it is cheaper."""
-    named = [*model.named_parameters(remove_duplicate=False)]
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
     named += model.named_buffers(remove_duplicate=False)
     return {name: tensor.detach() for name, tensor in named}
