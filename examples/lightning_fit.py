@@ -4,12 +4,12 @@ import lightning
 import timm
 import torch
 from shared import SMALL_VIT, Telling, accuracy, digits
-from switchlora.integrations.lightning import LowRankSwitchCallback
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from switchlora import UpdateNorm
+from switchlora.integrations.lightning import LowRankSwitchCallback
 
 OUT = "runs/examples/lightning_fit.ckpt"
 

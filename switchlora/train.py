@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig
+from torch import Tensor
 
 from switchlora.adapters import count_parameters
 from switchlora.config import as_plain
@@ -36,6 +37,7 @@ from switchlora.run import (
     wait_until_saved,
     watch_as_configured,
     window_complete,
+    with_precision,
 )
 from switchlora.storage import FolderLock, finished_summary, unused_removed
 from switchlora.sweep import JOB_PATIENCE, is_job
@@ -54,6 +56,7 @@ def train(config: DictConfig, folder: Path) -> dict:
 def train_in(folder: Path, config: DictConfig) -> dict:
     """Do what ``train`` does, and leave the folder as it is at an error."""
     distributed.join()
+    config = with_precision(config)
     settings = as_plain(config)
     agree_on_settings(settings)
     folder = distributed.from_primary(lambda: folder)
@@ -131,23 +134,81 @@ def train_epoch(run: Run) -> None:
     run.stopwatch.resume()
     if state.num_updates >= run.last_update:
         return
+    try:
+        make_updates(run)
+    except Exception:
+        with suppress(Exception):  # the first error is the one to tell
+            settle(run)
+        raise
+
+
+def make_updates(run: Run) -> None:
+    """Make the updates of the batches that are left of the epoch, and act between them."""
+    state = run.state
     for inputs, labels in run.data.train:
         if run.data.mixup is not None:
             inputs, labels = run.data.mixup(inputs, labels)
         guide(run)
-        step = run.learner.update(inputs, labels, run.data.loss, state.num_updates)
+        launch(run, inputs, labels)
         state.position += 1
-        if step.applied:
-            step_done(run, step)
-            if joint_phase_over(run):
-                end_joint_phase(run)
-            if window_complete(run):
-                end_window(run)  # measures, asks the criterion, and may switch
-        else:
-            step_skipped(run, step)
+        if not may_settle_late(run):
+            settle(run)
         if state.num_updates >= run.last_update or state.position >= len(run.data.train):
             break
-        save_or_leave(run)
+        save_or_leave(run, settle)
+
+
+def launch(run: Run, inputs: Tensor, labels: Tensor) -> None:
+    """Make an update, whose outcome ``settle`` reads.
+
+    Where the device decides on its own, the outcome of the update before is read only here, when
+    the device has the gradients of this one to compute: so it never waits for the host.
+    """
+    state, loss_fn = run.state, run.data.loss
+    if run.learner.decides_on_device:
+        run.learner.backward(inputs, labels, loss_fn, state.num_updates)
+        settle(run)
+        run.pending = run.learner.step(state.num_updates)
+    else:
+        step = run.learner.update(inputs, labels, loss_fn, state.num_updates)
+        run.pending = lambda: step
+    if run.ema is not None:
+        run.ema.look(run.model)
+
+
+def may_settle_late(run: Run) -> bool:
+    """Return whether nothing hangs on the outcome of the update that was just launched.
+
+    At the end of a window, of an epoch and of a run something does, and where a checkpoint is due.
+    """
+    state, coming = run.state, run.state.num_updates + 1
+    return (
+        run.learner.decides_on_device
+        and run.ledger.recorded
+        and state.joint_until is None
+        and coming < run.last_update
+        and state.position < len(run.data.train)
+        and not run.monitor.due(coming)
+        and not run.saves.due(coming)
+    )
+
+
+def settle(run: Run) -> None:
+    """Act on the outcome of the last update, if that has not been done.
+
+    An applied one may end a window, and so lead to a switch.
+    """
+    if run.pending is None:
+        return
+    step, run.pending = run.pending(), None
+    if not step.applied:
+        step_skipped(run, step)
+        return
+    step_done(run, step)
+    if joint_phase_over(run):
+        end_joint_phase(run)
+    if window_complete(run):
+        end_window(run)  # measures, asks the criterion, and may switch
 
 
 def step_done(run: Run, step: StepOutcome) -> None:

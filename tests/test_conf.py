@@ -111,6 +111,7 @@ MEANT_TO_DIFFER = {
     "method/prelora_bug=shared_output": {"shared_output"},  # the bug
     "switch/criterion=cuttlefish": {"epsilon", "relaxed", "integer"},  # published constants
     "switch/rank=cuttlefish": {"of", "scaled", "lowest"},  # published constants
+    "recipe=base": {"precision"},  # a run knows its device, a recipe does not
     "recipe=adapter": {"rewarmup_updates"},  # of a full phase there is none
     "switch/guard=full": {"fraction"},  # the switch after one that was taken back comes later
     "switch/guard=warn": {"act"},  # the name of the choice

@@ -76,7 +76,6 @@ def test_choosing_a_gpu_does_not_start_cuda():
 
 
 def test_a_deterministic_run_is_the_same_twice(tmp_path):
-    pytest.importorskip("switchlora.process.deterministic")
     for name in ("one", "other"):
         make_run(tmp_path / name, *ON_GPU, "system.deterministic=true")
     assert_same_but_for_memory(tmp_path / "one", tmp_path / "other")

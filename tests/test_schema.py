@@ -57,13 +57,13 @@ def test_every_experiment_is_right(path):
 
 
 def test_the_schema_names_the_choices_of_the_code():
-    from switchlora.learner.recipe import PRECISIONS, RECOMPUTED
+    from switchlora.learner.recipe import AUTO, PRECISIONS, RECOMPUTED
     from switchlora.policy.guard import ACTIONS
     from switchlora.policy.stages import GROUPS
 
     choices = {
         "system.parallel": PARALLEL,
-        "full.precision": PRECISIONS,
+        "full.precision": (AUTO, *PRECISIONS),
         "full.activation_checkpointing": RECOMPUTED,
         "switch.guard.act": ACTIONS,
         "switch.stages.by": GROUPS,
@@ -190,7 +190,7 @@ def test_the_reference_shows_what_a_key_takes():
         ("max_updates=-1", "max_updates is -1"),
         ("monitor.window=0", "monitor.window is 0"),
         ("monitor.window=often", "monitor.window is 'often'"),
-        ("full.precision=fp8", "full.precision is 'fp8': choose one of fp32, bf16"),
+        ("full.precision=fp8", "full.precision is 'fp8': choose one of auto, fp32, bf16"),
         ("ema=2", "ema is 2"),
         (
             "switch.criterion.patience=0",

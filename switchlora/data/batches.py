@@ -19,10 +19,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
+from switchlora.data.shipping import (
+    Batch,
+    Boxes,
+    Finish,
+    InBytes,
+    Move,
+    Normalise,
+    collected,
+    fits,
+    in_bytes,
+    of_channels,
+    sent,
+)
 from switchlora.data.split import Split
 
 Key = tuple[Tensor, Tensor | None]  # rows of one batch, and their draws when training
-Batch = tuple[Tensor, Tensor]  # inputs and targets: images (B, C, H, W) float32 and (B,) int64
 
 
 class EpochSampler(Sampler[Key]):
@@ -95,6 +107,8 @@ class InMemory(Dataset[Batch]):
 
     ``shape`` is (C, H, W). ValueError if an image has another one. The key of an item is a whole
     batch. Rows with draws are cropped and flipped, rows without draws are not.
+
+    After ``to`` the images lie on a device, and items are bytes there.
     """
 
     def __init__(
@@ -108,8 +122,7 @@ class InMemory(Dataset[Batch]):
     ) -> None:
         self.images, self.targets = decode(split, shape)
         self.unread = split.skipped()
-        self.mean = of_channels(mean)
-        self.std = of_channels(std)
+        self.normalise: Normalise | None = Normalise(of_channels(mean), of_channels(std))
         self.crop_padding = crop_padding
         self.hflip = hflip
 
@@ -118,11 +131,27 @@ class InMemory(Dataset[Batch]):
 
     def __getitem__(self, key: Key) -> Batch:
         rows, draws = key
+        device = self.images.device
+        rows = sent(rows, device)
         images = self.images[rows]
         if draws is not None:
-            images = crop_and_flip(images, draws, self.crop_padding, self.hflip)
-        shares = images.float().div_(255)
-        return shares.sub_(self.mean).div_(self.std), self.targets[rows]
+            images = crop_and_flip(images, sent(draws, device), self.crop_padding, self.hflip)
+        if self.normalise is not None:
+            images = self.normalise(images)
+        return images, self.targets[rows]
+
+    def to(self, device: torch.device) -> Finish:
+        """Move the images to ``device`` if they fit there. Return what makes items batches."""
+        normalise, self.normalise = self.normalise, None
+        assert normalise is not None, "the images were moved before"
+        if fits(self.images.nbytes, device):
+            self.images, self.targets = self.images.to(device), self.targets.to(device)
+        return Finish(device, normalise)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
 
     def skipped(self) -> list[str]:
         """Return the names of the images that could not be read."""
@@ -130,36 +159,51 @@ class InMemory(Dataset[Batch]):
 
     def digest(self) -> str:
         """Return a digest of all pixels and classes."""
-        return digest_of(self.images.numpy().data, self.targets.numpy().data)
+        return digest_of(self.images.cpu().numpy().data, self.targets.cpu().numpy().data)
 
 
-class Transformed(Dataset[Batch]):
+class Transformed(Dataset[tuple[Tensor, ...]]):
     """The images of a split, decoded and transformed each time.
 
     The key of an item is a whole batch. A row with a draw is read and transformed with random
     numbers that follow from the draw.
+
+    After ``to`` items are bytes, and the boxes to erase: a quarter of what the numbers
+    take on their way.
     """
 
     def __init__(self, split: Split, transform: Callable[[Any], Tensor]) -> None:
         self.split = split
         self.split.pictures = True
         self.transform = transform
+        self.in_bytes: InBytes | None = None
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: Key) -> Batch:
+    def to(self, device: torch.device) -> Move:
+        """Leave the end of the transform to ``device``. Return what makes items batches."""
+        self.in_bytes = in_bytes(self.transform)
+        return Finish(device, self.in_bytes.normalise) if self.in_bytes else Move(device)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, ...]:
         rows, draws = key
         images: list[Tensor] = []
         targets: list[int] = []
+        boxes: list[Boxes] = []
         with generators_kept():
             for place, row in enumerate(rows.tolist()):
                 if draws is not None:
                     seed_generators(int(draws[place]))
                 image, target = self.split.read(row)
-                images.append(self.transform(image))
                 targets.append(target)
-        return torch.stack(images), torch.tensor(targets)
+                if self.in_bytes is None:
+                    images.append(self.transform(image))
+                    continue
+                pixels, erased = self.in_bytes(image)
+                images.append(pixels)
+                boxes.append(erased)
+        return torch.stack(images), torch.tensor(targets), *collected(boxes)
 
     def skipped(self) -> list[str]:
         """Return the names of the images that could not be read so far."""
@@ -190,11 +234,6 @@ class EpochMixup(timm.data.Mixup):
         with generators_kept():
             seed_generators(seed_of(self.seed, self.epoch, self.calls))
             return super().__call__(images, targets)
-
-
-def of_channels(numbers: Sequence[float]) -> Tensor:
-    """Return one number a channel as (C, 1, 1), to go with images."""
-    return torch.tensor(list(numbers)).view(-1, 1, 1)
 
 
 def digest_of(*parts: bytes | memoryview) -> str:
@@ -250,7 +289,7 @@ def crop_and_flip(images: Tensor, draws: Tensor, padding: int, hflip: float) -> 
         height, width = images.shape[2:]
         padded = F.pad(images, [padding] * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-        images = windows[torch.arange(len(images)), :, top, left]
+        images = windows[torch.arange(len(images), device=images.device), :, top, left]
     return images
 
 

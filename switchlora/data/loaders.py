@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from switchlora.data.augment import build_transform
 from switchlora.data.batches import (
-    Batch,
     EpochMixup,
     EpochSampler,
     InMemory,
@@ -20,6 +19,7 @@ from switchlora.data.batches import (
     digest_of,
     eval_batches,
 )
+from switchlora.data.shipping import Batch
 from switchlora.data.split import Split, classes_of
 from switchlora.data.workers import Loader
 from switchlora.errors import check_range
@@ -84,12 +84,22 @@ class Data:
                 names += view.skipped()
         return names
 
+    def to(self, device: torch.device) -> None:
+        """Let batches come on ``device``, and keep data sets there that fit in its memory.
+
+        Draws and bits are those of a CPU. On a CPU nothing changes.
+        """
+        for loader in (self.train, self.val, self.test):
+            loader.to(device)
+
     def example(self, count: int) -> Batch:
         """Return ``count`` inputs and targets, as the loss gets them, without their contents.
 
         They are on the meta device, which has shapes only.
         """
-        inputs, targets = self.val.dataset[torch.zeros(1, dtype=torch.long), None]
+        inputs, targets = self.val.finished(
+            self.val.dataset[torch.zeros(1, dtype=torch.long), None]
+        )
         if self.mixup is not None:
             targets = torch.empty(1, self.mixup.num_classes)
         return on_meta(inputs, count), on_meta(targets, count)

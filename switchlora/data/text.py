@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from switchlora.data.batches import Batch, EpochSampler, Key, digest_of
+from switchlora.data.batches import EpochSampler, Key, digest_of
 from switchlora.data.loaders import Data, make_loaders
+from switchlora.data.shipping import Batch, Move, fits, sent
 from switchlora.errors import check_range
 
 
@@ -33,13 +34,24 @@ class Windows(Dataset[Batch]):
 
     def __getitem__(self, key: Key) -> Batch:
         rows, _ = key
-        firsts = rows.unsqueeze(1) * self.context
-        places = firsts + torch.arange(self.context)
+        firsts = sent(rows, self.device).unsqueeze(1) * self.context
+        places = firsts + torch.arange(self.context, device=self.device)
         return self.text[places].long(), self.text[places + 1].long()
+
+    def to(self, device: torch.device) -> Move:
+        """Move the text to ``device`` if it fits there. Return what brings items there."""
+        if fits(self.text.nbytes, device):
+            self.text = self.text.to(device)
+        return Move(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text is."""
+        return self.text.device
 
     def digest(self) -> str:
         """Return a digest of all bytes, and of where windows begin."""
-        return digest_of(self.text.numpy().tobytes(), b"%d" % self.context)
+        return digest_of(self.text.cpu().numpy().tobytes(), b"%d" % self.context)
 
 
 class TokenCrossEntropy(nn.Module):

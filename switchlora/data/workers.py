@@ -4,15 +4,17 @@ import atexit
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import ProcessError
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from switchlora.data.shipping import Move
 from switchlora.errors import DataUnusable, LoaderDied
 from switchlora.process import SIGNALS
 
@@ -35,14 +37,50 @@ class Loader(DataLoader):
     torch's handler of SIGCHLD is not used. It would raise between any two lines of the program,
     once for each dead worker, and also after the first has ended the run. Without it a death is
     noticed where the next batch is missed.
+
+    After ``to`` batches come on a device.
     """
 
     def __init__(self, dataset: Dataset, *, num_workers: int = 0, **options: Any) -> None:
         if num_workers:
             options |= {"worker_init_fn": ignore_signals, "collate_fn": in_shared_memory}
         super().__init__(dataset, batch_size=None, num_workers=num_workers, **options)
+        self.finish: Callable[[Any], Any] | None = None
+        self.stream: torch.cuda.Stream | None = None
+
+    def to(self, device: torch.device) -> None:
+        """Let batches come on ``device``; a data set that knows how may be kept there.
+
+        On CUDA a batch travels in a stream of its own, while the device works on the one before.
+        """
+        if device.type == "cpu":
+            return
+        move = getattr(self.dataset, "to", lambda device: Move(device))
+        self.finish = move(device)
+        is_there = getattr(self.dataset, "device", None) == device
+        self.pin_memory = self.pin_memory and device.type == "cuda" and not is_there
+        if device.type == "cuda" and not is_there:
+            self.stream = torch.cuda.Stream(device)
 
     def __iter__(self) -> Iterator:  # type: ignore[override]
+        for item in self._items():
+            yield self.finished(item)
+
+    def finished(self, item: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the batch that an item of the data set becomes, on the device."""
+        if self.finish is None:
+            return item
+        if self.stream is None:
+            return self.finish(item)
+        with torch.cuda.stream(self.stream):
+            batch = self.finish(item)
+        present = torch.cuda.current_stream(self.stream.device)
+        present.wait_stream(self.stream)
+        for tensor in batch:
+            tensor.record_stream(present)
+        return batch
+
+    def _items(self) -> Iterator:
         try:
             with handler_kept(signal.SIGCHLD):
                 batches = super().__iter__()

@@ -1,5 +1,14 @@
 """Optimize the tensors that train now; a switch throws the learner away and builds a new one."""
 
+from switchlora.learner.awaited import (
+    READ_LATE as READ_LATE,
+    Awaited as Awaited,
+    reads_late as reads_late,
+)
+from switchlora.learner.backends import (
+    exact_products as exact_products,
+    set_backends as set_backends,
+)
 from switchlora.learner.counters import (
     FlopCounter as FlopCounter,
     SavedTensors as SavedTensors,
@@ -11,6 +20,7 @@ from switchlora.learner.ema import WeightEMA as WeightEMA
 from switchlora.learner.learner import (
     PARALLEL as PARALLEL,
     Learner as Learner,
+    Pending as Pending,
     StepOutcome as StepOutcome,
     build_learner as build_learner,
     operands_within_update as operands_within_update,
@@ -43,6 +53,7 @@ from switchlora.learner.projected import (
 )
 from switchlora.learner.published import Unreduced as Unreduced
 from switchlora.learner.recipe import (
+    AUTO as AUTO,
     PRECISIONS as PRECISIONS,
     FactorRates as FactorRates,
     Recipe as Recipe,
@@ -50,6 +61,7 @@ from switchlora.learner.recipe import (
     build_optimizer as build_optimizer,
     check_goes_with_fsdp as check_goes_with_fsdp,
     parameter_groups as parameter_groups,
+    precision_of as precision_of,
 )
 from switchlora.learner.reflora import (
     FactorBalance as FactorBalance,

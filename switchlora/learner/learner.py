@@ -4,7 +4,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -27,10 +28,18 @@ from switchlora.adapters import (
     operands_kept,
     trained_adapters,
 )
+from switchlora.learner.awaited import Awaited
 from switchlora.learner.counters import FlopCounter, SavedTensors
-from switchlora.learner.recipe import Recipe, autocast, build_optimizer, check_goes_with_fsdp
+from switchlora.learner.recipe import (
+    Recipe,
+    autocast,
+    build_optimizer,
+    check_goes_with_fsdp,
+    precision_of,
+    skips_by_itself,
+)
 from switchlora.learner.sharding import gathered, is_sharded, shard, skeleton
-from switchlora.process import full, total, world_size
+from switchlora.process import full, mean_of_ranks, total, world_size
 
 if TYPE_CHECKING:
     from switchlora.learner.reflora import FactorBalance
@@ -53,6 +62,10 @@ class StepOutcome:
     applied: bool
     overflow: bool = False
     """a finite loss with a scaled fp16 gradient that was too large: the scaler lowers its scale"""
+
+
+Pending = Callable[[], StepOutcome]
+"""waits for the outcome of an update whose step was launched, and returns it"""
 
 
 @dataclass
@@ -95,6 +108,8 @@ class Learner:
     """update from which pairs of factors are refactored; None before that"""
     balance_then: "FactorBalance | None" = None
     """how balanced the pairs were before that update, until it is told"""
+    _batch_loss: Tensor | None = field(default=None, repr=False)
+    """the loss of ``backward``, until ``step``"""
 
     def update(
         self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module, num_updates: int
@@ -107,13 +122,49 @@ class Learner:
         exchange gradients after the last one. Gradients stay in place afterwards, unscaled and
         clipped, for the monitor to read.
         """
-        lr = self.set_lr(num_updates)
+        self.backward(inputs, labels, loss_fn, num_updates)
+        return self.step(num_updates)()
+
+    def backward(
+        self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module, num_updates: int
+    ) -> None:
+        """Compute the gradients of an update, its first half. The arguments are its own."""
         self.optimizer.zero_grad(set_to_none=True)
         operands = operands_within_update(self.model, self.recipe)
         with operands, self._flops_counted(), self._strides_not_warned_of():
-            loss = self._accumulate(inputs, labels, loss_fn, num_updates)
+            self._batch_loss = self._accumulate(inputs, labels, loss_fn, num_updates)
         self.used = True
-        return self._step(loss, lr)
+
+    def step(self, num_updates: int) -> Pending:
+        """Make the optimizer's step on the gradients of ``backward``, unless they are not finite.
+
+        Where ``decides_on_device``, the step is launched and the host goes on: call what is
+        returned before the next step, but after the next ``backward``.
+        """
+        lr = self.set_lr(num_updates)
+        loss, self._batch_loss = self._batch_loss, None
+        assert loss is not None, "step comes after backward"
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.recipe.frobenius_decay:
+            add_frobenius_decay(trained_adapters(self.model), self.recipe.frobenius_decay)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = full(get_total_norm(gradients))
+        if self.decides_on_device:
+            return self._step_by_device(loss, norm, lr)
+        outcome = self._step_by_host(loss, norm, lr)
+        return lambda: outcome
+
+    @cached_property
+    def decides_on_device(self) -> bool:
+        """Whether the device finds out for itself if a step is applied, so that nobody waits.
+
+        That takes an optimizer that skips a step by itself. Draws of guided layers and hooks of a
+        refactoring follow the number of applied updates, so the host must know it in time.
+        """
+        if self.scaler is not None or self.guided or self.recipe.refactoring is not None:
+            return False
+        return skips_by_itself(self.optimizer) and not is_sharded(self.model)
 
     def _accumulate(
         self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module, num_updates: int
@@ -219,26 +270,43 @@ class Learner:
         wrapper = getattr(self.forward, "_orig_mod", self.forward)
         return wrapper if isinstance(wrapper, DistributedDataParallel) else None
 
-    def _step(self, loss: Tensor, lr: float) -> StepOutcome:
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        if self.recipe.frobenius_decay:
-            add_frobenius_decay(trained_adapters(self.model), self.recipe.frobenius_decay)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = full(get_total_norm(gradients))
+    def _step_by_host(self, loss: Tensor, norm: Tensor, lr: float) -> StepOutcome:
         own_loss, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
         mean_loss = total([own_loss])[0] / world_size()
         finite_loss = math.isfinite(mean_loss)
         applied = finite_loss and math.isfinite(norm_value)
         if applied:
-            if self.recipe.clip_grad is not None:
-                clip_grads_with_norm_(self.model.parameters(), self.recipe.clip_grad, norm)
+            self._clip(norm)
             self.optimizer.step()
-        overflow = False
-        if self.scaler is not None:
-            self.scaler.update()
-            overflow = finite_loss and not applied and self.scaler.get_scale() > 1
+        overflow = self._scale_lowered() and finite_loss
         return StepOutcome(mean_loss, norm_value, lr, applied, overflow)
+
+    def _step_by_device(self, loss: Tensor, norm: Tensor, lr: float) -> Pending:
+        mean_loss = mean_of_ranks(loss)
+        applied = mean_loss.isfinite() & norm.isfinite()
+        self._clip(norm)
+        self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        awaited = Awaited(torch.stack([mean_loss, norm.double(), applied.double()]))
+        return partial(_outcome, awaited, lr)
+
+    def _clip(self, norm: Tensor) -> None:
+        if self.recipe.clip_grad is not None:
+            clip_grads_with_norm_(self.model.parameters(), self.recipe.clip_grad, norm)
+
+    def _scale_lowered(self) -> bool:
+        """Update the loss scale; return whether it fell and can fall again."""
+        if self.scaler is None:
+            return False
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        return 1 < self.scaler.get_scale() < before
+
+
+def _outcome(awaited: Awaited, lr: float) -> StepOutcome:
+    loss, norm, applied = awaited.read()
+    return StepOutcome(loss, norm, lr, bool(applied))
 
 
 def operands_within_update(model: nn.Module, recipe: Recipe) -> AbstractContextManager:
@@ -270,6 +338,8 @@ def build_learner(
 
     ``scaler`` is the loss scaler of the previous learner. The new one starts from its scale.
     """
+    device = next(model.parameters()).device
+    recipe = replace(recipe, precision=precision_of(recipe.precision, device))
     set_checkpointing(model, recipe.activation_checkpointing)
     hold_frozen_statistics(model)
     bones = None

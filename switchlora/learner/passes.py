@@ -27,15 +27,17 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> d
     batches; all ranks get the same means.
     """
     device = next(model.parameters()).device
-    totals = torch.zeros(3, dtype=torch.float64)
-    labels_seen = 0
+    found = []
     with eval_mode(model):
         for inputs, labels in loader:
             with autocast(device.type, precision):
-                logits = model(inputs.to(device)).flatten(0, -2)
-            totals += _batch_totals(logits.float(), labels.flatten().to(device))
-            labels_seen += int((labels != IGNORED).sum())
-    loss, top1, top5, count = total([*totals.tolist(), labels_seen])
+                logits = model(inputs.to(device, non_blocking=True)).flatten(0, -2)
+            labels = labels.flatten().to(device, non_blocking=True)
+            found.append(_batch_totals(logits.float(), labels))
+    totals = torch.zeros(4, dtype=torch.float64)
+    for each in torch.stack(found).cpu().double():
+        totals += each
+    loss, top1, top5, count = total(totals.tolist())
     means = {"loss": loss / count, "top1": top1 / count}
     if logits.shape[1] >= 5:
         means["top5"] = top5 / count
@@ -43,10 +45,11 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> d
 
 
 def _batch_totals(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sums of loss, top1 and top5 and the number of labels, (4,) on the device."""
     loss = F.cross_entropy(logits, labels, reduction="sum")
     top1, top5 = accuracy(logits, labels, topk=(1, min(5, logits.shape[1])))
-    totals = torch.stack([loss, top1 * len(labels), top5 * len(labels)])
-    return totals.double().cpu()
+    count = (labels != IGNORED).sum().to(loss)
+    return torch.stack([loss, top1 * len(labels), top5 * len(labels), count])
 
 
 def module_gradients(

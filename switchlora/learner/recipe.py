@@ -9,7 +9,7 @@ import torch
 from timm.optim import SGDW, param_groups_weight_decay
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from switchlora.adapters import (
     FACTORS,
@@ -21,6 +21,7 @@ from switchlora.adapters import (
     trained_adapters,
 )
 from switchlora.errors import check_choice, check_range, is_number
+from switchlora.learner.awaited import reads_late
 from switchlora.learner.lora_rite import LoRARite
 from switchlora.learner.matched import Scales, matched_scales
 from switchlora.learner.muon import Muon
@@ -31,9 +32,12 @@ if TYPE_CHECKING:
     from switchlora.learner.learner import Learner
 
 
+AUTO = "auto"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATCHED = "matched"
 NO_FACTORS = Norms(0.0, 0.0)
+FUSED = (Adam, AdamW)
+"""optimizers whose fused form leaves a step out by itself"""
 PROPORTIONAL = (SGD, SGDW)
 """optimizers whose steps are in proportion to the gradient"""
 OF_THE_PRODUCT = (Muon, LoRARite)
@@ -96,7 +100,7 @@ class Recipe:
     toward the residual weight.
     """
 
-    optimizer: Callable[[list[dict[str, Any]]], Optimizer]
+    optimizer: Callable[..., Optimizer]
     scheduler: Callable[..., Scheduler]
     weight_decay: float = 0.05
     decoupled_weight_decay: bool = True
@@ -119,6 +123,7 @@ class Recipe:
     """multiplies all learning rates of this recipe; other recipes of the run may use the same
     schedule without it"""
     precision: str = "fp32"
+    """fp32, bf16, fp16, or auto: see ``precision_of``"""
     compile: Mapping[str, Any] | bool | None = None
     """arguments of torch.compile, or True for its defaults; without it the model stays eager"""
     activation_checkpointing: str | None = None
@@ -130,7 +135,7 @@ class Recipe:
     """is called with the model before DDP wraps it"""
 
     def __post_init__(self) -> None:
-        check_choice("precision", self.precision, tuple(PRECISIONS))
+        check_choice("precision", self.precision, (AUTO, *PRECISIONS))
         check_range("accumulation", self.accumulation, 1)
         for name in ("lr_scale", "matched_step", "factor_B_lr_scale"):
             scale = getattr(self, name)
@@ -193,6 +198,17 @@ class Recipe:
         return self.compile is not None and self.compile is not False
 
 
+def precision_of(asked: str, device: torch.device) -> str:
+    """Return the precision of products on ``device``.
+
+    'auto' is bf16 on CUDA where the hardware has it, else fp32. Any other precision is itself.
+    """
+    if asked != AUTO:
+        return asked
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
 def autocast(device_type: str, precision: str) -> AbstractContextManager:
     """Return the context of a precision: autocast for bf16 and fp16, an empty context for fp32."""
     dtype = PRECISIONS[precision]
@@ -225,11 +241,37 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """Build the recipe's optimizer of the parameters of ``model`` that train."""
-    optimizer = recipe.optimizer(parameter_groups(model, recipe))
+    """Build the recipe's optimizer of the parameters of ``model`` that train.
+
+    On CUDA Adam and AdamW are one kernel, unless the recipe says which form they have.
+    """
+    groups = parameter_groups(model, recipe)
+    form = {"fused": True} if _on_lone_device(groups) and _may_be_fused(recipe.optimizer) else {}
+    optimizer = recipe.optimizer(groups, **form)
     if isinstance(optimizer, InParts):
         optimizer.pair(trained_adapters(model))
     return optimizer
+
+
+def skips_by_itself(optimizer: Optimizer) -> bool:
+    """Return whether a step is left out where the tensor ``optimizer.found_inf`` is 1.
+
+    It is so for the fused Adam and AdamW, on a device that works while the host goes on.
+    """
+    groups = optimizer.param_groups
+    fused = type(optimizer) in FUSED and all(group["fused"] for group in groups)
+    return fused and _on_lone_device(groups)
+
+
+def _may_be_fused(optimizer: Callable[..., Optimizer]) -> bool:
+    given = getattr(optimizer, "keywords", {})
+    asked = {"fused", "foreach", "differentiable"}.intersection(given)
+    return getattr(optimizer, "func", optimizer) in FUSED and not asked
+
+
+def _on_lone_device(groups: Iterable[Mapping[str, Any]]) -> bool:
+    devices = {parameter.device for group in groups for parameter in group["params"]}
+    return bool(devices) and all(map(reads_late, devices))
 
 
 def _groups_beside_factors(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

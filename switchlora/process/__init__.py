@@ -11,6 +11,7 @@ from switchlora.process.distributed import (
     is_primary as is_primary,
     like as like,
     lost_rank as lost_rank,
+    mean_of_ranks as mean_of_ranks,
     together as together,
     total as total,
     world_size as world_size,

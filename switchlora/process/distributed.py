@@ -81,6 +81,14 @@ def total(values: Sequence[float]) -> list[float]:
     return sums.tolist()
 
 
+def mean_of_ranks(value: Tensor) -> Tensor:
+    """Return the mean of a number () over all ranks, in float64 on its device; nobody reads it."""
+    value = value.double()
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value / world_size()
+
+
 def any_rank(*flags: bool) -> list[bool]:
     """Return whether each flag is set on at least one rank."""
     counts = total(list(map(float, flags)))

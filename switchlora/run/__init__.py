@@ -14,7 +14,7 @@ from switchlora.run.messages import (
     MEMORY_PARTS as MEMORY_PARTS,
     eval_line as eval_line,
 )
-from switchlora.run.prepare import prepare as prepare
+from switchlora.run.prepare import prepare as prepare, with_precision as with_precision
 from switchlora.run.run import Run as Run
 from switchlora.run.saving import (
     faults_explained as faults_explained,

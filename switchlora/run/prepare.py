@@ -1,6 +1,7 @@
 """Build a run from its configuration, check it before it starts, and resume it."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,16 @@ from switchlora.adapters import (
 from switchlora.config import as_plain, build, from_environment
 from switchlora.data import Data
 from switchlora.errors import ODD
-from switchlora.learner import Learner, Recipe, Stopwatch, WeightEMA, build_learner
+from switchlora.learner import (
+    AUTO as CHOSEN_HERE,
+    Learner,
+    Recipe,
+    Stopwatch,
+    WeightEMA,
+    build_learner,
+    precision_of,
+    set_backends,
+)
 from switchlora.models import RESIDUAL, load_weights
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
@@ -145,14 +155,17 @@ def merge_adapter(model: nn.Module, folder: Path, alone: bool) -> str:
 
 def build_parts(config: DictConfig) -> Parts:
     """Build the data, the model, the policy and the recipes that ``config`` describes."""
+    check_config(as_plain(config))
+    config = with_precision(config)
     plain = as_plain(config)
-    check_config(plain)
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     device = find_device("system.device", config.system.device)
+    set_backends(device, config.system.tf32, config.system.deterministic)
     sinks = {name: build(section) for name, section in (config.log.get("sinks") or {}).items()}
     data = _build_data(config)
+    data.to(device)
     sharded = config.system.parallel == "fsdp"
     return Parts(
         config=config,
@@ -269,6 +282,19 @@ def resume(run: Run, found: Found | None) -> Run:
         restore(run, found)
         give_back(found)
     return run
+
+
+def with_precision(config: DictConfig) -> DictConfig:
+    """Return ``config`` with the precisions that this device has, where it says 'auto'.
+
+    So a run's files say what it computed in, and no run goes on in another precision unnoticed.
+    """
+    config = deepcopy(config)
+    for phase in ("full", "adapter"):
+        if config[phase].precision == CHOSEN_HERE:
+            device = find_device("system.device", config.system.device)
+            config[phase].precision = precision_of(CHOSEN_HERE, device)
+    return config
 
 
 def build_recipes(config: DictConfig) -> dict[Phase, Recipe]:

@@ -19,6 +19,7 @@ from switchlora.adapters import (
 from switchlora.data import Data
 from switchlora.learner import (
     Learner,
+    Pending,
     Recipe,
     Stopwatch,
     WeightEMA,
@@ -80,6 +81,8 @@ class Run:
     """the images that no rank could read, as far as they have been told"""
     starts_elsewhere: bool = False
     """whether this run started from another run's checkpoint"""
+    pending: Pending | None = None
+    """the update that was launched and whose outcome is not yet read"""
 
     @property
     def model(self) -> nn.Module:
@@ -257,4 +260,4 @@ def recipe_of(
 def probe_images(data: Data) -> Tensor:
     """Return the first ``PROBE_IMAGES`` images of the validation split, on the CPU."""
     images, _ = next(iter(data.val))
-    return images[:PROBE_IMAGES].clone()  # a view would keep the whole batch
+    return images[:PROBE_IMAGES].clone().cpu()  # a view would keep the whole batch

@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -61,11 +61,11 @@ def save_elsewhere(run: Run, folder: Path, place: int) -> None:
     checkpoint.write(folder, run.state.num_updates, state, run.learner)
 
 
-def save_or_leave(run: Run) -> None:
+def save_or_leave(run: Run, settle: Callable[[Run], None]) -> None:
     """Save if a checkpoint is due, and leave if any rank has received a signal.
 
-    It is called between two updates. What one rank alone knows, such as a signal, several learn of
-    within a second.
+    It is called between two updates. Before anything is written, ``settle`` acts on the last one.
+    What one rank alone knows, such as a signal, several learn of within a second.
     """
     interruption = run.interruption
     due, asked = run.question.any_rank(
@@ -74,6 +74,7 @@ def save_or_leave(run: Run) -> None:
     )
     if due or asked or run.saves.due_by_updates(run.state.num_updates):
         interruption.warned = False
+        settle(run)
         save(run)
     if asked:
         leave(run)

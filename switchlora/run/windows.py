@@ -11,7 +11,7 @@ What each change does is in ``transitions``, and what is told of it in ``tell``.
 from functools import partial
 
 from switchlora.adapters import cosine_mix, set_mix
-from switchlora.learner import factor_balance, is_sharded, trained_pairs
+from switchlora.learner import exact_products, factor_balance, is_sharded, trained_pairs
 from switchlora.monitor import Measurement
 from switchlora.policy import Loss
 from switchlora.process import distributed
@@ -60,7 +60,7 @@ def end_window(run: Run) -> None:
     - In that of a policy with growth, see whether ranks have to grow.
     """
     state = run.state
-    with run.stopwatch.paused(monitor=True):
+    with run.stopwatch.paused(monitor=True), exact_products():
         share = not is_sharded(run.model)  # a shared model is gathered by all ranks at once
         here = run.monitor.measure(state.num_updates, run.epoch, share)
         measured = distributed.from_primary(lambda: here)

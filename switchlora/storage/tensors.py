@@ -19,6 +19,8 @@ from switchlora.learner import POWERS, Learner, load_moments
 from switchlora.process import distributed
 
 TENSORS = "tensors"
+FORMS = ("fused", "foreach")
+"""values of an optimizer's group that say how it computes, which is the present device's matter"""
 METADATA_NAMES = {
     "torch": ("Size", *(name for name in dir(torch) if type(getattr(torch, name)) is torch.dtype)),
     "torch.serialization": ("_get_layout",),
@@ -77,8 +79,9 @@ def load_tensors(
     load_moments(learner.model, learner.optimizer, moments)
     if not branches:
         for group, saved in zip(learner.optimizer.param_groups, state["groups"], strict=True):
-            _check_group(group, saved)
-            group.update(saved)
+            values = {name: value for name, value in saved.items() if name not in FORMS}
+            _check_group(group, values)
+            group.update(values)
     return []
 
 

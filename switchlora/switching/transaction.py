@@ -22,7 +22,7 @@ from switchlora.adapters import (
     training_flags,
 )
 from switchlora.errors import RanksDisagree, SwitchFailed
-from switchlora.learner import Moments, dense_moments, load_moments, moments_of
+from switchlora.learner import Moments, dense_moments, exact_products, load_moments, moments_of
 from switchlora.models import eval_mode
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
@@ -121,7 +121,7 @@ def operate(
     replaced: Replaced = {}
     exact: dict[str, nn.Parameter] = {}
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with exact_products(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             with together():
                 before = _logits(model, scene)
