@@ -4,7 +4,6 @@
 and FOLDER/resumed. Its status is 1 if their weights differ.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
