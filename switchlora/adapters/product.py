@@ -126,13 +126,13 @@ def adapted_forward(
     """
     outputs = F.linear(inputs, operand, bias)
     flat = inputs.reshape(-1, inputs.shape[-1])
-    projected = [flat @ adapter.A.mT for adapter in adapters]
+    projected = [F.linear(flat, adapter.A) for adapter in adapters]
     if form == "split":
         out_features = outputs.shape[-1]
         columns = outputs.view(-1, out_features)
         for adapter, low in zip(adapters, projected, strict=True):
-            place = columns[:, adapter.rows]
-            place.addmm_(low, adapter.B.mT, alpha=adapter.scaling)
+            place = _columns(columns, adapter.rows)
+            place.addmm_(low, adapter.B.t(), alpha=adapter.scaling)
     return outputs, projected
 
 
@@ -154,27 +154,27 @@ def adapted_backward(
     On a CPU the product for g_B yields the bias's gradient too, the column sums of G, because
     X A^T gets a column of ones. On a GPU rows of r + 1 numbers would be misaligned.
     """
-    grad_input = None if operand is None else grad @ operand
+    grad_input = None if operand is None else torch.mm(grad, operand)
     few_kernels = launches_kernels(grad.device.type)
     ones = None if few_kernels else grad.new_ones(len(grad), 1)
     grad_bias: list[Tensor] = []
     grad_factors: list[Tensor | None] = []
     for adapter, low in zip(adapters, projected, strict=True):
         A, B, rows, scaling = adapter
-        part = grad[:, rows]
+        part = _columns(grad, rows)
         grad_A = None
         if inputs is not None or form == "split":
-            back = part @ B
+            back = torch.mm(part, B)
             if form == "split" and grad_input is not None:
                 grad_input.addmm_(back, A, alpha=scaling)
             if inputs is not None:
-                grad_A = _scaled(_product(back.mT, inputs, dtype), scaling)
+                grad_A = _scaled(_product(back.t(), inputs, dtype), scaling)
         if ones is None:
-            grad_B = _product(part.mT, low, dtype)  # contiguous, as the factor is
+            grad_B = _product(part.t(), low, dtype)  # contiguous, as the factor is
         else:
             with_ones = torch.cat([low, ones], dim=1)
-            both = with_ones.mT @ part  # G stays the wide, untransposed operand
-            grad_B = both[:-1].mT
+            both = with_ones.t() @ part  # G stays the wide, untransposed operand
+            grad_B = both[:-1].t()
             grad_bias.append(both[-1])
         grad_factors += [grad_A, _scaled(grad_B, scaling)]
     return grad_input, grad_factors, grad_bias
@@ -188,7 +188,12 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     halves = left.dtype in (torch.bfloat16, torch.float16)
     if left.is_cuda and halves and dtype == torch.float32 and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=dtype)
-    return left @ right
+    return torch.mm(left, right)
+
+
+def _columns(matrix: Tensor, columns: slice) -> Tensor:
+    whole = columns.start == 0 and columns.stop == matrix.shape[1]
+    return matrix if whole else matrix[:, columns]
 
 
 def _scaled(product: Tensor, scaling: float) -> Tensor:
