@@ -72,12 +72,10 @@ def effective_weight(
 
     The sum is made in at least float32 and rounded once. The exception is a W_res that already has
     a lower precision ``dtype``: there the kernel of that precision adds ``rounded`` factors, as
-    under autocast. On a GPU ``rounded`` factors make the product in any case.
+    under autocast.
     """
     if weight.dtype == dtype:
         return _with_products(weight, rounded)
-    if launches_kernels(weight.device.type):
-        return _in_one_pass(weight, rounded, dtype)
     exact = torch.promote_types(weight.dtype, torch.float32)
     return _with_products(weight.to(exact), adapters).to(dtype)
 
@@ -91,22 +89,6 @@ def _with_products(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     total = weight.clone()
     for A, B, rows, scaling in adapters:
         total[rows].addmm_(B.to(dtype), A.to(dtype), alpha=scaling)
-    return total
-
-
-def _in_one_pass(weight: Tensor, rounded: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
-    """Return W + s B A in ``dtype``: one kernel reads W, adds the small product and rounds.
-
-    So nothing of the size of W is written in float32. The adapters cover all rows.
-    """
-    if torch.compiler.is_compiling():
-        parts = []
-        for A, B, rows, scaling in rounded:
-            parts.append(torch.add(weight[rows], B @ A, alpha=scaling).to(dtype))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    total = torch.empty_like(weight, dtype=dtype)
-    for A, B, rows, scaling in rounded:
-        torch.add(weight[rows], B @ A, alpha=scaling, out=total[rows])
     return total
 
 
