@@ -207,7 +207,7 @@ def test_the_form_follows_the_shapes_where_none_is_given():
     for tokens in (8, 512):
         with operands_kept(module):
             module(torch.randn(tokens, 64))
-            used |= {(tokens, form) for form, _ in module._kept}
+            used |= {(tokens, form) for _, form, _ in module._kept.operands}
     assert used == {(8, "split"), (512, "merged")}
 
 

@@ -2,23 +2,27 @@
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchlora.adapters.product import (
     AdaptedProduct,
     Adapter,
+    Made,
     Product,
     cheaper_form,
     compute_dtype,
     gelu_input,
     joint_forward,
     operand_of,
+    padding,
     plain_forward,
+    without_autocast,
 )
 
 
@@ -84,7 +88,7 @@ class AdaptedLinear(nn.Linear):
     form: str | None = None
     recompute_gelu = False
     dropout = 0.0
-    _kept: dict[tuple[str, torch.dtype], Tensor] | None = None
+    _kept: "Kept | None" = None
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
         out_features, in_features = weight.shape
@@ -126,15 +130,15 @@ class AdaptedLinear(nn.Linear):
             factors += [A, B]
         tokens = input.shape[:-1].numel()
         form = self.form or self._cheaper_form(tokens, adapters)
-        kept = None
-        if tokens < REFORMED_FROM:
+        made = None
+        if self._kept is not None and not torch.compiler.is_compiling():
             dtype = compute_dtype(input.device.type, factors)
-            kept = self._kept_operand(adapters, form, dtype)
+            made = self._kept.made(self, adapters, form, dtype, tokens < REFORMED_FROM)
         source, gelu = None, None
         if self.recompute_gelu:
             source, gelu = gelu_input(input)
         how = Product(form, layout, gelu)
-        return AdaptedProduct.apply(input, self.weight, self.bias, kept, source, how, *factors)
+        return AdaptedProduct.apply(input, self.weight, self.bias, made, source, how, *factors)
 
     def _cheaper_form(self, tokens: int, adapters: Sequence[Adapter]) -> str:
         trains_A = any(adapter.A.requires_grad for adapter in adapters)
@@ -157,21 +161,6 @@ class AdaptedLinear(nn.Linear):
         """
         norms = {part: tuple(norms) for part, norms in self.start_norms.items()}
         return {"kind": self.kind, "dropout": self.dropout, "start_norms": norms}
-
-    @torch.no_grad()
-    def _kept_operand(
-        self,
-        adapters: Sequence[Adapter],
-        form: str,
-        dtype: torch.dtype,
-    ) -> Tensor | None:
-        if torch.compiler.is_compiling() or self._kept is None:
-            return None
-        key = (form, dtype)
-        if key not in self._kept:
-            with torch.autocast(self.weight.device.type, enabled=False):
-                self._kept[key] = operand_of(self.weight, adapters, form, dtype)
-        return self._kept[key]
 
     def extra_repr(self) -> str:
         """Return the shapes and the ranks, for ``repr``."""
@@ -276,9 +265,82 @@ class SlicedLoRALinear(AdaptedLinear):
         return adapters
 
 
+class Kept:
+    """What the adapted linears of a model make once in an update, and use in all of its passes."""
+
+    def __init__(self, modules: Sequence[AdaptedLinear]) -> None:
+        self._modules = modules
+        self._small: dict[torch.dtype, dict[AdaptedLinear, Made]] = {}
+        self.operands: dict[tuple[AdaptedLinear, str, torch.dtype], Tensor] = {}
+
+    @torch.no_grad()
+    def made(
+        self,
+        module: AdaptedLinear,
+        adapters: Sequence[Adapter],
+        form: str,
+        dtype: torch.dtype,
+        with_operand: bool,
+    ) -> Made:
+        """Return the rounded factors and bias of ``module``, and its operand if asked for."""
+        if dtype not in self._small:
+            self._small[dtype] = rounded_at_once(self._modules, dtype)
+        made = self._small[dtype][module]
+        if not with_operand:
+            return made
+        key = (module, form, dtype)
+        if key not in self.operands:
+            small = []
+            for number, (_, _, rows, scaling) in enumerate(adapters):
+                A, B = made.factors[2 * number : 2 * number + 2]
+                small.append(Adapter(A, B, rows, scaling))
+            with without_autocast(module.weight.device.type):
+                self.operands[key] = operand_of(module.weight, adapters, small, form, dtype)
+        return Made(self.operands[key], made.bias, made.factors)
+
+
+def rounded_at_once(
+    modules: Iterable[AdaptedLinear], dtype: torch.dtype
+) -> dict[AdaptedLinear, Made]:
+    """Return the factors and the bias of each module in ``dtype``, without operands.
+
+    One call casts all of them: a kernel in the place of some hundreds on a GPU.
+    """
+    found = {}
+    sources: list[Tensor] = []
+    copies: list[Tensor] = []
+
+    def cast(tensor: Tensor) -> Tensor:
+        if tensor.dtype == dtype:
+            return tensor
+        sources.append(tensor)
+        copies.append(torch.empty_like(tensor, dtype=dtype))
+        return copies[-1]
+
+    for module in modules:
+        factors = []
+        for A, B, _, _ in module.adapters().values():
+            factors += [_padded(A, False, dtype, cast), _padded(B, True, dtype, cast)]
+        bias = module.bias
+        found[module] = Made(None, None if bias is None else cast(bias), factors)
+    if sources:
+        torch._foreach_copy_(copies, sources)
+    return found
+
+
+def _padded(
+    factor: Tensor, is_B: bool, dtype: torch.dtype, cast: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return ``cast(factor)``, or a copy in ``dtype`` with zeros for an aligned rank."""
+    added = padding(factor, is_B, dtype)
+    if not added:
+        return cast(factor)
+    return F.pad(factor.to(dtype), (0, added) if is_B else (0, 0, 0, added))
+
+
 @contextmanager
 def operands_kept(model: nn.Module) -> Iterator[None]:
-    """Form each effective weight once inside, and keep it for the backward pass.
+    """Round all factors and form each effective weight once inside, and keep them.
 
     Use it around one update: factors must not change inside. Two cases form the weight in each
     forward and each backward pass, and hold it only as long as a product takes:
@@ -286,9 +348,10 @@ def operands_kept(model: nn.Module) -> Iterator[None]:
     - passes outside of this context,
     - passes of ``REFORMED_FROM`` tokens or more.
     """
-    modules = adapted_modules(model).values()
+    modules = list(adapted_modules(model).values())
+    kept = Kept(modules)
     for module in modules:
-        module._kept = {}
+        module._kept = kept
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The product X (W_res + s B A)^T + b: its two forms, its gradients, and what it keeps."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,11 @@ from torch.autograd.function import once_differentiable
 
 ARGUMENTS = 6
 """number of arguments of ``AdaptedProduct.forward`` before the factors A, B, A, B, ..."""
+LAUNCHING = ("cuda", "xpu", "mps")
+"""devices on which the host launches each operation as a kernel, and often is what an update
+waits for"""
+ALIGNED_BYTES = 16
+"""a GPU's kernels read so many bytes at once, if each row of a matrix begins at a multiple"""
 
 
 class Adapter(NamedTuple):
@@ -48,20 +54,42 @@ def cheaper_form(
     return "merged" if split >= merged else "split"
 
 
-def effective_weight(weight: Tensor, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
+def launches_kernels(device: str) -> bool:
+    """Return whether fewer operations count more than their order: see ``LAUNCHING``.
+
+    On a CPU sums keep their order, so that losses stay the same bit by bit.
+    """
+    return device in LAUNCHING
+
+
+def effective_weight(
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    rounded: Sequence[Adapter],
+    dtype: torch.dtype,
+) -> Tensor:
     """Return W_res + s B A (out, in) in ``dtype``.
 
     The sum is made in at least float32 and rounded once. The exception is a W_res that already has
-    a lower precision ``dtype``: there the kernel of that precision adds rounded factors, as under
-    autocast.
+    a lower precision ``dtype``: there the kernel of that precision adds ``rounded`` factors, as
+    under autocast.
     """
-    exact = dtype
-    if weight.dtype != dtype:
-        exact = torch.promote_types(weight.dtype, torch.float32)
-    total = weight.to(exact, copy=True)
+    if weight.dtype == dtype:
+        return _with_products(weight, rounded)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    return _with_products(weight.to(exact), adapters).to(dtype)
+
+
+def _with_products(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """Return a new W + s B A in the dtype of W."""
+    dtype = weight.dtype
+    if len(adapters) == 1:
+        A, B, _, scaling = adapters[0]
+        return torch.addmm(weight, B.to(dtype), A.to(dtype), alpha=scaling)
+    total = weight.clone()
     for A, B, rows, scaling in adapters:
-        total[rows].addmm_(B.to(exact), A.to(exact), alpha=scaling)
-    return total.to(dtype)
+        total[rows].addmm_(B.to(dtype), A.to(dtype), alpha=scaling)
+    return total
 
 
 def adapted_forward(
@@ -80,13 +108,13 @@ def adapted_forward(
     """
     outputs = F.linear(inputs, operand, bias)
     flat = inputs.reshape(-1, inputs.shape[-1])
-    projected = [flat @ adapter.A.mT for adapter in adapters]
+    projected = [F.linear(flat, adapter.A) for adapter in adapters]
     if form == "split":
         out_features = outputs.shape[-1]
         columns = outputs.view(-1, out_features)
         for adapter, low in zip(adapters, projected, strict=True):
-            place = columns[:, adapter.rows]
-            place.addmm_(low, adapter.B.mT, alpha=adapter.scaling)
+            place = _columns(columns, adapter.rows)
+            place.addmm_(low, adapter.B.t(), alpha=adapter.scaling)
     return outputs, projected
 
 
@@ -97,34 +125,61 @@ def adapted_backward(
     projected: Sequence[Tensor],
     adapters: Sequence[Adapter],
     form: str,
-) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
-    """Return the gradients of X, of the bias and of the factors.
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
+    """Return the gradients of X and of the factors, and of the bias where they come with it.
 
     They come from the gradient G (T, out) of the outputs, without a dense (out, in) product: g_X =
     G (W_res + s B A), g_A = s (G B)^T X, g_B = s G^T (X A^T). Without ``operand`` there is no g_X,
-    and without ``inputs`` no g_A. The bias's gradient is the column sums of G. The product for g_B
-    yields it too, because X A^T gets a column of ones.
+    and without ``inputs`` no g_A. ``dtype`` is that of the trained factors.
+
+    On a CPU the product for g_B yields the bias's gradient too, the column sums of G, because
+    X A^T gets a column of ones. On a GPU rows of r + 1 numbers would be misaligned.
     """
-    grad_input = None if operand is None else grad @ operand
-    ones = grad.new_ones(len(grad), 1)
+    grad_input = None if operand is None else torch.mm(grad, operand)
+    few_kernels = launches_kernels(grad.device.type)
+    ones = None if few_kernels else grad.new_ones(len(grad), 1)
     grad_bias: list[Tensor] = []
     grad_factors: list[Tensor | None] = []
     for adapter, low in zip(adapters, projected, strict=True):
         A, B, rows, scaling = adapter
-        part = grad[:, rows]
+        part = _columns(grad, rows)
         grad_A = None
         if inputs is not None or form == "split":
-            back = part @ B
+            back = torch.mm(part, B)
             if form == "split" and grad_input is not None:
                 grad_input.addmm_(back, A, alpha=scaling)
             if inputs is not None:
-                grad_A = scaling * (back.mT @ inputs)
-        with_ones = torch.cat([low, ones], dim=1)
-        both = with_ones.mT @ part  # G stays the wide, untransposed operand
-        grad_B = scaling * both[:-1].mT
-        grad_factors += [grad_A, grad_B]
-        grad_bias.append(both[-1])
-    return grad_input, torch.cat(grad_bias), grad_factors
+                grad_A = _scaled(_product(back.t(), inputs, dtype), scaling)
+        if ones is None:
+            grad_B = _product(part.t(), low, dtype)  # contiguous, as the factor is
+        else:
+            with_ones = torch.cat([low, ones], dim=1)
+            both = with_ones.t() @ part  # G stays the wide, untransposed operand
+            grad_B = both[:-1].t()
+            grad_bias.append(both[-1])
+        grad_factors += [grad_A, _scaled(grad_B, scaling)]
+    return grad_input, grad_factors, grad_bias
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return left @ right, in ``dtype`` if the kernel can: CUDA's sum 16 bits into float32.
+
+    A gradient then needs no cast of its own.
+    """
+    halves = left.dtype in (torch.bfloat16, torch.float16)
+    if left.is_cuda and halves and dtype == torch.float32 and torch.version.hip is None:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right)
+
+
+def _columns(matrix: Tensor, columns: slice) -> Tensor:
+    whole = columns.start == 0 and columns.stop == matrix.shape[1]
+    return matrix if whole else matrix[:, columns]
+
+
+def _scaled(product: Tensor, scaling: float) -> Tensor:
+    return product if scaling == 1 else product.mul_(scaling)
 
 
 def joint_forward(
@@ -183,11 +238,23 @@ class Product(NamedTuple):
     """approximation of the gelu that made the inputs; None if the inputs themselves are kept"""
 
 
+class Made(NamedTuple):
+    """What a product takes instead of making it: see ``AdaptedProduct``."""
+
+    operand: Tensor | None
+    """the operand of ``adapted_forward``; None: it is made in each pass"""
+    bias: Tensor | None
+    factors: Sequence[Tensor]
+    """A, B of each adapter, as ``rounded`` returns them"""
+
+
 class AdaptedProduct(torch.autograd.Function):
     """X (W_res + s B A)^T + b with gradients for X, b and the factors only.
 
     - Merged form: the effective weight is used in one full-size product each way.
     - Split form: the low-rank path is added in place to the outputs, and to the gradient of X.
+
+    RunLoRA (Cherniuk et al., arXiv 2312.03415) published such forms, and that shapes choose.
 
     The backward pass needs the (T, r) projections, which are always kept. X is kept only if A
     trains. Nothing is kept twice: the output of a gelu can be computed again from ``source``, the
@@ -200,37 +267,41 @@ class AdaptedProduct(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        kept: Tensor | None,
+        made: Made | None,
         source: Tensor | None,
         how: Product,
         *factors: Tensor,
     ) -> Tensor:
         """Map inputs (..., in) to outputs (..., out).
 
-        ``factors`` are A, B of each adapter of ``how``. ``kept`` is the operand of
-        ``adapted_forward`` if it was made before. It is then kept for the backward pass; without
-        it the backward pass makes the operand a second time.
+        ``factors`` are A, B of each adapter of ``how``. ``made`` holds what was made of them
+        before. Its operand is kept for the backward pass; without one, the backward pass makes the
+        operand a second time.
         """
         device = input.device.type
         dtype = compute_dtype(device, factors)
-        with torch.autocast(device, enabled=False):
-            operand = kept
+        with without_autocast(device):
+            if made is None:
+                made = Made(
+                    None, None if bias is None else bias.to(dtype), rounded(factors, dtype)
+                )
+            small = _adapters(how.layout, made.factors)
+            operand = made.operand
             if operand is None:
                 adapters = _adapters(how.layout, factors)
-                operand = operand_of(weight, adapters, how.form, dtype)
+                operand = operand_of(weight, adapters, small, how.form, dtype)
             input = input.to(dtype)
-            if bias is not None:
-                bias = bias.to(dtype)
-            rounded = _adapters(how.layout, _rounded(factors, dtype))
-            outputs, projected = adapted_forward(input, operand, bias, rounded, how.form)
+            outputs, projected = adapted_forward(input, operand, made.bias, small, how.form)
         ctx.how = how
         ctx.dtype = dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.shape = input.shape
         for_A = None
         if any(ctx.needs_input_grad[ARGUMENTS::2]):
             for_A = input if source is None else source
-        for_operand = weight if kept is None else None
-        ctx.save_for_backward(for_A, kept, for_operand, *factors, *projected)
+        for_operand = weight if made.operand is None else None
+        kept = (for_A, made.operand, for_operand)
+        ctx.save_for_backward(*kept, *factors, *made.factors, *projected)
         return outputs
 
     @staticmethod
@@ -243,8 +314,9 @@ class AdaptedProduct(torch.autograd.Function):
         form, layout, gelu = ctx.how
         num_factors = 2 * len(layout)
         factors = rest[:num_factors]
-        projected = rest[num_factors:]
-        with torch.autocast(grad.device.type, enabled=False):
+        small = _adapters(layout, rest[num_factors : 2 * num_factors])
+        projected = rest[2 * num_factors :]
+        with without_autocast(grad.device.type):
             if inputs is not None and gelu is not None:
                 inputs = F.gelu(inputs, approximate=gelu)
             if inputs is not None:
@@ -252,15 +324,30 @@ class AdaptedProduct(torch.autograd.Function):
             if not ctx.needs_input_grad[0]:
                 operand = None
             elif operand is None:
-                operand = operand_of(weight, _adapters(layout, factors), form, ctx.dtype)
-            rounded = _adapters(layout, _rounded(factors, ctx.dtype))
-            grad_input, grad_bias, grad_factors = adapted_backward(
-                grad, operand, inputs, projected, rounded, form
+                adapters = _adapters(layout, factors)
+                operand = operand_of(weight, adapters, small, form, ctx.dtype)
+            grad_input, grad_factors, bias_parts = adapted_backward(
+                grad, operand, inputs, projected, small, form, factors[0].dtype
             )
+            grad_bias = None
+            if ctx.needs_input_grad[2]:
+                grad_bias = _bias_gradient(grad, bias_parts, ctx.bias_dtype)
         if grad_input is not None:
             grad_input = grad_input.view(ctx.shape)
-        for_bias = grad_bias if ctx.needs_input_grad[2] else None
-        return grad_input, None, for_bias, None, None, None, *grad_factors
+        cut = _without_padding(grad_factors, factors)
+        return grad_input, None, grad_bias, None, None, None, *cut
+
+
+def _bias_gradient(grad: Tensor, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the column sums of ``grad``: its ``parts`` by row slice, where they were made."""
+    return torch.cat(list(parts)) if parts else grad.sum(0, dtype=dtype)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Return a context in which autocast is off."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def gelu_input(outputs: Tensor) -> tuple[Tensor | None, str | None]:
@@ -286,6 +373,7 @@ def compute_dtype(device: str, factors: Sequence[Tensor]) -> torch.dtype:
 def operand_of(
     weight: Tensor,
     adapters: Sequence[Adapter],
+    rounded: Sequence[Adapter],
     form: str,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -294,18 +382,47 @@ def operand_of(
     It is the effective weight in the merged form, W_res in the split form.
     """
     if form == "merged":
-        return effective_weight(weight, adapters, dtype)
+        return effective_weight(weight, adapters, rounded, dtype)
     return weight.to(dtype)
 
 
-def _rounded(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [factor.to(dtype) for factor in factors]
+def rounded(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return A, B, A, B, ... in ``dtype``, with ``padding`` of zeros."""
+    found = []
+    for number, factor in enumerate(factors):
+        added = padding(factor, number % 2 == 1, dtype)
+        in_dtype = factor.to(dtype)
+        if added:
+            in_dtype = F.pad(in_dtype, (0, added) if number % 2 else (0, 0, 0, added))
+        found.append(in_dtype)
+    return found
+
+
+def padding(factor: Tensor, is_B: bool, dtype: torch.dtype) -> int:
+    """Return how many ranks of zeros align the rows of matrices of r columns, on a GPU.
+
+    0 where the factor is used as it is, without a cast: padding it would cost a copy.
+    """
+    if factor.dtype == dtype or not launches_kernels(factor.device.type):
+        return 0
+    rank = factor.shape[1 if is_B else 0]
+    return -rank % (ALIGNED_BYTES // dtype.itemsize)
+
+
+def _without_padding(
+    gradients: Sequence[Tensor | None], factors: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradients in the shapes of their ``factors``."""
+    found = []
+    for gradient, factor in zip(gradients, factors, strict=True):
+        if gradient is not None and gradient.shape != factor.shape:
+            gradient = gradient[: factor.shape[0], : factor.shape[1]]
+        found.append(gradient)
+    return found
 
 
 def _adapters(layout: Layout, factors: Sequence[Tensor]) -> list[Adapter]:
-    all_A = factors[::2]
-    all_B = factors[1::2]
     adapters = []
-    for (rows, scaling), A, B in zip(layout, all_A, all_B, strict=True):
-        adapters.append(Adapter(A, B, rows, scaling))
+    for number, (rows, scaling) in enumerate(layout):
+        adapters.append(Adapter(factors[2 * number], factors[2 * number + 1], rows, scaling))
     return adapters
