@@ -28,6 +28,8 @@ FREE = (
 )
 """groups and keys of a configuration that change no result"""
 DIGITS = 10
+CHOSEN_LATER = "auto"
+"""value of a key for which a run finds one on its device"""
 WANTED = {
     "data.num_classes": "N, the number of class folders",
     "model.name": "NAME, any of timm.list_models(), such as swin_tiny_patch4_window7_224",
@@ -55,13 +57,16 @@ def identity(keys: Mapping[str, Any]) -> str:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Return the keys that shape results and differ, as 'key: old there, new here'."""
+    """Return the keys that shape results and differ, as 'key: old there, new here'.
+
+    ``CHOSEN_LATER`` here agrees with what the old run found on its device.
+    """
     before = shaping(old)
     after = shaping(new)
     found = []
     for key in sorted(before.keys() | after.keys()):
         there, here = before.get(key), after.get(key)
-        if there != here:
+        if here not in (there, CHOSEN_LATER):
             found.append(f"{key}: {there} there, {here} here")
     return found
 

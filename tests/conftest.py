@@ -18,7 +18,8 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.grammar_parser import parse
 
 from switchlora.learner import Learner
-from switchlora.monitor import LayerStats, Measurement
+from switchlora.monitor import LayerStats, Measurement, monitor
+from switchlora.monitor.spectral import polar_by_products
 from switchlora.storage import machine_line
 
 LONGEST = (
@@ -114,6 +115,13 @@ def vit():
 def images():
     """Eight images for the tiny ViT."""
     return torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def measured_together(monkeypatch):
+    """All devices measure as a GPU does; ``test_monitor`` has how near that is to a CPU's way."""
+    monkeypatch.setattr(monitor, "goes_together", lambda device: True)
+    monkeypatch.setattr(monitor, "polar_factor", polar_by_products)
 
 
 @pytest.fixture

@@ -20,10 +20,11 @@ SHALLOW = "model.depth=2"
 DIGITS = ("data=digits", "model=digits", SHALLOW, "log=quiet", "log.figures=false")
 FEW = ("data.train_size=640", "data.batch_size=32")
 """20 updates an epoch"""
-SHORT = (
+ON_ANY_DATA = (
     *(*DIGITS, *FEW, "epochs=3", "full.scheduler.warmup_t=10"),
-    *("monitor.window=10", "log.every=1", "data.eval_size=64"),
+    *("monitor.window=10", "log.every=1"),
 )
+SHORT = (*ON_ANY_DATA, "data.eval_size=64")
 BY_DATE = ("switch/criterion=at_epoch", "switch.criterion.epoch=1.5")
 
 

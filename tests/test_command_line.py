@@ -20,6 +20,7 @@ from switchlora.process import check_values, checked, one_line
 from switchlora.run import prepare
 from switchlora.run.saving import how_to_go_on
 from switchlora.storage import read_summary, unused_removed
+from switchlora.storage.background import Background
 from switchlora.sweep import quoted
 
 TYPED = {
@@ -316,7 +317,8 @@ def test_every_example_can_be_pasted_into_any_shell():
 def test_the_command_that_goes_on_can_be_pasted_whatever_the_folders_name(name, tmp_path):
     folder = tmp_path / name
     (folder / "checkpoints" / "update-00000001").mkdir(parents=True)
-    said = how_to_go_on(SimpleNamespace(log=SimpleNamespace(folder=folder)))
+    run = SimpleNamespace(log=SimpleNamespace(folder=folder), writer=Background())
+    said = how_to_go_on(run)
     words = shlex.split(said.partition("go on with: ")[2])
     (place,) = (word for word in words if word.startswith("hydra.run.dir="))
     (override,) = OverridesParser.create().parse_overrides([place])

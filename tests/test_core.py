@@ -110,6 +110,7 @@ def test_a_run_cuts_last_layers_first_and_goes_on_after_stops(tmp_path, at_updat
     assert isinstance(model.blocks[1].mlp.fc2, CoreLinear)
 
 
+@pytest.mark.usefixtures("measured_together")
 def test_on_another_device_it_is_the_run_on_the_cpu(tmp_path):
     words = (*OIALR, "full.precision=fp32", "max_updates=12", "ema=null")
     make_run(tmp_path / "here", *words)

@@ -8,8 +8,6 @@ from torch import nn
 
 from pretended import DEVICE, TwoDevices, on_pretended
 from runs import assert_same_but_for_memory, make_run, make_run_in_parts
-from switchlora.monitor import monitor
-from switchlora.monitor.spectral import polar_by_products
 from switchlora.storage import checkpoint
 from switchlora.storage.background import THREAD
 
@@ -31,11 +29,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _measured_together(monkeypatch):
-    """Both devices measure as a GPU does; ``test_monitor`` has how near that is to a CPU's way."""
-    monkeypatch.setattr(monitor, "goes_together", lambda device: True)
-    monkeypatch.setattr(monitor, "polar_factor", polar_by_products)
+pytestmark = pytest.mark.usefixtures("measured_together")
 
 
 def test_the_pretended_device_refuses_what_a_real_one_refuses():

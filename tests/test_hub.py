@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conf_yamls import composed
-from runs import BY_DATE, SHORT, make_run
+from runs import BY_DATE, ON_ANY_DATA, SHORT
 from switchlora import commands
 from switchlora.analysis.evaluate import evaluated
 from switchlora.models import create_model, eval_mode
@@ -47,7 +47,7 @@ ON_FOLDERS = (
 def finished(tmp_path_factory):
     """A run that switched, and its live model."""
     folder = tmp_path_factory.mktemp("finished")
-    run = prepare(composed(*SHORT, *SMALL_RUN, *BY_DATE), folder)
+    run = prepare(composed(*SHORT, *SMALL_RUN, *BY_DATE, "data.eval_size=null"), folder)
     with run.log:
         fit(run)
         finish(run, "finished")
@@ -115,9 +115,8 @@ def test_eval_of_a_run_on_text_counts_windows(tmp_path):
         "model.num_heads=1",
     )
     words = ("data=bytes", "model=bytes", f"data.path={tmp_path}/text", *small)
-    summary = make_run(
-        tmp_path / "run", *words, "epochs=1", "monitor.window=2", "switch/criterion=never"
-    )
+    words += ("epochs=1", "monitor.window=2", "switch/criterion=never")
+    summary = train(composed(*ON_ANY_DATA, *words), tmp_path / "run")
     found = evaluated(tmp_path / "run")
     assert found["loss"] == pytest.approx(summary["test"]["loss"], abs=1e-4)
     assert found["windows"] == (264 - 1) // 16

@@ -117,6 +117,7 @@ def test_the_cost_model_counts_what_a_pass_runs(kind, vit, images):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("measured_together")
 def test_a_run_stopped_on_another_device_goes_on_to_the_bits_of_a_whole_run(
     method, tmp_path, at_update
 ):

@@ -97,6 +97,7 @@ def test_shards_are_refused_and_the_rates_are_the_authors():
     assert (options.lr, list(options.betas), options.eps) == (1e-3, [0.9, 0.999], 1e-6)
 
 
+@pytest.mark.usefixtures("measured_together")
 def test_a_run_is_the_same_on_another_device(tmp_path):
     make_run(tmp_path / "here", *WORDS, "log.cost_model=true")
     with on_pretended():

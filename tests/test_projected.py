@@ -216,6 +216,7 @@ SWITCHED = (
 )
 
 
+@pytest.mark.usefixtures("measured_together")
 def test_a_run_on_another_device_goes_through_a_switch_and_holds_what_was_predicted(tmp_path):
     words = ("recipe@full=apollo", *SMALL, *SWITCHED)
     with on_pretended():

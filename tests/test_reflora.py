@@ -324,6 +324,7 @@ def test_it_begins_at_the_measured_balance_says_so_and_resumes_bit_equal(how, tm
 
 
 @pytest.mark.parametrize("how", REFACTORINGS)
+@pytest.mark.usefixtures("measured_together")
 def test_without_a_warm_up_it_runs_from_re_init_on_any_device(how, tmp_path):
     options = (*START, "switch/init=re_init", f"adapter/refactoring={how}", "max_updates=4")
     options += ("adapter.refactoring.warmup_updates=0",)

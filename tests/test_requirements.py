@@ -19,9 +19,11 @@ PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OURS = {
-    path.stem for folder in ("tests", "scripts") for path in (REPOSITORY / folder).glob("*.py")
+    path.stem
+    for folder in ("tests", "scripts", "examples")
+    for path in (REPOSITORY / folder).glob("*.py")
 }
-KNOWN = {*sys.stdlib_module_names, "switchlora", "reference", "experiments", *OURS}
+KNOWN = {*sys.stdlib_module_names, "switchlora", "reference", "when_faster", "experiments", *OURS}
 DISTRIBUTIONS = packages_distributions()
 
 
@@ -64,7 +66,7 @@ def test_what_the_program_imports_when_it_starts_is_installed_with_it():
     assert "pillow" in packages(top)
 
 
-@pytest.mark.parametrize("folder", ["switchlora", "tests", "scripts"])
+@pytest.mark.parametrize("folder", ["switchlora", "tests", "scripts", "examples"])
 def test_whatever_is_imported_is_required_somewhere(folder):
     everywhere = [node for tree in sources(folder) for node in ast.walk(tree)]
     assert packages(everywhere) - names(all_lines()) == set()

@@ -228,8 +228,8 @@ def test_seeds_that_did_not_recover_are_counted_apart():
     ("overrides", "environment", "named"),
     [
         (["data.batch_size=16"], {}, "data.batch_size is 32, not 16"),
-        (["full.precision=bf16"], {}, "adapter.precision is fp32, not bf16"),
-        (["adapter.precision=bf16"], {}, "adapter.precision is fp32, not bf16"),
+        (["full.precision=bf16"], {}, "adapter.precision is auto, not bf16"),
+        (["adapter.precision=bf16"], {}, "adapter.precision is auto, not bf16"),
         (["full.accumulation=2"], {}, "adapter.accumulation is 1, not 2"),
         (["model.drop_rate=0.1"], {}, "model.drop_rate is None, not 0.1"),
         (["model.depth=1"], {}, "model.depth is 2, not 1"),

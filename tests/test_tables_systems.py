@@ -93,7 +93,7 @@ def test_a_joint_phase_and_stages_take_the_conditions_of_the_adapters_recipe(sys
         rewrite(run, phases=phases)
     table, rows = table_of(systems, "systems")
     assert "top1_difference" in rows["same"].cells
-    assert "other: no ratio to 'full', where adapter.precision is fp32, not bf16." in table.notes
+    assert "other: no ratio to 'full', where adapter.precision is auto, not bf16." in table.notes
 
 
 def test_a_method_names_its_row_and_says_what_differs_within_it(tmp_path):

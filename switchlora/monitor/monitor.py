@@ -292,7 +292,7 @@ class UpdateMonitor:
         known = all(key in self._vectors for key in keys)
         iterations = self.iterations if known else FIRST_ITERATIONS
         if known:
-            starts = torch.stack([self._vectors[key] for key in keys])
+            starts = torch.stack([self._vectors[key].to(matrices.device) for key in keys])
         else:
             starts = _start_vector(matrices[0]).expand(len(keys), -1)
         return batched.sketch(keys, matrices, starts, iterations)
