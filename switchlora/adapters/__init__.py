@@ -55,6 +55,7 @@ from switchlora.adapters.sltrain import (
     sltrain_linear as sltrain_linear,
 )
 from switchlora.adapters.surgery import (
+    adapted_state_dict as adapted_state_dict,
     adapter_layout as adapter_layout,
     applied_ranks as applied_ranks,
     inject as inject,

@@ -2,12 +2,11 @@
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchlora.adapters.product import (
@@ -15,13 +14,14 @@ from switchlora.adapters.product import (
     Adapter,
     Made,
     Product,
+    adapters_of,
     cheaper_form,
     compute_dtype,
     gelu_input,
     joint_forward,
     operand_of,
-    padding,
     plain_forward,
+    rounded,
     without_autocast,
 )
 
@@ -290,10 +290,8 @@ class Kept:
             return made
         key = (module, form, dtype)
         if key not in self.operands:
-            small = []
-            for number, (_, _, rows, scaling) in enumerate(adapters):
-                A, B = made.factors[2 * number : 2 * number + 2]
-                small.append(Adapter(A, B, rows, scaling))
+            layout = [(adapter.rows, adapter.scaling) for adapter in adapters]
+            small = adapters_of(layout, made.factors)
             with without_autocast(module.weight.device.type):
                 self.operands[key] = operand_of(module.weight, adapters, small, form, dtype)
         return Made(self.operands[key], made.bias, made.factors)
@@ -318,24 +316,15 @@ def rounded_at_once(
         return copies[-1]
 
     for module in modules:
-        factors = []
+        factors: list[Tensor] = []
         for A, B, _, _ in module.adapters().values():
-            factors += [_padded(A, False, dtype, cast), _padded(B, True, dtype, cast)]
+            factors += [A, B]
         bias = module.bias
-        found[module] = Made(None, None if bias is None else cast(bias), factors)
+        small = rounded(factors, dtype, cast)
+        found[module] = Made(None, None if bias is None else cast(bias), small)
     if sources:
         torch._foreach_copy_(copies, sources)
     return found
-
-
-def _padded(
-    factor: Tensor, is_B: bool, dtype: torch.dtype, cast: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Return ``cast(factor)``, or a copy in ``dtype`` with zeros for an aligned rank."""
-    added = padding(factor, is_B, dtype)
-    if not added:
-        return cast(factor)
-    return F.pad(factor.to(dtype), (0, added) if is_B else (0, 0, 0, added))
 
 
 @contextmanager

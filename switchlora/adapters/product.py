@@ -1,6 +1,6 @@
 """The product X (W_res + s B A)^T + b: its two forms, its gradients, and what it keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -285,10 +285,10 @@ class AdaptedProduct(torch.autograd.Function):
                 made = Made(
                     None, None if bias is None else bias.to(dtype), rounded(factors, dtype)
                 )
-            small = _adapters(how.layout, made.factors)
+            small = adapters_of(how.layout, made.factors)
             operand = made.operand
             if operand is None:
-                adapters = _adapters(how.layout, factors)
+                adapters = adapters_of(how.layout, factors)
                 operand = operand_of(weight, adapters, small, how.form, dtype)
             input = input.to(dtype)
             outputs, projected = adapted_forward(input, operand, made.bias, small, how.form)
@@ -314,7 +314,7 @@ class AdaptedProduct(torch.autograd.Function):
         form, layout, gelu = ctx.how
         num_factors = 2 * len(layout)
         factors = rest[:num_factors]
-        small = _adapters(layout, rest[num_factors : 2 * num_factors])
+        small = adapters_of(layout, rest[num_factors : 2 * num_factors])
         projected = rest[2 * num_factors :]
         with without_autocast(grad.device.type):
             if inputs is not None and gelu is not None:
@@ -324,7 +324,7 @@ class AdaptedProduct(torch.autograd.Function):
             if not ctx.needs_input_grad[0]:
                 operand = None
             elif operand is None:
-                adapters = _adapters(layout, factors)
+                adapters = adapters_of(layout, factors)
                 operand = operand_of(weight, adapters, small, form, ctx.dtype)
             grad_input, grad_factors, bias_parts = adapted_backward(
                 grad, operand, inputs, projected, small, form, factors[0].dtype
@@ -386,15 +386,21 @@ def operand_of(
     return weight.to(dtype)
 
 
-def rounded(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return A, B, A, B, ... in ``dtype``, with ``padding`` of zeros."""
+def rounded(
+    factors: Sequence[Tensor], dtype: torch.dtype, cast: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
+    """Return A, B, A, B, ... in ``dtype``, with ``padding`` of zeros.
+
+    What needs no padding is ``cast``, which may do so later; without it, at once.
+    """
     found = []
     for number, factor in enumerate(factors):
-        added = padding(factor, number % 2 == 1, dtype)
-        in_dtype = factor.to(dtype)
+        is_B = number % 2 == 1
+        added = padding(factor, is_B, dtype)
         if added:
-            in_dtype = F.pad(in_dtype, (0, added) if number % 2 else (0, 0, 0, added))
-        found.append(in_dtype)
+            found.append(F.pad(factor.to(dtype), (0, added) if is_B else (0, 0, 0, added)))
+        else:
+            found.append(factor.to(dtype) if cast is None else cast(factor))
     return found
 
 
@@ -421,7 +427,8 @@ def _without_padding(
     return found
 
 
-def _adapters(layout: Layout, factors: Sequence[Tensor]) -> list[Adapter]:
+def adapters_of(layout: Layout, factors: Sequence[Tensor]) -> list[Adapter]:
+    """Return the adapters of a ``layout``, with the ``factors`` A, B, A, B, ..."""
     adapters = []
     for number, (rows, scaling) in enumerate(layout):
         adapters.append(Adapter(factors[2 * number], factors[2 * number + 1], rows, scaling))

@@ -155,6 +155,18 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def adapted_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the linears with adapters, by their names in the model.
+
+    Beside ``merged_state_dict`` it has what merged weights do not tell.
+    """
+    found = {}
+    for name, module in adapted_modules(model).items():
+        for key, tensor in module.state_dict(prefix=f"{name}.").items():
+            found[key] = tensor
+    return found
+
+
 def without_adapters(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the plain model without its adapters: W_res in the place of W."""
     state = model.state_dict()

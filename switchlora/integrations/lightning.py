@@ -12,7 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from switchlora.adapters import adapted_modules, is_factor, merge, merged_state_dict
+from switchlora.adapters import (
+    adapted_modules,
+    adapted_state_dict,
+    is_factor,
+    merge,
+    merged_state_dict,
+)
 from switchlora.loop import LowRankSwitch
 
 try:
@@ -62,7 +68,7 @@ class LowRankSwitchCallback(Callback):
         """Return the state of the switch, with the weights of the adapters beside it."""
         if self.switch is None:
             return {}
-        weights = _weights_of_adapters(self.switch.model)
+        weights = adapted_state_dict(self.switch.model)
         return {"switch": self.switch.state_dict(), "weights": weights}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -95,9 +101,8 @@ class LowRankSwitchCallback(Callback):
         if switch.step(_loss(trainer, outputs)):
             _follow(trainer, pl_module)
         if len(switch.history) > known:
-            for (
-                logger
-            ) in trainer.loggers:  # pl_module.log would drop what log_every_n_steps misses
+            # pl_module.log would drop what log_every_n_steps misses
+            for logger in trainer.loggers:
                 logger.log_metrics(switch.log_dict(), step=trainer.global_step)
 
     def _go_on(self, switch: LowRankSwitch, kept: Mapping[str, Any]) -> None:
@@ -113,17 +118,6 @@ def _loss(trainer: Any, outputs: Any) -> Tensor | float:
     if not outputs:
         return math.nan
     return outputs["loss"] * trainer.accumulate_grad_batches
-
-
-def _weights_of_adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the factors and the residual weights: what merged weights do not tell."""
-    adapted = adapted_modules(model)
-    found = {}
-    for name, tensor in model.state_dict().items():
-        module = name.removesuffix(".weight")
-        if is_factor(name) or module in adapted:
-            found[name] = tensor
-    return found
 
 
 def _follow(trainer: Any, pl_module: Any) -> None:

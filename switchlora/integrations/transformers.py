@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from switchlora.adapters import adapted_modules, merge, merged_state_dict
+from switchlora.adapters import adapted_modules, adapted_state_dict, merge, merged_state_dict
 from switchlora.loop import LowRankSwitch
 from switchlora.process import distributed
 from switchlora.storage import save_merged as save_merged_file
@@ -92,7 +92,8 @@ class LowRankSwitchCallback(TrainerCallback):
         """
         assert self.switch is not None
         folder, model = _checkpoint(args, state), given["model"]
-        torch.save({**self.switch.state_dict(), ADAPTED: _adapted(model)}, folder / SWITCH)
+        kept = {**self.switch.state_dict(), ADAPTED: adapted_state_dict(model)}
+        torch.save(kept, folder / SWITCH)
         if self.switch.switched:
             save_merged(model, folder)
             for theirs, ours in OURS.items():
@@ -173,15 +174,6 @@ def _load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged, or no file of torch: go on from another checkpoint"
         ) from error
-
-
-def _adapted(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the linears with adapters, by their names in the model."""
-    found = {}
-    for name, module in adapted_modules(model).items():
-        for key, tensor in module.state_dict(prefix=f"{name}.").items():
-            found[key] = tensor
-    return found
 
 
 def _load_weights(model: nn.Module, folder: Path, kept: Mapping[str, Any]) -> None:
