@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from conf_yamls import composed
 from runs import BY_DATE, ON_ANY_DATA, SHORT
 from switchlora import commands
-from switchlora.analysis.evaluate import evaluated
+from switchlora.analysis.evaluate import evaluated, opened
+from switchlora.learner import predict
 from switchlora.models import create_model, eval_mode
 from switchlora.run import finish, prepare
 from switchlora.storage import find_all, load_model, read_record, save_merged
@@ -96,6 +97,17 @@ def test_eval_gives_what_the_run_recorded_whatever_form_the_model_has(form, fini
     found = evaluated(path)
     assert found["images"] == 360
     assert_as_recorded(found, folder)
+
+
+def test_predictions_give_the_accuracy_and_loss_that_the_run_recorded(finished):
+    folder, _ = finished
+    found = opened(folder, device="cpu")
+    logits, labels = predict(found.saved.model, found.loader)
+    assert len(logits) == len(labels) == 360
+    top1 = (logits.argmax(1) == labels).double().mean().item()
+    assert 100 * top1 == pytest.approx(recorded(folder)["top1"])
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert loss == pytest.approx(recorded(folder)["loss"], abs=1e-5)
 
 
 def test_eval_takes_the_newest_checkpoint_of_a_run_without_a_model(finished, tmp_path):

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,41 @@ def evaluated(
 
     ``words`` choose or change the data. ValueError for a mistake in them, or in the files.
     """
+    found = opened(path, words, config_dir, allow, device)
+    metrics = evaluate(found.saved.model, found.loader, precision_of(found.saved))
+    view: Any = found.loader.dataset
+    skipped = view.skipped() if hasattr(view, "skipped") else []
+    inputs = "images" if "image_size" in found.data else "windows"
+    return {
+        "model": str(found.saved.source),
+        "data": " ".join(words) or "its own test split",
+        inputs: len(view) - len(skipped),
+        **metrics,
+    }
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A saved model on its device, and what it is evaluated on."""
+
+    saved: Saved
+    data: Config
+    """configuration of the data"""
+    loader: DataLoader
+    """batches of the test split"""
+
+
+def opened(
+    path: Path,
+    words: Sequence[str] = (),
+    config_dir: Path | None = None,
+    allow: Collection[str] = (),
+    device: str = "auto",
+) -> Opened:
+    """Return the model in ``path``, on a ``device``, with the data that the ``words`` choose.
+
+    ValueError for a mistake in the words, in the files, or for data that the model cannot take.
+    """
     if config_dir is not None and not config_dir.is_dir():
         raise ValueError(f"--config-dir {config_dir} is no folder")
     allowed = {*allow, *(names_in_yamls(config_dir) if config_dir else ())}
@@ -96,18 +132,8 @@ def evaluated(
     saved = load_saved(path, allowed)
     data = data_of(saved, words, config_dir, allowed)
     loader = test_loader(saved, data, allowed, own=not is_chosen(words))
-    model = saved.model.to(place)
-    check_fits(model, loader)
-    metrics = evaluate(model, loader, precision_of(saved))
-    view: Any = loader.dataset
-    skipped = view.skipped() if hasattr(view, "skipped") else []
-    inputs = "images" if "image_size" in data else "windows"
-    return {
-        "model": str(saved.source),
-        "data": " ".join(words) or "its own test split",
-        inputs: len(view) - len(skipped),
-        **metrics,
-    }
+    check_fits(saved.model.to(place), loader)
+    return Opened(saved, data, loader)
 
 
 def table(found: Mapping[str, Any]) -> str:

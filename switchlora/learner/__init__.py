@@ -45,6 +45,7 @@ from switchlora.learner.parts import (
 from switchlora.learner.passes import (
     evaluate as evaluate,
     module_gradients as module_gradients,
+    predict as predict,
 )
 from switchlora.learner.projected import (
     Apollo as Apollo,

@@ -44,6 +44,26 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> d
     return means
 
 
+@torch.no_grad()
+def predict(
+    model: nn.Module, loader: DataLoader, precision: str = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """Return logits (N, classes) in fp32 and labels (N,) of all inputs, in order, on the CPU.
+
+    Tokens count as inputs of their own. What is to be ignored is left out.
+    """
+    device = next(model.parameters()).device
+    found = []
+    with eval_mode(model):
+        for inputs, labels in loader:
+            with autocast(device.type, precision):
+                logits = model(inputs.to(device, non_blocking=True)).flatten(0, -2)
+            counted = labels.flatten() != IGNORED
+            found.append((logits.float().cpu()[counted], labels.flatten()[counted]))
+    logits, labels = zip(*found, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
 def _batch_totals(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sums of loss, top1 and top5 and the number of labels, (4,) on the device."""
     loss = F.cross_entropy(logits, labels, reduction="sum")
