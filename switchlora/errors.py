@@ -98,6 +98,8 @@ def check_patterns(name: str, patterns: Sequence[str]) -> None:
     """Raise ValueError unless ``patterns`` is a list of regular expressions."""
     if isinstance(patterns, str):
         raise ValueError(f"{name} is '{patterns}': give a list, [{patterns}]")
+    if not isinstance(patterns, Sequence) or not all(isinstance(each, str) for each in patterns):
+        raise ValueError(f"{name} is {patterns!r}: give a list of regular expressions")
     for pattern in patterns:
         try:
             re.compile(pattern)

@@ -34,9 +34,10 @@ from switchlora.adapters import (
     merged_state_dict,
     switched_linear,
 )
-from switchlora.criteria import AtEpoch
+from switchlora.criteria import AtEpoch, Verdict
 from switchlora.learner import Muon, autocast, in_parts
 from switchlora.policy import Guard, InRank
+from switchlora.ranks import Fixed
 from switchlora.run import prepare
 from switchlora.train import train
 
@@ -344,6 +345,48 @@ def test_what_cannot_work_is_refused_in_words():
     assert list(silent.watch.monitor.targets) == ["fc1"]
     with pytest.raises(ValueError, match="was not called"):
         silent.step(1.0)
+
+
+MISTAKES = [
+    ({"criterion": at(1)}, "give updates_per_epoch"),
+    ({"criterion": UpdateNorm}, "such as UpdateNorm"),
+    ({"criterion": lambda history: True}, "criterion returned True: return a Verdict"),
+    ({"rank": 0.0001}, "rank.share=0.0001 is too small: .* parameters more"),
+    ({"rank": 5000}, "rank=5000 does not fit .* give 1 to"),
+    ({"rank": Fixed(64)}, "rank=64 does not fit .* give 1 to 32"),
+    *(({"rank": rank}, "rank is .*give at least 1") for rank in (0, -3)),
+    *(({"rank": rank}, "give a number of at least 1, a share") for rank in (True, "8", None, 1j)),
+    *(({"factor_lr": rate}, "factor_lr is .* above 0") for rate in ("fast", -1, 0, True)),
+    *(({"window": size}, "window is .*at least 1") for size in (0, -1, 1.5, "9", True)),
+    *(({"updates_per_epoch": count}, "updates_per_epoch is .*at least 1") for count in (0, 2.5)),
+    *(({"ramp_updates": count}, "ramp_updates is .*at least 0") for count in (-1, 0.5)),
+    ({"factor_weight_decay": -1}, "factor_weight_decay is -1: give at least 0"),
+    ({"init": "svd"}, "init is 'svd'"),
+    ({"on_switch": 3}, "on_switch is 3: give a function"),
+    ({"forward": "logits"}, "forward is 'logits': give a function"),
+    ({"targets": ["fc1"]}, "no argument targets"),
+    ({"factors_lr": 3}, "no argument factors_lr"),
+    *(({"target_modules": wrong}, "target_modules") for wrong in (3, [3], [], ["("])),
+    ({"target_modules": ["nope"]}, "'nope' matches no linear layer"),
+    ({"keep": ["nope"]}, "keep 'nope' matches no parameter"),
+    ({"train_factors": ["C"]}, "^train_factors is"),
+]
+
+
+@pytest.mark.parametrize("options, says", MISTAKES, ids=str)
+def test_an_argument_that_cannot_work_is_refused_at_once_by_its_name(options, says):
+    model = tiny_vit()
+    with pytest.raises(ValueError, match=says) as refused:
+        LowRankSwitch(model, torch.optim.AdamW(model.parameters()), **options)
+    assert "switch." not in str(refused.value) and "switch/" not in str(refused.value)
+
+
+def test_a_criterion_that_fires_at_its_first_measurement_and_ranks_that_need_one_go_together():
+    def at_once(history):
+        return Verdict(True, {}, "at once")
+
+    model = tiny_vit()
+    LowRankSwitch(model, torch.optim.AdamW(model.parameters()), criterion=at_once, rank=0.3)
 
 
 @pytest.mark.parametrize(

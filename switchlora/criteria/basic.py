@@ -5,6 +5,7 @@ run. To add one, write a function, or a frozen dataclass with ``__call__``, and 
 ``conf/switch/criterion``. The criteria on spectra are in ``spectra``.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -57,6 +58,8 @@ class AtEpoch:
     def __call__(self, history: Sequence[Measurement]) -> Verdict:
         """Return whether ``epoch`` is reached; there are no margins."""
         done = history[-1].epoch if history else 0.0
+        if math.isnan(done):
+            raise ValueError("AtEpoch counts epochs: give updates_per_epoch")
         fires = bool(history) and done >= self.epoch
         return Verdict(fires, {}, f"epoch {done:.2f} of the set {self.epoch:g}")
 

@@ -58,6 +58,14 @@ class FactorRates:
     matched_step: float = 1.0
     of_B: float = 1.0
 
+    def __post_init__(self) -> None:
+        a_number = is_number(self.factor_lr) and float(self.factor_lr) > 0
+        if self.factor_lr != MATCHED and not a_number:
+            raise ValueError(
+                f"factor_lr is '{self.factor_lr}': give {MATCHED}, or a number above 0 that "
+                "multiplies the learning rate of the weights"
+            )
+
     def __call__(
         self, module: AdaptedLinear, optimizer: Optimizer
     ) -> Iterator[tuple[nn.Parameter, float]]:
@@ -141,12 +149,7 @@ class Recipe:
             scale = getattr(self, name)
             if not scale > 0:
                 raise ValueError(f"{name} is {scale}: give a number above 0")
-        a_number = is_number(self.factor_lr) and float(self.factor_lr) > 0
-        if self.factor_lr != MATCHED and not a_number:
-            raise ValueError(
-                f"factor_lr is '{self.factor_lr}': give {MATCHED}, or a number above 0 that "
-                "multiplies the learning rate of the weights"
-            )
+        FactorRates(self.factor_lr)
         if self.rewarmup_updates is not None:
             check_range("rewarmup_updates", self.rewarmup_updates, 0)
         check_range("frobenius_decay", self.frobenius_decay, 0)

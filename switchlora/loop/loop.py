@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ from switchlora.adapters import (
     merge,
     train_only,
 )
-from switchlora.criteria import SwitchCriterion, UpdateNorm, Verdict
-from switchlora.errors import SwitchFailed
+from switchlora.criteria import SwitchCriterion, Verdict, never
+from switchlora.errors import NothingMeasured, SwitchFailed, check_range
 from switchlora.initializers import AdapterInit, update_directions
 from switchlora.learner import FactorRates
+from switchlora.loop.arguments import (
+    as_arguments,
+    check_optional,
+    check_whole,
+    named_as_arguments,
+    policy_of,
+)
 from switchlora.loop.counter import UpdateCounter
 from switchlora.loop.groups import NewGroup, Regrouped, follow, home_of_weights, regrouped
 from switchlora.loop.inputs import FirstInputs, Logits
@@ -33,9 +41,9 @@ from switchlora.loop.ramp import Ramp
 from switchlora.loop.schedulers import Tell, is_timms, prepared
 from switchlora.policy import SwitchPolicy
 from switchlora.process import from_primary, together
-from switchlora.ranks import Budget, Fixed, RankPolicy
+from switchlora.ranks import RankPolicy
 from switchlora.storage import save_adapter
-from switchlora.switching import Scene, SwitchReport, switch
+from switchlora.switching import Scene, SwitchReport, rehearse, switch
 
 TRIES = 3
 """after this many failed switches no further one is tried"""
@@ -89,9 +97,10 @@ class LowRankSwitch:
     - ``ramp_updates``: updates after the switch over which all learning rates rise again.
     - further names are those of ``SwitchPolicy``: ``keep``, ``earliest``, ``split_qkv`` ...
 
-    ValueError for targets on which an adapter would not do what its weight does, at the first
-    ``step``; for a model that is wrapped; for a scheduler of unknown kind; for a policy that would
-    change the model again after the switch.
+    ValueError for arguments that cannot work: criterion, ranks and start are tried once on an
+    invented measurement. ValueError also for a model that is wrapped; for a scheduler of unknown
+    kind; for a policy that would change the model again after the switch; at the first ``step``,
+    for targets on which an adapter would not do what its weight does.
     """
 
     def __init__(
@@ -113,6 +122,9 @@ class LowRankSwitch:
         ramp_updates: int = LONGEST_RAMP,
         **policy: Any,
     ) -> None:
+        check_whole("ramp_updates", ramp_updates, 0)
+        check_range("factor_weight_decay", factor_weight_decay, 0)
+        check_optional(forward=forward, on_switch=on_switch)
         self.watch = WeightUpdateMonitor(
             *(model, target_modules, window, updates_per_epoch), policy.get("split_qkv", False)
         )
@@ -120,14 +132,10 @@ class LowRankSwitch:
         self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
         listed = schedulers if isinstance(schedulers, Sequence) else [schedulers]
         self.schedulers = [scheduler for scheduler in listed if scheduler is not None]
-        self.policy = SwitchPolicy(
-            criterion=criterion or UpdateNorm(),
-            rank=rank_policy(rank),
-            init=init,
-            targets=self.watch.patterns,
-            **policy,
-        )
-        check_switches_once(self.policy)
+        with named_as_arguments():
+            made = policy_of(criterion, rank, init, policy)
+            self.policy = replace(made, targets=self.watch.patterns)
+            check_switches_once(self.policy)
         self.rates = FactorRates(factor_lr)
         self.factor_weight_decay = factor_weight_decay
         self.ramp_updates = ramp_updates
@@ -146,6 +154,8 @@ class LowRankSwitch:
         self._checked = False
         self._tells_of([])
         self._check_optimized()
+        if self.policy.criterion is not never:
+            self._rehearse()
 
     @property
     def num_updates(self) -> int:
@@ -240,14 +250,17 @@ class LowRankSwitch:
         self._ramp = Ramp(self.optimizer, self.ramp_updates, state["ramp"])
         self._inputs.remove()
 
+    def _rehearse(self) -> None:
+        """Try criterion, ranks and start once; what needs a measurement is tried without one."""
+        epoch = 0.0 if self.watch.updates_per_epoch else math.nan
+        with named_as_arguments(), suppress(NothingMeasured):
+            rehearse(self.model, self.policy, self.watch.monitor, epoch)
+
     def _check_targets(self) -> None:
         """Refuse targets on which an adapter would do something else than its weight."""
         self._checked = True
-        try:
-            with together():
-                check_adapters_work(self.model, self.watch.monitor.targets.values(), self._inputs)
-        except ValueError as error:
-            raise ValueError(str(error).replace("switch.targets", "target_modules")) from error
+        with named_as_arguments(), together():
+            check_adapters_work(self.model, self.watch.monitor.targets.values(), self._inputs)
 
     def _consider(self) -> bool:
         self.verdict = from_primary(lambda: self.policy.decide(self.history))
@@ -256,8 +269,8 @@ class LowRankSwitch:
         try:
             self._switch()
         except SwitchFailed as error:
-            self.failures.append(str(error))
-            warnings.warn(f"the switch failed and was undone: {error}", stacklevel=3)
+            self.failures.append(as_arguments(str(error)))
+            warnings.warn(f"the switch failed and was undone: {self.failures[-1]}", stacklevel=3)
             return False
         return True
 
@@ -312,13 +325,6 @@ class LowRankSwitch:
                 f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: leave it out of "
                 "target_modules, or give the optimizer that trains it"
             )
-
-
-def rank_policy(rank: int | float | RankPolicy) -> RankPolicy:
-    """Return a policy for a rank, for a share of all parameters, or the policy that it is."""
-    if isinstance(rank, float):
-        return Budget(share=rank)
-    return Fixed(rank) if isinstance(rank, int) else rank
 
 
 def check_switches_once(policy: SwitchPolicy) -> None:

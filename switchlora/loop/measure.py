@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from switchlora.adapters import DEFAULT_TARGETS, find_targets
+from switchlora.errors import check_patterns
+from switchlora.loop.arguments import check_whole, named_as_arguments
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.process import gather, world_size
 
@@ -52,9 +54,13 @@ class WeightUpdateMonitor:
         updates_per_epoch: int | None = None,
         split_qkv: bool = False,
     ) -> None:
+        check_whole("window", window, 1)
+        if updates_per_epoch is not None:
+            check_whole("updates_per_epoch", updates_per_epoch, 1)
         self.model = unwrapped(model)
         self.patterns = patterns_of(self.model, target_modules)
-        targets = find_targets(self.model, self.patterns, split_qkv)
+        with named_as_arguments():
+            targets = find_targets(self.model, self.patterns, split_qkv)
         self.monitor = UpdateMonitor(self.model, targets, window)
         self.updates_per_epoch = updates_per_epoch
         self.num_updates = 0
@@ -148,6 +154,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def patterns_of(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     """Return regular expressions for the ends of the names of the targets."""
     if target_modules != ALL_LINEAR:
-        return [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        patterns = [target_modules] if isinstance(target_modules, str) else target_modules
+        check_patterns("target_modules", patterns)
+        return list(patterns)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [re.escape(name) for name in names[:-1]]

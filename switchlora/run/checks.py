@@ -1,6 +1,5 @@
 """Refuse settings that cannot work together, before the first update."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from switchlora.adapters import FACTORS, adapted_linear, made_class
 from switchlora.criteria import NO_SHARE, AtEpoch, PredictedCost, at_start, never
-from switchlora.errors import NothingMeasured
 from switchlora.learner import (
     LoRARite,
     Muon,
@@ -20,12 +18,12 @@ from switchlora.learner import (
     check_goes_with_fsdp,
 )
 from switchlora.models import eval_mode
-from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
+from switchlora.monitor import UpdateMonitor
 from switchlora.policy import Restart, SwitchPolicy
 from switchlora.process import check_values
 from switchlora.run.state import Phase
 from switchlora.storage import wandb_mode
-from switchlora.switching import WHOLE, check_start, choose_ranks
+from switchlora.switching import WHOLE, rehearse
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -65,35 +63,13 @@ def check_outputs(model: nn.Module, inputs: Tensor, num_classes: int) -> None:
 def rehearse_switch(
     model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor, parallel: str
 ) -> None:
-    """Call the criterion, the rank choice and the initializer once, to see whether they work.
-
-    This happens before the first update, on an invented measurement. Raise ValueError when they
-    cannot work together. A policy that fires at the start must choose ranks and factors without a
-    measurement. Any other policy may raise NothingMeasured here.
-    """
+    """Raise ValueError for a policy that cannot work, before the first update."""
     if policy.criterion is never:
         return
     if parallel == "fsdp":
         _refuse_what_shards_cannot(policy)
-    once = [_invented_measurement(monitor)]
-    policy.criterion(once)
-    if policy.guard is not None and policy.guard.criterion is not None:
-        policy.guard.criterion(once)
     check_criterion(policy)
-    check_factors_alone(model, policy, monitor)
-    try:
-        choose_ranks(model, policy, monitor, [])
-        name, update = next(iter(monitor.updates().items()))
-        check_start(policy, name, policy.init(monitor.targets[name].weight(model), update, 1))
-    except NothingMeasured:
-        if policy.decide([]).fires:
-            raise
-
-
-def _invented_measurement(monitor: UpdateMonitor) -> Measurement:
-    bases = 1.0 if monitor.bases else None
-    still = LayerStats(1.0, 0.0, 1.0, 0.0, math.nan, basis_stability=bases)
-    return Measurement(0, 0.0, math.nan, dict.fromkeys(monitor.targets, still))
+    rehearse(model, policy, monitor)
 
 
 def check_recipes(
@@ -223,24 +199,4 @@ def check_criterion(policy: SwitchPolicy) -> None:
         raise ValueError(
             "switch.guard takes back what switch/criterion=at_epoch would switch again at "
             "once: give switch.guard.criterion one of its own, as switch/guard=full does"
-        )
-
-
-@torch.no_grad()
-def check_factors_alone(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
-    """Raise ValueError when factors replace a weight but do not start as that weight.
-
-    Adapters that keep a residual weight are not checked. For the others, ||s B A - W|| must be at
-    most 1 % of ||W||, tried at full rank on one target.
-    """
-    if policy.keeps_residual or made_class(policy.adapter).begins_anew:
-        return
-    weight = next(iter(monitor.targets.values())).weight(model)
-    rank = min(weight.shape)
-    s = policy.scaling(rank)
-    A, B = policy.init(weight / s, torch.randn_like(weight), rank)
-    if torch.linalg.vector_norm(s * B @ A - weight) > 0.01 * torch.linalg.vector_norm(weight):
-        raise ValueError(
-            "switch/adapter=factorized and guided keep no residual weight, so that factors must "
-            "begin as the weight: use switch/init=weight_svd with gain 1"
         )

@@ -11,10 +11,10 @@ from switchlora.switching.changes import (
 )
 from switchlora.switching.plan import (
     WHOLE as WHOLE,
-    check_start as check_start,
     choose_ranks as choose_ranks,
     with_frozen_front as with_frozen_front,
 )
+from switchlora.switching.rehearsal import rehearse as rehearse
 from switchlora.switching.transaction import (
     Outcome as Outcome,
     Scene as Scene,

@@ -1,0 +1,93 @@
+"""Refuse what a loop gave by mistake, at once, in the names of its arguments."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from switchlora.criteria import SwitchCriterion, UpdateNorm
+from switchlora.errors import check_range
+from switchlora.initializers import AdapterInit
+from switchlora.names import near
+from switchlora.policy import SwitchPolicy
+from switchlora.ranks import Budget, Fixed, RankPolicy
+
+GIVEN = ("criterion", "rank", "init", "targets")
+"""fields of a policy for which ``LowRankSwitch`` has arguments of its own"""
+ARGUMENTS = (
+    (r"\bswitch\.targets\b", "target_modules"),
+    (r"\bswitch\.rank\.rank\b", "rank"),
+    (r"\bswitch/rank=fixed\b", "a number as rank"),
+    (r"\b(?:switch[./]|monitor\.)(?=[a-z])", ""),
+)
+"""keys of a configuration, and what stands for them in a loop"""
+
+
+@contextmanager
+def named_as_arguments() -> Iterator[None]:
+    """Let a ValueError name arguments in place of keys of a configuration."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(as_arguments(str(error))) from error
+
+
+def as_arguments(message: str) -> str:
+    """Return a message with arguments in place of keys.
+
+    >>> as_arguments("switch.rank.share=0.1 is too small: switch.rank.r_min=1 needs more")
+    'rank.share=0.1 is too small: rank.r_min=1 needs more'
+    """
+    for key, argument in ARGUMENTS:
+        message = re.sub(key, argument, message)
+    return message
+
+
+def check_whole(name: str, value: Any, low: int) -> None:
+    """Raise ValueError unless ``value`` is a whole number of at least ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}: give a whole number of at least {low}")
+    check_range(name, value, low)
+
+
+def check_function(name: str, value: Any, wanted: str) -> None:
+    """Raise ValueError unless ``value`` can be called, and is no class."""
+    if not callable(value) or isinstance(value, type):
+        raise ValueError(f"{name} is {value!r}: give {wanted}")
+
+
+def policy_of(
+    criterion: SwitchCriterion | None,
+    rank: int | float | RankPolicy,
+    init: AdapterInit,
+    options: Mapping[str, Any],
+) -> SwitchPolicy:
+    """Return the policy that the arguments describe. ValueError for what is none."""
+    known = [each.name for each in fields(SwitchPolicy) if each.name not in GIVEN]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"LowRankSwitch has no argument {name}; {near(name, known)}")
+    criterion = criterion or UpdateNorm()
+    check_function("criterion", criterion, "an object such as UpdateNorm(0.7, patience=3)")
+    check_function("init", init, "a function of switchlora.initializers")
+    return SwitchPolicy(criterion=criterion, rank=rank_policy(rank), init=init, **options)
+
+
+def rank_policy(rank: int | float | RankPolicy) -> RankPolicy:
+    """Return a policy for a rank, for a share of all parameters, or the policy that it is."""
+    if isinstance(rank, float):
+        return Budget(share=rank)
+    if isinstance(rank, int) and not isinstance(rank, bool):
+        check_range("rank", rank, 1)
+        return Fixed(rank)
+    wanted = "a number of at least 1, a share of all parameters such as 0.2, or a policy such as "
+    check_function("rank", rank, f"{wanted}Energy(0.9)")
+    return rank
+
+
+def check_optional(**functions: Callable[..., Any] | None) -> None:
+    """Raise ValueError for an argument that is neither None nor a function."""
+    for name, value in functions.items():
+        if value is not None:
+            check_function(name, value, "a function, or leave it out")
