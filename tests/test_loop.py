@@ -381,6 +381,74 @@ def test_an_argument_that_cannot_work_is_refused_at_once_by_its_name(options, sa
     assert "switch." not in str(refused.value) and "switch/" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "model, optimizer, says",
+    [
+        (3, torch.optim.SGD, "model is a int: give an nn.Module"),
+        (None, lambda parameters: 3, "optimizer is a int: give an optimizer"),
+        (None, list, "optimizer is a list"),
+        (None, torch.optim.LBFGS, "LBFGS takes one group"),
+    ],
+)
+def test_what_is_no_model_or_no_optimizer_for_it_is_refused(model, optimizer, says):
+    vit = tiny_vit()
+    with pytest.raises(ValueError, match=says):
+        LowRankSwitch(model or vit, optimizer(vit.parameters()))
+
+
+@pytest.mark.parametrize("loss", [torch.ones(3), "low", None, [1.0, 2.0], torch.ones(0)])
+def test_a_loss_that_is_not_one_number_is_refused_at_once(loss):
+    monitor = WeightUpdateMonitor(tiny_vit())
+    with pytest.raises(ValueError, match="give a number|give the mean"):
+        monitor.step(loss)
+    assert monitor.step(torch.ones(1, 1)) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_dtype_switches_trains_and_resumes_in_it(dtype):
+    def loop(updates, saved=None):
+        torch.manual_seed(0)
+        model = tiny_vit().to(dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        switch = LowRankSwitch(model, optimizer, **SOON)
+        if saved:
+            for part, state in zip((switch, model, optimizer), saved, strict=True):
+                part.load_state_dict(state)
+        for number in range(switch.num_updates, updates):
+            images, labels = batch(number)
+            LOSS(model(images.to(dtype)), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            switch.step(1.0)
+        return model, copy.deepcopy(
+            [switch.state_dict(), model.state_dict(), optimizer.state_dict()]
+        )
+
+    whole, _ = loop(6)
+    assert {p.dtype for p in whole.parameters()} == {dtype} and adapted_modules(whole)
+    resumed, _ = loop(6, loop(4)[1])
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_all_linear_leaves_out_what_torchs_attention_reads_and_needs_a_second_linear():
+    block = nn.TransformerEncoderLayer(16, 2, 32)
+    model = nn.Sequential(block, nn.Linear(16, 5))
+    names = list(WeightUpdateMonitor(model, "all-linear").monitor.targets)
+    assert names == ["0.linear1", "0.linear2"]
+    with pytest.raises(ValueError, match="has 1 nn.Linear in all: there is nothing to adapt"):
+        WeightUpdateMonitor(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(16, 5)), "all-linear")
+
+
+def test_what_is_saved_before_a_switch_holds_the_model_and_says_so(tmp_path):
+    model = tiny_vit()
+    switch = LowRankSwitch(model, torch.optim.AdamW(model.parameters()))
+    with pytest.warns(
+        UserWarning, match="has no adapter now, so .*residual.safetensors holds all"
+    ):
+        switch.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_file(tmp_path / "residual.safetensors"), model.state_dict())
+
+
 def test_a_criterion_that_fires_at_its_first_measurement_and_ranks_that_need_one_go_together():
     def at_once(history):
         return Verdict(True, {}, "at once")

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import nn
+
 from switchlora.criteria import SwitchCriterion, UpdateNorm
 from switchlora.errors import check_range
 from switchlora.initializers import AdapterInit
@@ -55,6 +58,18 @@ def check_function(name: str, value: Any, wanted: str) -> None:
     """Raise ValueError unless ``value`` can be called, and is no class."""
     if not callable(value) or isinstance(value, type):
         raise ValueError(f"{name} is {value!r}: give {wanted}")
+
+
+def check_parts(model: Any, optimizer: Any) -> None:
+    """Raise ValueError unless these are a model and an optimizer that takes several groups."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}: give an nn.Module")
+    if not hasattr(optimizer, "param_groups"):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}: give an optimizer of torch's"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS takes one group of parameters, and factors need their own")
 
 
 def policy_of(

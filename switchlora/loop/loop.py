@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from switchlora.adapters import (
     DEFAULT_TARGETS,
+    adapted_modules,
     adapter_layout,
     check_adapters_work,
     count_parameters,
@@ -29,6 +30,7 @@ from switchlora.learner import FactorRates
 from switchlora.loop.arguments import (
     as_arguments,
     check_optional,
+    check_parts,
     check_whole,
     named_as_arguments,
     policy_of,
@@ -39,6 +41,7 @@ from switchlora.loop.inputs import FirstInputs, Logits
 from switchlora.loop.measure import History, WeightUpdateMonitor
 from switchlora.loop.ramp import Ramp
 from switchlora.loop.schedulers import Tell, is_timms, prepared
+from switchlora.models import RESIDUAL
 from switchlora.policy import SwitchPolicy
 from switchlora.process import from_primary, together
 from switchlora.ranks import RankPolicy
@@ -122,6 +125,7 @@ class LowRankSwitch:
         ramp_updates: int = LONGEST_RAMP,
         **policy: Any,
     ) -> None:
+        check_parts(model, getattr(optimizer, "optimizer", optimizer))
         check_whole("ramp_updates", ramp_updates, 0)
         check_range("factor_weight_decay", factor_weight_decay, 0)
         check_optional(forward=forward, on_switch=on_switch)
@@ -210,8 +214,18 @@ class LowRankSwitch:
         return found
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the adapter as PEFT reads it, and its base model beside."""
-        save_adapter(self.model, Path(folder))
+        """Write the adapter as PEFT reads it, and its base model beside, as
+        ``residual.safetensors``.
+
+        Without an adapter that file holds the whole model, and a warning says so.
+        """
+        path = save_adapter(self.model, Path(folder))
+        if not adapted_modules(self.model):
+            warnings.warn(
+                f"the model has no adapter now, so {path / RESIDUAL} holds all of its weights, "
+                f"and PEFT finds nothing to load in {path}",
+                stacklevel=2,
+            )
 
     def merge_and_unload(self) -> nn.Module:
         """Merge the adapters into the weights. Return the model, which is plain again."""

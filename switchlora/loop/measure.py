@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 
 from switchlora.adapters import DEFAULT_TARGETS, find_targets
@@ -41,7 +42,8 @@ class WeightUpdateMonitor:
     """Measures every ``window`` updates how far the weights of linears moved. It never switches.
 
     ``target_modules`` are regular expressions for the ends of the names of linears, or
-    'all-linear': all but the last one. Their copies at the start of a window are on the CPU.
+    'all-linear': all but the last one, and but ``out_proj`` of ``nn.MultiheadAttention``, whose
+    weight torch reads itself. Their copies at the start of a window are on the CPU.
 
     With several processes each of them calls ``step``. All get the same numbers.
     """
@@ -80,7 +82,7 @@ class WeightUpdateMonitor:
     def measured(self, loss: Tensor | float, updates: int = 1) -> bool:
         """Count ``updates`` and measure at the end of a window. The caller starts the next one."""
         self.num_updates += updates
-        self._losses.append(torch.as_tensor(loss).detach())
+        self._losses.append(_one_number(loss))
         if not self.monitor.due(self.num_updates):
             return False
         for each in self._losses_of_all():
@@ -157,5 +159,28 @@ def patterns_of(model: nn.Module, target_modules: str | Sequence[str]) -> list[s
         patterns = [target_modules] if isinstance(target_modules, str) else target_modules
         check_patterns("target_modules", patterns)
         return list(patterns)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in model.named_modules() if takes_an_adapter(module)]
+    if len(names) < 2:
+        raise ValueError(
+            f"target_modules='all-linear' leaves out the last linear, and this model has "
+            f"{len(names)} nn.Linear in all: there is nothing to adapt"
+        )
     return [re.escape(name) for name in names[:-1]]
+
+
+def takes_an_adapter(module: nn.Module) -> bool:
+    """Return whether ``module`` is a linear, and not one whose weight torch's attention reads."""
+    return isinstance(module, nn.Linear) and not isinstance(
+        module, NonDynamicallyQuantizableLinear
+    )
+
+
+def _one_number(loss: Any) -> Tensor:
+    """Return the loss as a tensor of one number. ValueError for another."""
+    try:
+        found = torch.as_tensor(loss).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the loss is {loss!r}: give a number, or a tensor of one") from error
+    if found.numel() != 1:
+        raise ValueError(f"the loss has the shape {tuple(found.shape)}: give the mean of it")
+    return found.reshape(())

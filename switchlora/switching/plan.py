@@ -90,7 +90,7 @@ def start_factors(
     updates: Mapping[str, Tensor],
     ranks: Mapping[str, int],
 ) -> dict[str, Factors]:
-    """Return the factors with which each target of ``ranks`` starts, on the CPU.
+    """Return the factors with which each target of ``ranks`` starts, on the CPU, in its dtype.
 
     ``updates`` are the recent updates (out, in) of the targets. A rank of 0 gives empty factors.
     """
@@ -103,7 +103,9 @@ def start_factors(
         else:
             start = empty_factors(weight)
         check_start(policy, name, start)
-        factors[name] = Factors(as_loaded(start.A), as_loaded(start.B))
+        factors[name] = Factors(
+            as_loaded(start.A).to(weight.dtype), as_loaded(start.B).to(weight.dtype)
+        )
     return factors
 
 
