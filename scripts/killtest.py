@@ -71,7 +71,14 @@ PIPELINES = {
     "memory": ("data.crop_padding=1", "data.hflip=0.5"),
 }
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-PRELOADED = ["switchlora.cli", "wandb", "sklearn.datasets", "sklearn.model_selection"]
+PRELOADED = [
+    "switchlora.cli",
+    "switchlora.train",
+    "switchlora.sweep",
+    "wandb",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+]
 PATIENCE = 300  # seconds that one start may take
 
 
