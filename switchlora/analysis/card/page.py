@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from switchlora.analysis.card.pictures import Panels, corruption_panels, reliability_panels
-from switchlora.analysis.card.sections import SHOWN_MATRIX, percent, sections
+from switchlora.analysis.card.sections import SHOWN_MATRIX, percent, sections, sentence
 from switchlora.analysis.formats import markdown
 from switchlora.analysis.page import page as report
 from switchlora.analysis.page.colors import PAGE
 from switchlora.analysis.page.headline import Tile
 
 TEMPLATE = "card_page.html"
+LEGENDS = {
+    "calibration": "A dot for each bin of confidence, larger with more predictions; on the line "
+    "confidence is accuracy.",
+    "robustness": "Error in % over severity: this model in blue, the runs compared with in "
+    "dashes, the grey line for clean images.",
+}
+"""by section, what its pictures show"""
 Found = Mapping[str, Any]
 
 
@@ -35,6 +42,7 @@ def as_html(card: Found) -> str:
         page_colors=PAGE,
         sections=sections(card),
         panels=panels(card),
+        legends=LEGENDS,
         matrix=shades(card),
     )
 
@@ -44,8 +52,7 @@ def headline(card: Found) -> str:
     if card["verdict"]["regression"] is None:
         count = f"{card['images']:,} {card['inputs']}"
         return f"top1 {percent(card['accuracy']['top1'])} on {count}."
-    said = card["verdict"]["sentence"]
-    return f"{said[:1].upper()}{said[1:]}."
+    return sentence(card["verdict"]["sentence"])
 
 
 def tiles(card: Found) -> list[Tile]:

@@ -153,7 +153,8 @@ def verdict(
         told.append(f"{len(classes) - 3} more classes are worse")
     churn = told_of_churn(compared, yardstick(against), noun)
     if not lower and not classes:
-        drop = f"a drop of {nearest['smallest_drop']:.1f} points would have been found"
+        least = max(each["smallest_drop"] for each in compared)
+        drop = f"a drop of {least:.1f} points would have been found"
         head = f"no silent regression found at {ALPHA:.0%}".replace("%", " %")
         return {"regression": False, "sentence": f"{head}: {told[0]}; {churn}; {drop}"}
     head = "regression" if lower else "silent regression"

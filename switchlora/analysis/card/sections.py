@@ -76,7 +76,7 @@ def against(found: Sequence[Found], verdict: Found) -> Section:
     """Return the part on the comparison with other runs."""
     title = "Against full training"
     if not found:
-        return Section("against", title, [f"{verdict['sentence'].capitalize()}."])
+        return Section("against", title, [sentence(verdict["sentence"])])
     rows = [
         [
             *("run", "top1", "difference, points", "only it is right", "only this is right", "p"),
@@ -98,7 +98,6 @@ def against(found: Sequence[Found], verdict: Found) -> Section:
                 f"{each['smallest_drop']:.1f}",
             ]
         )
-    sentences = [f"{verdict['sentence'].capitalize()}.", RULE]
     tables = [rows]
     worse = [["run", "class", "images", "right there", "right here", "p after Holm"]]
     for each in found:
@@ -107,7 +106,7 @@ def against(found: Sequence[Found], verdict: Found) -> Section:
             worse.append([each["path"], one["class"], f"{one['images']:,}", *numbers])
     if len(worse) > 1:
         tables.append(worse)
-    return Section("against", title, sentences, tables)
+    return Section("against", title, [RULE], tables)
 
 
 RULE = (
