@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
-from sklearn.metrics import balanced_accuracy_score, log_loss
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    log_loss,
+    roc_auc_score,
+    top_k_accuracy_score,
+)
 from torch.nn import functional as F
 
 from switchlora.analysis.card.accuracy import measure_accuracy
@@ -53,24 +59,30 @@ def mistaken(labels, share, random):
     return np.where(wrong, (labels + random.integers(1, CLASSES, len(labels))) % CLASSES, labels)
 
 
-def test_calibration_and_accuracy_are_those_of_the_libraries():
-    metrics = pytest.importorskip("torchmetrics.functional.classification")
+def test_calibration_and_accuracy_are_those_of_scikit_learn():
     logits, labels = drawn(sharpness=3.0)
     logits = 1.7 * logits
-    found = calibration(Predictions(logits, labels, len(labels)))
+    predicted = Predictions(logits, labels, len(labels))
+    found = calibration(predicted)
     probabilities = F.softmax(logits.double(), 1)
-    error = metrics.multiclass_calibration_error(probabilities, labels, CLASSES, n_bins=15)
-    assert found["ece"]["value"] == pytest.approx(100 * error.item(), abs=1e-3)
+    confidence = probabilities.amax(1).numpy()
+    accuracy, mean = calibration_curve(predicted.correct, confidence, n_bins=15)
+    bins = found["reliability"]
+    assert [each["accuracy"] for each in bins] == pytest.approx(accuracy.tolist())
+    assert [each["confidence"] for each in bins] == pytest.approx(mean.tolist())
+    shares = [each["predictions"] / len(labels) for each in bins]
+    error = 100 * np.dot(shares, np.abs(accuracy - mean))
+    assert found["ece"]["value"] == pytest.approx(error, abs=1e-3)
     assert found["nll"]["value"] == pytest.approx(log_loss(labels, probabilities), abs=1e-5)
     distance = (probabilities - F.one_hot(labels, CLASSES)).square().sum(1)
     torch.testing.assert_close(
         torch.from_numpy(brier_scores(logits, labels)).double(), distance, rtol=0, atol=1e-5
     )
-    measured = measure_accuracy(Predictions(logits, labels, len(labels)), NAMES)
+    measured = measure_accuracy(predicted, NAMES)
     balanced = balanced_accuracy_score(labels, logits.argmax(1))
     assert measured["macro"]["value"] == pytest.approx(100 * balanced)
-    top5 = metrics.multiclass_accuracy(logits, labels, CLASSES, top_k=5, average="micro")
-    assert measured["top5"]["value"] == pytest.approx(100 * top5.item(), abs=1e-3)
+    top5 = top_k_accuracy_score(labels, logits, k=5)
+    assert measured["top5"]["value"] == pytest.approx(100 * top5)
 
 
 def test_a_temperature_is_found_and_mends_the_calibration_that_it_was_taken_from():
@@ -134,22 +146,19 @@ def test_the_difference_and_its_interval_agree_with_the_test():
 
 
 def test_twins_are_seldom_called_a_regression_and_a_sabotaged_class_always():
-    """Over 60 pairs of models of the same quality; the class loses 40 of its points."""
+    """Over 40 pairs of models of the same quality; the class loses 40 of its points."""
     random = np.random.default_rng(0)
     labels = np.arange(1000) % CLASSES
-    alarms = found = 0
-    for _ in range(60):
+    alarms = 0
+    for number in range(40):
         ours, theirs = (mistaken(labels, 0.08, random) for _ in range(2))
-        alarms += verdict(saying(ours, labels), [saying(theirs, labels)], NAMES, "full")[
-            "regression"
-        ]
-        hit = (labels == 3) & (random.random(1000) < 0.4)
-        said = verdict(
-            saying(np.where(hit, 4, ours), labels), [saying(theirs, labels)], NAMES, "full"
-        )
-        found += said["regression"] and "class d has" in said["sentence"]
-    assert found == 60
-    assert alarms <= binom.ppf(0.999, 60, ALPHA), alarms
+        full = [saying(theirs, labels)]
+        alarms += verdict(saying(ours, labels), full, NAMES, "full")["regression"]
+        if number < 10:
+            hit = (labels == 3) & (random.random(1000) < 0.4)
+            said = verdict(saying(np.where(hit, 4, ours), labels), full, NAMES, "full")
+            assert said["regression"] and "class d has" in said["sentence"]
+    assert alarms <= binom.ppf(0.999, 40, ALPHA), alarms
 
 
 def test_the_smallest_drop_is_one_that_is_found_four_times_out_of_five():
@@ -226,4 +235,9 @@ def test_scores_tell_the_certain_from_the_uncertain():
     sure, unsure = 6 * torch.eye(CLASSES).repeat(5, 1), torch.zeros(50, CLASSES)
     for score in (max_softmax, energy):
         assert auroc(score(sure), score(unsure)).value == 1
-        assert auroc(score(unsure), score(sure)).value == 0
+    random = np.random.default_rng(0)
+    known, other = random.normal(0.5, 1, 80).round(1), random.normal(0, 1, 60).round(1)
+    found = auroc(known, other)
+    expected = roc_auc_score(np.repeat([1, 0], [80, 60]), np.r_[known, other])
+    assert found.value == pytest.approx(expected)
+    assert found.low < expected < found.high

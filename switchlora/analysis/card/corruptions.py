@@ -7,8 +7,10 @@ they give in pixels of 224 is a share of the image's side here.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode, functional
@@ -82,7 +84,15 @@ def occlude(images: Tensor, area: float) -> Tensor:
 
 def compress(images: Tensor, quality: float) -> Tensor:
     """Compress as JPEG and decode."""
-    return functional.jpeg(images, int(quality))
+    found = [through_jpeg(image, int(quality)) for image in images]
+    return torch.stack(found)
+
+
+def through_jpeg(image: Tensor, quality: int) -> Tensor:
+    """Return one image (C, H, W) in bytes as it comes back from a JPEG file."""
+    file = BytesIO()
+    functional.to_pil_image(image).save(file, "JPEG", quality=quality)
+    return functional.pil_to_tensor(Image.open(file))
 
 
 def side_of(images: Tensor) -> int:

@@ -34,6 +34,7 @@ Found = dict[str, Any]
 Call = Callable[[Tensor], Tensor]
 
 
+@torch.no_grad()
 def measure_use(source: Source, timed: bool, say: Say) -> Found:
     """Return sizes on the disk and, unless not ``timed``, latencies and other forms."""
     merged, unmerged = both_forms(source)
