@@ -41,23 +41,35 @@ def resampled(statistic: Statistic, units: int, reflected: bool = False) -> Inte
     units than on fresh ones. It does not go below 0.
     """
     everyone = np.arange(units)
-    value = float(statistic(everyone))
-    options: dict[str, Any] = {"n_resamples": RESAMPLES, "confidence_level": LEVEL}
-    found = bootstrap(
-        (everyone,),
-        statistic,
-        vectorized=False,
-        batch=BATCH,
-        method="basic" if reflected else "percentile",
-        random_state=np.random.default_rng(SEED),
-        **options,
-    ).confidence_interval
-    low, high = float(found.low), float(found.high)
-    return (
-        Interval(value, max(low, 0.0), max(high, 0.0)) if reflected else Interval(value, low, high)
-    )
+    method = "basic" if reflected else "percentile"
+    low, high = ends((everyone,), statistic, method=method, vectorized=False)
+    if reflected:
+        low, high = max(low, 0.0), max(high, 0.0)
+    return Interval(float(statistic(everyone)), low, high)
 
 
 def resampled_mean(values: np.ndarray) -> Interval:
     """Return the mean of one value a unit, with the interval of a seeded bootstrap."""
-    return resampled(lambda rows: float(values[rows].mean()), len(values))
+    low, high = ends((np.asarray(values, dtype=float),), np.mean, vectorized=True)
+    return Interval(float(values.mean()), low, high)
+
+
+def ends(
+    data: tuple[np.ndarray, ...],
+    statistic: Callable[..., Any],
+    vectorized: bool,
+    method: str = "percentile",
+    resamples: int = RESAMPLES,
+) -> tuple[float, float]:
+    """Return the ends of scipy's seeded bootstrap interval of a statistic."""
+    found = bootstrap(
+        data,
+        statistic,
+        vectorized=vectorized,
+        method=method,
+        n_resamples=resamples,
+        batch=BATCH,
+        confidence_level=LEVEL,
+        random_state=np.random.default_rng(SEED),
+    ).confidence_interval
+    return float(found.low), float(found.high)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import bootstrap, rankdata
+from scipy.stats import rankdata
 from torch import Tensor
 
-from switchlora.analysis.card.intervals import BATCH, LEVEL, SEED, Interval
+from switchlora.analysis.card.intervals import Interval, ends
 from switchlora.analysis.card.sources import Source
 from switchlora.analysis.evaluate import chosen
 from switchlora.config import TARGET, build_saved
@@ -123,17 +123,8 @@ SCORES = {"max_softmax": max_softmax, "energy": energy}
 
 def auroc(known: np.ndarray, other: np.ndarray) -> Interval:
     """Return the AUROC of scores that are to be higher for what is known, with its interval."""
-    found = bootstrap(
-        (known, other),
-        area,
-        vectorized=False,
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        batch=BATCH,
-        method="percentile",
-        random_state=np.random.default_rng(SEED),
-    ).confidence_interval
-    return Interval(area(known, other), float(found.low), float(found.high))
+    low, high = ends((known, other), area, vectorized=False, resamples=RESAMPLES)
+    return Interval(area(known, other), low, high)
 
 
 def area(known: np.ndarray, other: np.ndarray) -> float:

@@ -29,7 +29,7 @@ WARM_UP, REPEATS, SECONDS = 3, 50, 3.0
 FEWEST = 5
 TOLERANCE = 1e-3
 """largest difference of logits, as a share of the largest logit, that counts as the same"""
-NO_ONNX = "not measured: pip install switchlora[onnx]"
+NO_ONNX = "not measured: pip install 'switchlora[onnx]'"
 Found = dict[str, Any]
 Call = Callable[[Tensor], Tensor]
 
