@@ -98,7 +98,7 @@ def make_card(options: argparse.Namespace) -> dict[str, Any]:
     check_against(options.against)
     how = {key: getattr(options, key) for key in ("config_dir", "allow", "device")}
     source = open_source(options.path, options.overrides, how)
-    against = []
+    against: list[Source] = []
     for path in options.against:
         other = open_source(path, options.overrides, how)
         for earlier in (source, *against):

@@ -61,7 +61,7 @@ def card_columns(rows: Sequence[Row], preset: str) -> tuple[list[Column], list[s
 
 def read_cards(records: Sequence[Record]) -> tuple[dict[Path, Card], list[str]]:
     """Return the cards by the folders of their runs, and a note for each that is damaged."""
-    cards = {}
+    cards: dict[Path, Card] = {}
     notes = []
     for record in records:
         path = record.folder / CARD
