@@ -232,6 +232,12 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_hold_the_card_is_told_before_anything_is_computed(twins, monkeypatch):
+    file = twins / "own_linear.py"
+    with pytest.raises(SystemExit, match=rf"^card: --output {file}/x: {file} is no folder"):
+        call(monkeypatch, twins / "none", "--output", file / "x")
+
+
 def test_tables_have_columns_of_the_cards_and_name_a_damaged_one(tmp_path):
     write_run(tmp_path / "a", *NEVER)
     table, _ = table_of(tmp_path)

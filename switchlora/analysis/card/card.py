@@ -7,6 +7,7 @@ same images. It is written as ``card.json``, ``card.md`` and ``card.html`` into 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from switchlora.analysis.card.sources import (
     validation_of,
 )
 from switchlora.analysis.card.use import measure_use
+from switchlora.analysis.figures import run_labels
 from switchlora.config import names_in_yamls
 from switchlora.errors import check_range
 from switchlora.process import USER_ERRORS, one_line
@@ -41,9 +43,11 @@ SAMPLE = 1000
 def main() -> None:
     """Write the card that the command line asks for. Exit with one line on a mistake."""
     options = parse(sys.argv[1:])
+    folder = options.output or default_output(options.path)
     try:
+        check_output(folder)
         card = make_card(options)
-        written = write_card(card, options.output or default_output(options.path))
+        written = write_card(card, folder)
     except USER_ERRORS as error:
         sys.exit(f"card: {one_line(error)}")
     if options.json:
@@ -110,8 +114,10 @@ def make_card(options: argparse.Namespace) -> dict[str, Any]:
     validation = validation_of(source, options.overrides, allowed)
     tests = [other.test for other in against]
     compared = []
-    for other in against:
-        compared.append({"path": str(other.path), **compare(source.test, other.test, names)})
+    labels = run_labels([other.path for other in against])
+    for label, other in zip(labels, against, strict=True):
+        place = {"name": label, "path": str(other.path)}
+        compared.append({**place, **compare(source.test, other.test, names)})
     of_images = "image_size" in source.opened.data
     return {
         "model": described(source),
@@ -182,6 +188,13 @@ def noun_of(against: Sequence[Source]) -> str:
 def default_output(path: Path) -> Path:
     """Return where the card of a model goes: into its folder, or beside its file."""
     return (path if path.is_dir() else path.parent) / FOLDER
+
+
+def check_output(folder: Path) -> None:
+    """Raise ValueError unless files can be written into a folder, before much is computed."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--output {folder}: {there} is no folder that can be written to")
 
 
 def write_card(card: dict[str, Any], folder: Path) -> list[Path]:

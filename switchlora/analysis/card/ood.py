@@ -13,6 +13,7 @@ from torch import Tensor
 from switchlora.analysis.card.intervals import Interval, ends
 from switchlora.analysis.card.sources import Source
 from switchlora.analysis.evaluate import chosen
+from switchlora.analysis.figures import run_labels
 from switchlora.config import TARGET, build_saved
 from switchlora.data import Split
 from switchlora.process import checked
@@ -46,7 +47,10 @@ def measure_ood(
         return {"left_out": why_not}
     images = foreign_images(source, words, config_dir, allow)
     found: Found = {"data": " ".join(words), "images": len(images), **aurocs(source, images)}
-    found["against"] = [aurocs(other, images) for other in against if sees_same(source, other)]
+    found["against"] = []
+    for label, other in zip(run_labels([each.path for each in against]), against, strict=True):
+        if sees_same(source, other):
+            found["against"].append({"name": label, **aurocs(other, images)})
     return found
 
 

@@ -45,6 +45,9 @@ def measure_robustness(source: Source, against: Sequence[Source], count: int, sa
         found["not_for_these_channels"] = skipped
     if theirs:
         found |= beside(ours, theirs)
+    unlike = [str(other.path) for other in against if other not in same]
+    if unlike:
+        found["not_compared"] = unlike
     return found
 
 

@@ -88,7 +88,7 @@ def against(found: Sequence[Found], verdict: Found) -> Section:
         ends = f"({gap['low']:+.2f} to {gap['high']:+.2f})"
         rows.append(
             [
-                each["path"],
+                each["name"],
                 f"{each['top1']:.2f} %",
                 f"{gap['value']:+.2f} {ends}",
                 f"{each['lost']:,}",
@@ -103,7 +103,7 @@ def against(found: Sequence[Found], verdict: Found) -> Section:
     for each in found:
         for one in each["classes"]:
             numbers = [f"{one['before']:.1f} %", f"{one['after']:.1f} %", f"{one['p_holm']:.2g}"]
-            worse.append([each["path"], one["class"], f"{one['images']:,}", *numbers])
+            worse.append([each["name"], one["class"], f"{one['images']:,}", *numbers])
     if len(worse) > 1:
         tables.append(worse)
     return Section("against", title, [RULE], tables)
@@ -159,6 +159,9 @@ def robustness(found: Found) -> Section:
     if "not_for_these_channels" in found:
         kinds = ", ".join(found["not_for_these_channels"])
         sentences.append(f"Left out, since they need 1 or 3 channels: {kinds}.")
+    if "not_compared" in found:
+        paths = ", ".join(found["not_compared"])
+        sentences.append(f"Not compared here, since they see images of another size: {paths}.")
     return Section("robustness", title, sentences, [rows])
 
 
@@ -169,8 +172,8 @@ def ood(found: Found) -> Section:
         return Section("ood", title, [sentence(found["left_out"])])
     rows = [["model", "largest probability, AUROC", "energy, AUROC"]]
     models = {"this model": found}
-    for number, each in enumerate(found["against"], 1):
-        models[f"compared with, {number}"] = each
+    for each in found["against"]:
+        models[each["name"]] = each
     for name, each in models.items():
         rows.append([name, plain(each["max_softmax"], 3), plain(each["energy"], 3)])
     told = f"Telling test images from {found['images']:,} of `{found['data']}`; 0.5 is a guess."
