@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from switchlora.analysis.card.pictures import Panels, corruption_panels, reliability_panels
@@ -63,7 +64,7 @@ def tiles(card: Found) -> list[Tile]:
         worst = accuracy["worst"][0]
         found.append(Tile(f"{worst['accuracy']['value']:.1f} %", f"worst class, {worst['class']}"))
     if card["against"]:
-        churn = card["against"][0]["churn"]["value"]
+        churn = fmean(each["churn"]["value"] for each in card["against"])
         found.append(Tile(f"{churn:.1f} %", "churn: predictions that differ"))
     found.append(Tile(f"{calibration['before']['ece']['value']:.1f} %", "calibration error"))
     if "mean" in card["robustness"]:

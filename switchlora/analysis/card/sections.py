@@ -80,7 +80,7 @@ def against(found: Sequence[Found], verdict: Found) -> Section:
     rows = [
         [
             *("run", "top1", "difference, points", "only it is right", "only this is right", "p"),
-            *("churn", "smallest drop that it would find, points"),
+            *("churn", "smallest drop, points"),
         ]
     ]
     for each in found:

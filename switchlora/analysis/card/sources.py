@@ -105,10 +105,8 @@ def check_same_test(ours: Source, theirs: Source) -> None:
     """Raise ValueError unless both models were asked about the same images and classes."""
     other = f"--against {theirs.path}"
     if theirs.sha256 == ours.sha256:
-        raise ValueError(
-            f"{other} holds the same weights as {ours.path}: it is the same run, or one that never "
-            "switched; give another"
-        )
+        why = "it is the same run, or one that never switched; give another"
+        raise ValueError(f"{other} holds the same weights as {ours.path}: {why}")
     if theirs.test.num_classes != ours.test.num_classes:
         raise ValueError(
             f"{other} has {theirs.test.num_classes} classes, {ours.path} has "
