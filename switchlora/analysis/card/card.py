@@ -100,6 +100,18 @@ def make_card(options: argparse.Namespace) -> dict[str, Any]:
     """Return the card of a model. ValueError for a mistake in the options or the files."""
     check_range("--robustness", options.robustness, 0)
     check_against(options.against)
+    source, against = open_all(options)
+    names = class_names(source.classes, source.test.num_classes)
+    return {
+        **subject(source, options.overrides, names),
+        **measured(source, against, options, names),
+        **beside_others(source, against, names),
+        "switchlora_version": __version__,
+    }
+
+
+def open_all(options: argparse.Namespace) -> tuple[Source, list[Source]]:
+    """Return the model and those it is compared with; all were asked about the same images."""
     how = {key: getattr(options, key) for key in ("config_dir", "allow", "device")}
     source = open_source(options.path, options.overrides, how)
     against: list[Source] = []
@@ -108,32 +120,49 @@ def make_card(options: argparse.Namespace) -> dict[str, Any]:
         for earlier in (source, *against):
             check_same_test(earlier, other)
         against.append(other)
-    names = class_names(source.classes, source.test.num_classes)
-    allowed = {*options.allow, *(names_in_yamls(options.config_dir) if options.config_dir else ())}
-    ood = measure_ood(source, against, options.ood, options.config_dir, allowed)
-    validation = validation_of(source, options.overrides, allowed)
-    tests = [other.test for other in against]
-    compared = []
-    labels = run_labels([other.path for other in against])
-    for label, other in zip(labels, against, strict=True):
-        place = {"name": label, "path": str(other.path)}
-        compared.append({**place, **compare(source.test, other.test, names)})
-    of_images = "image_size" in source.opened.data
+    return source, against
+
+
+def subject(source: Source, words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """Return what the card is about: the model, its weights, and what it was tested on."""
     return {
         "model": described(source),
         "source_sha256": source.sha256,
-        "data": described_data(source, options.overrides, names),
+        "data": described_data(source, words, names),
         "images": source.test.units,
-        "inputs": "images" if of_images else "windows",
+        "inputs": "images" if "image_size" in source.opened.data else "windows",
+    }
+
+
+def measured(
+    source: Source, against: Sequence[Source], options: argparse.Namespace, names: Sequence[str]
+) -> dict[str, Any]:
+    """Return all that is measured. Words that may be wrong are read before what takes long."""
+    places = options.config_dir
+    allowed = {*options.allow, *(names_in_yamls(places) if places else ())}
+    ood = measure_ood(source, against, options.ood, places, allowed)
+    validation = validation_of(source, options.overrides, allowed)
+    return {
         "accuracy": measure_accuracy(source.test, names),
         "calibration": measure_calibration(source.test, validation),
         "robustness": measure_robustness(source, against, options.robustness, warn),
         "ood": ood,
         "cost": measure_use(source, not options.no_cost, warn),
-        "against": compared,
-        "verdict": verdict(source.test, tests, names, noun_of(against)),
-        "switchlora_version": __version__,
     }
+
+
+def beside_others(
+    source: Source, against: Sequence[Source], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the comparison with each of the other runs, and the verdict."""
+    labels = run_labels([other.path for other in against])
+    compared = []
+    for label, other in zip(labels, against, strict=True):
+        place = {"name": label, "path": str(other.path)}
+        compared.append({**place, **compare(source.test, other.test, names)})
+    tests = [other.test for other in against]
+    said = verdict(source.test, tests, names, noun_of(against))
+    return {"against": compared, "verdict": said}
 
 
 def check_against(paths: Sequence[Path]) -> None:
