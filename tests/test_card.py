@@ -23,6 +23,7 @@ from switchlora.config import as_plain
 from switchlora.data import Digits
 from switchlora.storage import find_all, read_record
 from switchlora.train import train
+from test_hub import CLASSES, ON_FOLDERS, paint
 from test_tables import NEVER, table_of, text_of, write_run
 
 KEYS = {
@@ -110,10 +111,10 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_onnx_runtime_computes_the_logits_of_the_model(run):
+def test_onnx_runtime_computes_the_logits_of_the_model(twins):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    found = opened(run, device="cpu")
+    found = opened(twins / "0", allow=["own_linear.Linear"], device="cpu")
     inputs, _ = next(iter(found.loader))
     exported = use.onnx_form(found.saved.model, inputs)
     assert exported["same"] and exported["bytes"] > 1000
@@ -186,6 +187,27 @@ def test_of_a_text_the_card_says_what_it_leaves_out(tmp_path):
     assert "bytes" in card["accuracy"]["classes"]["left_out"]
     assert card["calibration"]["temperature"] and card["against"][0]["churn"]["value"] >= 0
     write_card(card, tmp_path / "out")
+
+
+def test_colour_images_in_folders_and_a_folder_of_timm_have_their_cards(tmp_path):
+    """What timm puts on the hub does not say what it learned from: it gets no temperature."""
+    for number, split in enumerate(("train", "val")):
+        paint(tmp_path / "data" / split, CLASSES, count=8 - number)
+    root = f"data.root={tmp_path / 'data'}"
+    train(composed(*ON_FOLDERS, root), tmp_path / "run")
+    few = ("--robustness", "6", *FEW[2:5], "--ood", "data=digits")
+    card = make_card(parse([str(tmp_path / "run"), *few]))
+    assert card["data"]["classes"] == list(CLASSES) and "top5" not in card["accuracy"]
+    assert len(card["robustness"]["corruptions"]) == 8 and card["robustness"]["images"] == 6
+    assert card["calibration"]["temperature"] > 0 and card["ood"]["images"] == 360
+    (tmp_path / "hub").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "run" / name, tmp_path / "hub" / name)
+    words = ["data=imagefolder", root]
+    found = card_of(tmp_path / "hub", *words)
+    assert found["accuracy"]["top1"] == card["accuracy"]["top1"]
+    assert "does not say which data" in found["calibration"]["after"]["left_out"]
+    write_card(found, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
