@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import sys
 
@@ -403,6 +404,14 @@ def test_the_card_is_a_valid_one_and_tells_what_the_run_recorded(finished):
     assert f"Switch: at update {switch['num_updates']}, " in card.text
     assert f"{switch['trainable_after']:,}" in card.text
     assert "local-dir:THIS_FOLDER" in card.text
+    (result,) = card.data.eval_results
+    assert (result.dataset_split, result.metric_type) == ("test", "accuracy")
+    assert result.metric_value == pytest.approx(test["top1"] / 100, abs=1e-6)
+    low, high = map(float, re.search(r"top1 is ([\d.]+) to ([\d.]+) %", card.text).groups())
+    assert low < test["top1"] < high
+    headings = ("Intended use", "Results", "Limits", "Training", "Cost", "Provenance", "Use")
+    assert all(f"\n## {heading}\n" in card.text for heading in headings)
+    assert f"{summary['cost']['train_flops']:.3g} training FLOPs" in card.text
     assert str(folder) not in card.text
 
 

@@ -34,7 +34,7 @@ from switchlora.config import (
     folder_of,
     names_in_yamls,
 )
-from switchlora.data import build_test, classes_of
+from switchlora.data import Data, build_test, build_val, classes_of
 from switchlora.learner import evaluate
 from switchlora.models import eval_mode
 from switchlora.names import near
@@ -229,11 +229,9 @@ def test_loader(saved: Saved, data: Config, allow: Collection[str], own: bool) -
 
     Whether they are the model's ``own`` data decides where the names of its classes come from.
     """
-    workers = (saved.config.get("system") or {}).get("workers", 0)
     if data.get(TARGET) != IMAGES:
-        check_saved(data, "data", allow)
-        seed = saved.config.get("seed", 0)
-        return build(data, seed=seed, workers=workers, pin_memory=False, rank=0, world_size=1).test
+        return all_splits(saved, data, allow).test
+    workers = workers_of(saved)
     test = build_saved(data["test"], "data.test", allow)
     classes: Sequence[str] = saved.classes
     if not classes and own:
@@ -241,6 +239,39 @@ def test_loader(saved: Saved, data: Config, allow: Collection[str], own: bool) -
     if not classes and classes_of(test):
         warn("the names of the model's classes are not known: labels go by their numbers")
     return build_test(**{**data, "test": test, "classes": classes, "workers": workers})
+
+
+def validation_loader(
+    found: Opened, words: Sequence[str], allow: Collection[str] = ()
+) -> DataLoader | None:
+    """Return the loader of the validation split of the run's own data; None if it names none.
+
+    ``words`` are those that it was ``opened`` with. Those that choose other data are left aside,
+    and those that would hold other images out than the run did.
+    """
+    saved = found.saved
+    own = saved.config.get("data") or {}
+    if TARGET not in own:
+        return None
+    cut = {key: own[key] for key in ("val_fraction", "train_size") if key in own}
+    data = own if is_chosen(words) else {**found.data, **cut}
+    if data.get(TARGET) != IMAGES:
+        return all_splits(saved, data, allow).val
+    train = build_saved(data["train"], "data.train", allow)
+    return build_val(**{**data, "train": train, "workers": workers_of(saved)})
+
+
+def all_splits(saved: Saved, data: Config, allow: Collection[str]) -> Data:
+    """Return the data that are no images in folders or arrays, as the run built them."""
+    check_saved(data, "data", allow)
+    seed = saved.config.get("seed", 0)
+    options = {"workers": workers_of(saved), "pin_memory": False, "rank": 0, "world_size": 1}
+    return build(data, seed=seed, **options)
+
+
+def workers_of(saved: Saved) -> int:
+    """Return how many processes loaded the images of the run."""
+    return (saved.config.get("system") or {}).get("workers", 0)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from switchlora.data.loaders import (
     Data as Data,
     build_data as build_data,
     build_test as build_test,
+    build_val as build_val,
 )
 from switchlora.data.split import IGNORED as IGNORED, Split as Split, classes_of as classes_of
 from switchlora.data.text import build_text as build_text

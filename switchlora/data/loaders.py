@@ -199,8 +199,35 @@ def build_data(
 
 
 def build_test(
-    test: Dataset,
-    classes: Sequence[str],
+    test: Dataset, classes: Sequence[str], *, eval_size: int | None = None, **options: Any
+) -> Loader:
+    """Return the loader of a test split alone, the same as that of ``build_data``.
+
+    ``classes`` are the names of the classes of training; labels are numbered as these. The other
+    keys of a data config are not read.
+    """
+    rows = limited(torch.arange(length(test)), eval_size)
+    return held_out("test", test, rows, same_numbers(classes, test), **options)
+
+
+def build_val(
+    train: Dataset,
+    *,
+    val_fraction: float = 0.1,
+    train_size: int | None = None,
+    eval_size: int | None = None,
+    **options: Any,
+) -> Loader:
+    """Return the loader of a validation split alone, the same as that of ``build_data``."""
+    _, rows = split(length(train), val_fraction, train_size)
+    return held_out("val", train, limited(rows, eval_size), None, **options)
+
+
+def held_out(
+    name: str,
+    dataset: Dataset,
+    rows: Tensor,
+    numbers: dict[int, int] | None,
     *,
     num_classes: int,
     in_chans: int,
@@ -208,26 +235,21 @@ def build_test(
     mean: Sequence[float],
     std: Sequence[float],
     batch_size: int,
-    eval_size: int | None = None,
     train_transform: Options | None = None,
     eval_transform: Options | None = None,
     skip_unreadable: bool = False,
     workers: int = 0,
     **_: Any,
 ) -> Loader:
-    """Return the loader of a test split alone, the same as that of ``build_data``.
-
-    ``classes`` are the names of the classes of training; labels are numbered as these. The other
-    keys of a data config are not read.
-    """
+    """Return the loader of the ``rows`` of a data set that are not trained on; see ``Split``."""
     check_normalisation(mean, std, in_chans)
     split = Split(
-        "test",
-        test,
-        limited(torch.arange(length(test)), eval_size),
+        name,
+        dataset,
+        rows,
         channels=in_chans,
         num_classes=num_classes,
-        numbers=same_numbers(classes, test),
+        numbers=numbers,
         skip_unreadable=skip_unreadable,
     )
     split.check_labels()

@@ -1,8 +1,9 @@
 """Passes that make no update: evaluation, and gradients with respect to effective weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: str = "fp32") -> d
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, loader: DataLoader, precision: str = "fp32"
+    model: nn.Module, loader: Iterable[Any], precision: str = "fp32"
 ) -> tuple[Tensor, Tensor]:
     """Return logits (N, classes) in fp32 and labels (N,) of all inputs, in order, on the CPU.
 

@@ -24,13 +24,17 @@ from switchlora.storage.events import (
     window_metrics as window_metrics,
 )
 from switchlora.storage.export import (
+    ADAPTER as ADAPTER,
     PEFT_PREFIX as PEFT_PREFIX,
     merged_for_peft as merged_for_peft,
     save_adapter as save_adapter,
     save_merged as save_merged,
 )
 from switchlora.storage.files import write_whole as write_whole
-from switchlora.storage.hub import save_hub_layout as save_hub_layout
+from switchlora.storage.hub import (
+    name_of_data as name_of_data,
+    save_hub_layout as save_hub_layout,
+)
 from switchlora.storage.mlflow_log import MLflow as MLflow
 from switchlora.storage.peft import load_adapter as load_adapter
 from switchlora.storage.provenance import (
@@ -42,7 +46,11 @@ from switchlora.storage.provenance import (
     machine_line as machine_line,
     versions as versions,
 )
-from switchlora.storage.reading import FileDamaged as FileDamaged
+from switchlora.storage.reading import (
+    FileDamaged as FileDamaged,
+    content_of as content_of,
+    parse_json as parse_json,
+)
 from switchlora.storage.records import (
     TRUNK_KEY as TRUNK_KEY,
     Record as Record,

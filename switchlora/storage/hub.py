@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+from scipy.stats import binomtest
 from torch import nn
 
 from switchlora import __version__
@@ -22,6 +23,7 @@ OF_TIMM = ("first_conv", "classifier", "fixed_input_size")
 IMAGE_KEYS = ("in_chans", "image_size", "mean", "std")
 CONVERTED = (1, 3)
 """channels between which every version of timm converts a first convolution"""
+IMAGE_TASK = "image-classification"
 AS_THEY_ARE = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
 DEFAULTS = {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}
 """of timm.data.create_transform"""
@@ -148,13 +150,22 @@ def model_card(
     """Return the model card: metadata of the hub, then what the run knows of its model."""
     name = config["model"].get("name") or type(model).__name__
     paragraphs = [
-        f"---\n{metadata(config, why_not)}---\n{MARK}",
+        f"---\n{metadata(name, config, summary, why_not)}---\n{MARK}",
         f"# {name} on {name_of_data(config['data'])}",
         introduction(summary),
+        "## Intended use",
+        intended_use(config["data"]),
         "## Results",
         results(summary),
+        evaluation(config["data"], summary),
+        "## Limits",
+        LIMITS,
         "## Training",
-        "\n".join(f"- {on_one_line(fact)}" for fact in facts(config, summary)),
+        listed(facts(config, summary)),
+        "## Cost",
+        cost(summary),
+        "## Provenance",
+        listed(provenance(config, summary)),
         "## Use",
         use(config, why_not),
     ]
@@ -166,16 +177,94 @@ def model_card(
     return "\n\n".join(paragraphs) + "\n"
 
 
-def metadata(config: Config, why_not: str | None) -> str:
+def metadata(name: str, config: Config, summary: Mapping[str, Any], why_not: str | None) -> str:
     """Return the metadata of a model card as YAML."""
     on_images = "image_size" in config["data"]
-    data = ModelCardData(
+    top1 = (summary["test"] or {}).get("top1")
+    results = None
+    if on_images and top1 is not None:
+        data = name_of_data(config["data"])
+        result = EvalResult(
+            task_type=IMAGE_TASK,
+            dataset_type=data,
+            dataset_name=data,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_value=round(top1 / 100, 6),
+        )
+        results = [result]
+    content = ModelCardData(
+        model_name=name if results else None,
+        eval_results=results,
         library_name="timm" if why_not is None else None,
-        pipeline_tag="image-classification" if on_images else None,
-        tags=["switchlora", *(["image-classification"] if on_images else [])],
+        pipeline_tag=IMAGE_TASK if on_images else None,
+        tags=["switchlora", *([IMAGE_TASK] if on_images else [])],
         metrics=["accuracy"],
     )
-    return f"{data.to_yaml()}\n"
+    return f"{content.to_yaml()}\n"
+
+
+def intended_use(data: Config) -> str:
+    """Return what the model is for, and what it is not for."""
+    what = "Continuing text, byte by byte,"
+    if "image_size" in data:
+        what = f"Telling {data['num_classes']} classes of images apart,"
+    return (
+        f"{what} on inputs like those of {name_of_data(data)}. It was trained to study how it "
+        "trains. It is not meant to decide about people, nor for inputs of another kind."
+    )
+
+
+LIMITS = (
+    "The numbers above are of one run and one test split. They do not say how the model does on "
+    "groups of inputs, on damaged images, or on inputs of another kind, nor whether its "
+    "probabilities can be trusted. What a low-rank adapter changes besides accuracy is not in "
+    "them either. `switchlora-runs card RUN --against FULL` measures all of these."
+)
+
+
+def evaluation(data: Config, summary: Mapping[str, Any]) -> str:
+    """Return a sentence on the test split, with the interval of its top1."""
+    count = (summary.get("images") or {}).get("test")
+    top1 = (summary["test"] or {}).get("top1")
+    if not count or top1 is None:
+        return "There is no result on a test split."
+    if "image_size" not in data:
+        return f"The test split has {count:,} windows. No decision of the run is based on it."
+    right = round(count * top1 / 100)
+    found = binomtest(right, count).proportion_ci(method="wilson")
+    return (
+        f"The test split has {count:,} images: the 95 % interval of its top1 is "
+        f"{100 * found.low:.2f} to {100 * found.high:.2f} % (Wilson). No decision of the run is "
+        "based on it."
+    )
+
+
+def cost(summary: Mapping[str, Any]) -> str:
+    """Return what training cost; energy is not measured, so it is not told."""
+    flops = (summary.get("cost") or {}).get("train_flops")
+    told = "FLOPs of training are not known." if flops is None else f"{flops:.3g} training FLOPs."
+    return f"{told} Energy was not measured, and is not guessed here."
+
+
+def provenance(config: Config, summary: Mapping[str, Any]) -> list[str]:
+    """Return what made the model, a line each; no path, user or host is told."""
+    found = summary.get("environment") or {}
+    versions = found.get("versions") or {}
+    lines = [
+        f"Commit: {found.get('git') or 'not known'}",
+        f"Seed: {config['seed']}; `config.yaml` of the run holds every setting",
+        f"Device: {found.get('device', 'not known')}",
+    ]
+    if versions:
+        told = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        lines.append(f"Versions: {told}")
+    return lines
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Return a Markdown list."""
+    return "\n".join(f"- {on_one_line(line)}" for line in lines)
 
 
 def introduction(summary: Mapping[str, Any]) -> str:

@@ -88,7 +88,7 @@ def write_page(sweep: Path, out: Path) -> Path:
     Raise ValueError when there are no runs.
     """
     context = content(sweep)
-    page = _templates().get_template(TEMPLATE).render(context)
+    page = templates(Path(__file__).parent).get_template(TEMPLATE).render(context)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return out
@@ -264,9 +264,10 @@ def _several_changes(record: Record) -> bool:
     return len(transitions(record)) > 1
 
 
-def _templates() -> Environment:
+def templates(*folders: Path) -> Environment:
+    """Return the templates in the folders; a name that is not defined is an error."""
     return Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folders),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -25,6 +25,7 @@ from switchlora.analysis.tables.baseline import (
     prelora_columns,
     ratio_columns,
 )
+from switchlora.analysis.tables.cards import card_columns
 from switchlora.analysis.tables.columns import Cell, Column, make_cell, run_columns
 from switchlora.analysis.tables.formats import csv_text, latex, markdown
 from switchlora.analysis.tables.notes import general_notes, unfinished_notes
@@ -124,9 +125,11 @@ def make_table(
     if not times:
         columns = [column for column in columns if not column.timed]
     told, remarks = remarked(rows, preset, times)
-    columns += told
+    of_cards, card_notes = card_columns(rows, preset)
+    columns += [*of_cards, *told]
     rows = [_filled(row, columns) for row in rows]
     notes = [*general_notes(preset, times, bool(comparison.curves)), *comparison.notes, *remarks]
+    notes += card_notes
     if times:
         notes += mixed_machines(rows)
     notes += [*duplicates, *unfinished_notes(records)]
