@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from conf_yamls import composed
 from runs import BY_DATE, ON_ANY_DATA, SHORT
 from switchlora import commands
-from switchlora.analysis.evaluate import evaluated, opened
+from switchlora.analysis.evaluate import evaluated, opened, precision_of
 from switchlora.learner import predict
 from switchlora.models import create_model, eval_mode
 from switchlora.run import finish, prepare
@@ -109,6 +109,14 @@ def test_predictions_give_the_accuracy_and_loss_that_the_run_recorded(finished):
     assert 100 * top1 == pytest.approx(recorded(folder)["top1"])
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     assert loss == pytest.approx(recorded(folder)["loss"], abs=1e-5)
+
+
+def test_a_run_that_left_its_precision_open_is_evaluated_in_that_of_the_device(finished):
+    folder, _ = finished
+    saved = opened(folder, device="cpu").saved
+    for phase in ("full", "adapter"):
+        saved.config[phase]["precision"] = "auto"
+    assert precision_of(saved) == "fp32"
 
 
 def test_eval_takes_the_newest_checkpoint_of_a_run_without_a_model(finished, tmp_path):

@@ -35,7 +35,7 @@ from switchlora.config import (
     names_in_yamls,
 )
 from switchlora.data import Data, build_test, build_val, classes_of
-from switchlora.learner import evaluate
+from switchlora.learner import evaluate, precision_of as precision_on
 from switchlora.models import eval_mode
 from switchlora.names import near
 from switchlora.process import USER_ERRORS, check_keys, checked, find_device, one_line
@@ -145,9 +145,10 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def precision_of(saved: Saved) -> str:
-    """Return the precision in which the run evaluated the model."""
+    """Return the precision in which the run evaluated the model, or would where the model is."""
     phase = saved.config.get("adapter" if saved.adapted else "full") or {}
-    return phase.get("precision", "fp32")
+    device = next(saved.model.parameters()).device
+    return precision_on(phase.get("precision", "fp32"), device)
 
 
 def is_chosen(words: Sequence[str]) -> bool:
