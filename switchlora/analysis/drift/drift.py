@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from switchlora.analysis.drift.picture import draw
 from switchlora.analysis.drift.sample import MOST, SAMPLE, Sample, read_sample, sample_of
 from switchlora.analysis.drift.statistics import Found, compared
-from switchlora.analysis.evaluate import check_fits, opened, precision_of
+from switchlora.analysis.evaluate import check_fits, data_of, opened, precision_of
 from switchlora.analysis.formats import markdown
 from switchlora.analysis.output import save
 from switchlora.data import Unlabelled, build_test
@@ -63,7 +63,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("version", type=Path, metavar="VERSION", help="folder of a version")
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGES", help="a folder, or data=NAME data.KEY=VALUE"
+        "images", nargs="+", metavar="IMAGES", help="a folder, or data=NAME; data.KEY=VALUE"
     )
     parser.add_argument(
         "--level", type=float, default=LEVEL, help=f"of a false alarm; default: {LEVEL}"
@@ -169,33 +169,31 @@ def model_and_images(
     device: str,
 ) -> tuple[Saved, DataLoader]:
     """Return the model of a version on its device, and the images to look at."""
-    if all("=" in word and not Path(word).exists() for word in images):
-        words = [*images]
+    folder, words = folder_and_words(images)
+    if folder is None:
         if not any(word.startswith("data.eval_size=") for word in words):
             words.append(f"data.eval_size={MOST}")
         found = opened(version, words, config_dir, allow, device)
         return found.saved, found.loader
-    if len(images) > 1:
-        raise ValueError(f"give one folder of images, or words such as data=NAME: {images[1]}")
+    dataset = Unlabelled(folder)
+    if len(dataset) < LEAST:
+        raise ValueError(f"{folder} has {len(dataset)} images: drift needs {LEAST} or more")
     saved = load_saved(version, set(allow))
-    loader = loader_of(saved, Unlabelled(images[0]))
+    data = data_of(saved, words, config_dir, allow)
+    workers = (saved.config.get("system") or {}).get("workers", 0)
+    given = {"test": dataset, "classes": (), "workers": workers}
+    loader = build_test(**{**data, "eval_size": MOST, "skip_unreadable": True, **given})
     check_fits(saved.model.to(find_device("--device", device)), loader)
     return saved, loader
 
 
-def loader_of(saved: Saved, dataset: Unlabelled) -> DataLoader:
-    """Return the loader of images as the model takes them; of many a sample is drawn."""
-    if len(dataset) < LEAST:
-        raise ValueError(f"{dataset.root} has {len(dataset)} images: drift needs {LEAST} or more")
-    options = {
-        **saved.config["data"],
-        "test": dataset,
-        "classes": (),
-        "eval_size": MOST,
-        "skip_unreadable": True,
-        "workers": (saved.config.get("system") or {}).get("workers", 0),
-    }
-    return build_test(**options)
+def folder_and_words(images: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the folder of images, if one is given, and the words on the data."""
+    words = [word for word in images if "=" in word and not Path(word).exists()]
+    folders = [word for word in images if word not in words]
+    if len(folders) > 1:
+        raise ValueError(f"{folders[1]} is one folder too many: give one, or words on the data")
+    return (folders[0] if folders else None), words
 
 
 def write(report: Report, folder: Path) -> None:
