@@ -197,9 +197,9 @@ STARTS = {
     "B = 0": (),
     "rounded residuals": ("switch/init=update_svd", "switch.residual_dtype=bf16"),
     "restarts": ("switch/restart=relora", "switch.restart.every_epochs=0.5"),
-    "stages": ("switch/stages=by_margin", "switch.joint_epochs=0"),
+    "a joint phase": ("switch.joint_epochs=0.5",),
 }
-SHORTER = ("epochs=1", "data.eval_size=32", "model.depth=1", "data.train_size=320")
+SHORTER = ("data.eval_size=32", "model.depth=1", "data.train_size=320")
 
 
 def before_the_switch(run):
