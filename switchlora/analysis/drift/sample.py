@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,7 +18,7 @@ from switchlora.analysis.evaluate import IMAGES, precision_of, test_loader
 from switchlora.config import TARGET, build, check_saved
 from switchlora.learner import predict
 from switchlora.process import USER_ERRORS, find_device
-from switchlora.storage import FileDamaged, Saved
+from switchlora.storage import FileDamaged, Saved, save_tensors
 
 SAMPLE = "reference.safetensors"
 MOST = 2000
@@ -129,7 +128,8 @@ def save_sample(sample: Sample, path: Path) -> None:
         "confidence": sample.confidence,
         "features": sample.features,
     }
-    save_file(tensors, path, {"split": sample.split, "num_classes": str(sample.num_classes)})
+    about = {"split": sample.split, "num_classes": str(sample.num_classes)}
+    save_tensors(tensors, path, about)
 
 
 def read_sample(path: Path) -> Sample:

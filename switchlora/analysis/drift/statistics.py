@@ -19,7 +19,7 @@ from switchlora.analysis.drift.sample import Sample
 LEAST_EXPECTED = 5
 """images that a class must be expected to have in the smaller sample; rarer ones are one group"""
 PERMUTATIONS, CHUNK = 999, 256
-SHARE_OF_P = 10
+SHARE_OF_P = 4
 """how many times finer the smallest p of the permutations is than the smallest that decides"""
 
 
@@ -71,8 +71,8 @@ def compared(known: Sample, new: Sample, level: float) -> Found:
     tests = [
         Test("predicted classes", "chi-square", chi, of_classes, detail=f"PSI {psi:.3f}"),
         Test("confidence", "KS", float(of_confidence.statistic), float(of_confidence.pvalue)),
-        Test("each feature", "largest KS", max(ks), min(adjusted), detail=told),
-        Test("all features", "MMD^2", mmd, of_mmd, detail=f"{len(null)} permutations"),
+        Test("single features", "largest KS", max(ks), min(adjusted), detail=told),
+        Test("features together", "MMD^2", mmd, of_mmd, detail=f"{len(null)} permutations"),
     ]
     corrected = []
     for test, p in zip(tests, holm([test.p for test in tests]), strict=True):
