@@ -161,8 +161,7 @@ def read_card(run: Path, weights: str) -> Card | None:
         return None
     found = parse_json(content_of(path), path)
     verdict = found.get("verdict")
-    known = isinstance(verdict, dict) and verdict.get("regression", ...) in (True, False, None)
-    if not known:
+    if not isinstance(verdict, dict) or verdict.get("regression", ...) not in (True, False, None):
         raise FileDamaged(f"{path} is damaged: it has no 'verdict' on a 'regression'")
     return Card(verdict, found.get("source_sha256") == weights)
 
