@@ -87,18 +87,23 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("change", PLANTED)
-def test_planted_drift_is_found(version, tmp_path, monkeypatch, capsys, change):
-    images = paint(tmp_path / "images", PLANTED[change])
+def test_planted_drift_is_found_and_drawn(version, tmp_path, monkeypatch, capsys):
+    images = paint(tmp_path / "images", PLANTED["inverted"])
     out = tmp_path / "out"
     assert status_of(monkeypatch, version, images, "--output", out, "--device", "cpu") == 2
     verdict = capsys.readouterr().out.splitlines()[-1]
     assert verdict.startswith("drift in ") and "features together" in verdict
     assert verdict.endswith("; 200 images against 144 of val)")
     content = json.loads((out / "drift.json").read_text())
-    assert content["drift"] and content["verdict"] == verdict
-    assert content["psi"] > (0 if change == "darkened" else 0.1)
+    assert content["drift"] and content["verdict"] == verdict and content["psi"] > 0.1
     assert Image.open(out / "drift.png").size[0] > 500
+
+
+@pytest.mark.parametrize("change", [name for name in PLANTED if name != "inverted"])
+def test_other_planted_drift_is_found(version, tmp_path, change):
+    images = paint(tmp_path / "images", PLANTED[change], count=100)
+    found = drift.drift_of(version, [str(images)], device="cpu").found
+    assert found.drift and found.tests[-1].adjusted <= found.level
 
 
 def test_no_drift_is_found_where_none_is(version, tmp_path, monkeypatch, capsys):
