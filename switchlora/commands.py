@@ -23,6 +23,13 @@ RUNS = {
     "replay": ("analysis.replay.replay", "when other criteria and thresholds would have switched"),
     "scaling": ("analysis.scaling", "fit loss against training FLOPs over several model sizes"),
     "compare": ("analysis.compare", "say whether two runs ended bit-equal, and what differs"),
+    "publish": ("analysis.versions.publish", "make a run a version in a registry of models"),
+    "promote": ("analysis.versions.promote", "put a version of a registry into production"),
+    "rollback": ("analysis.versions.rollback", "put the version before back into production"),
+    "verify": ("analysis.versions.verify", "check the versions of a registry by their checksums"),
+    "log": ("analysis.versions.log", "who published and promoted what in a registry, and why"),
+    "drift": ("analysis.drift.drift", "whether new images are like those that a version knows"),
+    "takeoff": ("analysis.takeoff", "the model of just before the switch, bit for bit"),
     "wandb-report": ("analysis.wandb_report", "a report of runs in Weights & Biases"),
 }
 BENCH = {

@@ -31,8 +31,7 @@ from switchlora.storage import (
     save_merged,
     tensors,
 )
-from switchlora.storage.checkpoint import _digest
-from switchlora.storage.files import write_whole
+from switchlora.storage.files import sha256_of, write_whole
 
 TINY = (
     *(*DIGITS, "model.depth=1", "model.embed_dim=16", "model.num_heads=1", "epochs=1"),
@@ -120,7 +119,7 @@ def written(path, state):
     """A checkpoint with right checksums."""
     path.mkdir(parents=True, exist_ok=True)
     torch.save(state, path / STATE)
-    (path / SUMS).write_text(f"{_digest(path / STATE)}  {STATE}\n")
+    (path / SUMS).write_text(f"{sha256_of(path / STATE)}  {STATE}\n")
     return path
 
 

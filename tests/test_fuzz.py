@@ -49,7 +49,7 @@ from switchlora.storage import (
     read,
     save_merged,
 )
-from switchlora.storage.checkpoint import _digest
+from switchlora.storage.files import sha256_of
 from switchlora.train import train
 
 LONG = int(os.environ.get("SWITCHLORA_FUZZ", "0"))
@@ -309,7 +309,7 @@ def test_a_log_of_any_bytes_is_mended_at_the_same_length(run, here, data):
 def sealed(path, content):
     """A checkpoint with this content of its state's file, and right checksums."""
     (path / STATE).write_bytes(content)
-    (path / SUMS).write_text(f"{_digest(path / STATE)}  {STATE}\n")
+    (path / SUMS).write_text(f"{sha256_of(path / STATE)}  {STATE}\n")
 
 
 def interrupted(run, folder):

@@ -20,6 +20,7 @@ ROOMS = (
         "integrations",
         "loop",
         "switching",
+        "registry",
         "storage",
     ),
     *("policy", "criteria", "ranks", "initializers", "cost", "learner", "monitor"),

@@ -40,7 +40,7 @@ from switchlora.storage import (
     read,
     read_events,
 )
-from switchlora.storage.checkpoint import _digest
+from switchlora.storage.files import sha256_of
 
 EVERYTHING = (
     *BY_DATE,
@@ -284,7 +284,7 @@ def damage(path, kind):
         else:
             state["shapes"]["head.weight"] = (10, 32)
         torch.save(state, state_file)
-        (path / SUMS).write_text(f"{_digest(state_file)}  {STATE}\n")
+        (path / SUMS).write_text(f"{sha256_of(state_file)}  {STATE}\n")
 
 
 @pytest.fixture(scope="module")

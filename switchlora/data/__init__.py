@@ -6,6 +6,7 @@ from switchlora.data.batches import (
 )
 from switchlora.data.images import (
     Digits as Digits,
+    Unlabelled as Unlabelled,
     fashion_mnist as fashion_mnist,
     image_folder as image_folder,
     torchvision_data as torchvision_data,

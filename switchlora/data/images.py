@@ -106,6 +106,30 @@ class Folder(ImageFolder):
         return True
 
 
+class Unlabelled(Dataset):
+    """The images in a folder, in any nesting; nothing is known of their classes."""
+
+    def __init__(self, root: str) -> None:
+        if not Path(root).is_dir():
+            raise ValueError(f"{root} is no folder of images")
+        self.root = root
+        self.loader = open_image
+        self.samples: list[tuple[str, int]] = []
+        for folder, inside, names in os.walk(root):
+            inside[:] = [name for name in inside if not is_hidden(name)]
+            for name in names:
+                if is_image_file(name) and not is_hidden(name):
+                    self.samples.append((os.path.join(folder, name), 0))
+        self.samples.sort()
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return self.loader(path), label
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder is hidden, or made by a system beside the user's."""
     return name.startswith(".") or name in ("__MACOSX", "@eaDir")

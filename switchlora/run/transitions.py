@@ -22,6 +22,7 @@ from switchlora.learner import Learner, module_gradients, release_memory
 from switchlora.policy import Refresh, Standing
 from switchlora.process import distributed
 from switchlora.ranks import largest_saving_rank
+from switchlora.run.before import keep_before, weights_before
 from switchlora.run.forecast import predicted_update
 from switchlora.run.run import Run
 from switchlora.run.saving import save
@@ -86,12 +87,14 @@ def switch_targets(run: Run, verdict: Verdict, chosen: list[str]) -> Change:
     front = with_frozen_front(run.model, policy, monitor.known, verdict.margins, chosen, run.probe)
     scene = replace(run.scene(run.recipe_of(phase)), policy=front)
     inputs = run.read_inputs() if policy.least_gain is not None else None
+    before = weights_before(run)
     report = attempt(run, "switch", lambda: switch(scene, state.fresh_history, chosen, inputs))
     if isinstance(report, Failed):
         return report
     kind = "stage" if policy.stages else "switch"
     reason = verdict.reason if verdict.fires else f"{len(chosen)} targets have converged alone"
     enter(run, phase, kind, report, reason, figures)
+    keep_before(run, before)
     record_switch(run, report)
     if phase is Phase.JOINT:
         length = max(1, round(policy.joint_epochs * len(run.data.train)))

@@ -1,6 +1,13 @@
 """The files of a run: checkpoints, events, exports for other libraries, and provenance."""
 
 from switchlora.storage.background import Background as Background
+from switchlora.storage.before import (
+    BEFORE as BEFORE,
+    Before as Before,
+    read_before as read_before,
+    save_before as save_before,
+    weights_of as weights_of,
+)
 from switchlora.storage.checkpoint import (
     FORMAT as FORMAT,
     STATE as STATE,
@@ -29,8 +36,14 @@ from switchlora.storage.export import (
     merged_for_peft as merged_for_peft,
     save_adapter as save_adapter,
     save_merged as save_merged,
+    save_tensors as save_tensors,
 )
-from switchlora.storage.files import write_whole as write_whole
+from switchlora.storage.files import (
+    is_regular as is_regular,
+    sha256_of as sha256_of,
+    sync as sync,
+    write_whole as write_whole,
+)
 from switchlora.storage.hub import (
     name_of_data as name_of_data,
     save_hub_layout as save_hub_layout,

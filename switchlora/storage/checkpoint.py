@@ -11,8 +11,6 @@ in ``.1``, ``.2`` and so on. It holds:
   torch.distributed.checkpoint.
 """
 
-import hashlib
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ from switchlora.learner import Learner, is_sharded, moments_of, skeleton
 from switchlora.process import distributed
 from switchlora.storage import frozen
 from switchlora.storage.background import Background, staged
-from switchlora.storage.files import is_regular
+from switchlora.storage.files import is_regular, sha256_of, sync
 from switchlora.storage.retention import (
     FOLDER,
     find_all,
@@ -144,15 +142,15 @@ def _finish_writing(
         sums = _write_state(part, content, frozen_names)
         for path in filter(Path.is_file, part.rglob("*")):
             name = str(path.relative_to(part))
-            sums[name] = sums.get(name) or _digest(path)
+            sums[name] = sums.get(name) or sha256_of(path)
         _write_sums(part, sums)
         files = [part / name for name in sums]
         folders = {path.parent for path in files}
         for path in (*files, part / SUMS, *folders):
-            _sync(path)
+            sync(path)
         target = free_name(part.parent, name_of(num_updates))
         part.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save hides the system's error in its own
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise _given_up(part, reason) from error
@@ -242,7 +240,7 @@ def _check_sums(path: Path) -> None:
             why = "is no plain file" if file.is_symlink() or file.exists() else "cannot be read"
             raise CheckpointUnusable(f"{path} is not whole: {name} {why}")
         try:
-            found = _digest(file)
+            found = sha256_of(file)
         except OSError as error:
             raise CheckpointUnusable(f"{path} is not whole: {name} cannot be read") from error
         if found != expected:
@@ -344,16 +342,3 @@ def rebuild(path: Path, state: Mapping[str, Any], allow: Collection[str] = ()) -
             weights, _ = load_sharded(path / TENSORS, {}, model, only="weights")
         model.load_state_dict(weights)
     return model.eval()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,7 +29,7 @@ def save_merged(model: nn.Module, path: Path) -> Path:
 
     ValueError for a model with layers that no weight can stand for.
     """
-    _save(merged_state_dict(model), path)
+    save_tensors(merged_state_dict(model), path)
     return path
 
 
@@ -64,8 +64,8 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
         if module.weight is None:
             dense[f"{name}.weight"] = module.residual().detach()
     residual = without_adapters(model) | dense
-    _save(residual, folder / RESIDUAL, HALF)
-    _save(tensors, folder / ADAPTER)
+    save_tensors(residual, folder / RESIDUAL, HALF)
+    save_tensors(tensors, folder / ADAPTER)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(_peft_config(ranks), indent=2))
     return folder
 
@@ -79,9 +79,10 @@ def merged_for_peft(model: nn.Module) -> list[str]:
     return [name for name in read_directly(model) if name in adapted]
 
 
-def _save(
+def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
+    """Write tensors into a file of safetensors; OSError if it cannot be written."""
     on_cpu: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in tensors.items():

@@ -1,0 +1,1 @@
+"""Whether new images are like those that a model was validated on."""

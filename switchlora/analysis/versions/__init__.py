@@ -1,0 +1,1 @@
+"""The commands of a registry: publish, promote, rollback, verify, log."""
