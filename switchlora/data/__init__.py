@@ -4,6 +4,13 @@ from switchlora.data.batches import (
     crop_and_flip as crop_and_flip,
     decode as decode,
 )
+from switchlora.data.contents import (
+    Contents as Contents,
+    Shared as Shared,
+    comparable as comparable,
+    contents_of as contents_of,
+    shared_items as shared_items,
+)
 from switchlora.data.images import (
     Digits as Digits,
     fashion_mnist as fashion_mnist,
