@@ -137,7 +137,7 @@ def of_items(split: Split) -> Contents:
             if not split.skips:
                 raise
             continue
-        digests.append(pixels_digest(channels_first(image)))
+        digests.append(pixels_digest(channels_first(image, split.channels)))
         labels.append(label)
         places.append(place)
     return counted(split.name, PIXELS, digests, labels, lambda item: split.name_of(places[item]))
@@ -200,10 +200,11 @@ def file_digest(path: str) -> bytes:
         return hashlib.sha256(os.path.basename(path).encode(errors="surrogateescape")).digest()
 
 
-def channels_first(image: Image.Image | np.ndarray) -> np.ndarray:
-    """Return the pixels (C, H, W) of an image."""
+def channels_first(image: Image.Image | np.ndarray, channels: int) -> np.ndarray:
+    """Return the pixels (channels, H, W) of an image; a grey one has each channel alike."""
     pixels = np.asarray(image)
-    return pixels[np.newaxis] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+    pixels = pixels[np.newaxis] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+    return np.repeat(pixels, channels, axis=0) if len(pixels) == 1 else pixels
 
 
 def shared_items(contents: Sequence[Contents]) -> list[Shared]:
