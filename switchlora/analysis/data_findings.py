@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from switchlora.data import (
-    ORDINARY,
-    SMALL,
-    TINY,
     Contents,
     Data,
     Duplicates,
@@ -77,9 +74,7 @@ class Images:
         """Return the images that are there more than once."""
         digests = [digest for each in self.surveys for digest in each.digests]
         thumbnails = np.concatenate([each.thumbnails for each in self.surveys])
-        small = min(each.smallest for each in self.surveys) < SMALL
-        limits = TINY if small else ORDINARY
-        return find_duplicates(digests, thumbnails, limits, int(self.ends[0]))
+        return find_duplicates(digests, thumbnails, int(self.ends[0]))
 
 
 def pairs_of(images: Images, group: Sequence[int]) -> Iterator[tuple[int, int]]:

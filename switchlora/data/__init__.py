@@ -12,9 +12,6 @@ from switchlora.data.contents import (
     shared_items as shared_items,
 )
 from switchlora.data.duplicates import (
-    ORDINARY as ORDINARY,
-    SMALL as SMALL,
-    TINY as TINY,
     Duplicates as Duplicates,
     find_duplicates as find_duplicates,
 )

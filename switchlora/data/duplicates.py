@@ -10,19 +10,28 @@ as digits, all look alike, and a copy is nearer than that.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.fft import dctn
 from torch import Tensor
 
+from switchlora.data.split import evenly
+
 FREQUENCIES = 8
 """of the cosine transform, in each direction"""
 SIDE = 16
 """pixels of a thumbnail, in each direction"""
-SMALL = 16
-"""images with fewer pixels in a direction are small: a copy of one differs by more"""
+LOOSE, TIGHT = 0.95, 0.995
+"""bounds of the cosine from which on hashes are near: see ``least_cosine``"""
+FEW = 3
+"""neighbours that an image has above that cosine"""
+PROBES = 256
+"""images that tell how alike the images are"""
+RATIO = 0.35
+"""most distance of a pair, as a share of that to the other neighbours of both"""
+SAME = 0.9995
+"""correlation from which on other neighbours do not matter: an image may have many copies"""
 BLOCK = 2048
 """images that are compared at once with as many others"""
 MOST_PAIRS = 3e9
@@ -32,23 +41,6 @@ NEIGHBOURS = 5
 MOST_EQUAL = 50
 """equal images that are named where one of them is nearly another"""
 CHUNK = 65_536
-
-
-class Limits(NamedTuple):
-    """How alike a pair must be that counts as nearly the same."""
-
-    hash: float
-    """cosine of the hashes"""
-    pixels: float
-    """correlation of the thumbnails"""
-    ratio: float = 0.35
-    """most distance of the hashes, as a share of that to the other neighbours"""
-    same: float = 0.9995
-    """correlation from which on the other neighbours do not matter: frames of a film"""
-
-
-ORDINARY = Limits(hash=0.995, pixels=0.99)
-TINY = Limits(hash=0.97, pixels=0.97)
 
 
 @dataclass(frozen=True)
@@ -72,9 +64,7 @@ class Duplicates:
     """whether all pairs were compared, not only those with the first images"""
 
 
-def find_duplicates(
-    digests: Sequence[bytes], thumbnails: np.ndarray, limits: Limits, first: int
-) -> Duplicates:
+def find_duplicates(digests: Sequence[bytes], thumbnails: np.ndarray, first: int) -> Duplicates:
     """Return the images that are there more than once.
 
     ``thumbnails`` are (n, C, SIDE, SIDE) uint8. If there are too many pairs, the ``first`` images
@@ -84,7 +74,7 @@ def find_duplicates(
     unique = np.array([places[0] for places in members])
     whole = len(unique) ** 2 / 2 <= MOST_PAIRS
     rows = len(unique) if whole else int((unique < first).sum())
-    pairs = near_pairs(thumbnails[unique], limits, rows)
+    pairs = near_pairs(thumbnails[unique], rows)
     near = []
     for pair in pairs:
         for one, other in product(
@@ -103,16 +93,18 @@ def group_equal(digests: Sequence[bytes]) -> list[list[int]]:
     return list(members.values())
 
 
-def near_pairs(thumbnails: np.ndarray, limits: Limits, rows: int | None = None) -> list[Pair]:
+def near_pairs(thumbnails: np.ndarray, rows: int | None = None) -> list[Pair]:
     """Return the pairs of images that are nearly the same, the most alike first.
 
     Of each pair one is among the first ``rows`` images (None: all pairs).
     """
     hashes = perceptual_hashes(thumbnails)
-    found = candidates(hashes, limits.hash, len(hashes) if rows is None else rows)
+    least = least_cosine(hashes)
+    found = candidates(hashes, least, len(hashes) if rows is None else rows)
     alike = correlations(thumbnails, found)
-    found, alike = found[alike >= limits.pixels], alike[alike >= limits.pixels]
-    keep = (relative_distances(hashes, found) <= limits.ratio) | (alike >= limits.same)
+    near = alike >= 1 - 2 * (1 - least)  # fine detail differs more than the lowest frequencies
+    found, alike = found[near], alike[near]
+    keep = (relative_distances(hashes, found) <= RATIO) | (alike >= SAME)
     pairs = [
         Pair(one, other, value)
         for (one, other), value in zip(found[keep].tolist(), alike[keep].tolist(), strict=True)
@@ -135,6 +127,18 @@ def with_length_one(vectors: Tensor) -> Tensor:
     """Return vectors of length 1; those that are nearly zero become zero."""
     lengths = vectors.norm(dim=1, keepdim=True)
     return torch.where(lengths > 1, vectors / lengths, 0.0)
+
+
+def least_cosine(hashes: Tensor) -> float:
+    """Return the cosine from which on two hashes are near.
+
+    Photographs hardly resemble each other, and a copy may differ by a lot. Simple images do, and
+    a copy must be nearer than these are: an image has few neighbours above that cosine.
+    """
+    probes = hashes[evenly(len(hashes), PROBES)]
+    cosines = (probes @ hashes.T).flatten()
+    count = min(len(cosines), (FEW + 1) * len(probes))  # an image is its own nearest one
+    return float(cosines.topk(count).values[-1].clamp(LOOSE, TIGHT)) if count else LOOSE
 
 
 def candidates(hashes: Tensor, least: float, rows: int) -> Tensor:

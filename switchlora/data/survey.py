@@ -44,8 +44,8 @@ class Described:
     mean: np.ndarray
     """of each channel, from 0 to 1"""
     deviation: np.ndarray
-    side: int
-    """pixels of its shorter side"""
+    blank: bool
+    """whether it has one colour"""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,6 @@ class Survey:
     thumbnails: np.ndarray
     means: np.ndarray
     deviations: np.ndarray
-    smallest: int
-    """pixels of the shortest side"""
     unreadable: Sequence[str]
     """a line on each image that cannot be read"""
     odd: Mapping[str, Sequence[str]]
@@ -105,7 +103,6 @@ def of_images(split: Split) -> Survey:
         thumbnails=np.stack([image.thumbnail for image in images]),
         means=np.stack([image.mean for image in images]),
         deviations=np.stack([image.deviation for image in images]),
-        smallest=min(image.side for image in images),
         unreadable=unreadable,
         odd=odd_images(split, places, images),
     )
@@ -123,8 +120,13 @@ def described(pixels: np.ndarray, label: int) -> Described:
         thumbnail=thumbnail,
         mean=shares.mean(1),
         deviation=shares.std(1),
-        side=min(pixels.shape[1:]),
+        blank=is_blank(pixels),
     )
+
+
+def is_blank(pixels: np.ndarray) -> bool:
+    """Return whether each channel (C, H, W) has one value."""
+    return bool((pixels == pixels[:, :1, :1]).all())
 
 
 def thumbnail_of(channel: np.ndarray) -> np.ndarray:
@@ -142,27 +144,26 @@ def of_arrays(split: Split) -> Survey:
     rows = split.rows.numpy()
     digests: list[bytes] = []
     thumbnails, means, deviations = [], [], []
+    blank: list[bool] = []
     for first in range(0, len(rows), CHUNK):
         pixels = many_channels_first(images[rows[first : first + CHUNK]], split.channels)
         digests += map(pixels_digest, pixels)
+        blank += map(is_blank, pixels)
         shares = torch.from_numpy(pixels).float()
         thumbnails.append(made_small(shares))
         means.append((shares.mean((2, 3)) / 255).numpy())
         deviations.append((shares.std((2, 3), correction=0) / 255).numpy())
-    kept = np.concatenate(deviations)
-    places = np.arange(len(rows))
-    blank = [split.name_of(int(place)) for place in places[(kept == 0).all(1)]]
+    named = [split.name_of(place) for place, found in enumerate(blank) if found]
     return Survey(
         split=split,
-        places=places,
+        places=np.arange(len(rows)),
         digests=digests,
         labels=np.array(split.labels()),
         thumbnails=np.concatenate(thumbnails),
         means=np.concatenate(means),
-        deviations=kept,
-        smallest=min(images.shape[1:3]),
+        deviations=np.concatenate(deviations),
         unreadable=[],
-        odd={"one colour": blank} if blank else {},
+        odd={"one colour": named} if named else {},
     )
 
 
@@ -196,7 +197,7 @@ def odd_images(
     """Return, by what is odd about them, the names of images that can be read."""
     found: dict[str, list[str]] = defaultdict(list)
     for place, image in zip(places, images, strict=True):
-        if not image.deviation.any():
+        if image.blank:
             found["one colour"].append(split.name_of(place))
     if split.files is not None:
         paths = [split.files[int(split.rows[place])] for place in places]
