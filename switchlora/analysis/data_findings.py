@@ -245,7 +245,7 @@ def findings(report: Report) -> Iterator[str]:
         lines = report["unreadable"]
         yield f"{counted(len(lines), 'image')} cannot be read: {some(lines)}"
     for kind, names in report["odd"].items():
-        yield f"{counted(len(names), 'image')} odd, {kind}: {some(names)}"
+        yield f"{counted(len(names), 'odd image')}, {kind}: {some(names)}"
     yield from balance_findings(report["balance"])
     yield from shift_findings(report["shift"])
 

@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from switchlora.analysis.data_findings import Match, Place, Relations, called
+from switchlora.analysis.data_findings import Match, Place, Relations, called, counted
 
 TEMPLATE = "data_page.html"
 SHOWN = 24
@@ -27,7 +27,11 @@ def page_of(report: Mapping[str, Any], matches: Relations) -> str:
     """Return the page of a report; ``matches`` are the pairs whose pictures it shows."""
     classes = report["balance"]["classes"] if "balance" in report else []
     pictures = [
-        {"title": title(split, inside), "count": len(found), "pairs": pairs(found, classes)}
+        {
+            "title": title(split, inside, len(found)),
+            "count": len(found),
+            "pairs": pairs(found, classes),
+        }
         for (split, inside), found in matches.items()
     ]
     return (
@@ -44,9 +48,13 @@ def page_of(report: Mapping[str, Any], matches: Relations) -> str:
     )
 
 
-def title(split: str, inside: str) -> str:
+def title(split: str, inside: str, count: int) -> str:
     """Return the heading of the pairs of two splits."""
-    return f"twice in {split}" if split == inside else f"{split} images that are in {inside}"
+    if split == inside:
+        return f"{counted(count, 'image')} of {split} that it has more than once"
+    return (
+        f"{counted(count, f'{split} image')} that {'is' if count == 1 else 'are'} in {inside} too"
+    )
 
 
 def pairs(found: Sequence[Match], classes: Sequence[str]) -> list[dict[str, Any]]:
