@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from switchlora.analysis.data_findings import (
     Images,
-    Match,
     Relations,
     Report,
     image_report,
@@ -186,7 +185,7 @@ def chosen(words: Sequence[str], config_dir: Path | None) -> Config:
     return {**data, "num_classes": None} if unknown else data
 
 
-def write(report: Report, matches: Mapping[Any, Sequence[Match]], folder: Path) -> list[Path]:
+def write(report: Report, matches: Relations, folder: Path) -> list[Path]:
     """Write the report as JSON, Markdown and a page, and return the paths."""
     from switchlora.analysis.page.data_page import page_of  # jinja: only where it is written
 

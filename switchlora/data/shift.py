@@ -6,7 +6,6 @@ right about half of the others. How far it does better is tested exactly, by the
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +144,7 @@ def chosen(thumbnails: np.ndarray, count: int, rng: np.random.Generator) -> np.n
     return parts.mean((3, 5), dtype=np.float32).reshape(number, -1)
 
 
-def label_shift(first: Sequence[int], second: Sequence[int], classes: int) -> float | None:
+def label_shift(first: np.ndarray, second: np.ndarray, classes: int) -> float | None:
     """Return the p-value of the chi-square test that both samples have the classes alike.
 
     None where it cannot be computed.

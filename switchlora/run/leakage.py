@@ -95,7 +95,9 @@ def keep_facts(facts: DataFacts, folder: Path) -> None:
 def facts_of(data: Data, leakage: str) -> DataFacts:
     """Return hashes and leaks of the data, and the lines that tell them."""
     contents = contents_of(data, thorough=leakage == REFUSE)
-    counts, leaks, others = None, [], []
+    counts: dict[str, int] | None = None
+    leaks: list[str] = []
+    others: list[str] = []
     if leakage != OFF and comparable(contents):
         counts = {}
         named = {each.split: each for each in contents}
