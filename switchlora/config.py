@@ -24,6 +24,7 @@ FREE = (
     "trunk",
     "objectives",
     "data.skip_unreadable",
+    "data.leakage",
     "monitor.device",
 )
 """groups and keys of a configuration that change no result"""

@@ -122,6 +122,8 @@ class InMemory(Dataset[Batch]):
     ) -> None:
         self.images, self.targets = decode(split, shape)
         self.unread = split.skipped()
+        self.readable = ~split.unreadable
+        self.names = split.names
         self.normalise: Normalise | None = Normalise(of_channels(mean), of_channels(std))
         self.crop_padding = crop_padding
         self.hflip = hflip

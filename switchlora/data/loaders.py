@@ -142,6 +142,7 @@ def build_data(
     label_smoothing: float = 0.0,
     skip_unreadable: bool = False,
     root: str | None = None,
+    leakage: str = "warn",
     seed: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
@@ -160,27 +161,24 @@ def build_data(
     - ``skip_unreadable`` lets another image stand for one that cannot be read. Evaluation does not
       count it.
     - ``root`` is not read. It is the key that ``train`` and ``test`` refer to in a config.
+    - ``leakage`` is not read here. It says what the start of a run does about images of test that
+      are in train.
 
     Some images of each split are read at once, and the headers of files. ValueError if sizes,
     channels, labels or options do not fit together.
     """
-    fit, val = split(length(train), val_fraction, train_size)
-    held_out = limited(torch.arange(length(test)), eval_size)
-    sampler = EpochSampler(len(fit), batch_size, seed, rank, world_size)
+    splits = build_splits(
+        *(train, test),
+        in_chans=in_chans,
+        num_classes=num_classes,
+        val_fraction=val_fraction,
+        train_size=train_size,
+        eval_size=eval_size,
+        skip_unreadable=skip_unreadable,
+    )
+    sampler = EpochSampler(len(splits[0]), batch_size, seed, rank, world_size)
     mixup = build_mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes, sampler)
     check_normalisation(mean, std, in_chans)
-    options: dict[str, Any] = {
-        "channels": in_chans,
-        "num_classes": num_classes,
-        "skip_unreadable": skip_unreadable,
-    }
-    classes = classes_of(train)
-    numbers = same_numbers(classes, test)
-    splits = [
-        Split("train", train, fit, **options),
-        Split("val", train, limited(val, eval_size), **options),
-        Split("test", test, held_out, numbers=numbers, **options),
-    ]
     for each in splits:
         each.check_labels()
     views: list[View]
@@ -195,7 +193,40 @@ def build_data(
         views = transformed(splits, common, train_transform or {}, eval_transform or {})
     loss = build_loss(mixup, label_smoothing)
     loaders = make_loaders(views, sampler, workers, pin_memory)
-    return Data(loaders[0], loaders[1], loaders[2], mixup, loss, num_classes, tuple(classes))
+    classes = tuple(classes_of(train))
+    return Data(loaders[0], loaders[1], loaders[2], mixup, loss, num_classes, classes)
+
+
+def build_splits(
+    train: Dataset,
+    test: Dataset,
+    *,
+    in_chans: int,
+    num_classes: int | None = None,
+    val_fraction: float = 0.1,
+    train_size: int | None = None,
+    eval_size: int | None = None,
+    skip_unreadable: bool = False,
+    **_: Any,
+) -> list[Split]:
+    """Return the splits to train, validate and test on, as ``build_data`` cuts them.
+
+    The other keys of a data config are not read. ValueError for sizes or names of classes that do
+    not fit.
+    """
+    fit, val = split(length(train), val_fraction, train_size)
+    held_out = limited(torch.arange(length(test)), eval_size)
+    numbers = same_numbers(classes_of(train), test)
+    options: dict[str, Any] = {
+        "channels": in_chans,
+        "num_classes": num_classes,
+        "skip_unreadable": skip_unreadable,
+    }
+    return [
+        Split("train", train, fit, **options),
+        Split("val", train, limited(val, eval_size), **options),
+        Split("test", test, held_out, numbers=numbers, **options),
+    ]
 
 
 def build_test(

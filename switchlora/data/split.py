@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -36,6 +37,25 @@ FILE_LISTS = ("samples", "_samples", "imgs", "_image_files", "_images")
 """where the data sets of torchvision keep paths, or pairs that begin with one"""
 SIZES, CONTENTS, ITEMS = 20_000, 200, 32
 """how many files of a split a digest knows by size and by content; how many items without files"""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a user can find the images of a split by: the split, and a file or a number."""
+
+    split: str
+    rows: Tensor = field(repr=False)
+    files: Sequence[str] | None = field(repr=False)
+    """the file of each row of the data set; None if it does not tell them"""
+    kind: str
+    """the class of the data set"""
+
+    def of(self, place: int) -> str:
+        """Return the name of the image in a place of the split."""
+        row = int(self.rows[place])
+        if self.files is not None:
+            return f"{self.split} image {self.files[row]}"
+        return f"{self.split} image, item {row} of {self.kind}"
 
 
 class Split:
@@ -70,6 +90,7 @@ class Split:
         if skip_unreadable:
             self.unreadable.share_memory_()  # workers mark what they could not read
         self.files = files_of(dataset)
+        self.names = Names(name, rows, self.files, type(dataset).__name__)
         self.arrays = None
         if in_arrays(dataset):
             self.arrays = np.asarray(dataset.data), np.asarray(dataset.targets)
@@ -87,10 +108,10 @@ class Split:
         class.
         """
         if not self.skips:
-            return self._read(place)
+            return self.read_once(place)
         for other in range(place, place + TRIES):
             try:
-                image, label = self._read(other % len(self))
+                image, label = self.read_once(other % len(self))
             except UnreadableImage as error:
                 self.unreadable[other % len(self)] = True
                 last = error
@@ -99,7 +120,8 @@ class Split:
             return image, label if counts else IGNORED
         raise DataUnusable(f"{TRIES} images in a row cannot be read; the last is {last}")
 
-    def _read(self, place: int) -> tuple[Image.Image | np.ndarray, int]:
+    def read_once(self, place: int) -> tuple[Image.Image | np.ndarray, int]:
+        """Return image and class of this very row; UnreadableImage where it cannot be read."""
         try:
             item, label = self._item(int(self.rows[place]))
             image = standard(item, self.channels)
@@ -148,10 +170,7 @@ class Split:
 
     def name_of(self, place: int) -> str:
         """Return what a user can find an image by: the split, and its file or its number."""
-        row = int(self.rows[place])
-        if self.files is not None:
-            return f"{self.name} image {self.files[row]}"
-        return f"{self.name} image, item {row} of {type(self.dataset).__name__}"
+        return self.names.of(place)
 
     def skipped(self) -> list[str]:
         """Return the names of the images that could not be read so far."""
@@ -174,7 +193,21 @@ class Split:
             say(f"warning: data.num_classes={self.num_classes}, but the data have {named} classes")
 
     def known_labels(self) -> Tensor | None:
-        """Return the class number of every row; None if reading images alone tells them."""
+        """Return the class number of every row; None if reading images alone tells them.
+
+        None too where the numbers are not those of training: see ``labels``.
+        """
+        return self._own_labels() if self.numbers is None else None
+
+    def labels(self) -> list[int] | None:
+        """Return the class number in training of every row; None if images alone tell them."""
+        own = self._own_labels()
+        if own is None:
+            return None
+        numbers = self.numbers or {}
+        return [numbers.get(label, label) for label in own.tolist()]
+
+    def _own_labels(self) -> Tensor | None:
         known = getattr(self.dataset, "targets", None)
         if known is None or getattr(self.dataset, "target_transform", None) is not None:
             return None
@@ -182,9 +215,7 @@ class Split:
             labels = torch.as_tensor(known)[self.rows]
         except (TypeError, ValueError, RuntimeError, IndexError):
             return None
-        if labels.ndim != 1 or self.numbers is not None:
-            return None
-        return labels
+        return labels if labels.ndim == 1 else None
 
     def check_headers(self, most: int | None = None) -> None:
         """Raise UnreadableImage for a file whose header cannot be read or used.

@@ -70,6 +70,7 @@ def build_text(
     val_fraction: float = 0.1,
     test_fraction: float = 0.1,
     train_size: int | None = None,
+    leakage: str = "warn",
     seed: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
@@ -82,6 +83,7 @@ def build_text(
       language, which is English and comes with Python.
     - ``batch_size`` counts the windows of one update over all ``world_size`` processes.
     - ``train_size`` keeps only the first windows to train on.
+    - ``leakage`` is not read here: see ``build_data``.
 
     ValueError if the text is too short for that, or cannot be read.
     """

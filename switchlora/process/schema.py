@@ -182,6 +182,7 @@ KINDS: dict[str, Kind] = {
     "data.train_size": or_null(whole(1)),
     "data.eval_size": or_null(whole(1)),
     "data.skip_unreadable": FLAG,
+    "data.leakage": one_of("warn", "refuse", "off"),
     "data.crop_padding": whole(0),
     "data.hflip": number(0, 1),
     "data.train_transform": or_null(OPTIONS),

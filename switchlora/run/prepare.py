@@ -46,6 +46,7 @@ from switchlora.run.checks import (
     check_refactored_start,
     rehearse_switch,
 )
+from switchlora.run.leakage import WARN, DataFacts, keep_facts, look_at_data
 from switchlora.run.lengths import Length, doubts
 from switchlora.run.run import Run, follows_switch, probe_images, recipe_of
 from switchlora.run.snapshot import check_state, restore, restore_parts
@@ -112,6 +113,8 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     agree_on_data(parts.data)
     distributed.from_primary(parts.data.digest)  # of the data that the run begins with
     found = find(config.resume, folder, parts.plain, parts.model, parts.data.digest, check_state)
+    goes_on = found.source if found is not None and not found.branches else None
+    facts = look_at_data(parts.data, parts.plain["data"].get("leakage", WARN), goes_on)
     loaded = load_start(parts.model, config) if found is None else []
     monitor = build_monitor(parts)
     check(parts, monitor)
@@ -120,9 +123,18 @@ def prepare(config: DictConfig, folder: Path, interruption: Interruption | None 
     if trunk is not None:
         found = trunk.enter(parts.policy, parts.model, found, folder, interruption)
     run = begin(parts, monitor, ema, trunk, found, folder, interruption)
+    tell_data(run, facts, again=goes_on is not None)
     for line in loaded:
         run.log.line(f"starts from {line}")
     return resume(run, found)
+
+
+def tell_data(run: Run, facts: DataFacts, again: bool) -> None:
+    """Say what the data are, unless the run says it ``again``, and keep it with the run."""
+    run.data_facts = facts
+    keep_facts(facts, run.log.folder)
+    for line in () if again else facts.lines:
+        run.log.line(line)
 
 
 def load_start(model: nn.Module, config: DictConfig) -> list[str]:

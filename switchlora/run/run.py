@@ -29,6 +29,7 @@ from switchlora.learner import (
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.process import Interruption, Question, distributed
+from switchlora.run.leakage import DataFacts
 from switchlora.run.state import Ledger, Phase, TrainState
 from switchlora.storage import (
     Background,
@@ -77,6 +78,8 @@ class Run:
     """whether a rank wants to save or to leave"""
     trunk: Trunk | None = None
     """the full phase shared with runs that differ only in their switch; None without one"""
+    data_facts: DataFacts | None = None
+    """hashes of the splits, and what they share"""
     skipped: set[str] = field(default_factory=set)
     """the images that no rank could read, as far as they have been told"""
     starts_elsewhere: bool = False

@@ -136,7 +136,8 @@ def _go_on(
     _refuse_another(folder, state["config"], config)
     if _has_other_data(state, data):
         raise ValueError(
-            f"the data (data.root, data.path) have changed since {path} was written: bring back "
+            f"the data (data.root, data.path) have changed since {path} was written "
+            f"({_digests(state, data)}): bring back "
             f"what was there, or branch off in another folder with resume={folder}"
         )
     unusable = candidates[: candidates.index(path)]
@@ -159,7 +160,7 @@ def _branch_off(
     other_data = any(line.startswith("data.") for line in changed)
     if not other_data and _has_other_data(state, data):
         other_data = True
-        changed.append("data whose content has changed")
+        changed.append(f"data whose content has changed ({_digests(state, data)})")
     if other_data and state["train"]["position"]:
         raise ValueError(
             f"{path} is in the middle of an epoch of other data ({_some(changed)}): choose a "
@@ -173,6 +174,10 @@ def _branch_off(
 def _has_other_data(state: dict[str, Any], data: Callable[[], str]) -> bool:
     """Return whether the digest of the data is not that of a checkpoint that has one."""
     return state.get("data") not in (None, data())
+
+
+def _digests(state: dict[str, Any], data: Callable[[], str]) -> str:
+    return f"digest {state['data'][:12]} then, {data()[:12]} now"
 
 
 def _elsewhere(place: Path) -> tuple[list[Path], Path]:
