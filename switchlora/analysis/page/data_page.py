@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from switchlora.analysis.data_findings import Match, Place, Relations, called, counted
+from switchlora.analysis.page.colors import PAGE
+from switchlora.analysis.page.page import templates
 
 TEMPLATE = "data_page.html"
 SHOWN = 24
@@ -35,7 +36,7 @@ def page_of(report: Mapping[str, Any], matches: Relations) -> str:
         for (split, inside), found in matches.items()
     ]
     return (
-        environment()
+        templates(Path(__file__).parent)
         .get_template(TEMPLATE)
         .render(
             report=report,
@@ -44,6 +45,7 @@ def page_of(report: Mapping[str, Any], matches: Relations) -> str:
             names=NAMES,
             shown=SHOWN,
             hidden=max(0, len(classes) - CLASSES),
+            page_colors=PAGE,
         )
     )
 
@@ -121,14 +123,3 @@ def bars(balance: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
         found.append({"name": name, "cells": cells})
     return found
-
-
-def environment() -> Environment:
-    """Return where the templates are."""
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
