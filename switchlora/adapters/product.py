@@ -236,13 +236,15 @@ class Product(NamedTuple):
     layout: Layout
     gelu: str | None = None
     """approximation of the gelu that made the inputs; None if the inputs themselves are kept"""
+    keeps: bool = False
+    """whether the operand is kept for the backward pass, which else makes it a second time"""
 
 
 class Made(NamedTuple):
     """What a product takes instead of making it: see ``AdaptedProduct``."""
 
     operand: Tensor | None
-    """the operand of ``adapted_forward``; None: it is made in each pass"""
+    """the operand of ``adapted_forward``; None: it is made when it is needed"""
     bias: Tensor | None
     factors: Sequence[Tensor]
     """A, B of each adapter, as ``rounded`` returns them"""
@@ -275,8 +277,7 @@ class AdaptedProduct(torch.autograd.Function):
         """Map inputs (..., in) to outputs (..., out).
 
         ``factors`` are A, B of each adapter of ``how``. ``made`` holds what was made of them
-        before. Its operand is kept for the backward pass; without one, the backward pass makes the
-        operand a second time.
+        before.
         """
         device = input.device.type
         dtype = compute_dtype(device, factors)
@@ -299,8 +300,7 @@ class AdaptedProduct(torch.autograd.Function):
         for_A = None
         if any(ctx.needs_input_grad[ARGUMENTS::2]):
             for_A = input if source is None else source
-        for_operand = weight if made.operand is None else None
-        kept = (for_A, made.operand, for_operand)
+        kept = (for_A, operand, None) if how.keeps else (for_A, None, weight)
         ctx.save_for_backward(*kept, *factors, *made.factors, *projected)
         return outputs
 
@@ -311,7 +311,7 @@ class AdaptedProduct(torch.autograd.Function):
         (grad,) = grads
         grad = grad.reshape(-1, grad.shape[-1])
         inputs, operand, weight, *rest = ctx.saved_tensors
-        form, layout, gelu = ctx.how
+        form, layout, gelu, _ = ctx.how
         num_factors = 2 * len(layout)
         factors = rest[:num_factors]
         small = adapters_of(layout, rest[num_factors : 2 * num_factors])

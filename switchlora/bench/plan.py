@@ -29,13 +29,19 @@ from switchlora.bench.plan_numbers import (
     Request,
     exposed,
     make_plan,
-    price,
     sizes_of,
     traces_of,
     whole_of,
 )
 from switchlora.bench.plan_page import cases_table, page, plain
-from switchlora.cost import Hardware, Machine, all_hardware, hardware_named, measure_machine
+from switchlora.cost import (
+    Hardware,
+    Machine,
+    all_hardware,
+    hardware_named,
+    measure_machine,
+    price,
+)
 from switchlora.errors import check_range
 from switchlora.names import near
 from switchlora.process import USER_ERRORS, one_line

@@ -17,7 +17,7 @@ from switchlora.adapters import (
 )
 from switchlora.bench.arms import Cell, become
 from switchlora.bench.plan_models import Planned, planned
-from switchlora.cost import Hardware, Machine, Prediction, Trace, fuse, predict, trace_batch
+from switchlora.cost import Hardware, Machine, Prediction, Trace, price, trace_batch
 from switchlora.errors import check_range
 from switchlora.learner import Recipe
 
@@ -298,13 +298,6 @@ def cast_residual(model: nn.Module, dtype: str | None) -> None:
     for linear in adapted_modules(model).values():
         weight = linear.weight.detach()
         linear.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
-
-
-def price(trace: Trace, machine: Machine, compiled: bool) -> Prediction:
-    """Predict the seconds of a trace, with chains of element-wise operations fused if compiled."""
-    if compiled:
-        trace = replace(trace, operations=tuple(fuse(trace.operations)))
-    return predict(trace, machine)
 
 
 def extrapolated(depth: int, one: float, two: float) -> float:

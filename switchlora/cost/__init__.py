@@ -15,6 +15,7 @@ from switchlora.cost.predict import (
     Prediction as Prediction,
     break_even_rank as break_even_rank,
     predict as predict,
+    price as price,
     speedup_parts as speedup_parts,
     warning as warning,
 )

@@ -6,10 +6,11 @@ roofline model (Williams, Waterman & Patterson, 2009, doi 10.1145/1498765.149878
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot
 
 from switchlora.adapters import FACTORS
+from switchlora.cost.fusion import fuse
 from switchlora.cost.machine import Machine
 from switchlora.cost.trace import PARTS, Operation, Trace
 
@@ -55,6 +56,16 @@ def predict(trace: Trace, machine: Machine, world_size: int = 1) -> Prediction:
     host = machine.host * sum(map(_is_started, trace.operations))
     host += machine.host_tensor * trace.num_parameters
     return Prediction(**parts, communication=exchange, modules=modules, host=host)
+
+
+def price(trace: Trace, machine: Machine, compiled: bool, world_size: int = 1) -> Prediction:
+    """Predict the seconds of a trace, with chains of element-wise operations fused if compiled.
+
+    ``machine`` has the rates of compiled code then.
+    """
+    if compiled:
+        trace = replace(trace, operations=tuple(fuse(trace.operations)))
+    return predict(trace, machine, world_size)
 
 
 def _is_started(operation: Operation) -> bool:

@@ -30,6 +30,8 @@ from switchlora.learner import (
     Stopwatch,
     WeightEMA,
     build_learner,
+    compile_of,
+    missing_compiler,
     precision_of,
     set_backends,
 )
@@ -156,7 +158,7 @@ def merge_adapter(model: nn.Module, folder: Path, alone: bool) -> str:
 def build_parts(config: DictConfig) -> Parts:
     """Build the data, the model, the policy and the recipes that ``config`` describes."""
     check_config(as_plain(config))
-    config = with_precision(config)
+    config = with_choices(config)
     plain = as_plain(config)
     random_seed(config.seed)
     if config.system.threads:
@@ -258,6 +260,9 @@ def begin(
         trunk=trunk,
     )
     run.log.line(machine_line(parts.device))
+    missing = missing_compiler() if parts.device.type == "cuda" and not recipe.compiles else None
+    if missing is not None:
+        run.log.line(f"blocks are not compiled, which makes a GPU slow: there is not {missing}")
     run.log.line(coverage_line(model, monitor.known.values()))
     if config.monitor.window not in (parts.window, "epoch"):
         run.log.line(
@@ -284,16 +289,21 @@ def resume(run: Run, found: Found | None) -> Run:
     return run
 
 
-def with_precision(config: DictConfig) -> DictConfig:
-    """Return ``config`` with the precisions that this device has, where it says 'auto'.
+def with_choices(config: DictConfig) -> DictConfig:
+    """Return ``config`` with this device's precision and compiler, where it says 'auto'.
 
-    So a run's files say what it computed in, and no run goes on in another precision unnoticed.
+    So a run's files say how it computed, and no run goes on in another precision unnoticed.
     """
     config = deepcopy(config)
-    for phase in ("full", "adapter"):
-        if config[phase].precision == CHOSEN_HERE:
-            device = find_device("system.device", config.system.device)
-            config[phase].precision = precision_of(CHOSEN_HERE, device)
+    recipes = [config.full, config.adapter]
+    asked = [(r.precision, r.compile, r.activation_checkpointing) for r in recipes]
+    if not any(CHOSEN_HERE in (precision, compiled) for precision, compiled, _ in asked):
+        return config
+    device = find_device("system.device", config.system.device)
+    for recipe, (precision, compiled, recomputed) in zip(recipes, asked, strict=True):
+        recipe.precision = precision_of(precision, device)
+        if compiled == CHOSEN_HERE:
+            recipe.compile = compile_of(compiled, device, recomputed)
     return config
 
 
