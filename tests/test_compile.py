@@ -1,5 +1,7 @@
 """Compiled blocks: graphs are counted, shared and kept, and nothing else of a run sees them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -7,17 +9,22 @@ from torch.nn.functional import cross_entropy
 
 from conf_yamls import build, composed
 from conftest import tiny_vit
-from runs import BY_DATE, assert_same_run, events_without_times, make_run, make_run_in_parts
+from runs import BY_DATE, events_without_times, make_run, make_run_in_parts
 from switchlora.adapters import (
     Adapter,
     adapted_linear,
     guided_linear,
 )
 from switchlora.learner import build_learner, compile_of, compiling, evaluate
-from switchlora.run import with_choices
+from switchlora.run import tell_compiler_fault, with_choices
 
 LABELS = torch.arange(8) % 5
 EAGER = "full.compile={backend: eager}"
+TINY = (
+    *(*BY_DATE, "switch.criterion.epoch=0.5", "max_updates=13", "epochs=1"),
+    *("model.depth=2", "model.embed_dim=16", "full.scheduler.warmup_t=2", "monitor.window=5"),
+    *("switch/rank=fixed", "switch.rank.rank=2"),
+)
 CUDA = torch.device("cuda", 0)
 
 
@@ -42,14 +49,13 @@ def updated(learner, images, times=2):
     return [learner.update(images, LABELS, cross_entropy, number) for number in range(times)]
 
 
-def with_adapters(model, rank_of):
+def with_adapters(blocks, rank_of):
     """Put an adapter on one linear of each block."""
-    for number, block in enumerate(model.blocks):
+    for number, block in enumerate(blocks):
         fc1, rank = block.mlp.fc1, rank_of(number)
         rows = slice(0, fc1.out_features)
         A, B = torch.randn(rank, fc1.in_features) / 8, torch.randn(fc1.out_features, rank) / 8
         block.mlp.fc1 = adapted_linear(fc1, {"": Adapter(A, B, rows, 1.0)})
-    return model
 
 
 def test_blocks_share_a_graph_which_a_rebuilt_model_takes_again(images):
@@ -57,20 +63,20 @@ def test_blocks_share_a_graph_which_a_rebuilt_model_takes_again(images):
     updated(learner_of(model, EAGER), images)
     assert graphs() == 1
     for rank_of, expected in ((lambda _: 4, 2), (lambda _: 4, 2), (lambda n: 4 + n % 2, 3)):
-        changed = with_adapters(tiny_vit(depth=6), rank_of)
+        model = tiny_vit(depth=6)
+        with_adapters(model.blocks, rank_of)
         with torch._dynamo.config.patch(recompile_limit=1):  # torch's own; ours holds
-            updated(learner_of(changed, EAGER), images)
+            updated(learner_of(model, EAGER), images, times=1)
         assert graphs() == expected
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_compiled_blocks_compute_the_gradients_of_eager_ones(adapted, images, monkeypatch):
+def test_compiled_blocks_compute_the_gradients_of_eager_ones(images):
     found = []
     for words in ((), ("full.compile={backend: aot_eager}",)):
         torch.manual_seed(3)
         model = tiny_vit()
-        model = with_adapters(model, lambda _: 4) if adapted else model
+        with_adapters(model.blocks[1:], lambda _: 4)
         outcomes = updated(learner_of(model, *words), images)
         grads = [p.grad for p in model.parameters() if p.requires_grad]
         found.append([torch.tensor([each.loss for each in outcomes]), *grads])
@@ -99,16 +105,20 @@ def broken(graph, inputs):
     raise RuntimeError("no ptxas\nat all")
 
 
-def test_a_compiler_that_fails_leaves_the_update_of_eager_code_and_a_line(
-    tmp_path, monkeypatch, capsys
-):
-    words = ("max_updates=12", "switch/criterion=never", "+model.drop_path_rate=0.2")
-    make_run(tmp_path / "eager", *words)
+def test_a_compiler_that_fails_leaves_the_bits_of_eager_code_and_a_line(images, capsys):
     torch._dynamo.register_backend(broken, name="broken")
-    make_run(tmp_path / "broken", *words, "full.compile={backend: broken}")
-    assert "torch.compile failed, the full phase goes on without it" in capsys.readouterr().out
-    (eager, compiled) = (events_without_times(tmp_path / name) for name in ("eager", "broken"))
-    assert eager == compiled
+    found = []
+    for words in ((), ("full.compile={backend: broken}",)):
+        torch.manual_seed(3)
+        learner = learner_of(tiny_vit(drop_path_rate=0.3), *words)
+        found.append((updated(learner, images), learner.flops, learner.activation_bytes))
+    assert found[0] == found[1]
+    lines = []
+    state, log = SimpleNamespace(phase="full"), SimpleNamespace(line=lines.append)
+    for _ in range(2):
+        tell_compiler_fault(SimpleNamespace(learner=learner, state=state, log=log))
+    (line,) = lines
+    assert "torch.compile failed, the full phase goes on without it" in line and "ptxas" in line
 
 
 def test_an_error_of_the_model_is_told_as_without_the_compiler(images):
@@ -166,13 +176,12 @@ def test_the_files_of_a_run_say_whether_it_was_compiled():
 def test_a_compiled_run_knows_its_flops_and_activations_and_goes_on_with_the_same_bits(
     tmp_path, at_update
 ):
-    words = (*BY_DATE, "max_updates=34")
-    eager = make_run(tmp_path / "eager", *words)
-    compiled = make_run(tmp_path / "compiled", *words, EAGER)
-    assert compiled["train_flops"] == eager["train_flops"] > 0
+    eager = make_run(tmp_path / "eager", *TINY)
+    compiled = make_run_in_parts(tmp_path / "compiled", at_update, [12], *TINY, EAGER)
+    assert compiled["cost"]["train_flops"] == eager["cost"]["train_flops"] > 0
     for phase, found in eager["phases"].items():
         here = compiled["phases"][phase]
         assert here["flops_per_update"] == found["flops_per_update"]
         assert here["memory"]["measured"] == found["memory"]["measured"]
-    make_run_in_parts(tmp_path / "parts", at_update, [15, 33], *words, EAGER)
-    assert_same_run(tmp_path / "compiled", tmp_path / "parts")
+    one, other = (events_without_times(tmp_path / name) for name in ("eager", "compiled"))
+    assert one == other

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchlora.adapters.forms import Shape, cheaper_form, faster_form, rates_of
 from switchlora.adapters.product import (
     AdaptedProduct,
     Adapter,
     Made,
     Product,
     adapters_of,
-    cheaper_form,
     compute_dtype,
     gelu_input,
     joint_forward,
@@ -64,7 +64,7 @@ class AdaptedLinear(nn.Linear):
     curves survive the switch. Subclasses say where the factors are.
 
     - ``form`` says how the product is computed: 'merged' or 'split'. With None, ``cheaper_form``
-      decides.
+      decides on a CPU, and ``faster_form`` on a GPU.
     - ``recompute_gelu`` saves memory. Inputs that come from a gelu are computed again in the
       backward pass instead of kept.
     - ``dropout`` is the share of the adapter's inputs that training zeroes.
@@ -131,11 +131,12 @@ class AdaptedLinear(nn.Linear):
             layout.append((rows, scaling))
             factors += [A, B]
         tokens = input.shape[:-1].numel()
-        form = self.form or self._cheaper_form(tokens, adapters)
+        device = input.device.type
+        dtype = compute_dtype(device, factors)
+        keeps = self._kept is not None and _keeps_operand(tokens, device)
+        form = self.form or self._chosen_form(tokens, adapters, device, dtype, keeps)
         made = None
-        keeps = self._kept is not None and _keeps_operand(tokens, input.device.type)
         if self._kept is not None and not torch.compiler.is_compiling():
-            dtype = compute_dtype(input.device.type, factors)
             made = self._kept.made(self, adapters, form, dtype, keeps)
         source, gelu = None, None
         if self.recompute_gelu:
@@ -143,15 +144,28 @@ class AdaptedLinear(nn.Linear):
         how = Product(form, layout, gelu, keeps)
         return AdaptedProduct.apply(input, self.weight, self.bias, made, source, how, *factors)
 
-    def _cheaper_form(self, tokens: int, adapters: Sequence[Adapter]) -> str:
+    def _chosen_form(
+        self,
+        tokens: int,
+        adapters: Sequence[Adapter],
+        device: str,
+        dtype: torch.dtype,
+        keeps: bool,
+    ) -> str:
         trains_A = any(adapter.A.requires_grad for adapter in adapters)
-        return cheaper_form(
+        if not launches_kernels(device):
+            size = self.in_features, self.out_features
+            return cheaper_form(tokens, *size, trains_A, slices=len(adapters))
+        shape = Shape(
             tokens,
             self.in_features,
-            self.out_features,
-            trains_A,
-            slices=len(adapters),
+            slices=[adapter.B.shape for adapter in adapters],  # type: ignore[misc]
+            itemsize=dtype.itemsize,
+            weight_itemsize=self.weight.dtype.itemsize,
+            trains_A=trains_A,
+            made=1 if keeps else 2,
         )
+        return faster_form(shape, rates_of(device))
 
     def merged(self) -> Tensor:
         """Return the effective weight W_res + s B A (out, in): summed in float64, rounded once."""

@@ -1,13 +1,15 @@
 """The product X (W_res + s B A)^T + b: its two forms, its gradients, and what it keeps."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from switchlora.adapters.forms import Rates, set_rates
 
 ARGUMENTS = 6
 """number of arguments of ``AdaptedProduct.forward`` before the factors A, B, A, B, ..."""
@@ -27,39 +29,25 @@ class Adapter(NamedTuple):
     scaling: float
 
 
-def cheaper_form(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    trains_A: bool = True,
-    slices: int = 1,
-) -> str:
-    """Return the form that costs less for ``tokens`` inputs: 'merged' or 'split'.
-
-    - 'merged' forms W_res + s B A, which takes r in out multiply-adds once.
-    - 'split' adds the low-rank path to the product with W_res. That takes T r (n in + out)
-      multiply-adds for T tokens and n row slices. If A is frozen it takes T r out more, for a
-      product that the gradient of a trained A needs in both forms.
-
-    r cancels out, so only shapes decide. Bytes read and written compare in the same way.
-
-    >>> cheaper_form(tokens=64, in_features=384, out_features=384)
-    'split'
-    >>> cheaper_form(tokens=4 * 197, in_features=384, out_features=384)
-    'merged'
-    """
-    columns = out_features if trains_A else 2 * out_features
-    split = tokens * (slices * in_features + columns)
-    merged = in_features * out_features
-    return "merged" if split >= merged else "split"
-
-
 def launches_kernels(device: str) -> bool:
     """Return whether fewer operations count more than their order: see ``LAUNCHING``.
 
     On a CPU sums keep their order, so that losses stay the same bit by bit.
     """
     return device in LAUNCHING
+
+
+@contextmanager
+def as_on_a_gpu(rates: Rates | None = None) -> Iterator[None]:
+    """Let products on this CPU be made inside as on a GPU of these ``rates``, to count or test."""
+    global LAUNCHING
+    before, LAUNCHING = LAUNCHING, (*LAUNCHING, "cpu")
+    set_rates("cpu", rates)
+    try:
+        yield
+    finally:
+        LAUNCHING = before
+        set_rates("cpu", None)
 
 
 def effective_weight(

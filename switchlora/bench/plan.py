@@ -29,6 +29,7 @@ from switchlora.bench.plan_numbers import (
     Request,
     exposed,
     make_plan,
+    products_of,
     sizes_of,
     traces_of,
     whole_of,
@@ -316,7 +317,8 @@ def seconds_of_arm(request: Request, arm: str) -> float:
     hardware = hardware_named(request.hardware)
     machine = hardware.machine(request.precision, request.compiled, request.host)
     found = planned(request.model, request.options, request.context)
-    few = traces_of(found, request, arm)
+    with products_of(machine):
+        few = traces_of(found, request, arm)
     prices = [price(trace, machine, request.compiled) for trace in few]
     seconds = whole_of(found.depth, prices)
     passes = seconds["forward"] + seconds["backward"]

@@ -1,6 +1,7 @@
 """What a plan foretells: seconds and bytes of both phases, hours, energy, when a switch pays."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import hypot
@@ -11,7 +12,9 @@ from torch import nn
 
 from switchlora.adapters import (
     DEFAULT_TARGETS,
+    Rates,
     adapted_modules,
+    as_on_a_gpu,
     count_parameters,
     find_targets,
 )
@@ -196,6 +199,8 @@ def make_plan(request: Request, hardware: Hardware, machine: Machine | None = No
         hardware = replace(hardware, network=request.network)
     arm = "adapter" if "A" in request.train_factors else "adapter-B"
     phase = partial(phase_of, found, request, hardware, machine)
+    with products_of(machine):
+        full, adapter = phase("full"), phase(arm)
     return Plan(
         request=request,
         hardware=hardware,
@@ -204,9 +209,16 @@ def make_plan(request: Request, hardware: Hardware, machine: Machine | None = No
         parameters=count_parameters(found.model),
         unit=found.example.unit,
         example_bytes=found.example.bytes,
-        full=phase("full"),
-        adapter=phase(arm),
+        full=full,
+        adapter=adapter,
     )
+
+
+def products_of(machine: Machine) -> AbstractContextManager:
+    """Return the context in which products with adapters are made as on ``machine``."""
+    if not machine.host:  # a CPU
+        return nullcontext()
+    return as_on_a_gpu(Rates(machine.product_rate, machine.bandwidth, machine.latency))
 
 
 def check_rank(model: nn.Module, rank: int) -> None:

@@ -4,6 +4,7 @@ from switchlora.cost.fusion import fuse as fuse
 from switchlora.cost.hardware import (
     Hardware as Hardware,
     all_hardware as all_hardware,
+    hardware_like as hardware_like,
     hardware_named as hardware_named,
 )
 from switchlora.cost.machine import (

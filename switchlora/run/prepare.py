@@ -19,8 +19,10 @@ from switchlora.adapters import (
     coverage_line,
     freeze_unused,
     merge,
+    set_rates,
 )
 from switchlora.config import as_plain, build, from_environment
+from switchlora.cost import hardware_like
 from switchlora.data import Data
 from switchlora.errors import ODD
 from switchlora.learner import (
@@ -165,6 +167,7 @@ def build_parts(config: DictConfig) -> Parts:
         torch.set_num_threads(config.system.threads)
     device = find_device("system.device", config.system.device)
     set_backends(device, config.system.tf32, config.system.deterministic)
+    set_rates_of(device, config.adapter.precision)
     sinks = {name: build(section) for name, section in (config.log.get("sinks") or {}).items()}
     data = _build_data(config)
     data.to(device)
@@ -180,6 +183,13 @@ def build_parts(config: DictConfig) -> Parts:
         total_updates=max(1, round(config.length * config.epochs * len(data.train))),
         sinks=sinks,
     )
+
+
+def set_rates_of(device: torch.device, precision: str) -> None:
+    """Let products with adapters choose their form by the rates of the GPU, if it is known."""
+    if device.type == "cuda":
+        found = hardware_like(torch.cuda.get_device_name(device))
+        set_rates("cuda", found and found.rates("fp32" if precision == "fp32" else "bf16"))
 
 
 def build_monitor(parts: Parts) -> UpdateMonitor:
