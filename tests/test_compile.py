@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 
@@ -13,7 +15,9 @@ from runs import BY_DATE, events_without_times, make_run, make_run_in_parts
 from switchlora.adapters import (
     Adapter,
     adapted_linear,
+    as_on_a_gpu,
     guided_linear,
+    operands_kept,
 )
 from switchlora.learner import build_learner, compile_of, compiling, evaluate
 from switchlora.run import tell_compiler_fault, with_choices
@@ -185,3 +189,45 @@ def test_a_compiled_run_knows_its_flops_and_activations_and_goes_on_with_the_sam
         assert here["memory"]["measured"] == found["memory"]["measured"]
     one, other = (events_without_times(tmp_path / name) for name in ("eager", "compiled"))
     assert one == other
+
+
+def noting(products):
+    """A backend that notes the shapes of both operands of each product in its graphs."""
+
+    def compiled(graph, _):
+        for node in graph.graph.nodes:
+            if node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                left, right = (tuple(each.meta["val"].shape) for each in node.args[-2:])
+                products.append((left, right))
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=compiled)
+
+
+def gradients_of(module, backend):
+    """Outputs and gradients of an adapted linear in bf16, as on a GPU."""
+    inputs = torch.randn(9, 11, 24, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    wanted = [inputs, *(p for p in module.parameters() if p.requires_grad)]
+    call = torch.compile(module, backend=backend, fullgraph=True) if backend else module
+    with as_on_a_gpu(), operands_kept(module), torch.autocast("cpu", torch.bfloat16):
+        outputs = call(inputs).float()
+        return [outputs.detach(), *torch.autograd.grad(outputs.square().sum(), wanted)]
+
+
+@pytest.mark.parametrize("train_A, bias, rank", [(True, True, 5), (False, False, 8)])
+def test_compiled_code_on_a_gpu_reads_the_inputs_and_the_gradient_once_where_it_can(
+    train_A, bias, rank
+):
+    A, B = torch.randn(rank, 24) / 4, torch.randn(40, rank) / 4
+    linear = torch.nn.Linear(24, 40, bias=bias)
+    module = adapted_linear(linear, {"": Adapter(A, B, slice(0, 40), 1.5)})
+    module.lora_A.requires_grad_(train_A)
+    products = []
+    eager, compiled = (gradients_of(module, backend) for backend in (None, noting(products)))
+    for here, there in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(here, there, rtol=0.05, atol=0.02 * float(there.abs().max()))
+    tokens = 9 * 11
+    forward = ((tokens, 24), (24, 48))
+    backward = ((tokens, 40), (40, 32 if train_A else 24))
+    assert {forward, backward} <= set(products)
+    assert sum(tokens in (*left, *right) for left, right in products) == (4 if train_A else 3)

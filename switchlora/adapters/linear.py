@@ -18,6 +18,7 @@ from switchlora.adapters.product import (
     adapters_of,
     compute_dtype,
     gelu_input,
+    in_compiled_code,
     joint_forward,
     launches_kernels,
     operand_of,
@@ -136,13 +137,23 @@ class AdaptedLinear(nn.Linear):
         keeps = self._kept is not None and _keeps_operand(tokens, device)
         form = self.form or self._chosen_form(tokens, adapters, device, dtype, keeps)
         made = None
-        if self._kept is not None and not torch.compiler.is_compiling():
+        if self._kept is not None and not in_compiled_code():
             made = self._kept.made(self, adapters, form, dtype, keeps)
         source, gelu = None, None
         if self.recompute_gelu:
             source, gelu = gelu_input(input)
-        how = Product(form, layout, gelu, keeps)
+        how = Product(form, layout, gelu, keeps, self._stacks(form, adapters, device, keeps))
         return AdaptedProduct.apply(input, self.weight, self.bias, made, source, how, *factors)
+
+    def _stacks(self, form: str, adapters: Sequence[Adapter], device: str, keeps: bool) -> bool:
+        """Return whether factors become part of the operand: in a GPU's compiled code.
+
+        There the copies are part of other kernels. Eager code would copy the factors, and the
+        gradient that a layer norm gets, and gain less than it loses.
+        """
+        compiled = in_compiled_code() and launches_kernels(device)
+        has_rank = len(adapters) == 1 and len(adapters[0].A) > 0
+        return compiled and keeps and has_rank and form == "merged"
 
     def _chosen_form(
         self,

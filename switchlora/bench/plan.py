@@ -317,7 +317,7 @@ def seconds_of_arm(request: Request, arm: str) -> float:
     hardware = hardware_named(request.hardware)
     machine = hardware.machine(request.precision, request.compiled, request.host)
     found = planned(request.model, request.options, request.context)
-    with products_of(machine):
+    with products_of(machine, request.compiled):
         few = traces_of(found, request, arm)
     prices = [price(trace, machine, request.compiled) for trace in few]
     seconds = whole_of(found.depth, prices)

@@ -199,7 +199,7 @@ def make_plan(request: Request, hardware: Hardware, machine: Machine | None = No
         hardware = replace(hardware, network=request.network)
     arm = "adapter" if "A" in request.train_factors else "adapter-B"
     phase = partial(phase_of, found, request, hardware, machine)
-    with products_of(machine):
+    with products_of(machine, request.compiled):
         full, adapter = phase("full"), phase(arm)
     return Plan(
         request=request,
@@ -214,11 +214,12 @@ def make_plan(request: Request, hardware: Hardware, machine: Machine | None = No
     )
 
 
-def products_of(machine: Machine) -> AbstractContextManager:
+def products_of(machine: Machine, compiled: bool) -> AbstractContextManager:
     """Return the context in which products with adapters are made as on ``machine``."""
     if not machine.host:  # a CPU
         return nullcontext()
-    return as_on_a_gpu(Rates(machine.product_rate, machine.bandwidth, machine.latency))
+    rates = Rates(machine.product_rate, machine.bandwidth, machine.latency)
+    return as_on_a_gpu(rates, compiled)
 
 
 def check_rank(model: nn.Module, rank: int) -> None:

@@ -57,7 +57,10 @@ class CompiledBlocks:
     def in_use(self) -> Iterator[None]:
         """Let the blocks run their compiled passes inside."""
         patch = torch._dynamo.config.patch  # type: ignore[attr-defined]
-        limits = {"recompile_limit": GRAPHS, "accumulated_recompile_limit": 4 * GRAPHS}
+        limits: dict[str, Any] = {
+            "recompile_limit": GRAPHS,
+            "accumulated_recompile_limit": 4 * GRAPHS,
+        }
         with patch(optimize_ddp=False, **limits):  # a block is less than a bucket of DDP
             for block, forward in self._forwards.items():
                 block.forward = forward

@@ -189,7 +189,8 @@ def set_rates_of(device: torch.device, precision: str) -> None:
     """Let products with adapters choose their form by the rates of the GPU, if it is known."""
     if device.type == "cuda":
         found = hardware_like(torch.cuda.get_device_name(device))
-        set_rates("cuda", found and found.rates("fp32" if precision == "fp32" else "bf16"))
+        priced = "fp32" if precision == "fp32" else "bf16"
+        set_rates("cuda", None if found is None else found.rates(priced))
 
 
 def build_monitor(parts: Parts) -> UpdateMonitor:
