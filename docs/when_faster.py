@@ -4,10 +4,11 @@ from dataclasses import replace
 from math import hypot
 from pathlib import Path
 
+from switchlora.adapters import as_on_a_gpu
 from switchlora.bench.plan import milliseconds_of, read_cases
 from switchlora.bench.plan_models import planned
-from switchlora.bench.plan_numbers import Request, exposed, price, sizes_of, traces_of, whole_of
-from switchlora.cost import hardware_named
+from switchlora.bench.plan_numbers import Request, exposed, sizes_of, traces_of, whole_of
+from switchlora.cost import hardware_named, price
 
 PAGE = Path(__file__).with_name("when_faster.md")
 BEGIN, END = "<!-- {}: made by docs/when_faster.py -->", "<!-- end of {} -->"
@@ -30,17 +31,19 @@ COLUMNS = {
     "mi300x": {"device": "mi300x"},
 }
 ARMS = ("full", "adapter", "adapter-B", "frozen")
+ADAPTERS = ("adapter", "adapter-B")
 NETWORKS = {"NVLink, one machine": None, "100 GbE": 12.5, "25 GbE": 3.1, "10 GbE": 1.25}
 """GB/s between machines"""
 SLOW = "vit_large_patch16_224"
 SLOW_BATCHES = (16, 64)
 
 
-def measured_by_trace(model, batch, arm):
+def measured_by_trace(model, batch, arm, compiled=True):
     """Return the request, the depth and the traces of an arm."""
     request = Request(model=model, hardware="", options={}, batch=batch, rank=RANK)
     found = planned(model, {})
-    return request, found.depth, traces_of(found, request, arm)
+    with as_on_a_gpu(compiled=compiled):
+        return request, found.depth, traces_of(found, request, arm)
 
 
 def passes_and_whole(depth, traces, device, compiled=True, host=None):
@@ -54,10 +57,13 @@ def passes_and_whole(depth, traces, device, compiled=True, host=None):
 def model_row(model):
     """Return the row of a model: on each device full training, and the others' speed."""
     batch = MODELS[model]
-    arms = [measured_by_trace(model, batch, arm)[1:] for arm in ARMS]
+    compiled = {arm: measured_by_trace(model, batch, arm)[1:] for arm in ARMS}
+    eager = {arm: measured_by_trace(model, batch, arm, False)[1:] for arm in ADAPTERS}
+    eager = {**compiled, **eager}  # products without adapters are the same
     cells = [f"{model}, {batch}"]
     for settings in COLUMNS.values():
-        full, *others = (passes_and_whole(*arm, **settings)[1] for arm in arms)
+        arms = compiled if settings.get("compiled", True) else eager
+        full, *others = (passes_and_whole(*arms[arm], **settings)[1] for arm in ARMS)
         ratios = " / ".join(f"{full / other:.2f}" for other in others)
         cells.append(f"{1000 * full:,.0f} ms: {ratios}")
     return line(cells)

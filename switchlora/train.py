@@ -16,6 +16,7 @@ from switchlora.run import (
     Run,
     agree_on_settings,
     consider_switch,
+    count_compiled,
     end_joint_phase,
     end_window,
     eval_line,
@@ -32,12 +33,13 @@ from switchlora.run import (
     save,
     save_or_leave,
     status_at_end,
+    tell_compiler_fault,
     tell_refactoring,
     tell_skipped,
     wait_until_saved,
     watch_as_configured,
     window_complete,
-    with_precision,
+    with_choices,
 )
 from switchlora.storage import FolderLock, finished_summary, unused_removed
 from switchlora.sweep import JOB_PATIENCE, is_job
@@ -56,7 +58,7 @@ def train(config: DictConfig, folder: Path) -> dict:
 def train_in(folder: Path, config: DictConfig) -> dict:
     """Do what ``train`` does, and leave the folder as it is at an error."""
     distributed.join()
-    config = with_precision(config)
+    config = with_choices(config)
     settings = as_plain(config)
     agree_on_settings(settings)
     folder = distributed.from_primary(lambda: folder)
@@ -222,8 +224,10 @@ def step_done(run: Run, step: StepOutcome) -> None:
     state.skipped_in_a_row = 0
     average_weights(run)
     tell_refactoring(run)
+    tell_compiler_fault(run)
     log_step(run, step)
     if not run.ledger.recorded:
+        count_compiled(run)
         record_memory(run)
         run.ledger.flops[state.phase] = run.sum_flops()
         run.ledger.recorded = True

@@ -132,12 +132,14 @@ def test_a_stochastic_layer_evaluates_w_x_in_a_share_a_of_the_micro_batches():
 
 
 def test_draws_differ_between_layers_and_micro_batches_and_repeat_for_an_update():
-    model = nn.Sequential(*(make(guided_linear, stochastic=True)[1] for _ in range(3)))
+    model = nn.Sequential(*(make(guided_linear, stochastic=True)[1] for _ in range(24)))
+    set_mix(model, 0.5)
     draws = []
     for place in ((7, 0), (7, 1), (8, 0), (7, 0)):
         draw_dense(guided_layers(model), *place)
-        draws.append([layer.draw for layer in model])
-    assert draws[0] == draws[3] and len(set(sum(draws[:3], []))) == 9
+        draws.append([layer.drawn_dense for layer in model])
+    assert draws[0] == draws[3] != draws[1] != draws[2] != draws[0]
+    assert all(0 < sum(each) < 24 for each in draws)
 
 
 def skips(module, micro_batches, *wanted):
@@ -169,7 +171,7 @@ def test_a_weight_that_every_micro_batch_skipped_is_left_alone_by_adamw(precisio
 
 def skipping(module):
     """A stochastic layer in an update in which it leaves W x out."""
-    module.mix, module.draw = 0.4, 0.4
+    module.mix, module.drawn_dense = 0.4, False
     return module
 
 
@@ -190,7 +192,7 @@ def test_skipped_flops_are_what_a_pass_without_w_x_runs_less():
     _, module = make(guided_linear, stochastic=True)
     model, x = nn.Sequential(nn.Linear(6, 6), module), torch.randn(5, 7, 6)
     counts = []
-    for module.draw in (0.0, 1.0):
+    for module.drawn_dense in (True, False):
         module.skipped = int(module.skips_dense())
         with FlopCounter() as counter:
             model(x).sum().backward()
@@ -209,7 +211,7 @@ def process_group():
 def test_ddp_goes_on_through_updates_that_leave_w_x_out(process_group):
     _, module = make(guided_linear, stochastic=True)
     wrapped, x = DistributedDataParallel(nn.Sequential(module)), torch.randn(5, 6)
-    for module.draw in (1.0, 0.0, 1.0):
+    for module.drawn_dense in (False, True, False):
         wrapped.zero_grad()
         wrapped(x).sum().backward()
         assert module.weight.grad is not None

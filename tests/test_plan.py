@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from switchlora.bench import plan, plan_models, plan_numbers, plan_page
-from switchlora.cost import Machine, all_hardware, fuse, hardware_named
+from switchlora.cost import Machine, all_hardware, fuse, hardware_named, price
 from switchlora.cost.machine import INNER, NARROW, _Counts, _half_width
 from switchlora.cost.trace import Operation
 
@@ -91,7 +91,7 @@ def test_two_blocks_tell_what_all_of_them_take():
     whole = plan_numbers.traced(found, request, "adapter", found.depth)
     sizes = plan_numbers.sizes_of(found.depth, few)
     assert sizes == dict(whole.memory)
-    prices = [plan_numbers.price(trace, machine, True) for trace in (*few, whole)]
+    prices = [price(trace, machine, True) for trace in (*few, whole)]
     seconds = plan_numbers.whole_of(found.depth, prices[:2])
     assert seconds["backward"] == pytest.approx(prices[2].backward)
     assert seconds["host"] == pytest.approx(prices[2].host)

@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from conftest import tiny_vit
 from switchlora.learner import sharding
+from switchlora.learner.compiling import made_compiled
 from switchlora.learner.learner import _compress
 from switchlora.learner.sharding import shard
 
@@ -70,3 +73,22 @@ def test_gradients_cannot_be_compressed_on_a_cpu_and_one_line_says_so():
     wrapper = torch.nn.parallel.DistributedDataParallel(tiny_vit())
     with pytest.raises(ValueError, match="system.compress=bf16 is for GPUs"):
         _compress(wrapper, "bf16")
+
+
+def in_static_ddp(model):
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+
+
+@pytest.mark.parametrize("wrap", [shard, in_static_ddp])
+def test_blocks_inside_of_a_wrapper_of_ranks_are_compiled_and_compute_the_same(wrap):
+    expected, gradients = loss_and_gradients(seeded())
+    torch.compiler.reset()
+    counters.clear()
+    model = wrap(seeded())
+    with made_compiled(getattr(model, "module", model), {"backend": "eager"}).in_use():
+        loss, found = loss_and_gradients(model)
+    torch.compiler.reset()
+    assert loss == expected and counters["stats"]["unique_graphs"] >= 1
+    for name, gradient in found.items():
+        here = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        torch.testing.assert_close(here, gradients[name.removeprefix("module.")])

@@ -22,6 +22,16 @@ from switchlora.adapters.factorized import (
     settled as settled,
     skipped_flops as skipped_flops,
 )
+from switchlora.adapters.forms import (
+    Rates as Rates,
+    Shape as Shape,
+    Work as Work,
+    cheaper_form as cheaper_form,
+    faster_form as faster_form,
+    own_work as own_work,
+    rates_of as rates_of,
+    set_rates as set_rates,
+)
 from switchlora.adapters.kinds import (
     KINDS as KINDS,
     made_class as made_class,
@@ -48,7 +58,7 @@ from switchlora.adapters.product import (
     AdaptedProduct as AdaptedProduct,
     Adapter as Adapter,
     Product as Product,
-    cheaper_form as cheaper_form,
+    as_on_a_gpu as as_on_a_gpu,
 )
 from switchlora.adapters.sltrain import (
     SparseLowRankLinear as SparseLowRankLinear,

@@ -107,8 +107,9 @@ class GuidedLinear(LoRALinear):
     kind = "guided"
     keeps_residual = False
     mix = 1.0
-    draw = 0.0
-    """a number in [0, 1): a stochastic layer evaluates W x if it is below ``mix``"""
+    drawn_dense = True
+    """whether a stochastic layer evaluates W x in this micro-batch: compiled code has a graph for
+    either, where it would have one for each number that was drawn"""
     skipped = 0
     """number of micro-batches of this update that leave W x out"""
     tokens = 0
@@ -139,7 +140,7 @@ class GuidedLinear(LoRALinear):
 
     def skips_dense(self) -> bool:
         """Return whether W x is left out: only by the draw of a stochastic layer in training."""
-        return self.training and self.stochastic and self.draw >= self.mix
+        return self.training and self.stochastic and not self.drawn_dense
 
     def merged(self) -> Tensor:
         """Return a W + (1 - a) s B A (out, in): summed in float64, rounded once to W's dtype."""
@@ -229,7 +230,7 @@ def draw_dense(layers: Sequence[GuidedLinear], num_updates: int, micro_batch: in
         return
     draws = np.random.default_rng([num_updates, micro_batch]).random(len(layers)).tolist()
     for layer, draw in zip(layers, draws, strict=True):
-        layer.draw = draw
+        layer.drawn_dense = draw < layer.mix
         earlier = layer.skipped if micro_batch else 0
         layer.skipped = earlier + layer.skips_dense()
 

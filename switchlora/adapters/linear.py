@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchlora.adapters.forms import Shape, cheaper_form, faster_form, rates_of
 from switchlora.adapters.product import (
     AdaptedProduct,
     Adapter,
     Made,
     Product,
     adapters_of,
-    cheaper_form,
     compute_dtype,
     gelu_input,
+    in_compiled_code,
     joint_forward,
+    launches_kernels,
     operand_of,
     plain_forward,
     rounded,
@@ -49,9 +51,10 @@ BASIS, SPARSE, POOL = "U", "S", "pool"
 entries and of SwitchLoRA's pool"""
 TENSORS = (*FACTORS, BASIS, SPARSE, POOL)
 REFORMED_FROM = 8192
-"""number of tokens from which the backward pass forms the effective weight again, instead of
-keeping it; forming it costs about r / T of one product of T tokens, and keeping it costs the
-memory of the weight"""
+"""number of tokens from which the backward pass forms the effective weight again on a CPU, instead
+of keeping it; forming it costs about r / T of one product of T tokens, and keeping it costs the
+memory of the weight. On a GPU it costs its passes over memory, 11 F / B / T of a product: 30 % of
+it at 8,192 tokens on an H100, so there it is always kept"""
 
 
 class AdaptedLinear(nn.Linear):
@@ -62,7 +65,7 @@ class AdaptedLinear(nn.Linear):
     curves survive the switch. Subclasses say where the factors are.
 
     - ``form`` says how the product is computed: 'merged' or 'split'. With None, ``cheaper_form``
-      decides.
+      decides on a CPU, and ``faster_form`` on a GPU.
     - ``recompute_gelu`` saves memory. Inputs that come from a gelu are computed again in the
       backward pass instead of kept.
     - ``dropout`` is the share of the adapter's inputs that training zeroes.
@@ -129,26 +132,51 @@ class AdaptedLinear(nn.Linear):
             layout.append((rows, scaling))
             factors += [A, B]
         tokens = input.shape[:-1].numel()
-        form = self.form or self._cheaper_form(tokens, adapters)
+        device = input.device.type
+        dtype = compute_dtype(device, factors)
+        keeps = self._kept is not None and _keeps_operand(tokens, device)
+        form = self.form or self._chosen_form(tokens, adapters, device, dtype, keeps)
         made = None
-        if self._kept is not None and not torch.compiler.is_compiling():
-            dtype = compute_dtype(input.device.type, factors)
-            made = self._kept.made(self, adapters, form, dtype, tokens < REFORMED_FROM)
+        if self._kept is not None and not in_compiled_code():
+            made = self._kept.made(self, adapters, form, dtype, keeps)
         source, gelu = None, None
         if self.recompute_gelu:
             source, gelu = gelu_input(input)
-        how = Product(form, layout, gelu)
+        how = Product(form, layout, gelu, keeps, self._stacks(form, adapters, device, keeps))
         return AdaptedProduct.apply(input, self.weight, self.bias, made, source, how, *factors)
 
-    def _cheaper_form(self, tokens: int, adapters: Sequence[Adapter]) -> str:
+    def _stacks(self, form: str, adapters: Sequence[Adapter], device: str, keeps: bool) -> bool:
+        """Return whether factors become part of the operand: in a GPU's compiled code.
+
+        There the copies are part of other kernels. Eager code would copy the factors, and the
+        gradient that a layer norm gets, and gain less than it loses.
+        """
+        compiled = in_compiled_code() and launches_kernels(device)
+        has_rank = len(adapters) == 1 and len(adapters[0].A) > 0
+        return compiled and keeps and has_rank and form == "merged"
+
+    def _chosen_form(
+        self,
+        tokens: int,
+        adapters: Sequence[Adapter],
+        device: str,
+        dtype: torch.dtype,
+        keeps: bool,
+    ) -> str:
         trains_A = any(adapter.A.requires_grad for adapter in adapters)
-        return cheaper_form(
+        if not launches_kernels(device):
+            size = self.in_features, self.out_features
+            return cheaper_form(tokens, *size, trains_A, slices=len(adapters))
+        shape = Shape(
             tokens,
             self.in_features,
-            self.out_features,
-            trains_A,
-            slices=len(adapters),
+            slices=[adapter.B.shape for adapter in adapters],  # type: ignore[misc]
+            itemsize=dtype.itemsize,
+            weight_itemsize=self.weight.dtype.itemsize,
+            trains_A=trains_A,
+            made=1 if keeps else 2,
         )
+        return faster_form(shape, rates_of(device))
 
     def merged(self) -> Tensor:
         """Return the effective weight W_res + s B A (out, in): summed in float64, rounded once."""
@@ -297,6 +325,10 @@ class Kept:
         return Made(self.operands[key], made.bias, made.factors)
 
 
+def _keeps_operand(tokens: int, device: str) -> bool:
+    return launches_kernels(device) or tokens < REFORMED_FROM
+
+
 def rounded_at_once(
     modules: Iterable[AdaptedLinear], dtype: torch.dtype
 ) -> dict[AdaptedLinear, Made]:
@@ -335,7 +367,7 @@ def operands_kept(model: nn.Module) -> Iterator[None]:
     forward and each backward pass, and hold it only as long as a product takes:
 
     - passes outside of this context,
-    - passes of ``REFORMED_FROM`` tokens or more.
+    - passes of ``REFORMED_FROM`` tokens or more, on a CPU.
     """
     modules = list(adapted_modules(model).values())
     kept = Kept(modules)

@@ -1,7 +1,7 @@
 """The product X (W_res + s B A)^T + b: its two forms, its gradients, and what it keeps."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchlora.adapters.forms import Rates, set_rates
+
 ARGUMENTS = 6
 """number of arguments of ``AdaptedProduct.forward`` before the factors A, B, A, B, ..."""
-LAUNCHING = ("cuda", "xpu", "mps")
+LAUNCHING: tuple[str, ...] = ("cuda", "xpu", "mps")
 """devices on which the host launches each operation as a kernel, and often is what an update
 waits for"""
+COUNTED_AS_COMPILED = False
 ALIGNED_BYTES = 16
 """a GPU's kernels read so many bytes at once, if each row of a matrix begins at a multiple"""
 
@@ -27,39 +30,34 @@ class Adapter(NamedTuple):
     scaling: float
 
 
-def cheaper_form(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    trains_A: bool = True,
-    slices: int = 1,
-) -> str:
-    """Return the form that costs less for ``tokens`` inputs: 'merged' or 'split'.
-
-    - 'merged' forms W_res + s B A, which takes r in out multiply-adds once.
-    - 'split' adds the low-rank path to the product with W_res. That takes T r (n in + out)
-      multiply-adds for T tokens and n row slices. If A is frozen it takes T r out more, for a
-      product that the gradient of a trained A needs in both forms.
-
-    r cancels out, so only shapes decide. Bytes read and written compare in the same way.
-
-    >>> cheaper_form(tokens=64, in_features=384, out_features=384)
-    'split'
-    >>> cheaper_form(tokens=4 * 197, in_features=384, out_features=384)
-    'merged'
-    """
-    columns = out_features if trains_A else 2 * out_features
-    split = tokens * (slices * in_features + columns)
-    merged = in_features * out_features
-    return "merged" if split >= merged else "split"
-
-
 def launches_kernels(device: str) -> bool:
     """Return whether fewer operations count more than their order: see ``LAUNCHING``.
 
     On a CPU sums keep their order, so that losses stay the same bit by bit.
     """
     return device in LAUNCHING
+
+
+def in_compiled_code() -> bool:
+    """Return whether torch.compile makes code of what runs, or a trace counts as if it did."""
+    return COUNTED_AS_COMPILED or torch.compiler.is_compiling()
+
+
+@contextmanager
+def as_on_a_gpu(rates: Rates | None = None, compiled: bool = False) -> Iterator[None]:
+    """Let products on this CPU be made inside as on a GPU of these ``rates``, to count or test.
+
+    ``compiled`` says as in compiled code there.
+    """
+    global LAUNCHING, COUNTED_AS_COMPILED
+    before = LAUNCHING, COUNTED_AS_COMPILED
+    LAUNCHING, COUNTED_AS_COMPILED = (*LAUNCHING, "cpu"), compiled
+    set_rates("cpu", rates)
+    try:
+        yield
+    finally:
+        LAUNCHING, COUNTED_AS_COMPILED = before
+        set_rates("cpu", None)
 
 
 def effective_weight(
@@ -98,6 +96,7 @@ def adapted_forward(
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     form: str,
+    stacked: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the outputs (..., out) of X (..., in), and X A^T (T, r) of each adapter.
 
@@ -105,7 +104,11 @@ def adapted_forward(
 
     - 'merged': the effective weight.
     - 'split': W_res. s (X A^T) B^T is then added in place.
+
+    ``stacked`` says that it is what ``stacked_operand`` returns: X is read once.
     """
+    if stacked:
+        return _stacked_forward(inputs, operand, bias, len(adapters[0].B))
     outputs = F.linear(inputs, operand, bias)
     flat = inputs.reshape(-1, inputs.shape[-1])
     projected = [F.linear(flat, adapter.A) for adapter in adapters]
@@ -118,6 +121,29 @@ def adapted_forward(
     return outputs, projected
 
 
+def _stacked_forward(
+    inputs: Tensor, operand: Tensor, bias: Tensor | None, out_features: int
+) -> tuple[Tensor, list[Tensor]]:
+    rank = len(operand) - out_features
+    bias = None if bias is None else F.pad(bias, (0, rank))
+    both = F.linear(inputs, operand[:, : inputs.shape[-1]], bias)
+    outputs, low = both.split([out_features, rank], dim=-1)
+    return outputs, [low.reshape(-1, rank).contiguous()]  # a view would keep all outputs alive
+
+
+def stacked_operand(effective: Tensor, adapters: Sequence[Adapter], trains_A: bool) -> Tensor:
+    """Return [[W, B], [A, 0]] for the effective weight W: rows for outputs, columns for inputs.
+
+    X [W; A]^T holds the outputs and X A^T, and G [W, B] the gradient of X and G B. So two products
+    pass over X and G where four would. Without ``trains_A`` it is [W; A].
+    """
+    A, B, _, _ = adapters[0]
+    if not trains_A:
+        return torch.cat([effective, A])
+    corner = A.new_zeros(len(A), len(A))
+    return torch.cat([torch.cat([effective, B], dim=1), torch.cat([A, corner], dim=1)])
+
+
 def adapted_backward(
     grad: Tensor,
     operand: Tensor | None,
@@ -126,6 +152,7 @@ def adapted_backward(
     adapters: Sequence[Adapter],
     form: str,
     dtype: torch.dtype,
+    stacked: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
     """Return the gradients of X and of the factors, and of the bias where they come with it.
 
@@ -135,8 +162,14 @@ def adapted_backward(
 
     On a CPU the product for g_B yields the bias's gradient too, the column sums of G, because
     X A^T gets a column of ones. On a GPU rows of r + 1 numbers would be misaligned.
+
+    ``stacked`` says that the operand is what ``stacked_operand`` returns: G B comes with g_X.
     """
     grad_input = None if operand is None else torch.mm(grad, operand)
+    known_back = None
+    if grad_input is not None and stacked and inputs is not None:
+        in_features = adapters[0].A.shape[1]
+        grad_input, known_back = grad_input.split([in_features, len(adapters[0].A)], dim=1)
     few_kernels = launches_kernels(grad.device.type)
     ones = None if few_kernels else grad.new_ones(len(grad), 1)
     grad_bias: list[Tensor] = []
@@ -146,7 +179,7 @@ def adapted_backward(
         part = _columns(grad, rows)
         grad_A = None
         if inputs is not None or form == "split":
-            back = torch.mm(part, B)
+            back = torch.mm(part, B) if known_back is None else known_back
             if form == "split" and grad_input is not None:
                 grad_input.addmm_(back, A, alpha=scaling)
             if inputs is not None:
@@ -236,13 +269,18 @@ class Product(NamedTuple):
     layout: Layout
     gelu: str | None = None
     """approximation of the gelu that made the inputs; None if the inputs themselves are kept"""
+    keeps: bool = False
+    """whether the operand is kept for the backward pass, which else makes it a second time"""
+    stacked: bool = False
+    """whether one adapter's factors are part of the operand, the effective weight: see
+    ``stacked_operand``"""
 
 
 class Made(NamedTuple):
     """What a product takes instead of making it: see ``AdaptedProduct``."""
 
     operand: Tensor | None
-    """the operand of ``adapted_forward``; None: it is made in each pass"""
+    """the operand of ``adapted_forward``; None: it is made when it is needed"""
     bias: Tensor | None
     factors: Sequence[Tensor]
     """A, B of each adapter, as ``rounded`` returns them"""
@@ -275,23 +313,25 @@ class AdaptedProduct(torch.autograd.Function):
         """Map inputs (..., in) to outputs (..., out).
 
         ``factors`` are A, B of each adapter of ``how``. ``made`` holds what was made of them
-        before. Its operand is kept for the backward pass; without one, the backward pass makes the
-        operand a second time.
+        before.
         """
         device = input.device.type
         dtype = compute_dtype(device, factors)
         with without_autocast(device):
             if made is None:
-                made = Made(
-                    None, None if bias is None else bias.to(dtype), rounded(factors, dtype)
-                )
+                small_factors = rounded(factors, dtype, padded=how.stacked)
+                made = Made(None, None if bias is None else bias.to(dtype), small_factors)
             small = adapters_of(how.layout, made.factors)
             operand = made.operand
             if operand is None:
                 adapters = adapters_of(how.layout, factors)
                 operand = operand_of(weight, adapters, small, how.form, dtype)
+                if how.stacked:
+                    operand = stacked_operand(operand, small, factors[0].requires_grad)
             input = input.to(dtype)
-            outputs, projected = adapted_forward(input, operand, made.bias, small, how.form)
+            outputs, projected = adapted_forward(
+                input, operand, made.bias, small, how.form, how.stacked
+            )
         ctx.how = how
         ctx.dtype = dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -299,8 +339,7 @@ class AdaptedProduct(torch.autograd.Function):
         for_A = None
         if any(ctx.needs_input_grad[ARGUMENTS::2]):
             for_A = input if source is None else source
-        for_operand = weight if made.operand is None else None
-        kept = (for_A, made.operand, for_operand)
+        kept = (for_A, operand, None) if how.keeps else (for_A, None, weight)
         ctx.save_for_backward(*kept, *factors, *made.factors, *projected)
         return outputs
 
@@ -311,7 +350,7 @@ class AdaptedProduct(torch.autograd.Function):
         (grad,) = grads
         grad = grad.reshape(-1, grad.shape[-1])
         inputs, operand, weight, *rest = ctx.saved_tensors
-        form, layout, gelu = ctx.how
+        form, layout, gelu, _, stacked = ctx.how
         num_factors = 2 * len(layout)
         factors = rest[:num_factors]
         small = adapters_of(layout, rest[num_factors : 2 * num_factors])
@@ -326,14 +365,18 @@ class AdaptedProduct(torch.autograd.Function):
             elif operand is None:
                 adapters = adapters_of(layout, factors)
                 operand = operand_of(weight, adapters, small, form, ctx.dtype)
+            if stacked and operand is not None:
+                operand = operand[: grad.shape[1]]
             grad_input, grad_factors, bias_parts = adapted_backward(
-                grad, operand, inputs, projected, small, form, factors[0].dtype
+                grad, operand, inputs, projected, small, form, factors[0].dtype, stacked
             )
             grad_bias = None
             if ctx.needs_input_grad[2]:
                 grad_bias = _bias_gradient(grad, bias_parts, ctx.bias_dtype)
         if grad_input is not None:
-            grad_input = grad_input.view(ctx.shape)
+            grad_input = (
+                grad_input.unflatten(0, ctx.shape[:-1]) if stacked else grad_input.view(ctx.shape)
+            )
         cut = _without_padding(grad_factors, factors)
         return grad_input, None, grad_bias, None, None, None, *cut
 
@@ -387,16 +430,20 @@ def operand_of(
 
 
 def rounded(
-    factors: Sequence[Tensor], dtype: torch.dtype, cast: Callable[[Tensor], Tensor] | None = None
+    factors: Sequence[Tensor],
+    dtype: torch.dtype,
+    cast: Callable[[Tensor], Tensor] | None = None,
+    padded: bool = False,
 ) -> list[Tensor]:
     """Return A, B, A, B, ... in ``dtype``, with ``padding`` of zeros.
 
-    What needs no padding is ``cast``, which may do so later; without it, at once.
+    What needs no padding is ``cast``, which may do so later; without it, at once. ``padded`` pads
+    where it costs a copy, too.
     """
     found = []
     for number, factor in enumerate(factors):
         is_B = number % 2 == 1
-        added = padding(factor, is_B, dtype)
+        added = padding(factor, is_B, dtype, padded)
         if added:
             found.append(F.pad(factor.to(dtype), (0, added) if is_B else (0, 0, 0, added)))
         else:
@@ -404,12 +451,14 @@ def rounded(
     return found
 
 
-def padding(factor: Tensor, is_B: bool, dtype: torch.dtype) -> int:
+def padding(factor: Tensor, is_B: bool, dtype: torch.dtype, always: bool = False) -> int:
     """Return how many ranks of zeros align the rows of matrices of r columns, on a GPU.
 
-    0 where the factor is used as it is, without a cast: padding it would cost a copy.
+    0 where the factor is used as it is, without a cast: padding it would cost a copy. ``always``
+    takes it.
     """
-    if factor.dtype == dtype or not launches_kernels(factor.device.type):
+    used_as_it_is = factor.dtype == dtype and not always
+    if used_as_it_is or not launches_kernels(factor.device.type):
         return 0
     rank = factor.shape[1 if is_B else 0]
     return -rank % (ALIGNED_BYTES // dtype.itemsize)

@@ -29,13 +29,20 @@ from switchlora.bench.plan_numbers import (
     Request,
     exposed,
     make_plan,
-    price,
+    products_of,
     sizes_of,
     traces_of,
     whole_of,
 )
 from switchlora.bench.plan_page import cases_table, page, plain
-from switchlora.cost import Hardware, Machine, all_hardware, hardware_named, measure_machine
+from switchlora.cost import (
+    Hardware,
+    Machine,
+    all_hardware,
+    hardware_named,
+    measure_machine,
+    price,
+)
 from switchlora.errors import check_range
 from switchlora.names import near
 from switchlora.process import USER_ERRORS, one_line
@@ -310,7 +317,8 @@ def seconds_of_arm(request: Request, arm: str) -> float:
     hardware = hardware_named(request.hardware)
     machine = hardware.machine(request.precision, request.compiled, request.host)
     found = planned(request.model, request.options, request.context)
-    few = traces_of(found, request, arm)
+    with products_of(machine, request.compiled):
+        few = traces_of(found, request, arm)
     prices = [price(trace, machine, request.compiled) for trace in few]
     seconds = whole_of(found.depth, prices)
     passes = seconds["forward"] + seconds["backward"]

@@ -1,6 +1,7 @@
 """What a plan foretells: seconds and bytes of both phases, hours, energy, when a switch pays."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import hypot
@@ -11,13 +12,15 @@ from torch import nn
 
 from switchlora.adapters import (
     DEFAULT_TARGETS,
+    Rates,
     adapted_modules,
+    as_on_a_gpu,
     count_parameters,
     find_targets,
 )
 from switchlora.bench.arms import Cell, become
 from switchlora.bench.plan_models import Planned, planned
-from switchlora.cost import Hardware, Machine, Prediction, Trace, fuse, predict, trace_batch
+from switchlora.cost import Hardware, Machine, Prediction, Trace, price, trace_batch
 from switchlora.errors import check_range
 from switchlora.learner import Recipe
 
@@ -196,6 +199,8 @@ def make_plan(request: Request, hardware: Hardware, machine: Machine | None = No
         hardware = replace(hardware, network=request.network)
     arm = "adapter" if "A" in request.train_factors else "adapter-B"
     phase = partial(phase_of, found, request, hardware, machine)
+    with products_of(machine, request.compiled):
+        full, adapter = phase("full"), phase(arm)
     return Plan(
         request=request,
         hardware=hardware,
@@ -204,9 +209,17 @@ def make_plan(request: Request, hardware: Hardware, machine: Machine | None = No
         parameters=count_parameters(found.model),
         unit=found.example.unit,
         example_bytes=found.example.bytes,
-        full=phase("full"),
-        adapter=phase(arm),
+        full=full,
+        adapter=adapter,
     )
+
+
+def products_of(machine: Machine, compiled: bool) -> AbstractContextManager:
+    """Return the context in which products with adapters are made as on ``machine``."""
+    if not machine.host:  # a CPU
+        return nullcontext()
+    rates = Rates(machine.product_rate, machine.bandwidth, machine.latency)
+    return as_on_a_gpu(rates, compiled)
 
 
 def check_rank(model: nn.Module, rank: int) -> None:
@@ -298,13 +311,6 @@ def cast_residual(model: nn.Module, dtype: str | None) -> None:
     for linear in adapted_modules(model).values():
         weight = linear.weight.detach()
         linear.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
-
-
-def price(trace: Trace, machine: Machine, compiled: bool) -> Prediction:
-    """Predict the seconds of a trace, with chains of element-wise operations fused if compiled."""
-    if compiled:
-        trace = replace(trace, operations=tuple(fuse(trace.operations)))
-    return predict(trace, machine)
 
 
 def extrapolated(depth: int, one: float, two: float) -> float:

@@ -4,6 +4,7 @@ from switchlora.cost.fusion import fuse as fuse
 from switchlora.cost.hardware import (
     Hardware as Hardware,
     all_hardware as all_hardware,
+    hardware_like as hardware_like,
     hardware_named as hardware_named,
 )
 from switchlora.cost.machine import (
@@ -15,6 +16,7 @@ from switchlora.cost.predict import (
     Prediction as Prediction,
     break_even_rank as break_even_rank,
     predict as predict,
+    price as price,
     speedup_parts as speedup_parts,
     warning as warning,
 )

@@ -1,5 +1,6 @@
 """Devices by name: what their makers say of them, and the rates that training gets there."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from switchlora.adapters import Rates
 from switchlora.cost.machine import EAGER_BANDWIDTH, EAGER_HOST, SHORTEST_KERNEL, Machine
 from switchlora.names import near
 
@@ -55,6 +57,11 @@ class Hardware:
         )
         return eager.compiled() if compiled else eager
 
+    def rates(self, precision: str) -> Rates:
+        """Return what decides the form of a product with an adapter, in ``precision``."""
+        machine = self.machine(precision, compiled=False)
+        return Rates(machine.product_rate, machine.bandwidth, machine.latency)
+
     def ring(self, devices: int) -> float:
         """Return the bytes/s at which a ring over ``devices`` passes gradients on."""
         return self.link if devices <= self.node else min(self.link, self.network)
@@ -64,6 +71,15 @@ class Hardware:
 def all_hardware() -> Mapping[str, Hardware]:
     """Return all devices of ``FILE`` by name."""
     return {name: _read(name, entry) for name, entry in yaml.safe_load(FILE.read_text()).items()}
+
+
+def hardware_like(device: str) -> Hardware | None:
+    """Return the known device that a driver calls ``device``, such as 'NVIDIA A100-SXM4-80GB'."""
+    given = re.sub("[^a-z0-9]", "", device.lower())
+    for name, hardware in all_hardware().items():
+        if all(part in given for part in name.split("-")):
+            return hardware
+    return None
 
 
 def _read(name: str, entry: Mapping) -> Hardware:

@@ -6,10 +6,11 @@ roofline model (Williams, Waterman & Patterson, 2009, doi 10.1145/1498765.149878
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot
 
-from switchlora.adapters import FACTORS
+from switchlora.adapters import FACTORS, Shape, own_work
+from switchlora.cost.fusion import fuse
 from switchlora.cost.machine import Machine
 from switchlora.cost.trace import PARTS, Operation, Trace
 
@@ -55,6 +56,16 @@ def predict(trace: Trace, machine: Machine, world_size: int = 1) -> Prediction:
     host = machine.host * sum(map(_is_started, trace.operations))
     host += machine.host_tensor * trace.num_parameters
     return Prediction(**parts, communication=exchange, modules=modules, host=host)
+
+
+def price(trace: Trace, machine: Machine, compiled: bool, world_size: int = 1) -> Prediction:
+    """Predict the seconds of a trace, with chains of element-wise operations fused if compiled.
+
+    ``machine`` has the rates of compiled code then.
+    """
+    if compiled:
+        trace = replace(trace, operations=tuple(fuse(trace.operations)))
+    return predict(trace, machine, world_size)
 
 
 def _is_started(operation: Operation) -> bool:
@@ -131,22 +142,25 @@ class _Linear:
         return [*self._plain(), weight_gradient, *self._casts(), column_sums]
 
     def merged(self, rank: int, trains_A: bool) -> list[Operation]:
-        """Return the operations of the merged form: W + s B A is formed anew in each pass."""
-        product = self._product(self.outer, rank, self.inner, itemsize=4)
-        addition = self._moves(self.inner * self.outer, 12)
-        formed = [product, addition, product, addition]
-        return [*self._plain(), *self._casts(), *formed, *self._factors(rank, trains_A)]
+        """Return the operations of the merged form: W + s B A is formed once and kept."""
+        return [
+            *self._plain(),
+            *self._own("merged", rank, trains_A),
+            *self._factors(rank, trains_A),
+        ]
 
     def split(self, rank: int, trains_A: bool) -> list[Operation]:
         """Return the operations of the split form: X W^T + s (X A^T) B^T and G W + s (G B) A."""
-        added = [
-            self._product(self.tokens, rank, self.outer),
-            self._product(self.tokens, rank, self.inner),
-            self._moves(self.tokens * (self.outer + self.inner)),
+        return [
+            *self._plain(),
+            *self._own("split", rank, trains_A),
+            *self._factors(rank, trains_A),
         ]
-        if not trains_A:
-            added.append(self._product(self.tokens, self.outer, rank))
-        return [*self._plain(), *self._casts(), *added, *self._factors(rank, trains_A)]
+
+    def _own(self, form: str, rank: int, trains_A: bool) -> list[Operation]:
+        slices = [(self.outer, rank)]
+        shape = Shape(self.tokens, self.inner, slices, self.itemsize, trains_A=trains_A)
+        return [Operation(form, "", "", *work) for work in own_work(form, shape)]
 
     def _plain(self) -> list[Operation]:
         forward = self._product(self.tokens, self.inner, self.outer)

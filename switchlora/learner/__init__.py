@@ -9,6 +9,11 @@ from switchlora.learner.backends import (
     exact_products as exact_products,
     set_backends as set_backends,
 )
+from switchlora.learner.compiling import (
+    AUTO as AUTO,
+    compile_of as compile_of,
+    missing_compiler as missing_compiler,
+)
 from switchlora.learner.counters import (
     FlopCounter as FlopCounter,
     SavedTensors as SavedTensors,
@@ -54,7 +59,6 @@ from switchlora.learner.projected import (
 )
 from switchlora.learner.published import Unreduced as Unreduced
 from switchlora.learner.recipe import (
-    AUTO as AUTO,
     PRECISIONS as PRECISIONS,
     FactorRates as FactorRates,
     Recipe as Recipe,

@@ -2,11 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -29,6 +29,7 @@ from switchlora.adapters import (
     trained_adapters,
 )
 from switchlora.learner.awaited import Awaited
+from switchlora.learner.compiling import CompiledBlocks, compile_of, made_compiled
 from switchlora.learner.counters import FlopCounter, SavedTensors
 from switchlora.learner.recipe import (
     Recipe,
@@ -39,7 +40,7 @@ from switchlora.learner.recipe import (
     skips_by_itself,
 )
 from switchlora.learner.sharding import gathered, is_sharded, shard, skeleton
-from switchlora.process import full, mean_of_ranks, total, world_size
+from switchlora.process import full, mean_of_ranks, one_line, total, world_size
 
 if TYPE_CHECKING:
     from switchlora.learner.reflora import FactorBalance
@@ -78,7 +79,7 @@ class Learner:
     model: nn.Module
     """the plain module, or the sharded one"""
     forward: Callable[[Tensor], Tensor]
-    """the model, or its wrapper by DDP and torch.compile"""
+    """the model, or its wrapper by DDP"""
     optimizer: Optimizer
     scheduler: Scheduler
     recipe: Recipe
@@ -96,14 +97,18 @@ class Learner:
     """the ``skeleton`` of a sharded model, from which ``plain`` makes a plain copy"""
     guided: list[GuidedLinear] = field(default_factory=list, repr=False)
     """the layers that draw in each micro-batch whether they evaluate their dense product"""
+    compiled: CompiledBlocks | None = field(default=None, repr=False)
+    """what runs in the place of the model's blocks in an update; None: the blocks themselves"""
+    compiler_fault: str | None = None
+    """why the compiler could not compile the blocks, until it is told"""
     used: bool = False
     """whether it has made an update"""
     activation_bytes: int | None = None
     """bytes that autograd kept for the backward pass of the first micro-batch, without parameters;
-    None before that, and with torch.compile"""
+    None before that, and where blocks are compiled"""
     flops: int | None = None
     """FLOPs of this rank's first update, counting products and attention; None before that, and
-    with torch.compile"""
+    where blocks are compiled"""
     refactored_from: int | None = None
     """update from which pairs of factors are refactored; None before that"""
     balance_then: "FactorBalance | None" = None
@@ -129,10 +134,11 @@ class Learner:
         self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module, num_updates: int
     ) -> None:
         """Compute the gradients of an update, its first half. The arguments are its own."""
-        self.optimizer.zero_grad(set_to_none=True)
-        operands = operands_within_update(self.model, self.recipe)
-        with operands, self._flops_counted(), self._strides_not_warned_of():
-            self._batch_loss = self._accumulate(inputs, labels, loss_fn, num_updates)
+        passes = partial(self._passes, inputs, labels, loss_fn, num_updates)
+        if self.compiled is None or self.used:
+            self._batch_loss = passes()
+        else:
+            self._batch_loss = self._first_compiled(passes)
         self.used = True
 
     def step(self, num_updates: int) -> Pending:
@@ -165,6 +171,33 @@ class Learner:
         if self.scaler is not None or self.guided or self.recipe.refactoring is not None:
             return False
         return skips_by_itself(self.optimizer) and not is_sharded(self.model)
+
+    def _passes(
+        self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module, num_updates: int
+    ) -> Tensor:
+        """Do what ``backward`` says, and return the batch's mean loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        operands = operands_within_update(self.model, self.recipe)
+        compiled = nullcontext() if self.compiled is None else self.compiled.in_use()
+        with operands, compiled, self._flops_counted(), self._strides_not_warned_of():
+            return self._accumulate(inputs, labels, loss_fn, num_updates)
+
+    def _first_compiled(self, passes: Callable[[], Tensor]) -> Tensor:
+        """Return what ``passes`` return. If they fail, do them again without the compiler.
+
+        An error that is not the compiler's is raised then.
+        """
+        generators = [torch.default_generator]
+        if self._device.type == "cuda":
+            generators.append(torch.cuda.default_generators[self._device.index])
+        before = [generator.get_state() for generator in generators]
+        try:
+            return passes()
+        except Exception as error:
+            self.compiled, self.compiler_fault = None, one_line(error)
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+        return passes()
 
     def _accumulate(
         self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module, num_updates: int
@@ -233,7 +266,7 @@ class Learner:
 
     @contextmanager
     def _activations_counted(self) -> Iterator[None]:
-        if self.activation_bytes is not None or self.recipe.compiles:
+        if self.activation_bytes is not None or self.compiled is not None:
             yield
             return
         saved = SavedTensors()
@@ -243,7 +276,7 @@ class Learner:
 
     @contextmanager
     def _flops_counted(self) -> Iterator[None]:
-        if self.flops is not None or self.recipe.compiles:
+        if self.flops is not None or self.compiled is not None:
             yield
             return
         with FlopCounter() as counter:
@@ -267,8 +300,7 @@ class Learner:
         return nullcontext() if now or ddp is None else ddp.no_sync()
 
     def _ddp(self) -> DistributedDataParallel | None:
-        wrapper = getattr(self.forward, "_orig_mod", self.forward)
-        return wrapper if isinstance(wrapper, DistributedDataParallel) else None
+        return self.forward if isinstance(self.forward, DistributedDataParallel) else None
 
     def _step_by_host(self, loss: Tensor, norm: Tensor, lr: float) -> StepOutcome:
         own_loss, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
@@ -339,7 +371,11 @@ def build_learner(
     ``scaler`` is the loss scaler of the previous learner. The new one starts from its scale.
     """
     device = next(model.parameters()).device
-    recipe = replace(recipe, precision=precision_of(recipe.precision, device))
+    recipe = replace(
+        recipe,
+        precision=precision_of(recipe.precision, device),
+        compile=compile_of(recipe.compile, device, recipe.activation_checkpointing),
+    )
     set_checkpointing(model, recipe.activation_checkpointing)
     hold_frozen_statistics(model)
     bones = None
@@ -350,7 +386,7 @@ def build_learner(
     optimizer = build_optimizer(model, recipe)
     learner = Learner(
         model,
-        forward=_compiled(_wrapped(model, recipe, compress), recipe),
+        forward=_wrapped(model, recipe, compress),
         optimizer=optimizer,
         scheduler=recipe.scheduler(optimizer, t_initial=total_updates),
         recipe=recipe,
@@ -360,6 +396,7 @@ def build_learner(
         scaler=_scaler(model, recipe, scaler),
         bones=bones,
         guided=guided_layers(model),
+        compiled=made_compiled(model, recipe.compile),
     )
     if recipe.refactoring is not None:
         recipe.refactoring(learner)
@@ -384,17 +421,6 @@ def _compress(wrapper: DistributedDataParallel, how: str) -> None:
     if device.type != "cuda":
         raise ValueError(f"system.compress={how} is for GPUs, and this run trains on a {device}")
     wrapper.register_comm_hook(None, COMPRESSIONS[how])
-
-
-def _compiled(forward: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
-    if not recipe.compiles:
-        return forward
-    options = recipe.compile if isinstance(recipe.compile, Mapping) else {}
-    torch.compiler.reset()
-    try:
-        return cast(Callable, torch.compile(forward, **options))
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"full.compile is {dict(options)}: torch says {error}") from error
 
 
 def set_checkpointing(model: nn.Module, what: str | None) -> None:

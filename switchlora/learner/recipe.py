@@ -22,6 +22,7 @@ from switchlora.adapters import (
 )
 from switchlora.errors import check_choice, check_range, is_number
 from switchlora.learner.awaited import reads_late
+from switchlora.learner.compiling import AUTO, Asked
 from switchlora.learner.lora_rite import LoRARite
 from switchlora.learner.matched import Scales, matched_scales
 from switchlora.learner.muon import Muon
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from switchlora.learner.learner import Learner
 
 
-AUTO = "auto"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATCHED = "matched"
 NO_FACTORS = Norms(0.0, 0.0)
@@ -132,8 +132,9 @@ class Recipe:
     schedule without it"""
     precision: str = "fp32"
     """fp32, bf16, fp16, or auto: see ``precision_of``"""
-    compile: Mapping[str, Any] | bool | None = None
-    """arguments of torch.compile, or True for its defaults; without it the model stays eager"""
+    compile: Asked = None
+    """arguments of torch.compile, or True for its defaults; None or False: the model stays eager;
+    auto: see ``compile_of``"""
     activation_checkpointing: str | None = None
     """what the backward pass computes again instead of keeping it:
     - 'blocks': whole blocks
@@ -153,10 +154,10 @@ class Recipe:
         if self.rewarmup_updates is not None:
             check_range("rewarmup_updates", self.rewarmup_updates, 0)
         check_range("frobenius_decay", self.frobenius_decay, 0)
-        if not isinstance(self.compile, Mapping | bool | None):
+        if self.compile != AUTO and not isinstance(self.compile, Mapping | bool | None):
             raise ValueError(
-                f"compile is '{self.compile}': give true, false, or arguments of torch.compile in "
-                "quotes, such as 'compile={mode: default}'"
+                f"compile is '{self.compile}': give auto, true, false, or arguments of "
+                "torch.compile in quotes, such as 'compile={mode: default}'"
             )
         if self.frobenius_decay and self.factor_weight_decay:
             raise ValueError(
@@ -197,8 +198,8 @@ class Recipe:
 
     @property
     def compiles(self) -> bool:
-        """Whether torch.compile compiles the model."""
-        return self.compile is not None and self.compile is not False
+        """Whether torch.compile compiles the blocks of the model; not yet known for 'auto'."""
+        return self.compile not in (None, False, AUTO)
 
 
 def precision_of(asked: str, device: torch.device) -> str:

@@ -28,7 +28,7 @@ def shard(
     device = device or next(model.parameters()).device
     mesh = init_device_mesh(device.type, (world_size(),))
     policy = _mixed_precision(precision)
-    for block in _blocks(model):
+    for block in sequence_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
@@ -73,7 +73,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def sequence_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the members of sequences that hold linears, the innermost sequences first."""
     found: list[nn.Module] = []
     for parent in reversed(list(model.modules())):

@@ -6,6 +6,7 @@ from switchlora.run.agreement import (
     agree_on_weights as agree_on_weights,
 )
 from switchlora.run.finish import finish as finish, status_at_end as status_at_end
+from switchlora.run.forecast import count_compiled as count_compiled
 from switchlora.run.memory import (
     predict_memory as predict_memory,
     record_memory as record_memory,
@@ -14,7 +15,7 @@ from switchlora.run.messages import (
     MEMORY_PARTS as MEMORY_PARTS,
     eval_line as eval_line,
 )
-from switchlora.run.prepare import prepare as prepare, with_precision as with_precision
+from switchlora.run.prepare import prepare as prepare, with_choices as with_choices
 from switchlora.run.run import Run as Run
 from switchlora.run.saving import (
     faults_explained as faults_explained,
@@ -27,6 +28,7 @@ from switchlora.run.saving import (
 from switchlora.run.snapshot import restore as restore, state_of as state_of
 from switchlora.run.state import Phase as Phase
 from switchlora.run.tell import (
+    tell_compiler_fault as tell_compiler_fault,
     tell_refactoring as tell_refactoring,
     tell_skipped as tell_skipped,
 )

@@ -19,8 +19,10 @@ from switchlora.adapters import (
     coverage_line,
     freeze_unused,
     merge,
+    set_rates,
 )
 from switchlora.config import as_plain, build, from_environment
+from switchlora.cost import hardware_like
 from switchlora.data import Data
 from switchlora.errors import ODD
 from switchlora.learner import (
@@ -30,6 +32,8 @@ from switchlora.learner import (
     Stopwatch,
     WeightEMA,
     build_learner,
+    compile_of,
+    missing_compiler,
     precision_of,
     set_backends,
 )
@@ -168,13 +172,14 @@ def merge_adapter(model: nn.Module, folder: Path, alone: bool) -> str:
 def build_parts(config: DictConfig) -> Parts:
     """Build the data, the model, the policy and the recipes that ``config`` describes."""
     check_config(as_plain(config))
-    config = with_precision(config)
+    config = with_choices(config)
     plain = as_plain(config)
     random_seed(config.seed)
     if config.system.threads:
         torch.set_num_threads(config.system.threads)
     device = find_device("system.device", config.system.device)
     set_backends(device, config.system.tf32, config.system.deterministic)
+    set_rates_of(device, config.adapter.precision)
     sinks = {name: build(section) for name, section in (config.log.get("sinks") or {}).items()}
     data = _build_data(config)
     data.to(device)
@@ -190,6 +195,14 @@ def build_parts(config: DictConfig) -> Parts:
         total_updates=max(1, round(config.length * config.epochs * len(data.train))),
         sinks=sinks,
     )
+
+
+def set_rates_of(device: torch.device, precision: str) -> None:
+    """Let products with adapters choose their form by the rates of the GPU, if it is known."""
+    if device.type == "cuda":
+        found = hardware_like(torch.cuda.get_device_name(device))
+        priced = "fp32" if precision == "fp32" else "bf16"
+        set_rates("cuda", None if found is None else found.rates(priced))
 
 
 def build_monitor(parts: Parts) -> UpdateMonitor:
@@ -270,6 +283,9 @@ def begin(
         trunk=trunk,
     )
     run.log.line(machine_line(parts.device))
+    missing = missing_compiler() if parts.device.type == "cuda" and not recipe.compiles else None
+    if missing is not None:
+        run.log.line(f"blocks are not compiled, which makes a GPU slow: there is not {missing}")
     run.log.line(coverage_line(model, monitor.known.values()))
     if config.monitor.window not in (parts.window, "epoch"):
         run.log.line(
@@ -296,16 +312,21 @@ def resume(run: Run, found: Found | None) -> Run:
     return run
 
 
-def with_precision(config: DictConfig) -> DictConfig:
-    """Return ``config`` with the precisions that this device has, where it says 'auto'.
+def with_choices(config: DictConfig) -> DictConfig:
+    """Return ``config`` with this device's precision and compiler, where it says 'auto'.
 
-    So a run's files say what it computed in, and no run goes on in another precision unnoticed.
+    So a run's files say how it computed, and no run goes on in another precision unnoticed.
     """
     config = deepcopy(config)
-    for phase in ("full", "adapter"):
-        if config[phase].precision == CHOSEN_HERE:
-            device = find_device("system.device", config.system.device)
-            config[phase].precision = precision_of(CHOSEN_HERE, device)
+    recipes = [config.full, config.adapter]
+    asked = [(r.precision, r.compile, r.activation_checkpointing) for r in recipes]
+    if not any(CHOSEN_HERE in (precision, compiled) for precision, compiled, _ in asked):
+        return config
+    device = find_device("system.device", config.system.device)
+    for recipe, (precision, compiled, recomputed) in zip(recipes, asked, strict=True):
+        recipe.precision = precision_of(precision, device)
+        if compiled == CHOSEN_HERE:
+            recipe.compile = compile_of(compiled, device, recomputed)
     return config
 
 

@@ -133,7 +133,7 @@ class Run:
     def sum_flops(self) -> int | None:
         """Return the FLOPs of the learner's first update, summed over all ranks.
 
-        None when they are unknown, as with torch.compile. All ranks must call it.
+        None when they are unknown. All ranks must call it.
         """
         counted = distributed.gather(self.learner.flops)
         if None in counted:

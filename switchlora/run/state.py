@@ -117,7 +117,7 @@ class Ledger:
     memory: dict[Phase, dict[str, dict[str, int | None]]] = field(default_factory=dict)
     """by phase, the bytes of each memory part after its first update: 'measured', 'predicted'"""
     flops: dict[Phase, int | None] = field(default_factory=dict)
-    """by phase, the FLOPs of one update over all ranks; None with torch.compile"""
+    """by phase, the FLOPs of one update over all ranks; None where they are unknown"""
     train_flops: int | None = 0
     """FLOPs of all updates so far; None when the FLOPs of any update are unknown"""
     reused: dict[str, Any] | None = None

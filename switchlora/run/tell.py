@@ -50,6 +50,16 @@ def tell_refactoring(run: Run) -> None:
     run.log.event("refactoring", learner.refactored_from, run.epoch, **balance_metrics(found))
 
 
+def tell_compiler_fault(run: Run) -> None:
+    """Say why blocks are not compiled, if the compiler has just failed."""
+    fault, run.learner.compiler_fault = run.learner.compiler_fault, None
+    if fault is not None:
+        run.log.line(
+            f"warning: torch.compile failed, the {run.state.phase} phase goes on without it "
+            f"(full.compile=false asks for that): {fault}"
+        )
+
+
 def tell_skipped(run: Run) -> None:
     """Name the images that have turned out to be unreadable since it was last called.
 

@@ -1,0 +1,88 @@
+"""Compile the blocks of a model for its training passes; equal blocks share one graph."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._triton import has_triton
+
+from switchlora.learner.sharding import sequence_blocks
+
+Asked = Mapping[str, Any] | bool | str | None
+"""arguments of torch.compile, True for its defaults, None or False for eager code, or 'auto'"""
+AUTO = "auto"
+GRAPHS = 256
+"""graphs of a block's code after which torch gives up: one for each pattern of shapes and ranks"""
+C_COMPILERS = ("cc", "gcc", "clang")
+
+
+def compile_of(asked: Asked, device: torch.device, recomputed: str | None = None) -> Asked:
+    """Return what torch.compile is asked for on ``device``.
+
+    'auto' is True on CUDA where Triton and a C compiler are there, else None. It is None too where
+    the inputs of gelus are ``recomputed``, which compiled code cannot do. Anything else is itself.
+    """
+    if asked != AUTO:
+        return asked
+    useful = device.type == "cuda" and recomputed != "gelu"
+    return True if useful and missing_compiler() is None else None
+
+
+def missing_compiler() -> str | None:
+    """Return what torch.compile lacks on this machine's GPU, or None."""
+    if not has_triton():
+        return "a Triton that knows this GPU"
+    if not any(map(shutil.which, C_COMPILERS)):
+        return f"a C compiler ({', '.join(C_COMPILERS)})"
+    return None
+
+
+class CompiledBlocks:
+    """The compiled forward passes of a model's blocks, which stand in their place while in use.
+
+    Outside of ``in_use`` the model is as it was: it is copied, saved, measured and evaluated
+    without the compiler. Graphs stay when a model is rebuilt, so a block of known shapes and ranks
+    is not compiled again.
+    """
+
+    def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        self._forwards = {
+            block: torch.compile(block.forward, **options) for block in compiled_blocks(model)
+        }
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let the blocks run their compiled passes inside."""
+        patch = torch._dynamo.config.patch  # type: ignore[attr-defined]
+        limits: dict[str, Any] = {
+            "recompile_limit": GRAPHS,
+            "accumulated_recompile_limit": 4 * GRAPHS,
+        }
+        with patch(optimize_ddp=False, **limits):  # a block is less than a bucket of DDP
+            for block, forward in self._forwards.items():
+                block.forward = forward
+            try:
+                yield
+            finally:
+                for block in self._forwards:
+                    del block.forward
+
+
+def compiled_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the innermost blocks of the sequences of ``model``, or the model if it has none."""
+    found = [block for block in sequence_blocks(model) if not sequence_blocks(block)]
+    return found or [model]
+
+
+def made_compiled(model: nn.Module, asked: Asked) -> CompiledBlocks | None:
+    """Return the blocks of ``model`` compiled as ``asked``; ValueError for unknown arguments."""
+    if asked is None or asked is False:
+        return None
+    options = asked if isinstance(asked, Mapping) else {}
+    try:
+        return CompiledBlocks(model, options)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"full.compile is {dict(options)}: torch says {error}") from error
