@@ -12,6 +12,7 @@ from scipy.stats import binomtest, norm
 from switchlora.analysis.card.accuracy import share
 from switchlora.analysis.card.intervals import LEVEL, Interval, resampled_mean
 from switchlora.analysis.card.predictions import Predictions
+from switchlora.analysis.correction import holm
 
 ALPHA = 0.05
 POWER = 0.8
@@ -99,16 +100,6 @@ def worse_classes(comparisons: Sequence[Sequence[Found]]) -> list[Found]:
 def p_of_loss(found: Found) -> float:
     """Return the p of a comparison where more is lost than won; 1 elsewhere."""
     return found["p"] if found["lost"] > found["won"] else 1.0
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """Return the p of several tests, corrected as Holm (1979) does."""
-    corrected = [0.0] * len(ps)
-    largest = 0.0
-    for rank, place in enumerate(np.argsort(ps, kind="stable")):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
-        corrected[place] = largest
-    return corrected
 
 
 def smallest_drop(units: int, differ: int, alpha: float) -> float:

@@ -6,7 +6,6 @@ the probability of any false alarm, over all of them, below one level.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from scipy.stats import chi2_contingency, ks_2samp
 from torch import Tensor
 
+from switchlora.analysis.correction import holm
 from switchlora.analysis.drift.sample import Sample
 
 LEAST_EXPECTED = 5
@@ -84,20 +84,6 @@ def permutations_for(level: float) -> int:
     """Return how many permutations reach a p far below what decides at a ``level``."""
     questions = 4
     return max(PERMUTATIONS, math.ceil(SHARE_OF_P * questions / level) - 1)
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Return p-values after Holm's correction, in their order.
-
-    >>> [round(p, 2) for p in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
-    """
-    adjusted = [1.0] * len(values)
-    largest = 0.0
-    for rank, place in enumerate(np.argsort(values, kind="stable")):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = largest
-    return adjusted
 
 
 def counts_of(sample: Sample) -> np.ndarray:
