@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -93,12 +93,12 @@ def rank_policy(rank: int | float | RankPolicy) -> RankPolicy:
     """Return a policy for a rank, for a share of all parameters, or the policy that it is."""
     if isinstance(rank, float):
         return Budget(share=rank)
-    if isinstance(rank, int) and not isinstance(rank, bool):
-        check_range("rank", rank, 1)
-        return Fixed(rank)
-    wanted = "a number of at least 1, a share of all parameters such as 0.2, or a policy such as "
-    check_function("rank", rank, f"{wanted}Energy(0.9)")
-    return rank
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        wanted = "a number of at least 1, a share of all parameters such as 0.2, or a policy such"
+        check_function("rank", rank, f"{wanted} as Energy(0.9)")
+        return cast(RankPolicy, rank)
+    check_range("rank", rank, 1)
+    return Fixed(rank)
 
 
 def check_optional(**functions: Callable[..., Any] | None) -> None:
