@@ -16,8 +16,8 @@ from switchlora.analysis.compare import TIMED, differences
 from switchlora.errors import Interrupted
 from switchlora.train import train
 
-SHALLOW = "model.depth=2"
-DIGITS = ("data=digits", "model=digits", SHALLOW, "log=quiet", "log.figures=false")
+TINY = ("model.depth=2", "model.embed_dim=32")
+DIGITS = ("data=digits", "model=digits", *TINY, "log=quiet", "log.figures=false")
 FEW = ("data.train_size=640", "data.batch_size=32")
 """20 updates an epoch"""
 ON_ANY_DATA = (

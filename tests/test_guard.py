@@ -134,6 +134,7 @@ def grown(tmp_path_factory):
     summary = make_run(
         folder,
         *(
+            "model.embed_dim=64",
             "switch/guard=ranks",
             "switch.guard.patience=1",
             "adapter.lr_scale=100",

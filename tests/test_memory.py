@@ -130,7 +130,7 @@ def alive():
 
 def test_nothing_stays_alive_that_the_table_does_not_show(tmp_path):
     before = alive()
-    run = prepared(tmp_path, "ema=0.9", "max_updates=4", "checkpoint.keep=0")
+    run = prepared(tmp_path, "model.embed_dim=64", "ema=0.9", "max_updates=4", "checkpoint.keep=0")
     views = [vars(loader.dataset) for loader in (run.data.train, run.data.val, run.data.test)]
     images = held_bytes(x for view in views for x in view.values() if torch.is_tensor(x))
     with run.log:

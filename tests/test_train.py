@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from conf_yamls import composed
-from runs import BY_DATE, DIGITS, SHALLOW, SHORT as THREE_EPOCHS, history_row, wandb_records
+from runs import BY_DATE, DIGITS, TINY, SHORT as THREE_EPOCHS, history_row, wandb_records
 from switchlora.cli import main
 from switchlora.config import build
 from switchlora.errors import SwitchFailed
@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_not_measured(tmp_path,
 
 
 def command(monkeypatch, folder, *arguments):
-    words = [word for word in SHORT if word != SHALLOW]  # which not every model has
+    words = [word for word in SHORT if word not in TINY]  # which not every model has
     monkeypatch.setattr(sys, "argv", ["switchlora", *words, f"hydra.run.dir={folder}", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -359,7 +359,8 @@ def test_golden_losses_have_not_moved(tmp_path):
     you have, commit both. With kernels that no recording knows, it adds one when SWITCHLORA_GOLDEN
     is set to 'record'.
     """
-    recorded = ("model.depth=3", "data.train_size=null", "data.batch_size=64")
+    recorded = ("model.depth=3", "model.embed_dim=64", "data.train_size=null")
+    recorded += ("data.batch_size=64",)
     recorded += ("switch/init=update_svd", "switch.rank.share=0.1")
     recorded += ("adapter.factor_lr=3", "adapter.rewarmup_updates=0")
     make_run(tmp_path, *BY_DATE, *recorded)
