@@ -171,7 +171,7 @@ def test_a_run_of_cola_leaves_a_checkpoint_that_rebuilds_it_and_no_merged_model(
     model = load_model(find_all(tmp_path)[0])
     factors = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     phase = summary["phases"]["adapter"]
-    assert factors == 2 * 16 * (64 + 192 + 2 * 64 + 64 + 2 * 256 + 64)
+    assert factors == 2 * 8 * (32 + 96 + 2 * 32 + 32 + 2 * 128 + 32)
     assert count_parameters(model) == phase["trainable_parameters"]
     assert summary["cost"]["train_flops"] == 5 * phase["flops_per_update"]
     with pytest.raises(ValueError, match="no matrix to merge"):

@@ -99,6 +99,7 @@ KINDS = {
         *("adapter/refactoring=reflora", "adapter.refactoring.warmup_updates=3", *RANK_2),
     ),
     "taken back": (
+        "model.embed_dim=64",
         *("switch/guard=full", "switch.guard.patience=1", "switch.guard.criterion.patience=1"),
         *(
             "switch.guard.criterion.fraction=1.1",
@@ -282,7 +283,7 @@ def damage(path, kind):
         elif kind in CONTENTS:
             state = CONTENTS[kind](state)
         else:
-            state["shapes"]["head.weight"] = (10, 32)
+            state["shapes"]["head.weight"] = (10, 16)
         torch.save(state, state_file)
         (path / SUMS).write_text(f"{sha256_of(state_file)}  {STATE}\n")
 
@@ -313,7 +314,7 @@ def short(tmp_path_factory):
         ("version", f"has format {FORMAT + 1}, this version of switchlora reads {FORMAT}"),
         (
             "other model",
-            r"is another model's: head.weight is \(10, 32\) there and \(10, 64\) here",
+            r"is another model's: head.weight is \(10, 16\) there and \(10, 32\) here",
         ),
     ],
 )
