@@ -373,7 +373,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("options, says", MISTAKES, ids=str)
+@pytest.mark.parametrize("options, says", MISTAKES)
 def test_an_argument_that_cannot_work_is_refused_at_once_by_its_name(options, says):
     model = tiny_vit()
     with pytest.raises(ValueError, match=says) as refused:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from conf_yamls import composed
-from runs import BY_DATE, DIGITS, TINY, SHORT as THREE_EPOCHS, history_row, wandb_records
+from runs import BY_DATE, DIGITS, SHORT as THREE_EPOCHS, TINY, history_row, wandb_records
 from switchlora.cli import main
 from switchlora.config import build
 from switchlora.errors import SwitchFailed
