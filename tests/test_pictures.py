@@ -160,7 +160,7 @@ def test_the_demo_is_drawn_beside_its_recorded_full_training(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         config = copy.deepcopy(composed("+experiments=demo"))
-        config.merge_with_dotlist(["full.precision=fp32", *changed])
+        config.merge_with_dotlist(["full.precision=fp32", "full.compile=null", *changed])
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
         (folder / "metrics.jsonl").write_text('{"event": "test", "num_updates": 312}\n')
     full, short = find_counterparts(tmp_path / "demo")

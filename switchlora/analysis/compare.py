@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import METRICS, SUMMARY, find_all, read, read_record
+from switchlora.storage import BEFORE, METRICS, SUMMARY, find_all, read, read_record
 
 TIMED = {
     "config",
@@ -78,6 +78,8 @@ def differences(first: Path, second: Path) -> list[str]:
     other = content(second)
     found = []
     for what in one.keys() | other.keys():
+        if what == BEFORE and not (what in one and what in other):
+            continue  # a run that began after the switch has none
         mine = dict(compared_leaves(one.get(what, {})))
         theirs = dict(compared_leaves(other.get(what, {})))
         for name in mine.keys() | theirs.keys():

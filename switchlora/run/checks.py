@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from switchlora.adapters import FACTORS, adapted_linear, made_class
 from switchlora.criteria import NO_SHARE, AtEpoch, PredictedCost, at_start, never
+from switchlora.errors import NothingMeasured
 from switchlora.learner import (
     LoRARite,
     Muon,
@@ -69,7 +70,11 @@ def rehearse_switch(
     if parallel == "fsdp":
         _refuse_what_shards_cannot(policy)
     check_criterion(policy)
-    rehearse(model, policy, monitor)
+    try:
+        rehearse(model, policy, monitor)
+    except NothingMeasured:
+        if policy.decide([]).fires:  # the switch is at the start, without a measurement
+            raise
 
 
 def check_recipes(

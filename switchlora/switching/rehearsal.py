@@ -7,7 +7,6 @@ from torch import nn
 
 from switchlora.adapters import made_class
 from switchlora.criteria import Verdict
-from switchlora.errors import NothingMeasured
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.switching.plan import check_start, choose_ranks
@@ -18,22 +17,17 @@ def rehearse(
 ) -> None:
     """Call the criterion, the rank choice and the initializer once, on an invented measurement.
 
-    ValueError when they cannot work, alone or together. A policy that fires at the start must
-    choose ranks and factors without a measurement. Any other may raise NothingMeasured here.
-    ``epoch`` is nan in a loop that does not count epochs.
+    ValueError when they cannot work, alone or together. NothingMeasured when ranks or start need
+    a real one. ``epoch`` is nan in a loop that does not count epochs.
     """
     once = [_invented_measurement(monitor, epoch)]
     _check_verdict("criterion", policy.criterion(once))
     if policy.guard is not None and policy.guard.criterion is not None:
         _check_verdict("guard.criterion", policy.guard.criterion(once))
     check_factors_alone(model, policy, monitor)
-    try:
-        choose_ranks(model, policy, monitor, [])
-        name, update = next(iter(monitor.updates().items()))
-        check_start(policy, name, policy.init(monitor.targets[name].weight(model), update, 1))
-    except NothingMeasured:
-        if policy.decide([]).fires:
-            raise
+    choose_ranks(model, policy, monitor, [])
+    name, update = next(iter(monitor.updates().items()))
+    check_start(policy, name, policy.init(monitor.targets[name].weight(model), update, 1))
 
 
 def _invented_measurement(monitor: UpdateMonitor, epoch: float) -> Measurement:
