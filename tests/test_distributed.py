@@ -128,6 +128,7 @@ GUIDED = (
     r"switch.targets=['blocks\.1\.mlp\.fc[12]']",
 )
 TAKEN_BACK = (
+    "model.embed_dim=64",
     *(
         "switch/guard=full",
         "switch.guard.patience=1",

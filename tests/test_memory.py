@@ -138,7 +138,7 @@ def test_nothing_stays_alive_that_the_table_does_not_show(tmp_path):
     found = alive()
     shown = run.ledger.memory[Phase.ADAPTER]["measured"]
     held = sum(found[key].nbytes() for key in found.keys() - before.keys()) - images
-    assert held == pytest.approx(shown["total"] - shown["activations"], rel=0.01)
+    assert held == pytest.approx(shown["total"] - shown["activations"], rel=0.02)
 
 
 def test_the_prediction_is_that_of_the_cost_models_trace_and_moves_no_generator(tmp_path):
