@@ -128,7 +128,7 @@ def program_with_a_changed_weight(number, *words):
     def spoiled(self, images, targets, loss_fn, num_updates):
         if num_updates + 1 == int(number) and distributed.rank() == 1:
             weight = self.model.get_parameter("blocks.1.mlp.fc1.weight").data
-            weight.view(torch.int32)[0, 0] ^= 1 << 16
+            weight.view(torch.int32)[0, 0] ^= 1
         return update(self, images, targets, loss_fn, num_updates)
 
     Learner.update = spoiled

@@ -308,7 +308,7 @@ def test_ranks_with_other_settings_end_with_one_line_before_anything_is_written(
 def test_a_weight_that_changes_on_one_rank_ends_the_run_at_the_end_of_the_epoch(tmp_path):
     folder = tmp_path / "run"
     words = (*SHORT, "switch/criterion=never", "checkpoint.every_minutes=null")
-    words += (f"hydra.run.dir={folder}",)
+    words += ("model.embed_dim=64", f"hydra.run.dir={folder}")
     (line,) = lines_at_the_end(tmp_path, program_with_a_changed_weight, "25", *words)
     assert "ranks hold different weights at update 40: blocks.1.mlp.fc1.weight" in line
     assert "update-00000020; go on with: torchrun" in line

@@ -132,13 +132,14 @@ def test_nothing_stays_alive_that_the_table_does_not_show(tmp_path):
     before = alive()
     run = prepared(tmp_path, "model.embed_dim=64", "ema=0.9", "max_updates=4", "checkpoint.keep=0")
     views = [vars(loader.dataset) for loader in (run.data.train, run.data.val, run.data.test)]
-    images = held_bytes(x for view in views for x in view.values() if torch.is_tensor(x))
+    kept = [x for view in views for x in view.values() if torch.is_tensor(x)]
+    images = held_bytes([*kept, *(view["names"].rows for view in views)])
     with run.log:
         fit(run)
     found = alive()
     shown = run.ledger.memory[Phase.ADAPTER]["measured"]
     held = sum(found[key].nbytes() for key in found.keys() - before.keys()) - images
-    assert held == pytest.approx(shown["total"] - shown["activations"], rel=0.02)
+    assert held == pytest.approx(shown["total"] - shown["activations"], rel=0.01)
 
 
 def test_the_prediction_is_that_of_the_cost_models_trace_and_moves_no_generator(tmp_path):

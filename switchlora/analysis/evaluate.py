@@ -69,6 +69,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "overrides", nargs="*", metavar="KEY=VALUE", help="data=NAME or data.KEY=VALUE"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_loading_options(parser)
+    return parser.parse_intermixed_args(words)
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that loads a saved model and data for it."""
     parser.add_argument("--config-dir", type=Path, help="a folder with yamls of your own")
     parser.add_argument(
         "--allow", action="append", default=[], metavar="NAME", help="your class that a file names"
@@ -76,7 +82,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the GPU if there is one"
     )
-    return parser.parse_intermixed_args(words)
 
 
 def evaluated(

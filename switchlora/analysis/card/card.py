@@ -28,6 +28,7 @@ from switchlora.analysis.card.sources import (
     validation_of,
 )
 from switchlora.analysis.card.use import measure_use
+from switchlora.analysis.evaluate import add_loading_options
 from switchlora.analysis.figures import run_labels
 from switchlora.config import names_in_yamls
 from switchlora.errors import check_range
@@ -86,13 +87,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-cost", action="store_true", help="no latency, compiler and ONNX")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/card")
-    parser.add_argument("--config-dir", type=Path, help="a folder with yamls of your own")
-    parser.add_argument(
-        "--allow", action="append", default=[], metavar="NAME", help="your class that a file names"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the GPU if there is one"
-    )
+    add_loading_options(parser)
     return parser.parse_intermixed_args(words)
 
 

@@ -19,7 +19,13 @@ from torch.utils.data import DataLoader
 from switchlora.analysis.drift.picture import draw
 from switchlora.analysis.drift.sample import MOST, SAMPLE, Sample, read_sample, sample_of
 from switchlora.analysis.drift.statistics import Found, compared
-from switchlora.analysis.evaluate import check_fits, data_of, opened, precision_of
+from switchlora.analysis.evaluate import (
+    add_loading_options,
+    check_fits,
+    data_of,
+    opened,
+    precision_of,
+)
 from switchlora.analysis.formats import markdown
 from switchlora.analysis.output import save
 from switchlora.data import Unlabelled, build_test
@@ -72,13 +78,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="write drift.png and drift.json there"
     )
-    parser.add_argument("--config-dir", type=Path, help="a folder with yamls of your own")
-    parser.add_argument(
-        "--allow", action="append", default=[], metavar="NAME", help="your class that a file names"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the GPU if there is one"
-    )
+    add_loading_options(parser)
     return parser.parse_intermixed_args(words)
 
 
