@@ -171,7 +171,7 @@ def test_the_work_that_forms_are_chosen_by_is_what_they_do(
     merged, split = (bytes_of_an_update(form, *case) for form in ("merged", "split"))
     slices = [(number, 8) for number in rows.values()]
     shape = Shape(40, 64, slices, 2, weight_dtype.itemsize, train_A, made=1 if kept else 2)
-    expected = [sum(work.bytes for work in own_work(form, shape)) for form in ("merged", "split")]
+    expected = [sum(work.moved for work in own_work(form, shape)) for form in ("merged", "split")]
     assert merged - split == expected[0] - expected[1]
 
 

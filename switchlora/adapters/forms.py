@@ -8,21 +8,21 @@ FORMS = ("merged", "split")
 
 
 class Rates(NamedTuple):
-    """What a device does in a second, and the seconds of its shortest kernel."""
+    """A device: FLOPs and bytes in a second, and the seconds of its shortest kernel."""
 
     flops: float
-    bytes: float
+    bandwidth: float
     latency: float = 4e-6
 
 
 class Work(NamedTuple):
-    """One operation: its FLOPs, and the bytes that it reads and writes."""
+    """One operation: its FLOPs, and the bytes that it moves."""
 
     flops: int
-    bytes: int
+    moved: int
 
 
-A_GPU = Rates(flops=2.2e14, bytes=1.2e12)
+A_GPU = Rates(flops=2.2e14, bandwidth=1.2e12)
 """of an A100 in bf16, which stands for a GPU whose rates nobody has set"""
 _RATES: dict[str, Rates] = {}
 
@@ -105,7 +105,7 @@ def faster_form(shape: Shape, rates: Rates) -> str:
 
 def seconds(work: Work, rates: Rates) -> float:
     """Return the seconds of one operation."""
-    return max(work.flops / rates.flops, work.bytes / rates.bytes, rates.latency)
+    return max(work.flops / rates.flops, work.moved / rates.bandwidth, rates.latency)
 
 
 def own_work(form: str, shape: Shape) -> list[Work]:
