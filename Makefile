@@ -1,8 +1,8 @@
 # Only `make install` and what depends on it touch .venv; a second run changes nothing.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# Two test processes share the machine: one thread each, and nothing is sent to W&B.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true
+# Two test processes share the machine: one thread each. Nothing is sent to W&B, and no file is compiled twice.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-hard test-oldest test-newest thresholds systems frontier guard pretrained scaling killtest check docs format clean

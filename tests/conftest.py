@@ -77,8 +77,8 @@ def parsed_once():
         yield
 
 
-@pytest.fixture(autouse=True)
-def kept():
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
     """Collections of garbage, of which each switch makes one, see only what the test makes."""
     gc.collect()
     gc.freeze()

@@ -16,7 +16,7 @@ from switchlora.analysis.compare import TIMED, differences
 from switchlora.errors import Interrupted
 from switchlora.train import train
 
-TINY = ("model.depth=2", "model.embed_dim=32")
+TINY = ("model.depth=1", "model.embed_dim=32")
 DIGITS = ("data=digits", "model=digits", *TINY, "log=quiet", "log.figures=false")
 FEW = ("data.train_size=640", "data.batch_size=32")
 """20 updates an epoch"""

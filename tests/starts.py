@@ -112,6 +112,13 @@ def program(*words):
     main()
 
 
+def program_in(folder, *words):
+    """``switchlora *words`` in a folder whose modules Python finds."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    program(*words)
+
+
 def multirun(*words):
     """``switchlora *words`` with its jobs in forks of this process."""
     switchlora.sweep.jobs.subprocess = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)

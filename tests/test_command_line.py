@@ -242,11 +242,10 @@ def test_the_command_of_a_stopped_run_works_when_pasted_whatever_its_folder_is_c
         main()
     assert stop.value.code == 128 + signal.SIGTERM
     command = capsys.readouterr().err.partition("go on with: ")[2].strip()
-    program = f'switchlora() {{ {shlex.quote(sys.executable)} -m switchlora "$@"; }}\n'
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    pasted = subprocess.run(
-        ["bash", "-c", program + command], env=environment, capture_output=True, text=True
-    )
+    read = ["bash", "-c", f"switchlora() {{ printf '%s\\0' \"$@\"; }}\n{command}"]
+    pasted = subprocess.run(read, check=True, capture_output=True, text=True).stdout
+    with Started(tmp_path / "said", program, *pasted.split("\0")[:-1]) as started:
+        pasted = started.finish()
     assert pasted.returncode == 0, pasted.stderr
     assert read_summary(folder)["status"] == "finished" and "update 3" in pasted.stdout
 

@@ -2,10 +2,7 @@
 
 import dataclasses
 import inspect
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from conf_yamls import CONF, build, by_hydra, composed, names
+from starts import Started, program_in
 from switchlora.adapters import DEFAULT_TARGETS
 from switchlora.config import as_plain
 from switchlora.learner import Recipe, build_learner
@@ -75,14 +73,9 @@ def test_the_documented_files_of_ones_own_train_and_switch_from_a_folder_of_ones
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     run = ["--config-dir", "conf", "+experiments=mine", "log=quiet", "log.figures=false"]
-    shown = subprocess.run(
-        [sys.executable, "-m", "switchlora", *run],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    with Started(tmp_path / "said", program_in, tmp_path, *run) as started:
+        shown = started.finish()
+    assert shown.returncode == 0, shown.stderr
     assert "all targets are still" in shown.stdout + shown.stderr
     assert "the summary has " in shown.stdout
 

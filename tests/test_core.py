@@ -22,7 +22,7 @@ OIALR = (
     *("data.train_size=320", "full.scheduler.warmup_t=5", "monitor.window=5", "max_updates=26"),
     *("+method=oialr", "switch/criterion=at_epoch", "switch.criterion.epoch=0.5"),
     *("switch.restart.every_epochs=0.5", "switch.restart.step=0.4", "switch.restart.cutoff=0.3"),
-    *("ema=0.9", "full.precision=bf16"),
+    *("ema=0.9", "full.precision=bf16", "model.depth=2"),
 )
 """a switch at update 5, a refresh every 5 updates"""
 

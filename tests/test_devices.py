@@ -24,7 +24,7 @@ EVERYTHING = (
 KINDS = {
     "bases": ("+method=oialr_test",),
     "restarts": ("+method=relora_svd",),
-    "guided": ("+method=self_guided_32",),
+    "guided": ("+method=self_guided_32", "model.depth=2"),
     "stages under Muon": ("+method=staged", "recipe@full=muon", "recipe@adapter=muon"),
 }
 

@@ -25,6 +25,7 @@ from switchlora.process import distributed
 from switchlora.storage import STATE, find_all, read_events
 
 PLATEAU = (
+    "model.depth=2",
     "switch/criterion=loss_plateau",
     "switch.criterion.tolerance=6",
     "switch.criterion.patience=1",
@@ -125,7 +126,7 @@ STAGED = (
 )
 GUIDED = (
     *("+method=self_guided_32", "switch.joint_epochs=0.5", "max_updates=24"),
-    r"switch.targets=['blocks\.1\.mlp\.fc[12]']",
+    r"switch.targets=['blocks\.0\.mlp\.fc[12]']",
 )
 TAKEN_BACK = (
     "model.embed_dim=64",
@@ -308,7 +309,7 @@ def test_ranks_with_other_settings_end_with_one_line_before_anything_is_written(
 def test_a_weight_that_changes_on_one_rank_ends_the_run_at_the_end_of_the_epoch(tmp_path):
     folder = tmp_path / "run"
     words = (*SHORT, "switch/criterion=never", "checkpoint.every_minutes=null")
-    words += ("model.embed_dim=64", f"hydra.run.dir={folder}")
+    words += ("model.depth=2", "model.embed_dim=64", f"hydra.run.dir={folder}")
     (line,) = lines_at_the_end(tmp_path, program_with_a_changed_weight, "25", *words)
     assert "ranks hold different weights at update 40: blocks.1.mlp.fc1.weight" in line
     assert "update-00000020; go on with: torchrun" in line

@@ -101,7 +101,7 @@ def staged(tmp_path_factory):
     stages = ("+method=staged", "switch.stages.interval=5", "monitor.window=5")
     early = ("switch.criterion.fraction=0.95", "switch.criterion.patience=1", "epochs=2")
     folder = tmp_path_factory.mktemp("figures") / "staged"
-    make_run(folder, *stages, *early, "log.cost_model=false", "checkpoint.keep=0")
+    make_run(folder, "model.depth=2", *stages, *early, "log.cost_model=false", "checkpoint.keep=0")
     return folder
 
 

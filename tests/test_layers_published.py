@@ -165,7 +165,7 @@ def test_no_weight_stands_for_cola():
 
 
 def test_a_run_of_cola_leaves_a_checkpoint_that_rebuilds_it_and_no_merged_model(tmp_path, capsys):
-    summary = make_run(tmp_path, *TEN, "+method=cola", *FIVE)
+    summary = make_run(tmp_path, *TEN, "+method=cola", "model.depth=2", *FIVE)
     assert [path.name for path in tmp_path.rglob("*.safetensors")] == [BEFORE]
     assert "are no matrix that timm or PEFT could load" in capsys.readouterr().out
     model = load_model(find_all(tmp_path)[0])
@@ -267,7 +267,7 @@ def test_sltrains_entries_train_at_the_rate_of_weights_without_decay():
 
 
 def test_a_run_of_sltrain_rebuilds_merges_and_exports(tmp_path):
-    summary = make_run(tmp_path, *TEN, "+method=sltrain", *FIVE)
+    summary = make_run(tmp_path, *TEN, "+method=sltrain", "model.depth=2", *FIVE)
     model = load_model(find_all(tmp_path)[0])
     names = [name for name, _ in model.named_parameters() if "lora_S" in name]
     phase = summary["phases"]["adapter"]

@@ -25,7 +25,7 @@ from switchlora.storage import (  # noqa: E402
 )
 from switchlora.storage.hub import hub_config  # noqa: E402
 
-CONFIG = composed(*SHORT, "log=quiet")
+CONFIG = composed(*SHORT, "model.depth=2", "log=quiet")
 SETTINGS = {"r": 3, "lora_alpha": 7, "target_modules": ["qkv", "fc1"]}
 
 
@@ -99,17 +99,17 @@ def test_a_run_starts_from_an_adapter_merged_into_its_weights(images, tmp_path, 
     base = str(save_merged(plain(), tmp_path / "base.safetensors"))
     wanted = written(tmp_path / "theirs", modules_to_save=["head"])(images)
     start = [f"init_checkpoint={base}", f"init_adapter={tmp_path}/theirs"]
-    run = prepare(composed(*SHORT, "log=quiet", *start), tmp_path / "run")
+    run = prepare(composed(*SHORT, "model.depth=2", "log=quiet", *start), tmp_path / "run")
     torch.testing.assert_close(run.model.eval()(images), wanted, rtol=0, atol=1e-4)
     assert not adapted_modules(run.model)
     assert all(parameter.requires_grad for parameter in run.model.parameters())
     assert "adapters of 4 linears, merged" in capsys.readouterr().out
     save_adapter(load_adapter(plain(), tmp_path / "theirs"), tmp_path / "ours")
     own = f"init_adapter={tmp_path}/ours"
-    run = prepare(composed(*SHORT, "log=quiet", own), tmp_path / "own")
+    run = prepare(composed(*SHORT, "model.depth=2", "log=quiet", own), tmp_path / "own")
     torch.testing.assert_close(run.model.eval()(images), wanted, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="has its own base model.*leave init_checkpoint out"):
-        prepare(composed(*SHORT, "log=quiet", start[0], own), tmp_path / "both")
+        prepare(composed(*SHORT, "model.depth=2", "log=quiet", start[0], own), tmp_path / "both")
 
 
 @torch.no_grad()

@@ -94,7 +94,14 @@ def test_relora_scales_its_adapter_by_a_quarter_and_drops_a_tenth_of_its_inputs(
 
 
 def test_pufferfishs_run_has_factors_of_q_k_and_v_stops_resumes_and_loads(tmp_path, at_update):
-    words = (*TEN, "+method=pufferfish", "switch.criterion.epoch=1", "max_updates=16", "ema=0.9")
+    words = (
+        *TEN,
+        "+method=pufferfish",
+        "model.depth=2",
+        "switch.criterion.epoch=1",
+        "max_updates=16",
+        "ema=0.9",
+    )
     make_run(tmp_path / "whole", *words)
     make_run_in_parts(tmp_path / "stopped", at_update, [10, 13], *words)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")

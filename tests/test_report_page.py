@@ -35,9 +35,9 @@ document.title = "SEEN" + JSON.stringify({rising, falling: [header.ariaSort, sho
 def sweep(tmp_path_factory):
     """Full training, a switch by date with two seeds, and four jobs that came to no good end."""
     folder = tmp_path_factory.mktemp("page") / "sweep"
-    make_run(folder / "full", "switch/criterion=never", "epochs=2")
+    make_run(folder / "full", "model.depth=2", "switch/criterion=never", "epochs=2")
     for seed in (0, 1):
-        make_run(folder / f"date-{seed}", *BY_DATE, "epochs=2", f"seed={seed}")
+        make_run(folder / f"date-{seed}", *BY_DATE, "model.depth=2", "epochs=2", f"seed={seed}")
     for name, seed in (("killed", 2), ("torn", 3), ("stopped <b>&", 4)):
         shutil.copytree(folder / "date-0", folder / name)
         config = folder / name / "config.yaml"

@@ -63,7 +63,7 @@ KINDS = {
     "sgd": (*BY_DATE, "recipe@full=sgd", "switch.moments=factors", "adapter.rewarmup_updates=4"),
     "lion": (*BY_DATE, "recipe@full=lion", "switch.moments=reset", "full.precision=bf16"),
     "lean": (
-        *BY_DATE,
+        *(*BY_DATE, "model.depth=2"),
         *("full.precision=bf16", "switch.residual_dtype=bf16", "switch.train_factors=[B]"),
         "switch/init=update_svd",
         *(r"switch.freeze=[patch_embed,pos_embed,cls_token,'blocks\.0\.','blocks\.1.*\.q$']",),
@@ -84,7 +84,7 @@ KINDS = {
     ),
     "guided": (
         *("+method=self_guided_32", "switch.joint_epochs=1.25"),
-        *("switch.dropout=0.1", "ema=0.9", r"switch.targets=['blocks\.1\.mlp\.fc[12]']"),
+        *("switch.dropout=0.1", "ema=0.9", r"switch.targets=['blocks\.0\.mlp\.fc[12]']"),
     ),
     "joint": (
         *("+method=prelora", "switch.joint_epochs=0.25", "monitor.window=3"),

@@ -135,7 +135,7 @@ def job_config(*overrides, sweep="nowhere"):
 def test_the_folder_of_a_job_tells_its_settings_and_its_identity():
     words = ("+experiments=thresholds", "switch.criterion.fraction=0.5", "seed=1", "name=mine")
     folder = job_folder(_root_=job_config(*words))
-    assert folder.startswith("data-digits_model-digits_depth-2_embed_dim-32_fraction-0.5_seed-1_")
+    assert folder.startswith("data-digits_model-digits_depth-1_embed_dim-32_fraction-0.5_seed-1_")
     config = OmegaConf.to_container(composed(*DIGITS, *words), resolve=True)
     assert folder.endswith(identity(shaping(config)))
 

@@ -19,7 +19,7 @@ def runs(tmp_path_factory):
     """Full training, and low-rank layers from the first update, a few updates each."""
     folder = tmp_path_factory.mktemp("sweep")
     for method in ("full", "low_rank_32"):
-        make_run(folder / method, f"+method={method}", *FEW)
+        make_run(folder / method, f"+method={method}", "model.depth=2", *FEW)
     return folder
 
 

@@ -232,7 +232,7 @@ def test_seeds_that_did_not_recover_are_counted_apart():
         (["adapter.precision=bf16"], {}, "adapter.precision is auto, not bf16"),
         (["full.accumulation=2"], {}, "adapter.accumulation is 1, not 2"),
         (["model.drop_rate=0.1"], {}, "model.drop_rate is None, not 0.1"),
-        (["model.depth=1"], {}, "model.depth is 2, not 1"),
+        (["model.depth=2"], {}, "model.depth is 1, not 2"),
         (["data.train_size=100"], {}, "data.train_size is 640, not 100"),
         (["data.hflip=0.5"], {}, "data.hflip is 0.0, not 0.5"),
         ([], {"device": "another"}, "device is 1 x CPU, not another"),

@@ -93,7 +93,7 @@ def test_metrics_tell_the_story_in_order(finished):
     for key in ("update_norm", "relative_update_norm", "weight_stable_rank", "update_stable_rank"):
         assert measured[0][f"{key}/blocks.0.attn.qkv.q"] > 0
     (switch,) = [e for e in events if e["event"] == "switch"]
-    assert switch["switch/reason"] and switch["switch/rank/blocks.1.mlp.fc2"] > 0
+    assert switch["switch/reason"] and switch["switch/rank/blocks.0.mlp.fc2"] > 0
     assert [e["event"] for e in events][-1] == "test"
     assert all("val/ema_top1" in e for e in events if e["event"] == "eval")
 
@@ -139,7 +139,7 @@ def test_wandb_reads_its_own_offline_run_back(finished):
     (end,) = [r for r in records if r["type"] == "exit"]
     assert end["exit"]["exit_code"] == 0
     rows = [history_row(r) for r in records if r["type"] == "history"]
-    key = "update_norm/blocks.1.mlp.fc1"
+    key = "update_norm/blocks.0.mlp.fc1"
     logged = [(r["num_updates"], r[key]) for r in rows if key in r]
     assert logged == [(e["num_updates"], e[key]) for e in read_events(folder, "measure")]
     keys = {key.split(".")[0] for row in rows for key in row}

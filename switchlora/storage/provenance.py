@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def environment(device: torch.device, seed: int) -> dict[str, object]:
         "world_size": distributed.world_size(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": versions(),
+        "versions": dict(versions()),
         "git": git_state(),
         "command": command(),
         "seed": seed,
@@ -66,7 +67,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
-def versions() -> dict[str, str | None]:
+@cache
+def versions() -> Mapping[str, str | None]:
     """Return the version of each of ``PACKAGES``; None for one that is not installed."""
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
