@@ -100,7 +100,7 @@ def test_gradients_in_the_order_of_a_gpu_are_those_of_differences(on_a_gpu, form
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
 
     def call(inputs, bias, *factors):
-        return AdaptedProduct.apply(inputs, weight, bias, None, None, how, *factors)
+        return AdaptedProduct.apply(inputs, weight, None, bias, None, None, how, *factors)
 
     assert torch.autograd.gradcheck(call, tensors)
 

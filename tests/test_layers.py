@@ -84,7 +84,7 @@ def test_gradcheck_in_double_precision(kind, form, trained):
 
     def product(x, bias, *factors):
         return AdaptedProduct.apply(
-            x, module.weight, bias, None, None, Product(form, layout), *factors
+            x, module.weight, None, bias, None, None, Product(form, layout), *factors
         )
 
     assert torch.autograd.gradcheck(product, (x, module.bias, *factors))

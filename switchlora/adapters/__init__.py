@@ -60,6 +60,13 @@ from switchlora.adapters.product import (
     Product as Product,
     as_on_a_gpu as as_on_a_gpu,
 )
+from switchlora.adapters.quantised import (
+    CODES as CODES,
+    Quantised as Quantised,
+    dequantised as dequantised,
+    is_quantised as is_quantised,
+    quantised as quantised,
+)
 from switchlora.adapters.sltrain import (
     SparseLowRankLinear as SparseLowRankLinear,
     sltrain_linear as sltrain_linear,
@@ -95,6 +102,7 @@ from switchlora.adapters.trainable import (
     frozen_outright as frozen_outright,
     hold_frozen_statistics as hold_frozen_statistics,
     kept_parameters as kept_parameters,
+    parameter_sizes as parameter_sizes,
     plain_parameters as plain_parameters,
     train_only as train_only,
     training_flags as training_flags,

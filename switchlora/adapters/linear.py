@@ -24,6 +24,7 @@ from switchlora.adapters.product import (
     operand_of,
     plain_forward,
     rounded,
+    whole_weight,
     without_autocast,
 )
 
@@ -64,6 +65,9 @@ class AdaptedLinear(nn.Linear):
     ``bias`` stay where ``nn.Linear`` has them, so their names in state dicts, optimizers and
     curves survive the switch. Subclasses say where the factors are.
 
+    A ``weight_scale`` beside says that ``weight`` holds the codes of a quantised W_res, in the
+    dtype ``coded``: see ``switchlora.adapters.quantised``.
+
     - ``form`` says how the product is computed: 'merged' or 'split'. With None, ``cheaper_form``
       decides on a CPU, and ``faster_form`` on a GPU.
     - ``recompute_gelu`` saves memory. Inputs that come from a gelu are computed again in the
@@ -91,6 +95,8 @@ class AdaptedLinear(nn.Linear):
     form: str | None = None
     recompute_gelu = False
     dropout = 0.0
+    weight_scale: nn.Parameter | None
+    coded: torch.dtype | None = None
     _kept: "Kept | None" = None
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
@@ -99,6 +105,7 @@ class AdaptedLinear(nn.Linear):
         torch.backends.mha.set_fastpath_enabled(False)
         self.start_norms: dict[str, Norms] = {}
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("weight_scale", None)
         self.bias = bias  # type: ignore[assignment]
 
     def adapters(self) -> dict[str, Adapter]:
@@ -111,7 +118,15 @@ class AdaptedLinear(nn.Linear):
 
     def residual(self) -> Tensor:
         """Return what the adapters add to (out, in): W_res, with the rows of dense slices."""
-        return self.weight
+        return self.frozen_weight()
+
+    def frozen_weight(self) -> Tensor:
+        """Return ``weight``; of a quantised one what its codes stand for, in the factors' dtype."""
+        if self.coded is None:
+            return self.weight
+        adapter = next(iter(self.adapters().values()))
+        whole = whole_weight(self.weight, self.weight_scale, self.coded, self.in_features)
+        return whole.to(adapter.A.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map inputs (..., in) to outputs (..., out)."""
@@ -122,7 +137,7 @@ class AdaptedLinear(nn.Linear):
         if self.weight.requires_grad or self.dense_rows():
             return joint_forward(input, self.residual(), bias, adapters)
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return plain_forward(input, self.weight, bias, adapters)
+            return plain_forward(input, self.residual(), bias, adapters)
         return self._frozen_forward(input, adapters)
 
     def _frozen_forward(self, input: Tensor, adapters: Sequence[Adapter]) -> Tensor:
@@ -135,6 +150,7 @@ class AdaptedLinear(nn.Linear):
         device = input.device.type
         dtype = compute_dtype(device, factors)
         keeps = self._kept is not None and _keeps_operand(tokens, device)
+        keeps = keeps and self.coded is None  # kept operands are as large as whole weights
         form = self.form or self._chosen_form(tokens, adapters, device, dtype, keeps)
         made = None
         if self._kept is not None and not in_compiled_code():
@@ -142,8 +158,10 @@ class AdaptedLinear(nn.Linear):
         source, gelu = None, None
         if self.recompute_gelu:
             source, gelu = gelu_input(input)
-        how = Product(form, layout, gelu, keeps, self._stacks(form, adapters, device, keeps))
-        return AdaptedProduct.apply(input, self.weight, self.bias, made, source, how, *factors)
+        stacks = self._stacks(form, adapters, device, keeps)
+        how = Product(form, layout, gelu, keeps, stacks, self.coded)
+        frozen = self.weight, self.weight_scale, self.bias
+        return AdaptedProduct.apply(input, *frozen, made, source, how, *factors)
 
     def _stacks(self, form: str, adapters: Sequence[Adapter], device: str, keeps: bool) -> bool:
         """Return whether factors become part of the operand: in a GPU's compiled code.
@@ -268,11 +286,11 @@ class SlicedLoRALinear(AdaptedLinear):
 
         Gradients flow through it to the parameters.
         """
-        dense = self.dense_rows()
+        dense, weight = self.dense_rows(), self.frozen_weight()
         if not dense:
-            return self.weight
+            return weight
         sizes = [len(B) for name, B in self.lora_B.items() if name not in dense]
-        frozen = iter(self.weight.split(sizes))
+        frozen = iter(weight.split(sizes))
         copies = {name: rows * 1 for name, rows in dense.items()}  # gradients not views of one
         dtype = next(iter(dense.values())).dtype
         slices = []

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchlora.adapters.forms import Rates, set_rates
+from switchlora.adapters.quantised import dequantised
 
-ARGUMENTS = 6
+ARGUMENTS = 7
 """number of arguments of ``AdaptedProduct.forward`` before the factors A, B, A, B, ..."""
 LAUNCHING: tuple[str, ...] = ("cuda", "xpu", "mps")
 """devices on which the host launches each operation as a kernel, and often is what an update
@@ -274,6 +275,8 @@ class Product(NamedTuple):
     stacked: bool = False
     """whether one adapter's factors are part of the operand, the effective weight: see
     ``stacked_operand``"""
+    coded: torch.dtype | None = None
+    """how to read the codes of a quantised W_res"""
 
 
 class Made(NamedTuple):
@@ -288,6 +291,8 @@ class Made(NamedTuple):
 
 class AdaptedProduct(torch.autograd.Function):
     """X (W_res + s B A)^T + b with gradients for X, b and the factors only.
+
+    A quantised W_res comes with its ``scale``. It is dequantised where an operand is made.
 
     - Merged form: the effective weight is used in one full-size product each way.
     - Split form: the low-rank path is added in place to the outputs, and to the gradient of X.
@@ -304,6 +309,7 @@ class AdaptedProduct(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         weight: Tensor,
+        scale: Tensor | None,
         bias: Tensor | None,
         made: Made | None,
         source: Tensor | None,
@@ -325,7 +331,8 @@ class AdaptedProduct(torch.autograd.Function):
             operand = made.operand
             if operand is None:
                 adapters = adapters_of(how.layout, factors)
-                operand = operand_of(weight, adapters, small, how.form, dtype)
+                whole = whole_weight(weight, scale, how.coded, input.shape[-1])
+                operand = operand_of(whole, adapters, small, how.form, dtype)
                 if how.stacked:
                     operand = stacked_operand(operand, small, factors[0].requires_grad)
             input = input.to(dtype)
@@ -339,7 +346,7 @@ class AdaptedProduct(torch.autograd.Function):
         for_A = None
         if any(ctx.needs_input_grad[ARGUMENTS::2]):
             for_A = input if source is None else source
-        kept = (for_A, operand, None) if how.keeps else (for_A, None, weight)
+        kept = (for_A, operand, None, None) if how.keeps else (for_A, None, weight, scale)
         ctx.save_for_backward(*kept, *factors, *made.factors, *projected)
         return outputs
 
@@ -349,8 +356,8 @@ class AdaptedProduct(torch.autograd.Function):
         """Return gradients in the order of ``forward``'s arguments; None for the frozen weight."""
         (grad,) = grads
         grad = grad.reshape(-1, grad.shape[-1])
-        inputs, operand, weight, *rest = ctx.saved_tensors
-        form, layout, gelu, _, stacked = ctx.how
+        inputs, operand, weight, scale, *rest = ctx.saved_tensors
+        form, layout, gelu, _, stacked, coded = ctx.how
         num_factors = 2 * len(layout)
         factors = rest[:num_factors]
         small = adapters_of(layout, rest[num_factors : 2 * num_factors])
@@ -364,21 +371,22 @@ class AdaptedProduct(torch.autograd.Function):
                 operand = None
             elif operand is None:
                 adapters = adapters_of(layout, factors)
-                operand = operand_of(weight, adapters, small, form, ctx.dtype)
+                whole = whole_weight(weight, scale, coded, ctx.shape[-1])
+                operand = operand_of(whole, adapters, small, form, ctx.dtype)
             if stacked and operand is not None:
                 operand = operand[: grad.shape[1]]
             grad_input, grad_factors, bias_parts = adapted_backward(
                 grad, operand, inputs, projected, small, form, factors[0].dtype, stacked
             )
             grad_bias = None
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[3]:
                 grad_bias = _bias_gradient(grad, bias_parts, ctx.bias_dtype)
         if grad_input is not None:
             grad_input = (
                 grad_input.unflatten(0, ctx.shape[:-1]) if stacked else grad_input.view(ctx.shape)
             )
         cut = _without_padding(grad_factors, factors)
-        return grad_input, None, grad_bias, None, None, None, *cut
+        return grad_input, None, None, grad_bias, None, None, None, *cut
 
 
 def _bias_gradient(grad: Tensor, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -411,6 +419,15 @@ def compute_dtype(device: str, factors: Sequence[Tensor]) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return factors[0].dtype
+
+
+def whole_weight(
+    weight: Tensor, scale: Tensor | None, coded: torch.dtype | None, in_features: int
+) -> Tensor:
+    """Return W_res (out, in): ``weight`` itself, or in float32 what its codes stand for."""
+    if scale is None or coded is None:
+        return weight
+    return dequantised(weight, scale, coded, in_features)
 
 
 def operand_of(

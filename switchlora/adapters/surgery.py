@@ -17,6 +17,7 @@ from switchlora.adapters.linear import (
     is_factor,
 )
 from switchlora.adapters.product import Adapter
+from switchlora.adapters.quantised import is_quantised, quantised
 from switchlora.adapters.targets import Target
 
 
@@ -115,10 +116,19 @@ def inject_empty(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def round_residual(module: AdaptedLinear, dtype: torch.dtype) -> None:
-    """Convert the frozen weight of a module with adapters, if it has one, to ``dtype``."""
-    if module.weight is not None:
-        rounded = module.weight.to(dtype)
-        module.weight = nn.Parameter(rounded, requires_grad=False)
+    """Convert the frozen weight of a module with adapters, if it has one, to ``dtype``.
+
+    int8, float8_e4m3fn and uint8 quantise it: see ``switchlora.adapters.quantised``.
+    """
+    if module.weight is None:
+        return
+    if not is_quantised(dtype):
+        module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+        return
+    codes, scale = quantised(module.frozen_weight(), dtype)
+    module.weight = nn.Parameter(codes, requires_grad=False)
+    module.weight_scale = nn.Parameter(scale, requires_grad=False)
+    module.coded = dtype
 
 
 def restore(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
@@ -168,15 +178,19 @@ def adapted_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def without_adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of the plain model without its adapters: W_res in the place of W."""
+    """Return the state dict of the plain model without its adapters: W_res in the place of W.
+
+    A quantised W_res is dequantised.
+    """
     state = model.state_dict()
     plain_state = {}
     for name, tensor in state.items():
         if not is_factor(name):
             plain_state[name] = tensor
     for name, module in adapted_modules(model).items():
-        if module.dense_rows():
+        if module.dense_rows() or module.coded is not None:
             plain_state[f"{name}.weight"] = module.residual().detach()
+        plain_state.pop(f"{name}.weight_scale", None)
         for part in module.dense_rows():
             del plain_state[f"{name}.dense.{part}"]
     return plain_state
@@ -195,7 +209,7 @@ def _kept_in(module: AdaptedLinear) -> torch.dtype:
     """Return the dtype of the residual weight, or of the factors if there is none."""
     if module.weight is None:
         return next(module.parameters()).dtype
-    return module.weight.dtype
+    return module.coded or module.weight.dtype
 
 
 def _empty_adapters(

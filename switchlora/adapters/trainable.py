@@ -121,19 +121,30 @@ def _trains(model: nn.Module, name: str) -> bool:
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Return the number of parameters, or of those that train."""
-    count = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad or not trainable:
-            count += parameter.numel()
-    return count
+    if trainable:
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(parameter_sizes(model).values())
+
+
+def parameter_sizes(model: nn.Module) -> dict[str, int]:
+    """Return how many numbers each parameter holds, by name.
+
+    A quantised weight holds those that its codes stand for, and its scales none.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for name, module in adapted_modules(model).items():
+        if module.coded is not None:
+            sizes[f"{name}.weight"] = len(module.weight) * module.in_features
+            sizes[f"{name}.weight_scale"] = 0
+    return sizes
 
 
 def plain_parameters(model: nn.Module) -> int:
     """Return the number of parameters of the plain model, whether or not it has adapters now."""
     count = 0
-    for name, parameter in model.named_parameters():
+    for name, size in parameter_sizes(model).items():
         if not is_factor(name):
-            count += parameter.numel()
+            count += size
     for module in adapted_modules(model).values():
         if module.weight is None:
             count += module.in_features * module.out_features

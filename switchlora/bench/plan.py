@@ -45,6 +45,7 @@ from switchlora.cost import (
 )
 from switchlora.errors import check_range
 from switchlora.names import near
+from switchlora.policy import RESIDUAL_DTYPES
 from switchlora.process import USER_ERRORS, one_line
 
 CASES = Path(__file__).with_name("plan_cases.yaml")
@@ -266,7 +267,10 @@ KEYS: Mapping[str, tuple[str, Parser, str]] = {
     "full.activation_checkpointing": ("checkpointing", _choice("blocks"), "blocks"),
     "system.parallel": ("parallel", _choice("ddp", "fsdp"), "ddp or fsdp"),
     "switch.train_factors": ("train_factors", _factors, "[A,B] or [B]"),
-    "switch.residual_dtype": ("residual_dtype", _choice("bf16"), "bf16: of frozen weights"),
+    "switch.residual_dtype": (
+        *("residual_dtype", _choice(*RESIDUAL_DTYPES)),
+        f"{', '.join(RESIDUAL_DTYPES)}: of frozen weights",
+    ),
     "data": ("data", _choice(*SIZES), f"{', '.join(SIZES)}: examples of an epoch"),
     "data.size": ("size", _number, "examples of an epoch, instead of data"),
     "data.image_size": ("image_size", _number, "pixels; the model's by default"),

@@ -17,12 +17,14 @@ from switchlora.adapters import (
     as_on_a_gpu,
     count_parameters,
     find_targets,
+    round_residual,
 )
 from switchlora.bench.arms import Cell, become
 from switchlora.bench.plan_models import Planned, planned
 from switchlora.cost import Hardware, Machine, Prediction, Trace, price, trace_batch
 from switchlora.errors import check_range
 from switchlora.learner import Recipe
+from switchlora.policy import RESIDUAL_DTYPES
 
 FEW_BLOCKS = (1, 2)
 """depths that are traced: what the second adds, each further block adds too"""
@@ -305,12 +307,11 @@ def unfuse_attention(model: nn.Module) -> None:
 
 
 def cast_residual(model: nn.Module, dtype: str | None) -> None:
-    """Give frozen weights of targets half the bytes where ``dtype`` is 'bf16'."""
+    """Give frozen weights of targets the ``dtype`` of ``switch.residual_dtype``."""
     if dtype is None:
         return
     for linear in adapted_modules(model).values():
-        weight = linear.weight.detach()
-        linear.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+        round_residual(linear, RESIDUAL_DTYPES[dtype])
 
 
 def extrapolated(depth: int, one: float, two: float) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from switchlora.adapters import (
+    CODES,
     DEFAULT_TARGETS,
     FACTORS,
     AdaptedLinear,
@@ -28,7 +29,7 @@ from switchlora.policy.stages import Refresh, Restart, Stages
 from switchlora.ranks import RankPolicy
 
 AdapterFactory = Callable[[nn.Linear, Mapping[str, Adapter]], AdaptedLinear]
-RESIDUAL_DTYPES = {"bf16": torch.bfloat16}
+RESIDUAL_DTYPES = {"bf16": torch.bfloat16, **CODES}
 
 
 def check_adapter(policy: "SwitchPolicy") -> None:
@@ -153,8 +154,11 @@ class SwitchPolicy:
     dropout: float = 0.0
     """dropout rate of an adapter's inputs in training"""
     residual_dtype: str | None = None
-    """'bf16' halves the bytes of the frozen residual weights. Rounding them moves the logits. It
-    does not go with a start at B = 0: a bf16 sum would lose the adapter's first small steps"""
+    """'bf16' halves the bytes of the frozen residual weights, and 'int8', 'fp8' and 'nf4' quantise
+    them once, when they freeze. Rounding them moves the logits. 'bf16' does not go with a start at
+    B = 0: a bf16 sum would lose the adapter's first small steps"""
+    max_rounding_drift: float = 1.0
+    """largest accepted change of a logit by that rounding; a larger one undoes the switch"""
     freeze: Sequence[str] = ()
     """regular expressions, searched in the names of parameters and targets: these are frozen
     without an adapter. A module's bias stops when all its targets do. A frozen front of a model
@@ -180,6 +184,12 @@ class SwitchPolicy:
             raise ValueError(
                 f"switch.train_factors is {list(self.train_factors)}: give [A, B] or [B]"
             )
+        check_range("switch.max_rounding_drift", self.max_rounding_drift, 0)
+        if self.quantises and isinstance(self.restart, Restart):
+            raise ValueError(
+                f"switch.residual_dtype={self.residual_dtype} does not go with switch.restart: what "
+                "a restart merges is smaller than the steps of the codes, and would be lost"
+            )
         if self.latest is not None and self.latest < self.earliest:
             raise ValueError(
                 f"switch.latest={self.latest} is before switch.earliest={self.earliest}"
@@ -200,6 +210,11 @@ class SwitchPolicy:
     def keeps_residual(self) -> bool:
         """Whether the adapter keeps a residual weight; the switch then keeps the function."""
         return made_class(self.adapter).keeps_residual
+
+    @property
+    def quantises(self) -> bool:
+        """Whether frozen residual weights become codes of 8 or 4 bits."""
+        return self.residual_dtype in CODES
 
     @property
     def must_save(self) -> bool:

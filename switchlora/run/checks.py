@@ -175,6 +175,7 @@ def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:
         "growth": policy.growth,
         "guard": policy.guard is not None and policy.guard.act != "warn",
         "adapter": policy.adapter is not adapted_linear,
+        f"residual_dtype={policy.residual_dtype}": policy.quantises,
     }
     for name, asked in found.items():
         if asked:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from switchlora.adapters import adapted_modules, is_factor
+from switchlora.adapters import adapted_modules, is_factor, parameter_sizes
 from switchlora.cost import stepped, without_content
 from switchlora.learner import (
     SavedTensors,
@@ -157,18 +157,21 @@ def _plain_bytes(model: nn.Module) -> int:
     """Return the bytes of ``model`` without its factors, with every weight kept whole.
 
     Floating-point tensors count at least 4 bytes an element, so that residual weights count as
-    before their rounding to bf16. A weight that the factors replaced counts with 4 bytes an
-    element.
+    before their rounding to bf16. So do the numbers that codes stand for. A weight that the factors
+    replaced counts with 4 bytes an element.
     """
-    size = 0
-    for module in adapted_modules(model).values():
+    size, coded = 0, set()
+    for name, module in adapted_modules(model).items():
         if module.weight is None:
             size += 4 * module.in_features * module.out_features
+        elif module.coded is not None:
+            coded.add(f"{name}.weight")
+    numbers = parameter_sizes(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_factor(name):
             continue
-        least = 4 if tensor.is_floating_point() else 0
-        size += tensor.numel() * max(tensor.itemsize, least)
+        least = 4 if tensor.is_floating_point() or name in coded else 0
+        size += numbers.get(name, tensor.numel()) * max(tensor.itemsize, least)
     return size
 
 

@@ -111,10 +111,13 @@ def switch_lines(
 
 def change_line(kind: str, where: str, what: str, outcome: Outcome) -> str:
     """Return one line about a change other than a switch."""
+    rounded = ""
+    if outcome.rounding_drift is not None:
+        rounded = f" and {outcome.rounding_drift:.1e} by rounding residual weights"
     return (
         f"{kind.upper().replace('_', ' ')} at {where}: {what} | trained parameters "
         f"{outcome.trainable_before:,} -> {outcome.trainable_after:,} | max logit drift "
-        f"{outcome.drift:.1e} | {outcome.seconds:.2f} s"
+        f"{outcome.drift:.1e}{rounded} | {outcome.seconds:.2f} s"
     )
 
 

@@ -303,6 +303,7 @@ def note_transition(run: Run, kind: str, outcome: Outcome, reason: str) -> None:
             "trainable_before": outcome.trainable_before,
             "trainable_after": outcome.trainable_after,
             "drift": outcome.drift,
+            "rounding_drift": outcome.rounding_drift,
             "moments_carried": outcome.moments_carried,
             "seconds": outcome.seconds,
         }

@@ -64,10 +64,16 @@ class SwitchReport(Outcome):
             left_full=[*earlier.left_full, *self.left_full],
             captured_energy={**earlier.captured_energy, **self.captured_energy},
             drift=max(earlier.drift, self.drift),
+            rounding_drift=_larger(earlier.rounding_drift, self.rounding_drift),
             parameters=earlier.parameters,
             trainable_before=earlier.trainable_before,
             seconds=earlier.seconds + self.seconds,
         )
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    known = [drift for drift in (one, other) if drift is not None]
+    return max(known, default=None)
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,10 @@ def check_start(policy: SwitchPolicy, name: str, factors: Factors) -> None:
     """Raise ValueError for an adapter at B = 0 beside a residual weight in bf16.
 
     W_res lies on the grid of bf16 numbers. W_res + s B A is rounded back to W_res as long as the
-    adapter is smaller than half a step of the grid. Its first updates would do nothing.
+    adapter is smaller than half a step of the grid. Its first updates would do nothing. Codes with
+    scales are on no such grid: what they stand for is summed with the adapter in float32.
     """
-    if policy.residual_dtype is not None and len(factors.A) and not factors.B.any():
+    if policy.residual_dtype == "bf16" and len(factors.A) and not factors.B.any():
         raise ValueError(
             f"switch.residual_dtype={policy.residual_dtype} does not go with a start at B = 0, "
             f"as {name} has: use switch/init=update_svd or switch.residual_dtype=null"

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from switchlora.adapters import (
     hold_frozen_statistics,
     plain_parameters,
     restore,
-    round_residual,
     training_flags,
 )
 from switchlora.errors import RanksDisagree, SwitchFailed
@@ -26,7 +25,8 @@ from switchlora.learner import Moments, dense_moments, exact_products, load_mome
 from switchlora.models import eval_mode
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
-from switchlora.process import agreed_checksum, full, lost_rank, together
+from switchlora.process import agreed_checksum, from_primary, full, lost_rank, together
+from switchlora.switching.rounding import Exact, give_to_factors, put_back, round_residuals
 
 Replaced = dict[str, nn.Linear]
 Adapters = Mapping[str, Mapping[str, Adapter]]
@@ -83,7 +83,8 @@ class Outcome:
     drift: float
     """largest absolute change of a logit on the probe, in float32"""
     rounding_drift: float | None
-    """the same, from rounding the residual weights to fewer bytes; None without rounding"""
+    """the same, from rounding the residual weights to fewer bytes, after the factors took what they
+    can hold of the loss; None without rounding"""
     checksum: str
     """checksum of all trained tensors, the same on all ranks"""
     moments_carried: int
@@ -119,7 +120,7 @@ def operate(
     trainable = count_parameters(model, trainable=True)
     parameters = plain_parameters(model)
     replaced: Replaced = {}
-    exact: dict[str, nn.Parameter] = {}
+    exact: dict[str, Exact] = {}
     device = next(model.parameters()).device
     with exact_products(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -129,7 +130,7 @@ def operate(
             with together():
                 after = _logits(model, scene)
                 drift = _checked_drift(before, after, limit)
-                rounding = _round_residuals(model, scene, after, exact)
+            rounding = _round_residuals(model, scene, after, exact)
             trainable_after = count_parameters(model, trainable=True)
             checksum = agreed_checksum(trained_tensors(model))
             adapters = _snapshot(model)
@@ -160,12 +161,11 @@ def operate(
 def _undo(
     model: nn.Module,
     replaced: Replaced,
-    exact: Mapping[str, nn.Parameter],
+    exact: Mapping[str, Exact],
     flags: Mapping[str, bool],
 ) -> None:
     """Put back the replaced modules, the rounded weights and the flags of what trains."""
-    for name, weight in exact.items():
-        setattr(model.get_submodule(name), "weight", weight)  # noqa: B010
+    put_back(model, exact)
     restore(model, replaced)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
@@ -221,20 +221,29 @@ def _round_residuals(
     model: nn.Module,
     scene: Scene[L],
     logits: Tensor,
-    exact: dict[str, nn.Parameter],
+    exact: dict[str, Exact],
 ) -> float | None:
     """Round the frozen residual weights and return the drift of the logits that this causes.
 
-    ``exact`` keeps the weights as they were. None when the policy rounds nothing.
+    The factors take what they can hold of the loss. ``exact`` keeps all as it was. None when the
+    policy rounds nothing, or when nothing is new to round. ValueError for too large a drift.
     """
-    dtype = scene.policy.residual_dtype
-    if dtype is None:
+    policy = scene.policy
+    if policy.residual_dtype is None:
         return None
-    for name, module in adapted_modules(model).items():
-        if module.weight is not None and not module.weight.requires_grad:
-            exact[name] = cast(nn.Parameter, module.weight)
-            round_residual(module, RESIDUAL_DTYPES[dtype])
-    return float((logits - _logits(model, scene)).abs().max())
+    with together():
+        own = round_residuals(model, RESIDUAL_DTYPES[policy.residual_dtype], exact)
+    shares = from_primary(lambda: own)
+    with together():
+        give_to_factors(model, shares)
+        drift = float((logits - _logits(model, scene)).abs().max())
+        if exact and not drift <= policy.max_rounding_drift:
+            raise ValueError(
+                f"rounding residual weights to {policy.residual_dtype} moved the logits by "
+                f"{drift:.2g}, more than switch.max_rounding_drift={policy.max_rounding_drift:g}: "
+                "choose a finer switch.residual_dtype, or allow more"
+            )
+    return drift if exact else None
 
 
 def _carry(moments: Moments, old: Trainer, new: Trainer) -> int:
