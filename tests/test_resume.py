@@ -69,6 +69,10 @@ KINDS = {
         *(r"switch.freeze=[patch_embed,pos_embed,cls_token,'blocks\.0\.','blocks\.1.*\.q$']",),
         *("switch.split_qkv=true", "adapter.activation_checkpointing=gelu", "ema=0.9"),
     ),
+    "quantised": (
+        *(*BY_DATE, "switch.residual_dtype=nf4", "switch.split_qkv=true", "ema=0.9"),
+        *("full.precision=bf16", "switch.joint_epochs=0.1"),
+    ),
     "fp16": (
         *BY_DATE,
         *("full.precision=fp16", "switch/rank=fixed", "switch.rank.rank=1"),
@@ -114,6 +118,7 @@ KINDS = {
 CHANGES = {
     "guided": {"switch", "settle"},
     "joint": {"switch", "settle"},
+    "quantised": {"switch", "settle"},
     "staged": {"stage"},
     "restarts": {"switch", "restart"},
     "taken back": {"switch", "take_back"},

@@ -20,7 +20,9 @@ from switchlora.adapters import (
     find_targets,
     inject,
     is_factor,
+    is_quantised,
     kept_parameters,
+    round_residual,
     scaling_one,
     train_only,
 )
@@ -37,6 +39,7 @@ from switchlora.learner import (
     skeleton,
 )
 from switchlora.models import create_model
+from switchlora.policy import RESIDUAL_DTYPES as BY_NAME
 from switchlora.process import distributed
 
 ARMS = (
@@ -50,7 +53,7 @@ REFACTORED: dict[str, Callable[[Learner], None]] = {
     "adapter-reflora_s": RefLoRAS(warmup_updates=0),
 }
 ON_DEMAND = (*LEANER, *REFACTORED)
-RESIDUAL_DTYPES = {"none": None, "bf16": torch.bfloat16}
+RESIDUAL_DTYPES = {"none": None, **BY_NAME}
 UPDATES_FOR_PEAK = 2  # in the second update the optimizer's moments exist beside the activations
 TOTAL_UPDATES = 10_000  # length of the schedule; no benchmark reaches its end
 EVERYTHING = (".*",)
@@ -272,7 +275,11 @@ def become(name: str, model: nn.Module, cell: Cell) -> list[str]:
         elif name.startswith("adapter-B"):
             model.get_parameter(f"{module_name}.lora_A").requires_grad_(False)
     dtype = RESIDUAL_DTYPES[cell.residual_dtype]
-    return [] if dtype is None else cast_frozen_weights(model, cell, dtype)
+    if dtype is None:
+        return []
+    return (
+        quantise(model, dtype) if is_quantised(dtype) else cast_frozen_weights(model, cell, dtype)
+    )
 
 
 def add_adapters(model: nn.Module, targets: Mapping[str, Target], rank: int) -> None:
@@ -364,6 +371,14 @@ def cast_frozen_weights(model: nn.Module, cell: Cell, dtype: torch.dtype) -> lis
         why = str(error).splitlines()[0]
         return [f"frozen weights stay {weights[0].dtype}, {dtype} does not run: {why}"]
     return []
+
+
+def quantise(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Quantise the residual weights of adapters. Return a line that says so where there are none."""
+    modules = adapted_modules(model)
+    for module in modules.values():
+        round_residual(module, dtype)
+    return [] if modules else ["its weights stay: only adapters of this package quantise theirs"]
 
 
 def probe(model: nn.Module, cell: Cell) -> None:
