@@ -32,7 +32,7 @@ KINDS = {
         "full.activation_checkpointing=gelu",
         "ema=0.9",
     ),
-    "quantised": ("switch.residual_dtype=nf4", "switch.split_qkv=true", "ema=0.9"),
+    "quantised": ("switch.residual_dtype=nf4", "ema=0.9"),
     "lean": (
         "full.activation_checkpointing=blocks",
         "full.precision=bf16",

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy.stats import norm
-from switchlora.adapters.quantised import LEVELS
 from torch import nn
 
 from conf_yamls import build, composed
@@ -27,6 +26,7 @@ from switchlora.adapters import (
     round_residual,
     without_adapters,
 )
+from switchlora.adapters.quantised import LEVELS
 from switchlora.bench import plan, plan_numbers
 from switchlora.bench.plan_models import planned
 from switchlora.criteria import AtEpoch

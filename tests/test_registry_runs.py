@@ -196,6 +196,7 @@ def test_the_commands_walk_forth_and_back(run, tmp_path, monkeypatch, capsys):
 STARTS = {
     "B = 0": (),
     "rounded residuals": ("switch/init=update_svd", "switch.residual_dtype=bf16"),
+    "quantised residuals": ("switch.residual_dtype=int8",),
     "restarts": ("switch/restart=relora", "switch.restart.every_epochs=0.5"),
     "a joint phase": ("switch.joint_epochs=0.5",),
 }

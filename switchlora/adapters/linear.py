@@ -121,7 +121,7 @@ class AdaptedLinear(nn.Linear):
         return self.frozen_weight()
 
     def frozen_weight(self) -> Tensor:
-        """Return ``weight``; of a quantised one what its codes stand for, in the factors' dtype."""
+        """Return ``weight``, or what its codes stand for in the dtype of the factors."""
         if self.coded is None:
             return self.weight
         adapter = next(iter(self.adapters().values()))

@@ -374,7 +374,7 @@ def cast_frozen_weights(model: nn.Module, cell: Cell, dtype: torch.dtype) -> lis
 
 
 def quantise(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Quantise the residual weights of adapters. Return a line that says so where there are none."""
+    """Quantise the residual weights of adapters. Return a line if there are none."""
     modules = adapted_modules(model)
     for module in modules.values():
         round_residual(module, dtype)

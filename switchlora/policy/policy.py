@@ -187,8 +187,8 @@ class SwitchPolicy:
         check_range("switch.max_rounding_drift", self.max_rounding_drift, 0)
         if self.quantises and isinstance(self.restart, Restart):
             raise ValueError(
-                f"switch.residual_dtype={self.residual_dtype} does not go with switch.restart: what "
-                "a restart merges is smaller than the steps of the codes, and would be lost"
+                f"switch.residual_dtype={self.residual_dtype} does not go with switch.restart: "
+                "what a restart merges is smaller than a step of the codes, and would be lost"
             )
         if self.latest is not None and self.latest < self.earliest:
             raise ValueError(

@@ -157,8 +157,8 @@ def _plain_bytes(model: nn.Module) -> int:
     """Return the bytes of ``model`` without its factors, with every weight kept whole.
 
     Floating-point tensors count at least 4 bytes an element, so that residual weights count as
-    before their rounding to bf16. So do the numbers that codes stand for. A weight that the factors
-    replaced counts with 4 bytes an element.
+    before their rounding to bf16. So do the numbers that codes stand for, and those of a weight
+    that the factors replaced.
     """
     size, coded = 0, set()
     for name, module in adapted_modules(model).items():

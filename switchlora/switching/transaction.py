@@ -83,8 +83,8 @@ class Outcome:
     drift: float
     """largest absolute change of a logit on the probe, in float32"""
     rounding_drift: float | None
-    """the same, from rounding the residual weights to fewer bytes, after the factors took what they
-    can hold of the loss; None without rounding"""
+    """the same, from rounding the residual weights to fewer bytes, with what the factors took of
+    the loss; None without rounding"""
     checksum: str
     """checksum of all trained tensors, the same on all ranks"""
     moments_carried: int
