@@ -22,7 +22,7 @@ from rates import held_out
 from torch import Tensor, nn
 
 from switchlora.adapters import CODES, Factors, Target, dequantised, quantised
-from switchlora.initializers import UpdateSVD, WeightSVD, update_directions, zero_b
+from switchlora.initializers import UpdateSVD, update_directions, zero_b
 from switchlora.monitor import truncated_svd
 from switchlora.run import prepare
 from switchlora.storage import Record, find_all, find_records, load
@@ -31,7 +31,6 @@ from switchlora.switching.plan import choose_ranks
 STARTS = {
     "update_directions": update_directions,
     "update_svd": UpdateSVD(),
-    "weight_svd": WeightSVD(),
     "zero_b": zero_b,
 }
 WAYS = {"none": ("", 0), "B once": ("B", 1), "B 3 times": ("B", 3)}
@@ -78,7 +77,6 @@ def row_of(record: Record) -> dict[str, Any]:
         "total_full": held["full"]["total"],
         "total_adapter": held["adapter"]["total"],
         "commit": summary["environment"]["git"],
-        "command": summary["environment"]["command"],
     }
 
 
