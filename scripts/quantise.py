@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    write(options.out / "runs.csv", [row_of(record) for record in find_records([options.sweep])])
+    records = [each for each in find_records([options.sweep]) if each.finished]
+    write(options.out / "runs.csv", [row_of(record) for record in records])
     trunks = sorted(path.parent for path in options.sweep.glob("trunk/*/trunk.json"))
     write(options.out / "ways.csv", [row for trunk in trunks for row in rows_of(trunk)])
 
