@@ -223,6 +223,7 @@ def model(card: Found) -> Section:
 
 FACTS = {
     "name": "model",
+    "method": "method",
     "seed": "seed",
     "status": "status of the run",
     "num_updates": "updates",
