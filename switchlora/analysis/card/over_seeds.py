@@ -43,8 +43,8 @@ MEASURES = (
     Measure("NLL", lambda card: card["calibration"]["before"]["nll"]["value"], 3, "nats"),
     Measure("error on corrupted images, %", lambda card: corrupted(card), 1, "points"),
     Measure("mean corruption error, full = 100", lambda card: card["robustness"]["mce"]),
-    Measure("AUROC, largest probability", lambda card: auroc(card, "max_softmax"), 3, "of it"),
-    Measure("AUROC, energy", lambda card: auroc(card, "energy"), 3, "of it"),
+    Measure("AUROC, largest probability", lambda card: auroc(card, "max_softmax"), 3, ""),
+    Measure("AUROC, energy", lambda card: auroc(card, "energy"), 3, ""),
 )
 
 
@@ -85,7 +85,7 @@ def table_of(cards: Sequence[Card], full: str = FULL) -> list[list[str]]:
         rows.append([measure.title, *(mean(measure, methods[name]) for name in names)])
         if measure.beside is not None:
             changes = [change(measure, methods[name], references) for name in names[1:]]
-            rows.append([f"– to full, {measure.beside}", MISSING, *changes])
+            rows.append([f"– to full, {measure.beside}".rstrip(", "), MISSING, *changes])
     return [*rows, ["regression by its card", *(regressions(methods[name]) for name in names)]]
 
 

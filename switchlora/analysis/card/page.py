@@ -14,8 +14,8 @@ from switchlora.analysis.page.headline import Tile
 
 TEMPLATE = "card_page.html"
 LEGENDS = {
-    "calibration": "Accuracy over confidence: a dot for each bin, larger with more predictions; on "
-    "the line both are equal.",
+    "calibration": "Accuracy over confidence: a dot for each bin, larger with more predictions; "
+    "on the line both are equal.",
     "robustness": "Error in % over severity: this model in blue, the runs compared with in "
     "dashes, the grey line for clean images.",
 }
