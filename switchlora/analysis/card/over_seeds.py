@@ -62,7 +62,7 @@ def main() -> None:
 
 def read_cards(folders: Sequence[Path]) -> list[Card]:
     """Return the cards in folders. ValueError for a folder without any; FileDamaged names one."""
-    cards = []
+    cards: list[Card] = []
     for folder in folders:
         paths = sorted(folder.rglob("card.json"))
         if not paths:
