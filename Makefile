@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-hard test-oldest test-newest thresholds systems frontier guard pretrained scaling killtest check docs format clean
+.PHONY: help install demo test test-hard test-oldest test-newest thresholds systems frontier guard pretrained scaling killtest card check docs format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -60,6 +60,20 @@ scaling: .venv/.installed  ## loss against training FLOPs, dense and low-rank, i
 	$(BIN)/python scripts/scaling.py runs/scaling/sweep --out experiments/scaling
 	$(BIN)/switchlora +experiments=scaling_text
 	$(BIN)/python scripts/scaling.py runs/scaling_text/sweep --out experiments/scaling_text
+
+# The folders of the sweeps are METHOD_SEED; a card compares with full training of all seeds but its own run.
+card: .venv/.installed  ## what a switch changes besides accuracy: cards of three settings, in hours
+	$(BIN)/switchlora -m +experiments=systems +method=full,update_norm,prelora,relora seed=0,1,2 hydra.sweep.dir=runs/card/systems 'hydra.sweep.subdir=$${method}_$${seed}'
+	$(BIN)/switchlora -m +experiments=demo +method=full,update_norm seed=0,1,2 hydra.sweep.dir=runs/card/demo 'hydra.sweep.subdir=$${method}_$${seed}'
+	$(BIN)/switchlora -m +experiments=systems data=digits model=digits data.train_size=null epochs=20 monitor.window=10 full.scheduler.warmup_t=20 +method=full,update_norm,prelora,relora seed=0,1,2 hydra.sweep.dir=runs/card/digits 'hydra.sweep.subdir=$${method}_$${seed}'
+	for set in systems demo digits; do \
+	  ood=digits; test $$set = digits && ood=fashion_mnist; \
+	  for run in runs/card/$$set/*_[0-9]; do \
+	    out=experiments/card/$$set/$$(basename $$run); \
+	    $(BIN)/switchlora-runs card $$run --no-cost --ood data=$$ood --output $$out --against $$(ls -d runs/card/$$set/full_[0-9] | grep -v $$run) && rm $$out/card.html || exit 1; \
+	  done; \
+	  $(BIN)/switchlora-runs cards experiments/card/$$set > experiments/card/$$set/table.md; \
+	done
 
 killtest: .venv/.installed  ## kill a run 30 times and compare with an uninterrupted one
 	$(TEST_ENV) $(BIN)/python scripts/killtest.py

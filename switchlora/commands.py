@@ -16,6 +16,7 @@ RUNS = {
         "analysis.card.card",
         "what accuracy hides, beside full training: classes, calibration",
     ),
+    "cards": ("analysis.card.over_seeds", "cards of several seeds, beside full training"),
     "data": ("analysis.data_report", "what is wrong with data: leaks, duplicates, labels, shift"),
     "tables": ("analysis.tables.table", "accuracy, cost, speed and memory of runs, side by side"),
     "report": ("analysis.page.page", "one HTML page with tables, curves and pictures of runs"),

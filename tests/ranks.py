@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from starts import program
 from switchlora.config import as_plain
 from switchlora.learner import Learner
 from switchlora.process import distributed
+from switchlora.process.schema import unless_there
 from switchlora.run import agree_on_data, agree_on_settings, finish, prepare
 from switchlora.switching import trained_tensors
 from switchlora.train import fit
@@ -50,9 +52,19 @@ def in_step(block):
         block()
 
 
-def look_around():
+def make_folder_late(folder):
+    """Whether the folder was new, where rank 1 is the first to look for it and to make it."""
+    if distributed.is_primary():
+        time.sleep(0.2)
+    found = unless_there(folder)
+    folder.mkdir(exist_ok=True)
+    return found is not None
+
+
+def look_around(folder):
     """How the helpers behave on this rank."""
     return {
+        "new folder": make_folder_late(folder / "late"),
         "sum": distributed.total([1.0, distributed.rank()]),
         "any": distributed.any_rank(distributed.rank() == 1, False),
         "primary": distributed.from_primary(distributed.rank),
@@ -101,7 +113,7 @@ def _look(folder, *overrides):
         "spread": spread(plain.state_dict().values()),
         "differ": [n for n, tensor in plain.state_dict().items() if spread([tensor])],
         "trained": len(trained_tensors(plain)),
-        "ranks": distributed.gather(look_around()),
+        "ranks": distributed.gather(look_around(Path(folder))),
         "local": sum(
             (p.to_local() if hasattr(p, "to_local") else p).numel() for p in run.model.parameters()
         ),

@@ -279,3 +279,40 @@ def test_tables_have_columns_of_the_cards_and_name_a_damaged_one(tmp_path):
     table, _ = table_of(tmp_path)
     assert any("card.json" in note and "switchlora-runs card" in note for note in table.notes)
     assert "ece" not in {column.key for column in table.columns}
+
+
+def write_card_of(folder, card, method, seed, top1, churns):
+    """A card as if a run of a method with a seed had made it; ``churns`` by the other's seed."""
+    against = [{"seed": other, "churn": {"value": value}} for other, value in churns.items()]
+    changed = {**card, "model": {**card["model"], "method": method, "seed": seed}}
+    changed["accuracy"] = {**card["accuracy"], "top1": {"value": top1}}
+    place = folder / f"{method}_{seed}/card"
+    place.mkdir(parents=True)
+    (place / "card.json").write_text(json.dumps({**changed, "against": against}))
+
+
+def test_cards_of_several_seeds_are_a_table_beside_full_training(
+    twins, tmp_path, monkeypatch, capsys
+):
+    """Differences of 1, 2 and 3 points have the 95 % interval 2 +- 4.3 / sqrt(3)."""
+    card = card_of(twins / "0", "--against", twins / "1")
+    for seed in range(3):
+        others = {other: 10 for other in range(3) if other != seed}
+        write_card_of(tmp_path, card, "full", seed, 80 + seed, others)
+        write_card_of(tmp_path, card, "mine", seed, 81 + 2 * seed, {**others, seed: 4 + seed})
+    words = ["switchlora-runs", "cards", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    commands.runs()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    found = {row[0]: row[1:] for row in rows}
+    assert found[""] == ["full", "mine"]
+    assert found["top1, %"] == ["81.00 ± 1.00 (3)", "83.00 ± 2.00 (3)"]
+    assert rows[3] == ["– to full, points", "–", "+2.00 [-0.48 to +4.48] (3)"]
+    assert found["churn to full training of the same seed, %"] == ["–", "5.0 ± 1.0 (3)"]
+    assert found["churn to full training of other seeds, %"] == ["10.0 ± 0.0 (3)"] * 2
+    assert found["error on corrupted images, %"] == ["–", "–"]
+    assert found["regression by its card"] == ["0 of 3"] * 2
+    monkeypatch.setattr(sys, "argv", [*words, "--full", "never"])
+    with pytest.raises(SystemExit, match="no card is of never: give --full, one of full, mine"):
+        commands.runs()

@@ -162,6 +162,7 @@ def test_ranks_stay_together_through_every_change(options, kinds, tmp_path):
 def test_ranks_agree_on_values_and_on_failures(pair):
     for seen in pair[1]["ranks"]:
         assert seen["sum"] == [2.0, 1.0] and seen["any"] == [True, False]
+        assert seen["new folder"] is True
         assert seen["primary"] == 0 and seen["all well"] == ""
         assert "broken on rank 0" in seen["primary fails"]
         assert "broken on rank 1" in seen["one fails"]

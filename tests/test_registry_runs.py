@@ -19,11 +19,11 @@ from switchlora.analysis.versions.publish import published
 from switchlora.registry import aliases, check, entries, read_about, versions
 from switchlora.storage import find_all, load, load_saved, sha256_of, updates_of
 
-TINY = (
+SMALL = (
     *("model.embed_dim=32", "model.num_heads=1", "switch/rank=fixed", "switch.rank.rank=2"),
-    *("log.wandb.mode=disabled", "checkpoint.keep=9", "data.eval_size=null"),
-    *(*BY_DATE, "epochs=2", "switch.criterion.epoch=0.5"),
+    *("log.wandb.mode=disabled", "checkpoint.keep=9"),
 )
+TINY = (*SMALL, "data.eval_size=null", *BY_DATE, "epochs=2", "switch.criterion.epoch=0.5")
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,21 @@ def test_an_adapter_is_taken_off_bit_for_bit(finished, tmp_path, start):
     kept = (run / "before_switch.safetensors").stat().st_size
     whole = (run / "model.safetensors").stat().st_size
     assert kept < 0.3 * whole if start == "B = 0" else kept < 1.05 * whole
+
+
+def test_of_stages_the_model_of_before_the_first_one_is_kept(tmp_path):
+    stages = (
+        *("switch/criterion=never", "switch.criterion.path=test_slices.one_by_one"),
+        *("switch/stages=by_margin", "switch.stages.interval=1", "switch.split_qkv=true"),
+        *("adapter.clip_grad=null", "switch/init=zero_b", "monitor.window=4", "epochs=1"),
+    )
+    summary = make_run(tmp_path / "run", *SMALL, *SHORTER, *stages)
+    assert [stage["num_updates"] for stage in summary["transitions"]] == [4, 8]
+    line = taken_off(tmp_path / "run", tmp_path / "model")
+    assert line.endswith("the model after update 4, just before the switch")
+    expected, checkpoint = before_the_switch(tmp_path / "run")
+    assert updates_of(checkpoint) == 4
+    assert_same_bits(load_file(tmp_path / "model/model.safetensors"), expected)
 
 
 @pytest.mark.usefixtures("unmeasured")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from conf_yamls import build, composed
 from runs import assert_same_run
-from switchlora.data import build_text
+from switchlora.data import build_text, contents_of, shared_items
 from switchlora.errors import Interrupted
 from switchlora.learner import evaluate
 from switchlora.models import CausalTransformer
@@ -99,6 +99,12 @@ def test_the_yaml_has_every_option_and_its_text_is_english():
     inputs, _ = next(iter(build(config).val))
     assert inputs.shape == (config.batch_size, config.context)
     assert " the " in bytes(inputs.flatten().tolist()).decode(errors="replace")
+
+
+def test_no_passage_of_the_default_text_is_in_two_splits():
+    data = build(composed("data=bytes").data)
+    assert [len(each.pairs) for each in shared_items(contents_of(data))] == [0, 0, 0]
+    assert len(data.train.dataset) > 2000
 
 
 def test_a_prediction_depends_on_what_came_before_and_on_nothing_after(model):

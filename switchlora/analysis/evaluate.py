@@ -73,9 +73,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
-def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a command that loads a saved model and data for it."""
-    parser.add_argument("--config-dir", type=Path, help="a folder with yamls of your own")
+def add_loading_options(parser: argparse.ArgumentParser, words: bool = True) -> None:
+    """Add the options of a command that loads a saved model, and perhaps data by ``words``."""
+    if words:
+        parser.add_argument("--config-dir", type=Path, help="a folder with yamls of your own")
     parser.add_argument(
         "--allow", action="append", default=[], metavar="NAME", help="your class that a file names"
     )

@@ -123,10 +123,12 @@ def windows_of(
 def read(path: str | None) -> Tensor:
     """Return the bytes (n,) uint8 of a file, or of Python's reference if ``path`` is None.
 
-    The reference changes with Python's version. ValueError if the file cannot be read.
+    The reference changes with Python's version. Its topics quote each other: a paragraph is kept
+    where it stands first. ValueError if the file cannot be read.
     """
     if path is None:
-        text = "\n".join(topics.values()).encode()
+        paragraphs = "\n".join(topics.values()).split("\n\n")
+        text = "\n\n".join(dict.fromkeys(paragraphs)).encode()
     else:
         try:
             text = Path(path).expanduser().read_bytes() or b"\0"

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from switchlora.config import as_plain, folder_of
 from switchlora.errors import check_patterns, is_number
+from switchlora.process.distributed import from_primary
 from switchlora.process.exits import exit_with_one_line
 from switchlora.process.prescribed import tell_overruled
 from switchlora.process.words import MEANT, choices_of, known_keys, near_keys
@@ -522,4 +523,9 @@ class CheckFirst(Callback):
             folder = Path(config.hydra.run.dir).absolute()
         except Exception as error:
             exit_with_one_line(error)
-        CheckFirst.new_folder = None if folder.exists() else folder
+        CheckFirst.new_folder = unless_there(folder)
+
+
+def unless_there(folder: Path) -> Path | None:
+    """Return ``folder`` if the primary rank sees none there, before any rank makes it."""
+    return from_primary(lambda: None if folder.exists() else folder)

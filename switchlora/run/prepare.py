@@ -58,6 +58,7 @@ from switchlora.run.state import Phase
 from switchlora.storage import (
     AUTO,
     CONFIG,
+    PROJECT,
     SUMMARY,
     Found,
     RunLog,
@@ -453,7 +454,7 @@ def _wandb(config: DictConfig, folder: Path, found: Found | None) -> dict[str, S
     given = as_plain(config.log.wandb)
     words = telling_words(config)
     defaults = {
-        "project": "switchlora",
+        "project": PROJECT,
         "name": "_".join(words),
         "tags": words[:-1],
         "job_type": "train",

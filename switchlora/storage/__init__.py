@@ -70,6 +70,7 @@ from switchlora.storage.records import (
     check_alike as check_alike,
     find_records as find_records,
     is_run as is_run,
+    read_config as read_config,
     read_record as read_record,
     read_summary as read_summary,
     warn as warn,
@@ -107,7 +108,11 @@ from switchlora.storage.tensors import (
 from switchlora.storage.unused import unused_removed as unused_removed
 from switchlora.storage.wandb_log import (
     BY_ENVIRONMENT as BY_ENVIRONMENT,
+    PROJECT as PROJECT,
     WandbLog as WandbLog,
+    begin_wandb as begin_wandb,
+    check_login as check_login,
+    online_or_offline as online_or_offline,
     wandb_mode as wandb_mode,
     wandb_options as wandb_options,
 )

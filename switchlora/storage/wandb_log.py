@@ -3,7 +3,7 @@
 import io
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from inspect import signature
 from pathlib import Path
@@ -15,6 +15,8 @@ from switchlora.storage.events import read_events
 from switchlora.storage.retention import free_name
 from switchlora.storage.sinks import RunInfo
 
+PROJECT = "switchlora"
+"""in W&B, unless another is named"""
 MODES = ("offline", "online", "disabled")
 SPELLINGS = {"dryrun": "offline", "run": "online", "": "offline"}
 """other values that W&B takes for its mode"""
@@ -78,17 +80,11 @@ class WandbLog:
 
     def start(self, run: RunInfo) -> None:
         """Begin a run in W&B, or reopen the known one; offline where it cannot be online."""
-        try:
-            self._run = _start(run.folder, run.config, self._options, self._known)
-        except Exception as error:
-            if self._options["mode"] == "offline":
-                raise
-            run.say(
-                f"W&B logs offline: {one_line(error)} What is in {run.folder / 'wandb'} can be "
-                "sent later with 'wandb sync'"
-            )
-            offline = {**self._options, "mode": "offline"}
-            self._run = _start(run.folder, run.config, offline, self._known)
+
+        def start(options: Mapping[str, Any]) -> Any:
+            return _start(run.folder, run.config, options, self._known)
+
+        self._run = online_or_offline(start, self._options, run.folder, run.say)
         self.id = self._run.id
         self._first_step = self._run.starting_step
         for event in read_events(run.folder):
@@ -116,32 +112,64 @@ class WandbLog:
         self._run.finish(exit_code=0 if error is None else 1)
 
 
+def online_or_offline(
+    start: Callable[[Mapping[str, Any]], Any],
+    options: Mapping[str, Any],
+    folder: Path,
+    say: Callable[[str], None],
+) -> Any:
+    """Return what ``start`` begins with ``options``; offline where it cannot be online.
+
+    A line says why, and that the files in ``folder`` can be sent later.
+    """
+    try:
+        return start(options)
+    except Exception as error:
+        if options["mode"] == "offline":
+            raise
+        say(
+            f"W&B logs offline: {one_line(error)} What is in {folder / 'wandb'} can be "
+            "sent later with 'wandb sync'"
+        )
+        return start({**options, "mode": "offline"})
+
+
 def _start(
     folder: Path, config: Mapping[str, Any], options: Mapping[str, Any], known: str | None
 ) -> Any:
-    """Start a W&B run, or reopen the ``known`` one."""
+    """Start a W&B run, or reopen the ``known`` one; set its axis."""
+    if options["mode"] == "offline":
+        _put_aside(folder / "wandb")
+    run = begin_wandb(folder, options, known, config)
+    run.define_metric("num_updates")
+    run.define_metric("*", step_metric="num_updates")
+    return run
+
+
+def begin_wandb(
+    folder: Path,
+    options: Mapping[str, Any],
+    known: str | None,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
+    """Begin a W&B run whose files are in ``folder``, or reopen the ``known`` one."""
     _name_a_home()
     import wandb
 
-    if options["mode"] == "offline":
-        _put_aside(folder / "wandb")
-    else:
-        _check_login()
-    run = wandb.init(
+    if options["mode"] == "online":
+        check_login()
+    return wandb.init(
         dir=str(folder),
-        config=dict(config),
+        config=dict(config or {}),
         reinit="create_new",
         id=known,
         resume="allow" if known and options["mode"] == "online" else None,
         settings=wandb.Settings(silent=True, console="off"),
         **options,
     )
-    run.define_metric("num_updates")
-    run.define_metric("*", step_metric="num_updates")
-    return run
 
 
-def _check_login() -> None:
+def check_login() -> None:
     """Raise ValueError if W&B would ask on the terminal for a key: nobody may be there."""
     import wandb
 

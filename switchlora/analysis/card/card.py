@@ -153,7 +153,8 @@ def beside_others(
     labels = run_labels([other.path for other in against])
     compared = []
     for label, other in zip(labels, against, strict=True):
-        place = {"name": label, "path": str(other.path)}
+        seed = other.opened.saved.config.get("seed")
+        place = {"name": label, "path": str(other.path), "seed": seed}
         compared.append({**place, **compare(source.test, other.test, names)})
     tests = [other.test for other in against]
     said = verdict(source.test, tests, names, noun_of(against))
@@ -176,6 +177,7 @@ def described(source: Source) -> dict[str, Any]:
         "source": str(saved.source),
         "name": model.get("name") or type(saved.model).__name__,
         "adapted": saved.adapted,
+        "method": saved.config.get("method"),
         "seed": saved.config.get("seed"),
     }
     if not is_run(source.path):

@@ -14,8 +14,8 @@ from switchlora.analysis.page.headline import Tile
 
 TEMPLATE = "card_page.html"
 LEGENDS = {
-    "calibration": "A dot for each bin of confidence, larger with more predictions; on the line "
-    "confidence is accuracy.",
+    "calibration": "Accuracy over confidence: a dot for each bin, larger with more predictions; "
+    "on the line both are equal.",
     "robustness": "Error in % over severity: this model in blue, the runs compared with in "
     "dashes, the grey line for clean images.",
 }

@@ -26,7 +26,7 @@ def reliability_panels(calibration: Mapping[str, Any]) -> Panels:
             bins = calibration[key]["reliability"]
             told = "accuracy over confidence; the diagonal is perfect calibration"
             picture = reliability_diagram(bins, calibration["bins"], key, f"{title}: {told}")
-            panels.append((f"{title}: accuracy over confidence", picture))
+            panels.append((title, picture))
     return panels
 
 

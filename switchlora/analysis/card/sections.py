@@ -59,10 +59,10 @@ def accuracy(found: Found, card: Found) -> Section:
         told = "Intervals come from resampled windows. Classes are left out: they are bytes."
         return Section("accuracy", "Accuracy", [f"On {inputs}. {told}"], [rows])
     interval = "Intervals of shares are Wilson's, that of the mean comes from resampled images."
-    worst = [["class", "images", "right (95 % interval)"]]
+    worst = [["class, the worst first", "images", "right (95 % interval)"]]
     for each in found["worst"]:
         worst.append([each["class"], f"{each['images']:,}", percent(each["accuracy"], 1)])
-    confused = [["class", "taken for", "images"]]
+    confused = [["class, most confused first", "taken for", "images"]]
     for each in found["confusion"]["most"]:
         confused.append([each["class"], each["predicted"], f"{each['images']:,}"])
     lowest = found["worst"][0]
@@ -223,6 +223,7 @@ def model(card: Found) -> Section:
 
 FACTS = {
     "name": "model",
+    "method": "method",
     "seed": "seed",
     "status": "status of the run",
     "num_updates": "updates",

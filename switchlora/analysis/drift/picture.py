@@ -1,5 +1,7 @@
 """Draw two samples beside each other: classes, confidence, the feature that moved most, MMD."""
 
+from textwrap import fill
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +14,8 @@ from switchlora.analysis.marks import BLUE, GREY, ORANGE
 SHOWN = 20
 """classes in the picture: those that changed most"""
 BINS = 25
+WIDTH = 110
+"""letters of a line above the picture"""
 
 
 def draw(known: Sample, new: Sample, found: Found, verdict: str) -> Figure:
@@ -31,7 +35,7 @@ def draw(known: Sample, new: Sample, found: Found, verdict: str) -> Figure:
         tidy(axis)
     handles, labels = confidence.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    figure.suptitle(verdict, fontsize=10)
+    figure.suptitle(fill(verdict, WIDTH), fontsize=10)
     return figure
 
 

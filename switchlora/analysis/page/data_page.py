@@ -14,6 +14,7 @@ from switchlora.analysis.page.colors import PAGE
 from switchlora.analysis.page.page import templates
 
 TEMPLATE = "data_page.html"
+NOTHING = "Nothing was found that a training should wait for."
 SHOWN = 24
 """pairs of two splits whose pictures are shown"""
 LEAST, MOST = 96, 160
@@ -35,18 +36,18 @@ def page_of(report: Mapping[str, Any], matches: Relations) -> str:
         }
         for (split, inside), found in matches.items()
     ]
-    return (
-        templates(Path(__file__).parent)
-        .get_template(TEMPLATE)
-        .render(
-            report=report,
-            pictures=pictures,
-            bars=bars(report["balance"]) if "balance" in report else [],
-            names=NAMES,
-            shown=SHOWN,
-            hidden=max(0, len(classes) - CLASSES),
-            page_colors=PAGE,
-        )
+    found = counted(len(report["findings"]), "finding")
+    template = templates(Path(__file__).parent).get_template(TEMPLATE)
+    return template.render(
+        title=f"Data: {report['data']}",
+        sentence=f"{found}." if report["findings"] else NOTHING,
+        report=report,
+        pictures=pictures,
+        bars=bars(report["balance"]) if "balance" in report else [],
+        names=NAMES,
+        shown=SHOWN,
+        hidden=max(0, len(classes) - CLASSES),
+        page_colors=PAGE,
     )
 
 

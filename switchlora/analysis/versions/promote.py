@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from switchlora.analysis.versions.artifact import move_production
+from switchlora.analysis.versions.options import add_change_options, check_force
 from switchlora.process import USER_ERRORS, one_line
 from switchlora.registry import (
     CANDIDATE,
@@ -23,13 +25,12 @@ def main() -> None:
     parser.add_argument(
         "version", nargs="?", default=CANDIDATE, metavar="VERSION", help="or an alias"
     )
-    parser.add_argument(
-        "--force", metavar="REASON", help="promote what is refused; the log has it"
-    )
-    parser.add_argument("--why", metavar="TEXT", help="a reason for the log")
+    add_change_options(parser, "promote")
     options = parser.parse_args()
     try:
         print(promoted(options.registry, options.version, options.force, options.why))
+        if options.wandb:
+            print(move_production(options.registry))
     except USER_ERRORS as error:
         sys.exit(f"promote: {one_line(error)}")
 
@@ -45,8 +46,7 @@ def promoted(
     version = resolve(existing(registry), word)
     check(registry / version)
     objection = read_about(registry / version).get("objection")
-    if force is not None and not force.strip():
-        raise ValueError("--force needs a reason")
+    check_force(force)
     if objection is not None and force is None:
         raise ValueError(f"{version} {objection}; --force REASON promotes it, the reason is kept")
     if not promote(registry, version, force or why, objection):

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from switchlora.analysis.drift.sample import SAMPLE, Sample, reference_of, save_sample
+from switchlora.analysis.evaluate import add_loading_options
+from switchlora.analysis.versions.artifact import log_version, options_of
+from switchlora.analysis.versions.options import add_change_options, check_force
 from switchlora.process import USER_ERRORS, one_line
 from switchlora.registry import CANDIDATE, PRODUCTION, publish
 from switchlora.storage import (
@@ -44,7 +47,7 @@ def main() -> None:
     try:
         lines = published(
             *(options.run, options.registry, options.alias, options.force, options.why),
-            *(options.allow, options.device),
+            *(options.allow, options.device, options.wandb),
         )
     except USER_ERRORS as error:
         sys.exit(f"publish: {one_line(error)}")
@@ -57,16 +60,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run that has ended")
     parser.add_argument("registry", type=Path, metavar="REGISTRY", help="folder; made if need be")
     parser.add_argument("--alias", default=CANDIDATE, help=f"its alias; default: {CANDIDATE}")
-    parser.add_argument(
-        "--force", metavar="REASON", help="publish what is refused; the log has it"
-    )
-    parser.add_argument("--why", metavar="TEXT", help="a reason for the log")
-    parser.add_argument(
-        "--allow", action="append", default=[], metavar="NAME", help="your class that a file names"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: the GPU if there is one"
-    )
+    add_change_options(parser, "publish")
+    add_loading_options(parser, words=False)
     return parser.parse_args(words)
 
 
@@ -78,14 +73,17 @@ def published(
     why: str | None = None,
     allow: Collection[str] = (),
     device: str = "auto",
+    wandb: bool = False,
 ) -> list[str]:
-    """Publish a run, and return lines on what was done.
+    """Publish a run, with ``wandb`` also as an artifact there; return lines on what was done.
 
     ValueError for what holds no run that has ended, and for one with an objection to it that no
     reason overrules (``force``).
     """
     check_words(alias, force)
     summary = summary_of(run)
+    if wandb:
+        options_of(run)
     weights = sha256_of(run / WEIGHTS)
     card = read_card(run, weights)
     objection = objection_to(summary, card)
@@ -118,7 +116,8 @@ def published(
         lines.append(f"it {objection}; overruled: {force}")
     if card is None:
         lines.append(f"no card was made of it: switchlora-runs card {run} makes one")
-    return [*lines, told_of(reference)]
+    lines.append(told_of(reference))
+    return [*lines, log_version(registry, version, alias, run)] if wandb else lines
 
 
 def check_words(alias: str, force: str | None) -> None:
@@ -131,8 +130,7 @@ def check_words(alias: str, force: str | None) -> None:
         raise ValueError(
             f"--alias {alias}: give small letters, digits, - and _, such as {CANDIDATE}"
         )
-    if force is not None and not force.strip():
-        raise ValueError("--force needs a reason")
+    check_force(force)
 
 
 def summary_of(run: Path) -> Mapping[str, Any]:
