@@ -48,22 +48,23 @@ export python
 if [ -n "$small" ]; then
     training=(data=digits model=digits model.depth=1 data.train_size=64 data.batch_size=8 monitor.window=2
         full.scheduler.warmup_t=1 switch/criterion=at_epoch switch.criterion.epoch=1)
-    halves=12
+    bits=(12)
     updates=(--small)
     export OMP_NUM_THREADS=1
 else
     training=(data=fake model=vit_small_patch16_224 data.train.size=2048 data.batch_size=128 epochs=11
-        monitor.window=50 full.precision=bf16 full.scheduler.warmup_t=5
+        monitor.window=50 full.precision=bf16 full.scheduler.warmup_t=5 system.workers=8
         switch/criterion=at_epoch switch.criterion.epoch=5)
-    halves=40
+    bits=(36 monitor.window=6 switch.criterion.epoch=1.5)
     updates=()
 fi
 
 step where 20 bash -c where
-step tests 90 "$python" -m pytest -q -m cuda $(grep -l mark.cuda tests/test_*.py) -p no:cacheprovider
+step tests 80 "$python" -m pytest -q -m cuda $(grep -l mark.cuda tests/test_*.py) -p no:cacheprovider
 step eager 100 "$python" scripts/gpu_updates.py --out "$out" --only eager --seconds 90 "${updates[@]}"
 [ -n "$small" ] || step compiled 150 "$python" scripts/gpu_updates.py --out "$out" --only compiled --seconds 110
-step bits 90 "$python" scripts/gpu_bits.py "$out" "$halves" "${training[@]}"
+[ -n "$small" ] || step kernels 40 "$python" scripts/gpu_updates.py --out "$out" --kernels
+step bits 60 "$python" scripts/gpu_bits.py "$out" "${bits[0]}" "${training[@]}" "${bits[@]:1}"
 [ -n "$small" ] || step training 60 "$python" -m switchlora "${training[@]}" log=quiet log.wandb.mode=disabled max_updates=128 "hydra.run.dir=$out/training"
 [ -n "$small" ] || step predicted 40 "$python" scripts/bench.py --model vit_small_patch16_224 --precision bf16 --batch 128 --rounds 3 --warmup 1 --out "$out/bench"
 [ -n "$small" ] || step tables 30 "$python" scripts/gpu_updates.py --out "$out" --table

@@ -3,6 +3,7 @@
 ``python scripts/gpu_updates.py --out FOLDER --seconds 150`` appends a line to
 FOLDER/updates.jsonl for each cell, the most telling first, until the time is over. ``--table``
 makes FOLDER/updates.md of what is there, with the speed of full training of the same kind as 1.
+``--kernels`` writes which kernels an update launches, and the time that each takes.
 
 The arm 'bare' is a loop of a few lines on tensors in the device's memory. It reads no loss and
 writes no file, so it is what a training loop can reach at best.
@@ -20,6 +21,7 @@ from statistics import median
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from torch.profiler import ProfilerActivity, profile
 
 from switchlora.bench.arms import Cell, base_model, become, bench_recipe, device_of_benchmark
 from switchlora.learner import autocast, build_learner, release_memory
@@ -45,6 +47,8 @@ class Asked:
     precision: str
     """fp32, tf32 or bf16"""
     compiled: bool
+    graphs: bool = False
+    """whether compiled code is launched as CUDA graphs: full.compile={mode: reduce-overhead}"""
 
 
 def cells(models: Sequence[str]) -> Iterator[Asked]:
@@ -55,6 +59,8 @@ def cells(models: Sequence[str]) -> Iterator[Asked]:
                 for arm in ARMS:
                     batch = BATCHES[model][number]
                     yield Asked(VIT.format(model), batch, arm, "bf16", compiled)
+            for arm in ("full", "frozen", "adapter"):
+                yield Asked(VIT.format(model), BATCHES[model][number], arm, "bf16", True, True)
         for precision in ("tf32", "fp32"):
             for arm in ("full", "adapter"):
                 batch = BATCHES[models[0]][number]
@@ -122,7 +128,8 @@ def make_update(asked: Asked, small: bool):
     labels = torch.randint(1000, (asked.batch,)).to(device)
     if asked.arm == "bare":
         return bare_update(model, images, labels, precision, asked.compiled)
-    recipe = replace(bench_recipe(cell), compile=asked.compiled)
+    compiling = {"mode": "reduce-overhead"} if asked.graphs else asked.compiled
+    recipe = replace(bench_recipe(cell), compile=compiling)
     learner = build_learner(model, recipe, 10_000)
     loss = nn.CrossEntropyLoss()
     counter = iter(range(10_000))
@@ -159,6 +166,31 @@ def bare_update(model, images, labels, precision: str, compiled: bool):
     return update
 
 
+def kernels_of(asked: Asked) -> str:
+    """Return a table of what the device does in an update, the longest kernels first."""
+    update = make_update(asked, small=False)
+    for _ in range(WARM_UP):
+        update()
+    device = device_of_benchmark()
+    wait_for(device)
+    both = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=both) as profiler:
+        update()
+        wait_for(device)
+    return profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=40)
+
+
+def write_kernels(folder: Path, model: str) -> None:
+    """Write FOLDER/kernels_ARM_eager.txt and FOLDER/kernels_ARM_compiled.txt."""
+    for compiled in (False, True):
+        for arm in ("full", "frozen", "adapter"):
+            asked = Asked(VIT.format(model), BATCHES[model][1], arm, "bf16", compiled)
+            how = "compiled" if compiled else "eager"
+            (folder / f"kernels_{arm}_{how}.txt").write_text(kernels_of(asked))
+            torch.compiler.reset()
+            release_memory(device_of_benchmark())
+
+
 def table(folder: Path) -> str:
     """Return the cells in Markdown."""
     rows = [json.loads(line) for line in (folder / "updates.jsonl").read_text().splitlines()]
@@ -173,7 +205,7 @@ def table(folder: Path) -> str:
     for row in rows:
         whole = full.get(kind_of(row))
         speed = f"{whole / row['ms']:.2f}" if whole and "ms" in row else ""
-        how = "compiled" if row["compiled"] else "eager"
+        how = "graphs" if row.get("graphs") else "compiled" if row["compiled"] else "eager"
         place = f"| {row['model']} | {row['batch']} | {row['precision']} | {how} | {row['arm']} "
         found = row.get("ms", row.get("failed"))
         lines.append(f"{place}| {found} | {speed} | {row.get('peak_mib', '')} |")
@@ -189,7 +221,7 @@ def training_lines(folder: Path, rows: Sequence[dict]) -> list[str]:
     share = summary["monitor"]["time_share"]
     lines = ["", f"The monitor took {share:.2%} of the time of training."]
     for row in rows:
-        if kind_of(row) == (VIT.format("small"), 128, "bf16", False) and row["arm"] == "bare":
+        if kind_of(row)[:4] == (VIT.format("small"), 128, "bf16", False) and row["arm"] == "bare":
             speed = (
                 summary["phases"]["full"]["images_per_second"] * row["ms"] / 1000 / row["batch"]
             )
@@ -199,7 +231,7 @@ def training_lines(folder: Path, rows: Sequence[dict]) -> list[str]:
 
 def kind_of(row: dict) -> tuple:
     """Return what the arms of one comparison share."""
-    return row["model"], row["batch"], row["precision"], row["compiled"]
+    return *(row[key] for key in ("model", "batch", "precision", "compiled")), row.get("graphs")
 
 
 def measured(asked: Asked, small: bool) -> dict:
@@ -236,9 +268,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["base", "small", "large"])
     parser.add_argument("--only", choices=["eager", "compiled"])
     parser.add_argument("--small", action="store_true", help="a tiny model, for a CPU")
+    parser.add_argument("--kernels", action="store_true", help="only write the kernels")
     parser.add_argument("--table", action="store_true", help="only make the table")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.kernels:
+        write_kernels(options.out, options.models[0])
+        return
     if not options.table:
         measure_all(options)
     (options.out / "updates.md").write_text(table(options.out))

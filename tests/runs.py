@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import wandb
 from packaging.version import Version
 
 from conf_yamls import composed
@@ -56,7 +56,7 @@ def events_without_times(folder):
 
 def wandb_records(folder):
     """Records of the offline run by ``wandb leet inspect``, W&B's own reader since 0.31."""
-    if Version(wandb.__version__) < Version("0.31"):
+    if Version(version("wandb")) < Version("0.31"):
         pytest.skip("this W&B has no `wandb leet inspect`")
     (run,) = (folder / "wandb").glob("offline-run-*")
     reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]

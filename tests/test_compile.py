@@ -215,19 +215,23 @@ def gradients_of(module, backend):
 
 
 @pytest.mark.parametrize("train_A, bias, rank", [(True, True, 5), (False, False, 8)])
-def test_compiled_code_on_a_gpu_reads_the_inputs_and_the_gradient_once_where_it_can(
-    train_A, bias, rank
+@pytest.mark.parametrize("out", [24, 40])
+def test_compiled_code_on_a_gpu_reads_the_gradient_once_and_inputs_that_are_not_narrower_too(
+    train_A, bias, rank, out
 ):
-    A, B = torch.randn(rank, 24) / 4, torch.randn(40, rank) / 4
-    linear = torch.nn.Linear(24, 40, bias=bias)
-    module = adapted_linear(linear, {"": Adapter(A, B, slice(0, 40), 1.5)})
+    A, B = torch.randn(rank, 24) / 4, torch.randn(out, rank) / 4
+    linear = torch.nn.Linear(24, out, bias=bias)
+    module = adapted_linear(linear, {"": Adapter(A, B, slice(0, out), 1.5)})
     module.lora_A.requires_grad_(train_A)
     products = []
     eager, compiled = (gradients_of(module, backend) for backend in (None, noting(products)))
     for here, there in zip(compiled, eager, strict=True):
         torch.testing.assert_close(here, there, rtol=0.05, atol=0.02 * float(there.abs().max()))
     tokens = 9 * 11
-    forward = ((tokens, 24), (24, 48))
-    backward = ((tokens, 40), (40, 32 if train_A else 24))
-    assert {forward, backward} <= set(products)
-    assert sum(tokens in (*left, *right) for left, right in products) == (4 if train_A else 3)
+    apart = out > 24
+    widths = (out, 8) if apart else (out + 8,)
+    forward = {((tokens, 24), (24, width)) for width in widths}
+    backward = ((tokens, out), (out, 32 if train_A else 24))
+    assert {*forward, backward} <= set(products)
+    passes = sum(tokens in (*left, *right) for left, right in products)
+    assert passes == (4 if train_A else 3) + apart

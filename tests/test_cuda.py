@@ -1,6 +1,10 @@
 """What only a GPU can show. Without one all of it is skipped; ``scripts/gpu_check.sh`` runs it."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 ON_GPU = ("system.device=cuda", "max_updates=40", *BY_DATE)
 
 
@@ -79,3 +84,19 @@ def test_a_deterministic_run_is_the_same_twice(tmp_path):
     for name in ("one", "other"):
         make_run(tmp_path / name, *ON_GPU, "system.deterministic=true")
     assert_same_but_for_memory(tmp_path / "one", tmp_path / "other")
+
+
+@pytest.mark.parametrize("arm", ["adapter", "adapter-B"])
+@pytest.mark.parametrize("model", ["vit_small_patch16_224", "vit_base_patch16_224"])
+def test_compiled_adapters_train_in_a_process_of_their_own(model, arm):
+    """An H100 met an illegal access in ViT-S with B alone; such an error ends the process."""
+    code = (
+        "from gpu_updates import Asked, make_update;"
+        f"update = make_update(Asked('{model}', 128, '{arm}', 'bf16', True), False);"
+        "[update() for _ in range(12)]; import torch; torch.cuda.synchronize()"
+    )
+    environment = {**os.environ, "CUDA_LAUNCH_BLOCKING": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SCRIPTS, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

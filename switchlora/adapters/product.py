@@ -106,7 +106,7 @@ def adapted_forward(
     - 'merged': the effective weight.
     - 'split': W_res. s (X A^T) B^T is then added in place.
 
-    ``stacked`` says that it is what ``stacked_operand`` returns: X is read once.
+    ``stacked`` says that it is what ``stacked_operand`` returns.
     """
     if stacked:
         return _stacked_forward(inputs, operand, bias, len(adapters[0].B))
@@ -125,9 +125,20 @@ def adapted_forward(
 def _stacked_forward(
     inputs: Tensor, operand: Tensor, bias: Tensor | None, out_features: int
 ) -> tuple[Tensor, list[Tensor]]:
+    """Return the outputs and X A^T: of one product where X is at least as wide as the outputs.
+
+    Of wider outputs a second pass over X costs little. One product was slower there: an H100 then
+    copied the bias over all outputs (``docs/results/gpu.md``).
+    """
+    in_features = inputs.shape[-1]
     rank = len(operand) - out_features
+    columns = operand[:, :in_features]
+    if out_features > in_features:
+        flat = inputs.reshape(-1, in_features)
+        outputs = F.linear(inputs, columns[:out_features], bias)
+        return outputs, [F.linear(flat, columns[out_features:])]
     bias = None if bias is None else F.pad(bias, (0, rank))
-    both = F.linear(inputs, operand[:, : inputs.shape[-1]], bias)
+    both = F.linear(inputs, columns, bias)
     outputs, low = both.split([out_features, rank], dim=-1)
     return outputs, [low.reshape(-1, rank).contiguous()]  # a view would keep all outputs alive
 
@@ -135,8 +146,8 @@ def _stacked_forward(
 def stacked_operand(effective: Tensor, adapters: Sequence[Adapter], trains_A: bool) -> Tensor:
     """Return [[W, B], [A, 0]] for the effective weight W: rows for outputs, columns for inputs.
 
-    X [W; A]^T holds the outputs and X A^T, and G [W, B] the gradient of X and G B. So two products
-    pass over X and G where four would. Without ``trains_A`` it is [W; A].
+    X [W; A]^T holds the outputs and X A^T, and G [W, B] the gradient of X and G B. So one product
+    passes over X, or G, where two would. Without ``trains_A`` it is [W; A].
     """
     A, B, _, _ = adapters[0]
     if not trains_A:
