@@ -404,6 +404,7 @@ def test_shortened_full_training_is_a_line_and_dominated_points_are_open(tmp_pat
     for epochs in (2, 3, 4):
         top1 = (60, 70, 80, 82)[:epochs]
         write_run(tmp_path / str(epochs), NEVER, f"epochs={epochs}", top1=top1)
+    write_run(tmp_path / "again", NEVER, "epochs=4", "seed=1", top1=(60, 70, 80, 82))
     write_run(tmp_path / "run", "epochs=4", switch=70, top1=(1, 2, 3, 79))
     rows = make_table(find_records([tmp_path])).rows
     figure = pareto_figure(rows)
@@ -412,6 +413,9 @@ def test_shortened_full_training_is_a_line_and_dominated_points_are_open(tmp_pat
     assert list(line.get_ydata()) == [70, 80, 82]
     told = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"full training, shortened", "dominated"} <= set(told)
+    figure.draw_without_rendering()
+    (named,) = figure.legends
+    assert all(figure.bbox.contains(*corner) for corner in named.get_window_extent().corners())
 
 
 def test_twenty_rows_are_named_and_not_numbered(tmp_path):

@@ -243,7 +243,7 @@ def _draw_legend(axes: Axes, rows: Sequence[Row], has_dominated: bool) -> None:
         open_mark = {**plain, "markerfacecolor": "white", "linestyle": ""}
         handles += axes.plot([], [], label="dominated", **open_mark)
     handles += [artist for artist in (*axes.patches, *axes.lines) if _is_of_full(artist)]
-    axes.figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False)
+    axes.figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
 
 
 def _is_of_full(artist: Artist) -> bool:
