@@ -19,6 +19,7 @@ TINY = (
         "log.progress=false",
         "log.cost_model=false",
         "log.wandb.mode=disabled",
+        "log.figures=false",  # the command draws them
     ),
     "hydra.sweep.dir=sweep",
 )
