@@ -256,8 +256,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 
 def test_a_place_that_cannot_hold_the_card_is_told_before_anything_is_computed(twins, monkeypatch):
     file = twins / "own_linear.py"
-    with pytest.raises(SystemExit, match=rf"^card: --output {file}/x: {file} is no folder"):
+    with pytest.raises(SystemExit, match=rf"^card: {file}/x: {file} is no folder"):
         call(monkeypatch, twins / "none", "--output", file / "x")
+    with pytest.raises(SystemExit, match=r"^card: /proc/x: /proc is no folder"):
+        call(monkeypatch, twins / "none", "--output", "/proc/x")
 
 
 def test_tables_have_columns_of_the_cards_and_name_a_damaged_one(tmp_path):

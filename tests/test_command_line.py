@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from conf_yamls import build, by_hydra, composed
 from starts import Started, program
+from switchlora import commands
 from switchlora.cli import main
 from switchlora.config import as_plain
 from switchlora.process import check_values, checked, one_line
@@ -322,3 +323,28 @@ def test_the_command_that_goes_on_can_be_pasted_whatever_the_folders_name(name, 
     (place,) = (word for word in words if word.startswith("hydra.run.dir="))
     (override,) = OverridesParser.create().parse_overrides([place])
     assert override.value() == str(folder)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["runs", name, "runs"] for name in ("tables", "report", "curves", "scaling")),
+        ["runs", "replay", "runs", "switch.criterion.epoch=1"],
+        *(["bench", name] for name in ("update", "switch", "lowrank")),
+        *(["bench", name, "runs"] for name in ("phases", "systems")),
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_place_that_holds_no_files_is_refused_before_anything_is_computed(
+    words, monkeypatch, capsys, tmp_path
+):
+    file = tmp_path / "file"
+    file.touch()
+    for place, there in ((file / "x" / "y", file), (Path("/proc/x/y"), "/proc")):
+        monkeypatch.setattr(sys, "argv", ["switchlora", *words[1:], "--out", str(place)])
+        with pytest.raises(SystemExit):
+            getattr(commands, words[0])()
+        (line,) = (x for x in capsys.readouterr().err.splitlines() if "error: " in x)
+        named = place.parent if words[1] in ("report", "switch") else place
+        assert f"argument --out: {named}: {there} is no folder that can be written to" in line
+    assert list(tmp_path.iterdir()) == [file]

@@ -46,7 +46,7 @@ from switchlora.analysis.timeline import (
 )
 from switchlora.config import leaves
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import Record, find_records, warn
+from switchlora.storage import Record, find_records, output_folder, warn
 
 QUARTILES = (25, 50, 75)
 MOST_RUNS = 12  # most runs that can be told apart in one picture
@@ -70,7 +70,7 @@ def main() -> None:
     """Draw what the command line asks for. Exit with one line on a mistake in it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--out", type=Path, help="curves/ in the run or sweep by default")
+    parser.add_argument("--out", type=output_folder, help="curves/ in the run or sweep by default")
     add_formats(parser, "png,pdf")
     options = parser.parse_args()
     folder = options.out or results_folder(options.runs, "curves")

@@ -41,7 +41,7 @@ from switchlora.config import (
 )
 from switchlora.data import build_splits, classes_of, hashed, survey
 from switchlora.process import USER_ERRORS, check_keys, checked, one_line
-from switchlora.storage import read_record, write_whole
+from switchlora.storage import output_folder, read_record, write_whole
 
 IMAGES, TEXT = "switchlora.data.build_data", "switchlora.data.build_text"
 BASE = "reported_data"
@@ -76,7 +76,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output_folder,
         metavar="FOLDER",
         help="write data.html, data.md and data.json there",
     )

@@ -18,7 +18,7 @@ from switchlora.analysis.output import add_formats, save
 from switchlora.analysis.scaling_fit import LEAST_RUNS, PowerLaw, fit_power_law, verdict
 from switchlora.analysis.scaling_picture import draw
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import Record, check_alike, find_records, warn
+from switchlora.storage import Record, check_alike, find_records, output_folder, warn
 
 DENSE = "dense"
 KINDS = {"factorized_linear": "low rank", "guided_linear": "self-guided"}
@@ -47,7 +47,7 @@ def main() -> None:
     """Fit and write what the command line asks for. Exit with one line on a mistake in it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=output_folder, required=True)
     add_formats(parser)
     options = parser.parse_args()
     try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchlora.criteria import LOSS
 from switchlora.names import family
-from switchlora.storage import Record, find_records, warn
+from switchlora.storage import Record, find_records, output_file, warn
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import (
@@ -68,7 +68,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", help="run folders or sweep folders")
-    parser.add_argument("--out", type=Path, default=Path("wandb_report.json"))
+    parser.add_argument("--out", type=output_file, default=Path("wandb_report.json"))
     parser.add_argument("--project", help="default: the one that the runs were logged for")
     parser.add_argument("--entity", help="the W&B user or team that owns the project")
     parser.add_argument("--publish", action="store_true", help="save the report to W&B")

@@ -61,7 +61,7 @@ from switchlora.learner import PRECISIONS, release_memory
 from switchlora.models import eval_mode
 from switchlora.names import family
 from switchlora.process import distributed
-from switchlora.storage import environment
+from switchlora.storage import environment, output_folder
 
 Shape = tuple[int, int, int]
 
@@ -103,7 +103,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--memory", action="store_true", help="measure peak memory too")
     add("--no-time", action="store_true", help="do not measure times")
     add("--fit", type=float, metavar="GIB", help="the largest batch that full training fits there")
-    add("--out", type=Path, default=Path("runs/bench"))
+    add("--out", type=output_folder, default=Path("runs/bench"))
     add("--against", type=Path, help="bench.json of an earlier run to compare with")
     add_formats(parser)
     options = parser.parse_args(words)

@@ -29,7 +29,7 @@ from switchlora.cost import (
 )
 from switchlora.errors import check_range, check_share
 from switchlora.learner import autocast
-from switchlora.storage import environment
+from switchlora.storage import environment, output_folder
 
 PASSES = ("forward", "forward and backward")
 DENSE = 1.0
@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=int, default=788, help="default: 4 images of 197")
     add("--precision", default="fp32", choices=["fp32", "bf16"])
     add("--rounds", type=int, default=9)
-    add("--out", type=Path, default=Path("runs/lowrank_speed"))
+    add("--out", type=output_folder, default=Path("runs/lowrank_speed"))
     return parser.parse_args()
 
 

@@ -20,7 +20,7 @@ from switchlora.bench.lowrank import milliseconds, publish, ratios
 from switchlora.bench.systems import step_of, timed
 from switchlora.errors import check_range
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import Record, find_records, warn
+from switchlora.storage import Record, find_records, output_folder, warn
 
 FULL, ADAPTER = PHASES = ("full", "adapter")
 MIB = 2**20
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=output_folder)
     parser.add_argument(
         "--allow", action="append", default=[], metavar="NAME", help="your class that a run names"
     )

@@ -37,7 +37,7 @@ from switchlora.learner import Learner, build_learner, peak_memory, reset_peak_m
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.ranks import Fixed
-from switchlora.storage import environment
+from switchlora.storage import environment, output_file
 from switchlora.switching import Scene, switch
 
 
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, default=8)
     add("--updates", type=int, default=4, help="the first is not counted")
     add("--window", type=int, default=100, help="monitor.window, in updates")
-    add("--out", type=Path, default=Path("runs/bench/switch.jsonl"))
+    add("--out", type=output_file, default=Path("runs/bench/switch.jsonl"))
     return parser.parse_args()
 
 

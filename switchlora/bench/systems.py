@@ -28,7 +28,14 @@ from switchlora.cost import interleaved_seconds, work_clock_of
 from switchlora.errors import check_range
 from switchlora.process import USER_ERRORS, one_line
 from switchlora.run import prepare
-from switchlora.storage import Record, check_alike, environment, find_records, warn
+from switchlora.storage import (
+    Record,
+    check_alike,
+    environment,
+    find_records,
+    output_folder,
+    warn,
+)
 
 BASELINE = "full"
 MakeStep = Callable[[Path], Callable[[], object]]
@@ -46,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=output_folder, required=True)
     parser.add_argument(
         "--allow", action="append", default=[], metavar="NAME", help="your class that a run names"
     )

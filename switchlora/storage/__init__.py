@@ -39,7 +39,10 @@ from switchlora.storage.export import (
     save_tensors as save_tensors,
 )
 from switchlora.storage.files import (
+    check_folder as check_folder,
     is_regular as is_regular,
+    output_file as output_file,
+    output_folder as output_folder,
     sha256_of as sha256_of,
     sync as sync,
     write_whole as write_whole,

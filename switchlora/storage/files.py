@@ -3,7 +3,9 @@
 import hashlib
 import os
 import stat
+from argparse import ArgumentTypeError
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -17,6 +19,37 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def check_folder(path: Path) -> None:
+    """Raise ValueError unless files can be written into a folder ``path``; none is made here."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    try:
+        TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        reason = f"is no folder that can be written to ({error.strerror})"
+        raise ValueError(f"{path}: {there} {reason}") from error
+
+
+def output_folder(word: str) -> Path:
+    """Return the folder that an option names, for argparse.
+
+    A command that computes for minutes refuses at once what it could not write to at its end.
+    """
+    try:
+        check_folder(Path(word))
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+    return Path(word)
+
+
+def output_file(word: str) -> Path:
+    """Return the file that an option names, in the same way."""
+    path = Path(word)
+    if path.is_dir():
+        raise ArgumentTypeError(f"{word} is a folder: name a file")
+    output_folder(str(path.parent))
+    return path
 
 
 def sync(path: Path) -> None:

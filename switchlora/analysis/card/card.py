@@ -7,7 +7,6 @@ same images. It is written as ``card.json``, ``card.md`` and ``card.html`` into 
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from switchlora.analysis.figures import run_labels
 from switchlora.config import names_in_yamls
 from switchlora.errors import check_range
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import is_run, name_of_data, read_record, warn, write_whole
+from switchlora.storage import check_folder, is_run, name_of_data, read_record, warn, write_whole
 
 FOLDER = "card"
 OWN = "its own test split"
@@ -46,7 +45,7 @@ def main() -> None:
     options = parse(sys.argv[1:])
     folder = options.output or default_output(options.path)
     try:
-        check_output(folder)
+        check_folder(folder)
         card = make_card(options)
         written = write_card(card, folder)
     except USER_ERRORS as error:
@@ -214,13 +213,6 @@ def noun_of(against: Sequence[Source]) -> str:
 def default_output(path: Path) -> Path:
     """Return where the card of a model goes: into its folder, or beside its file."""
     return (path if path.is_dir() else path.parent) / FOLDER
-
-
-def check_output(folder: Path) -> None:
-    """Raise ValueError unless files can be written into a folder, before much is computed."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--output {folder}: {there} is no folder that can be written to")
 
 
 def write_card(card: dict[str, Any], folder: Path) -> list[Path]:

@@ -57,7 +57,7 @@ from switchlora.analysis.tables.pareto import draw_pareto
 from switchlora.analysis.tables.rows import Row, Table, run_names
 from switchlora.analysis.tables.systems import transitions
 from switchlora.analysis.tables.table import make_table
-from switchlora.storage import Record, find_records
+from switchlora.storage import Record, find_records, output_file
 
 FILE = "report.html"
 TEMPLATE = "report_page.html"
@@ -73,7 +73,7 @@ def main() -> None:
     """Write the page of a sweep and print its path. Exit with one line on a mistake."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sweep", type=Path, help="a folder of run folders")
-    parser.add_argument("--out", type=Path, help=f"the file; default: {FILE} in the sweep")
+    parser.add_argument("--out", type=output_file, help=f"the file; default: {FILE} in the sweep")
     options = parser.parse_args()
     try:
         out = options.out or options.sweep / FILE

@@ -30,7 +30,7 @@ from switchlora.criteria import Verdict
 from switchlora.monitor import Measurement
 from switchlora.policy import Decision, SwitchPolicy, decisions
 from switchlora.process import USER_ERRORS, one_line
-from switchlora.storage import Record, find_records, warn
+from switchlora.storage import Record, find_records, output_folder, warn
 
 CONF = folder_of("conf")
 SLICE = re.compile(r"\.[qkv]$")
@@ -84,7 +84,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the options of the command line, and split its words into runs and overrides."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("words", nargs="+", metavar="RUN or KEY=VALUE")
-    parser.add_argument("--out", type=Path, help="replay/ in the run or sweep by default")
+    parser.add_argument("--out", type=output_folder, help="replay/ in the run or sweep by default")
     add_formats(parser)
     parser.add_argument("--config-dir", type=Path, help="a folder with yamls of your own")
     parser.add_argument(

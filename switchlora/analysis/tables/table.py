@@ -33,7 +33,7 @@ from switchlora.analysis.tables.pareto import draw_pareto
 from switchlora.analysis.tables.remarks import remarked
 from switchlora.analysis.tables.rows import Row, Table, make_rows
 from switchlora.analysis.tables.systems import systems_columns
-from switchlora.storage import Record, find_records, is_run, warn
+from switchlora.storage import Record, find_records, is_run, output_folder, warn
 
 STEMS = {"default": "table", "systems": "systems", "prelora": "prelora"}
 """by preset, the name of its files"""
@@ -64,7 +64,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders or sweep folders")
     parser.add_argument("--preset", choices=STEMS, default="default")
     parser.add_argument("--baseline", metavar="SETTING", help="label of a row; full training")
-    parser.add_argument("--out", type=Path, help="tables/ in the sweep, or here for loose runs")
+    parser.add_argument(
+        "--out", type=output_folder, help="tables/ in the sweep, or here for loose runs"
+    )
     add_formats(parser)
     parser.add_argument("--notes", type=Path, metavar="FILE", help="lines to put below the table")
     parser.add_argument("--no-times", action="store_true", help="no clock and no memory counter")
