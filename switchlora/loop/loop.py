@@ -4,9 +4,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,14 @@ from switchlora.loop.arguments import (
     policy_of,
 )
 from switchlora.loop.counter import UpdateCounter
-from switchlora.loop.groups import NewGroup, Regrouped, follow, home_of_weights, regrouped
+from switchlora.loop.groups import (
+    FactorGroup,
+    Regrouped,
+    follow,
+    home_of_weights,
+    names_of,
+    regrouped,
+)
 from switchlora.loop.inputs import FirstInputs, Logits
 from switchlora.loop.measure import History, WeightUpdateMonitor
 from switchlora.loop.ramp import Ramp
@@ -46,15 +53,25 @@ from switchlora.policy import SwitchPolicy
 from switchlora.process import from_primary, together
 from switchlora.ranks import RankPolicy
 from switchlora.storage import save_adapter
-from switchlora.switching import Scene, SwitchReport, rehearse, switch
+from switchlora.switching import (
+    Outcome,
+    Scene,
+    SwitchReport,
+    rehearse,
+    switch,
+    with_frozen_front,
+)
 
+T = TypeVar("T", bound=Outcome)
 TRIES = 3
-"""after this many failed switches no further one is tried"""
+"""after this many failed changes no further one is tried"""
 LONGEST_RAMP = 20
-CHANGES_AGAIN = ("joint_epochs", "stages", "restart", "growth", "guard")
+CHANGES_AGAIN = ("joint_epochs", "restart", "growth", "guard")
 """options of a policy for what comes after the switch"""
 NEEDS_RECIPE = ("remove_weight_decay", "least_gain")
 """options of a policy that need the decay of each update, or inputs to measure the speed on"""
+SCHEDULED = ("switchlora", "guided")
+"""adapters that change in every update"""
 
 
 @dataclass
@@ -80,7 +97,8 @@ class LowRankSwitch:
     the updates that the optimizer made, without those that a GradScaler skipped. ``step`` measures
     the targets every ``window`` updates and asks the criterion. When that fires, adapters are put
     on the targets, and the same optimizer trains them: what is frozen leaves its groups, factors
-    come as new groups, and the schedulers are told. All of it happens, or nothing.
+    come as new groups, and the schedulers are told. All of it happens, or nothing. With ``stages``
+    it happens several times, and measuring goes on until no target waits.
 
     With several processes each of them calls ``step``. The first one decides for all.
 
@@ -94,11 +112,12 @@ class LowRankSwitch:
     - ``updates_per_epoch``: needed by criteria that count epochs.
     - ``forward(model, batch)`` returns the logits for the check that the switch moves none. By
       default that is the first tensor that the model returns. The batch is the first that it got.
-    - ``on_switch`` is called with the report, after the switch.
+    - ``on_switch`` is called with the report, after the switch; with that of each stage.
     - ``factor_lr``: learning rate of factors, relative to that of the weights: 'matched' or a
       number. ``factor_weight_decay`` is theirs alone.
-    - ``ramp_updates``: updates after the switch over which all learning rates rise again.
-    - further names are those of ``SwitchPolicy``: ``keep``, ``earliest``, ``split_qkv`` ...
+    - ``ramp_updates``: updates after the switch over which all learning rates rise again. None:
+      20, but none as long as a target waits for its stage.
+    - further names are those of ``SwitchPolicy``: ``keep``, ``earliest``, ``stages`` ...
 
     ValueError for arguments that cannot work: criterion, ranks and start are tried once on an
     invented measurement. ValueError also for a model that is wrapped; for a scheduler of unknown
@@ -122,11 +141,12 @@ class LowRankSwitch:
         on_switch: Callable[[SwitchReport], None] | None = None,
         factor_lr: float | str = "matched",
         factor_weight_decay: float = 0.0,
-        ramp_updates: int = LONGEST_RAMP,
+        ramp_updates: int | None = None,
         **policy: Any,
     ) -> None:
         check_parts(model, getattr(optimizer, "optimizer", optimizer))
-        check_whole("ramp_updates", ramp_updates, 0)
+        if ramp_updates is not None:
+            check_whole("ramp_updates", ramp_updates, 0)
         check_range("factor_weight_decay", factor_weight_decay, 0)
         check_optional(forward=forward, on_switch=on_switch)
         self.watch = WeightUpdateMonitor(
@@ -139,7 +159,7 @@ class LowRankSwitch:
         with named_as_arguments():
             made = policy_of(criterion, rank, init, policy)
             self.policy = replace(made, targets=self.watch.patterns)
-            check_switches_once(self.policy)
+            check_goes_with_a_loop(self.policy)
         self.rates = FactorRates(factor_lr)
         self.factor_weight_decay = factor_weight_decay
         self.ramp_updates = ramp_updates
@@ -148,9 +168,11 @@ class LowRankSwitch:
         self.report: SwitchReport | None = None
         self.switched_at: int | None = None
         self.ranks: dict[str, int] = {}
-        """the rank of each target; empty before the switch"""
+        """the rank of each target that has switched"""
         self.failures: list[str] = []
+        self._last_stage: int | None = None
         self._ramp: Ramp | None = None
+        self._groups: list[FactorGroup] = []
         self._homes = home_of_weights(self.model, self.optimizer)
         self._made = UpdateCounter(self.optimizer)
         modules = [target.module for target in self.watch.monitor.targets.values()]
@@ -168,22 +190,23 @@ class LowRankSwitch:
 
     @property
     def history(self) -> History:
-        """The measurements of the full phase."""
+        """The measurements, as long as there are targets that have not switched."""
         return self.watch.history
 
     @property
     def switched(self) -> bool:
-        """Whether the adapters are in."""
+        """Whether adapters are in; in stages, the first ones."""
         return self.switched_at is not None
 
     def step(self, loss: Tensor | float = math.nan) -> bool:
-        """Count what the optimizer has done, and return whether the model has just switched.
+        """Count what the optimizer has done, and return whether adapters have just been put in.
 
-        ``loss`` is that of the update or micro-batch. It is read at the end of a window.
-        ValueError when weights move that the optimizer does not move.
+        That is so once, and at each stage of ``stages``. ``loss`` is that of the update or
+        micro-batch. It is read at the end of a window. ValueError when weights move that the
+        optimizer does not move.
         """
         updates = self._made.since_last()
-        if self.switched:
+        if not self._waits:
             self.watch.num_updates += updates
             return False
         if not self._checked:
@@ -238,10 +261,12 @@ class LowRankSwitch:
         return {
             **self.watch.state_dict(),
             "switched_at": self.switched_at,
+            "last_stage": self._last_stage,
             "ranks": self.ranks,
             "layout": adapter_layout(self.model),
             "trained": trained,
-            "ramp": self._ramp.done if self._ramp else 0,
+            "ramp": (self._ramp.updates, self._ramp.done) if self._ramp else (0, 0),
+            "groups": [astuple(group) for group in self._groups],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -250,19 +275,22 @@ class LowRankSwitch:
         If the model had switched, adapters of its shapes are put in, the optimizer gets their
         groups, and the schedulers are told.
         """
-        self.switched_at = state["switched_at"]
+        self.switched_at, self._last_stage = state["switched_at"], state["last_stage"]
         self.ranks = dict(state["ranks"])
-        self.watch.load_state_dict(state, still_measures=not self.switched)
+        self.watch.load_state_dict(state)
         if not self.switched:
             return
+        before = names_of(self.model)
         inject_empty(self.model, state["layout"])
         train_only(self.model, state["trained"], self.policy.train_factors)
-        plan = self._regrouped(self.model)
+        self._groups = [FactorGroup(*group) for group in state["groups"]]
+        plan = self._regrouped(self.model, before)
         tells = self._tells_of(plan.new)
         plan.commit(self.optimizer, {})
         _finish(tells, self.model, self.optimizer)
-        self._ramp = Ramp(self.optimizer, self.ramp_updates, state["ramp"])
-        self._inputs.remove()
+        self._ramp = Ramp(self.optimizer, *state["ramp"])
+        self._checked = True
+        self._forget_inputs()
 
     def _rehearse(self) -> None:
         """Try criterion, ranks and start once; what needs a measurement is tried without one."""
@@ -276,46 +304,92 @@ class LowRankSwitch:
         with named_as_arguments(), together():
             check_adapters_work(self.model, self.watch.monitor.targets.values(), self._inputs)
 
-    def _consider(self) -> bool:
-        self.verdict = from_primary(lambda: self.policy.decide(self.history))
-        if not self.verdict.fires or len(self.failures) >= TRIES:
-            return False
-        try:
-            self._switch()
-        except SwitchFailed as error:
-            self.failures.append(as_arguments(str(error)))
-            warnings.warn(f"the switch failed and was undone: {self.failures[-1]}", stacklevel=3)
-            return False
-        return True
+    @property
+    def _waits(self) -> bool:
+        """Whether a target has not switched."""
+        return not self.switched or bool(self.watch.monitor.targets)
 
-    def _switch(self) -> None:
+    def _consider(self) -> bool:
+        """Ask the criterion, and return whether the targets have switched that it chose."""
+        verdict = self.verdict = from_primary(lambda: self.policy.decide(self.history))
+        now, waiting = self.num_updates, self.watch.monitor.targets
+        chosen = self.policy.chosen(verdict, waiting, now, self._last_stage)
+        if not chosen:
+            return False
+        policy = with_frozen_front(
+            *(self.model, self.policy, self.watch.monitor.known),
+            *(verdict.margins, chosen, self._inputs),
+        )
+        report = self._change("switch", lambda scene: switch(scene, self.history, chosen), policy)
+        if report is not None:
+            self._note(report)
+        return report is not None
+
+    def _note(self, report: SwitchReport) -> None:
+        """Take down that targets have switched, and watch those that wait."""
+        now = self._last_stage = self.num_updates
+        self.switched_at = now if self.switched_at is None else self.switched_at
+        self.ranks |= report.ranks
+        self.report = report if self.report is None else report.after(self.report)
+        self.watch.monitor.watch(report.waiting, now)
+        self._rise(0 if report.waiting else LONGEST_RAMP)
+        self._forget_inputs()
+        if self.on_switch is not None:
+            self.on_switch(report)
+
+    def _change(
+        self,
+        what: str,
+        change: Callable[[Scene[Held]], tuple[Held, T]],
+        policy: SwitchPolicy,
+    ) -> T | None:
+        """Make a change of the model, and let optimizer and schedulers follow.
+
+        Return its outcome; None when it failed, after which all is as it was.
+        """
+        if len(self.failures) >= TRIES:
+            return None
+        before = names_of(self.model)
         plans: list[Regrouped] = []
         tells: list[Tell] = []
 
         def rebuild(model: nn.Module) -> Held:
-            plan = self._regrouped(model)
+            plan = self._regrouped(model, before)
             tells.extend(self._tells_of(plan.new))
             plans.append(plan)
             return Held(model, plan.shadow(self.optimizer))
 
         held = Held(self.model, self.optimizer)
-        scene = Scene(held, self.policy, self.watch.monitor, None, rebuild, self._inputs)
-        new, report = switch(scene, self.history)
+        scene = Scene(held, policy, self.watch.monitor, None, rebuild, self._inputs)
+        try:
+            new, outcome = change(scene)
+        except SwitchFailed as error:
+            self.failures.append(as_arguments(str(error)))
+            warnings.warn(f"the {what} failed and was undone: {self.failures[-1]}", stacklevel=4)
+            return None
         plans[-1].commit(self.optimizer, new.optimizer.state)
+        self._groups = plans[-1].of_factors
         _finish(tells, self.model, self.optimizer)
-        self._ramp = Ramp(self.optimizer, self.ramp_updates)
-        self._inputs.remove()
-        self.watch.monitor.references.clear()
-        self.report, self.switched_at = report, self.num_updates
-        self.ranks = dict(report.ranks)
-        if self.on_switch is not None:
-            self.on_switch(report)
+        return outcome
 
-    def _regrouped(self, model: nn.Module) -> Regrouped:
+    def _rise(self, updates: int) -> None:
+        """Let the learning rates rise again, over as many updates as were asked for."""
+        if self._ramp is not None:
+            self._ramp.stop()
+        asked = self.ramp_updates
+        self._ramp = Ramp(self.optimizer, updates if asked is None else asked)
+
+    def _forget_inputs(self) -> None:
+        """Let the model's inputs go, if no further change is checked on them."""
+        if not self._waits:
+            self._inputs.remove()
+
+    def _regrouped(self, model: nn.Module, before: Mapping[nn.Parameter, str]) -> Regrouped:
         decay, timms = self.factor_weight_decay, any(map(is_timms, self.schedulers))
-        return regrouped(model, self.optimizer, self._homes, self.rates, decay, timms)
+        groups = (before, self._homes, self._groups)
+        return regrouped(model, self.optimizer, *groups, self.rates, decay, timms)
 
-    def _tells_of(self, new: Sequence[NewGroup]) -> list[Tell]:
+    def _tells_of(self, new: Sequence[FactorGroup]) -> list[Tell]:
         tells: list[Tell] = []
         for scheduler in self.schedulers:
             tells += prepared(scheduler, len(self.optimizer.param_groups), new)
@@ -341,17 +415,17 @@ class LowRankSwitch:
             )
 
 
-def check_switches_once(policy: SwitchPolicy) -> None:
+def check_goes_with_a_loop(policy: SwitchPolicy) -> None:
     """Raise ValueError for adapters that begin anew, and for options that a loop cannot follow."""
     made = made_class(policy.adapter)
     refused = {name: getattr(policy, name) for name in (*CHANGES_AGAIN, *NEEDS_RECIPE)}
-    refused[f"an adapter of the kind {made.kind}"] = made.begins_anew or made.kind == "switchlora"
+    refused[f"an adapter of the kind {made.kind}"] = made.begins_anew or made.kind in SCHEDULED
     for name, asked in refused.items():
         if asked:
             raise ValueError(
-                "LowRankSwitch puts adapters on trained weights once, and does not know a loop's "
-                f"recipe, so it does not go with {name}: leave it out, or train with the command "
-                "switchlora"
+                "LowRankSwitch puts adapters on trained weights, and knows neither the loss nor "
+                f"the recipe of a loop, so it does not go with {name}: leave it out, or train "
+                "with the command switchlora"
             )
 
 
