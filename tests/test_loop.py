@@ -495,17 +495,23 @@ def test_merged_and_saved_it_computes_what_the_loop_trained(tmp_path):
 
 TEN = ("data.train_size=320", "full.scheduler.warmup_t=5", "monitor.window=5")
 """10 updates an epoch"""
+STAGES = (
+    *("switch/stages=by_margin", "switch.stages.interval=5", "switch/criterion=update_norm"),
+    *("switch.criterion.patience=1", "switch.criterion.fraction=0.6"),
+)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "words, times",
     [
-        (*TEN, "switch.criterion.patience=1", "switch.criterion.fraction=0.99"),
-        (*TEN, "switch/init=update_svd", *BY_DATE, "full.precision=bf16"),
+        ((*TEN, "switch.criterion.patience=1", "switch.criterion.fraction=0.99"), 1),
+        ((*TEN, "switch/init=update_svd", *BY_DATE, "full.precision=bf16"), 1),
+        ((*TEN, *STAGES), 2),
+        ((*TEN, *STAGES, "switch.split_qkv=true"), 2),
     ],
-    ids=["criterion", "date"],
+    ids=["criterion", "date", "stages", "stages of slices"],
 )
-def test_a_plain_loop_makes_the_run_of_our_trainer(words, tmp_path):
+def test_a_plain_loop_makes_the_run_of_our_trainer(words, times, tmp_path):
     config = composed(*SHORT, "adapter.rewarmup_updates=5", *words)
     ours = train(config, tmp_path / "ours")
     run = prepare(config, tmp_path / "theirs")
@@ -518,7 +524,9 @@ def test_a_plain_loop_makes_the_run_of_our_trainer(words, tmp_path):
         window=run.window,
         updates_per_epoch=len(run.data.train),
         ramp_updates=5,
+        **{name: getattr(run.policy, name) for name in ("stages", "split_qkv")},
     )
+    changes = []
     for epoch in range(3):
         run.data.set_epoch(epoch)
         for images, labels in run.data.train:
@@ -529,8 +537,11 @@ def test_a_plain_loop_makes_the_run_of_our_trainer(words, tmp_path):
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            switch.step(loss)
-    assert switch.switched and switch.switched_at == ours["switch"]["num_updates"]
+            if switch.step(loss):
+                changes.append(switch.num_updates)
+    assert changes == [change["num_updates"] for change in ours["transitions"]]
+    assert len(changes) == times
+    assert switch.switched_at == ours["switch"]["num_updates"]
     assert switch.ranks == ours["switch"]["ranks"]
     expected = load_file(tmp_path / "ours" / "model.safetensors")
     torch.testing.assert_close(merged_state_dict(model), expected, rtol=1e-3, atol=2e-5)

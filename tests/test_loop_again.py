@@ -1,0 +1,142 @@
+"""What comes after the first adapters in a loop that is not ours: further stages."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import tiny_vit
+from switchlora import LowRankSwitch
+from switchlora.adapters import adapted_modules, is_factor
+from switchlora.criteria import Verdict
+from switchlora.policy import Stages
+from test_loop import LOSS, SCHEDULERS, SOON, Loop, at, batch, trained
+
+FIRST, SECOND = 6, 12
+
+
+def in_two(history):
+    """A criterion after which 'fc1' and 'k' converge at the first update, the rest at the second.
+
+    It fires at the second.
+    """
+    now = history[-1]
+    margins = {}
+    for name in now.layers:
+        margins[name] = now.num_updates - (FIRST if name.endswith(("fc1", ".k")) else SECOND)
+    return Verdict(now.num_updates >= SECOND, margins, "it is time")
+
+
+TWO = {"criterion": in_two, "stages": Stages(interval=1)}
+
+
+def held(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_a_second_stage_leaves_the_factors_of_the_first_in_their_groups_with_their_moments():
+    seen = []
+    loop = Loop(**TWO, on_switch=seen.append).run(SECOND - 1)
+    assert loop.fired == [FIRST] and loop.switch.switched
+    assert set(loop.switch.ranks) == {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1"}
+    places = {p: n for n, group in enumerate(loop.optimizer.param_groups) for p in group["params"]}
+    first = loop.factors()
+    loop.optimizer.param_groups[places[next(iter(first.values()))]]["weight_decay"] = 0.3
+    loop.run(SECOND)
+    assert loop.fired == [FIRST, SECOND] and loop.switch.switched_at == FIRST
+    assert len(loop.switch.ranks) == len(adapted_modules(loop.model)) == 8
+    assert sorted(map(id, held(loop.optimizer))) == sorted(
+        id(p) for p in loop.model.parameters() if p.requires_grad
+    )
+    for factor in first.values():
+        assert factor in set(loop.optimizer.param_groups[places[factor]]["params"])
+        assert loop.optimizer.state[factor]["step"] == SECOND - FIRST
+    assert loop.optimizer.param_groups[places[next(iter(first.values()))]]["weight_decay"] == 0.3
+    assert [len(report.ranks) for report in seen] == [2, 6] and len(loop.switch.report.ranks) == 8
+    assert [len(measured.layers) for measured in loop.switch.history] == [8, 6]
+    loop.run()
+    assert loop.switch.num_updates == 24 and len(loop.switch.history) == 2
+
+
+def of_two_sizes(context):
+    """Ranks whose matched rates differ by a factor of 2."""
+    return {name: 2 if name.endswith("fc1") else 8 for name in context.updates}
+
+
+@pytest.mark.parametrize("kind", ["lambda", "one cycle", "sequence", "timm"])
+def test_schedulers_go_on_after_each_stage(kind):
+    loop = Loop(SCHEDULERS[kind], rank=of_two_sizes, **TWO).run(20)
+    weights, first, second = [group["lr"] for group in loop.optimizer.param_groups]
+    assert loop.fired == [FIRST, SECOND]
+    assert second / weights == pytest.approx(2**3.5) and first == pytest.approx(2 * second)
+    alone = Loop(SCHEDULERS[kind], criterion=at(99)).run(20)
+    assert weights == pytest.approx(alone.optimizer.param_groups[0]["lr"], rel=1e-6)
+
+
+def sliced():
+    return Loop(SCHEDULERS["timm"], **TWO, split_qkv=True, rank=of_two_sizes)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return sliced().run()
+
+
+@pytest.mark.parametrize("stop", [FIRST, 9, 15])
+def test_a_loop_that_stops_between_two_stages_ends_the_same(whole, stop):
+    first, again = sliced().run(stop), sliced()
+    for part in ("switch", "model", "optimizer", "scheduler"):
+        saved = copy.deepcopy(getattr(first, part).state_dict())
+        getattr(again, part).load_state_dict(saved)
+    again.run()
+    assert first.fired + again.fired == whole.fired == [FIRST, SECOND]
+    assert again.switch.ranks == whole.switch.ranks and len(whole.switch.ranks) == 12
+    ours, theirs = again.model.state_dict(), whole.model.state_dict()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_second_stage_that_fails_leaves_the_first_as_it_was_and_is_tried_again():
+    loop = Loop(SCHEDULERS["cosine"], **TWO).run(SECOND - 1)
+    names, layout = trained(loop.model), set(adapted_modules(loop.model))
+    right = loop.switch._inputs._given
+
+    def broken(model, batch):
+        return model(batch) + len(adapted_modules(model))
+
+    loop.switch._inputs._given = broken
+    loop.optimizer.step()
+    before = copy.deepcopy(
+        (loop.model.state_dict(), loop.optimizer.state_dict(), loop.scheduler.state_dict())
+    )
+    with pytest.warns(UserWarning, match="the switch failed and was undone"):
+        assert not loop.switch.step(1.0)
+    after = (loop.model.state_dict(), loop.optimizer.state_dict(), loop.scheduler.state_dict())
+    assert trained(loop.model) == names and set(adapted_modules(loop.model)) == layout
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    loop.switch._inputs._given = right
+    loop.run()
+    assert loop.fired == [FIRST, 18] and len(loop.switch.ranks) == 8
+
+
+def test_a_still_front_is_frozen_outright():
+    loop = Loop(criterion=in_two, stages=Stages(interval=1, by="block", still=0.0)).run()
+    assert loop.fired == [SECOND] and set(loop.switch.ranks.values()) == {0}
+    assert not adapted_modules(loop.model)
+    assert trained(loop.model) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+
+
+def test_parameters_of_another_model_stay_in_the_optimizer_with_their_state():
+    torch.manual_seed(0)
+    model, other = tiny_vit(), nn.Linear(5, 5)
+    optimizer = torch.optim.AdamW([*model.parameters(), *other.parameters()], lr=1e-3)
+    switch = LowRankSwitch(model, optimizer, **SOON)
+    for number in range(4):
+        images, labels = batch(number)
+        optimizer.zero_grad()
+        LOSS(other(model(images)), labels).backward()
+        optimizer.step()
+        switch.step()
+    assert switch.switched and any(map(is_factor, trained(model)))
+    assert optimizer.state[other.weight]["step"] == 4
+    assert set(other.parameters()) <= set(held(optimizer))
