@@ -29,14 +29,16 @@ from switchlora import LowRankSwitch, UpdateNorm, WeightUpdateMonitor
 from switchlora.adapters import (
     adapted_modules,
     cola_linear,
+    core_linear,
     factorized_linear,
+    guided_linear,
     is_factor,
     merged_state_dict,
     switched_linear,
 )
 from switchlora.criteria import AtEpoch, Verdict
 from switchlora.learner import Muon, autocast, in_parts
-from switchlora.policy import Guard, InRank
+from switchlora.policy import Guard, InRank, Refresh, Restart
 from switchlora.ranks import Fixed
 from switchlora.run import prepare
 from switchlora.train import train
@@ -349,6 +351,8 @@ def test_what_cannot_work_is_refused_in_words():
 
 MISTAKES = [
     ({"criterion": at(1)}, "give updates_per_epoch"),
+    ({"joint_epochs": 1.0}, "joint_epochs counts epochs: give updates_per_epoch"),
+    ({"restart": Restart()}, "restart counts epochs: give updates_per_epoch"),
     ({"criterion": UpdateNorm}, "such as UpdateNorm"),
     ({"criterion": lambda history: True}, "criterion returned True: return a Verdict"),
     ({"rank": 0.0001}, "rank.share=0.0001 is too small: .* parameters more"),
@@ -464,12 +468,13 @@ def test_a_criterion_that_fires_at_its_first_measurement_and_ranks_that_need_one
         ({"guard": Guard()}, "guard"),
         ({"remove_weight_decay": True}, "remove_weight_decay"),
         ({"least_gain": 1.1, "adapter": factorized_linear}, "least_gain"),
-        ({"joint_epochs": 1.0}, "joint_epochs"),
+        ({"restart": Refresh(), "adapter": core_linear, "train_factors": ["B"]}, "Refresh"),
+        ({"joint_epochs": 1.0, "adapter": guided_linear}, "kind guided"),
         ({"adapter": cola_linear}, "kind cola"),
         ({"adapter": switched_linear}, "kind switchlora"),
     ],
 )
-def test_what_changes_the_model_again_or_begins_anew_is_refused_at_once(options, says):
+def test_what_needs_a_run_or_begins_anew_is_refused_at_once(options, says):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=f"does not go with .*{says}"):
@@ -493,8 +498,10 @@ def test_merged_and_saved_it_computes_what_the_loop_trained(tmp_path):
         torch.testing.assert_close(loaded(images), expected, rtol=0, atol=1e-5)
 
 
+AGAIN = ("stages", "split_qkv", "restart", "joint_epochs")
 TEN = ("data.train_size=320", "full.scheduler.warmup_t=5", "monitor.window=5")
 """10 updates an epoch"""
+RESTART = ("switch/restart=relora", "switch.restart.every_epochs=0.6")
 STAGES = (
     *("switch/stages=by_margin", "switch.stages.interval=5", "switch/criterion=update_norm"),
     *("switch.criterion.patience=1", "switch.criterion.fraction=0.6"),
@@ -508,8 +515,11 @@ STAGES = (
         ((*TEN, "switch/init=update_svd", *BY_DATE, "full.precision=bf16"), 1),
         ((*TEN, *STAGES), 2),
         ((*TEN, *STAGES, "switch.split_qkv=true"), 2),
+        ((*TEN, *BY_DATE, *RESTART, "switch/init=balanced"), 3),
+        ((*TEN, *BY_DATE, "switch.joint_epochs=0.5"), 2),
+        ((*TEN, *BY_DATE, *RESTART, "switch.joint_epochs=0.4"), 3),
     ],
-    ids=["criterion", "date", "stages", "stages of slices"],
+    ids=["criterion", "date", "stages", "slices", "restart", "joint", "joint and restart"],
 )
 def test_a_plain_loop_makes_the_run_of_our_trainer(words, times, tmp_path):
     config = composed(*SHORT, "adapter.rewarmup_updates=5", *words)
@@ -524,7 +534,7 @@ def test_a_plain_loop_makes_the_run_of_our_trainer(words, times, tmp_path):
         window=run.window,
         updates_per_epoch=len(run.data.train),
         ramp_updates=5,
-        **{name: getattr(run.policy, name) for name in ("stages", "split_qkv")},
+        **{name: getattr(run.policy, name) for name in AGAIN},
     )
     changes = []
     for epoch in range(3):

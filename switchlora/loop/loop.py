@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from switchlora.adapters import (
     check_adapters_work,
     count_parameters,
     inject_empty,
-    made_class,
     merge,
     train_only,
 )
@@ -29,6 +28,7 @@ from switchlora.initializers import AdapterInit, update_directions
 from switchlora.learner import FactorRates
 from switchlora.loop.arguments import (
     as_arguments,
+    check_goes_with_a_loop,
     check_optional,
     check_parts,
     check_whole,
@@ -58,6 +58,8 @@ from switchlora.switching import (
     Scene,
     SwitchReport,
     rehearse,
+    restart,
+    settle,
     switch,
     with_frozen_front,
 )
@@ -66,12 +68,6 @@ T = TypeVar("T", bound=Outcome)
 TRIES = 3
 """after this many failed changes no further one is tried"""
 LONGEST_RAMP = 20
-CHANGES_AGAIN = ("joint_epochs", "restart", "growth", "guard")
-"""options of a policy for what comes after the switch"""
-NEEDS_RECIPE = ("remove_weight_decay", "least_gain")
-"""options of a policy that need the decay of each update, or inputs to measure the speed on"""
-SCHEDULED = ("switchlora", "guided")
-"""adapters that change in every update"""
 
 
 @dataclass
@@ -97,8 +93,11 @@ class LowRankSwitch:
     the updates that the optimizer made, without those that a GradScaler skipped. ``step`` measures
     the targets every ``window`` updates and asks the criterion. When that fires, adapters are put
     on the targets, and the same optimizer trains them: what is frozen leaves its groups, factors
-    come as new groups, and the schedulers are told. All of it happens, or nothing. With ``stages``
-    it happens several times, and measuring goes on until no target waits.
+    come as new groups, and the schedulers are told. All of it happens, or nothing.
+
+    The model changes again where the policy says so: at each of its ``stages``, at the end of its
+    joint phase, at each ``restart``. ``step`` tells of each, since a wrapper or an average of the
+    model has to be made anew.
 
     With several processes each of them calls ``step``. The first one decides for all.
 
@@ -109,19 +108,20 @@ class LowRankSwitch:
       ['q_proj', 'fc1'], or 'all-linear': all but the model's last one.
     - ``rank``: a number; a share of all parameters, such as 0.2, that trains on; or a policy of
       ``switchlora.ranks``.
-    - ``updates_per_epoch``: needed by criteria that count epochs.
+    - ``updates_per_epoch``: needed by criteria that count epochs, ``joint_epochs`` and
+      ``restart``.
     - ``forward(model, batch)`` returns the logits for the check that the switch moves none. By
       default that is the first tensor that the model returns. The batch is the first that it got.
     - ``on_switch`` is called with the report, after the switch; with that of each stage.
     - ``factor_lr``: learning rate of factors, relative to that of the weights: 'matched' or a
       number. ``factor_weight_decay`` is theirs alone.
-    - ``ramp_updates``: updates after the switch over which all learning rates rise again. None:
-      20, but none as long as a target waits for its stage.
+    - ``ramp_updates``: updates after a change over which all learning rates rise again. None: 20,
+      but none as long as a target waits for its stage. A joint phase begins without.
     - further names are those of ``SwitchPolicy``: ``keep``, ``earliest``, ``stages`` ...
 
     ValueError for arguments that cannot work: criterion, ranks and start are tried once on an
     invented measurement. ValueError also for a model that is wrapped; for a scheduler of unknown
-    kind; for a policy that would change the model again after the switch; at the first ``step``,
+    kind; for a policy that needs the loss function or the recipe of a run; at the first ``step``,
     for targets on which an adapter would not do what its weight does.
     """
 
@@ -159,7 +159,7 @@ class LowRankSwitch:
         with named_as_arguments():
             made = policy_of(criterion, rank, init, policy)
             self.policy = replace(made, targets=self.watch.patterns)
-            check_goes_with_a_loop(self.policy)
+            check_goes_with_a_loop(self.policy, updates_per_epoch)
         self.rates = FactorRates(factor_lr)
         self.factor_weight_decay = factor_weight_decay
         self.ramp_updates = ramp_updates
@@ -171,6 +171,7 @@ class LowRankSwitch:
         """the rank of each target that has switched"""
         self.failures: list[str] = []
         self._last_stage: int | None = None
+        self._joint_until: int | None = None
         self._ramp: Ramp | None = None
         self._groups: list[FactorGroup] = []
         self._homes = home_of_weights(self.model, self.optimizer)
@@ -199,16 +200,16 @@ class LowRankSwitch:
         return self.switched_at is not None
 
     def step(self, loss: Tensor | float = math.nan) -> bool:
-        """Count what the optimizer has done, and return whether adapters have just been put in.
+        """Count what the optimizer has done, and return whether other tensors train from now on.
 
-        That is so once, and at each stage of ``stages``. ``loss`` is that of the update or
-        micro-batch. It is read at the end of a window. ValueError when weights move that the
-        optimizer does not move.
+        That is so at the switch, or at each of its ``stages``, at the end of the joint phase and
+        at each ``restart``. ``loss`` is that of the update or micro-batch. It is read at the end
+        of a window. ValueError when weights move that the optimizer does not move.
         """
         updates = self._made.since_last()
         if not self._waits:
             self.watch.num_updates += updates
-            return False
+            return self._change_again()
         if not self._checked:
             self._check_targets()
         if self._made.idle == self.watch.monitor.window:
@@ -262,6 +263,7 @@ class LowRankSwitch:
             **self.watch.state_dict(),
             "switched_at": self.switched_at,
             "last_stage": self._last_stage,
+            "joint_until": self._joint_until,
             "ranks": self.ranks,
             "layout": adapter_layout(self.model),
             "trained": trained,
@@ -276,6 +278,7 @@ class LowRankSwitch:
         groups, and the schedulers are told.
         """
         self.switched_at, self._last_stage = state["switched_at"], state["last_stage"]
+        self._joint_until = state["joint_until"]
         self.ranks = dict(state["ranks"])
         self.watch.load_state_dict(state)
         if not self.switched:
@@ -307,7 +310,14 @@ class LowRankSwitch:
     @property
     def _waits(self) -> bool:
         """Whether a target has not switched."""
-        return not self.switched or bool(self.watch.monitor.targets)
+        staged = self.policy.stages is not None
+        return not self.switched or (staged and bool(self.watch.monitor.targets))
+
+    @property
+    def _restarts(self) -> bool:
+        """Whether the monitor watches adapters until they are merged."""
+        restarts = self.policy.restart is not None
+        return self.switched and restarts and bool(self.watch.monitor.targets)
 
     def _consider(self) -> bool:
         """Ask the criterion, and return whether the targets have switched that it chose."""
@@ -331,11 +341,48 @@ class LowRankSwitch:
         self.switched_at = now if self.switched_at is None else self.switched_at
         self.ranks |= report.ranks
         self.report = report if self.report is None else report.after(self.report)
-        self.watch.monitor.watch(report.waiting, now)
-        self._rise(0 if report.waiting else LONGEST_RAMP)
-        self._forget_inputs()
+        if self.policy.joint_epochs:
+            self._joint_until = now + self._updates(self.policy.joint_epochs)
+            self._rise(0)
+        elif report.waiting:
+            self._rise(self.ramp_updates, 0)
+        else:
+            self._rise(self.ramp_updates)
+        self._watch(report.waiting)
         if self.on_switch is not None:
             self.on_switch(report)
+
+    def _change_again(self) -> bool:
+        """End the joint phase or restart the adapters where that is due; return whether it was."""
+        now, monitor = self.num_updates, self.watch.monitor
+        outcome: Outcome | None = None
+        if self._joint_until is not None and now >= self._joint_until:
+            self._joint_until = None
+            what = "end of the joint phase"
+            outcome = self._change(what, lambda scene: settle(scene, self.ranks), self.policy)
+            self._watch(adapters=outcome is not None)
+        elif self._restarts and monitor.due(now):
+            outcome = self._change("restart", lambda scene: restart(scene, now), self.policy)
+            monitor.start_window(now)
+        if outcome is not None:
+            self._rise(getattr(self.policy.restart, "rewarmup_updates", None), self.ramp_updates)
+        return outcome is not None
+
+    def _updates(self, epochs: float) -> int:
+        return max(1, round(epochs * (self.watch.updates_per_epoch or 1)))
+
+    def _watch(self, waiting: Collection[str] = (), adapters: bool = True) -> None:
+        """Let the monitor watch what waits for its stage, or the ``adapters`` till a restart.
+
+        The model's inputs go, if no further change is checked on them.
+        """
+        monitor, how = self.watch.monitor, self.policy.restart
+        if how is not None and adapters and self._joint_until is None:
+            adapted = adapted_modules(self.model)
+            waiting = [name for name, each in monitor.known.items() if each.module in adapted]
+            monitor.window = self._updates(how.every_epochs)
+        monitor.watch(waiting, self.num_updates)
+        self._forget_inputs()
 
     def _change(
         self,
@@ -372,16 +419,15 @@ class LowRankSwitch:
         _finish(tells, self.model, self.optimizer)
         return outcome
 
-    def _rise(self, updates: int) -> None:
-        """Let the learning rates rise again, over as many updates as were asked for."""
+    def _rise(self, *asked: int | None) -> None:
+        """Let the learning rates rise again, over the first number of updates that is given."""
         if self._ramp is not None:
             self._ramp.stop()
-        asked = self.ramp_updates
-        self._ramp = Ramp(self.optimizer, updates if asked is None else asked)
+        updates = next(number for number in (*asked, LONGEST_RAMP) if number is not None)
+        self._ramp = Ramp(self.optimizer, updates)
 
     def _forget_inputs(self) -> None:
-        """Let the model's inputs go, if no further change is checked on them."""
-        if not self._waits:
+        if not (self._waits or self._restarts or self._joint_until is not None):
             self._inputs.remove()
 
     def _regrouped(self, model: nn.Module, before: Mapping[nn.Parameter, str]) -> Regrouped:
@@ -412,20 +458,6 @@ class LowRankSwitch:
                 f"the optimizer does not train the weight of {missing[0]}"
                 f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: leave it out of "
                 "target_modules, or give the optimizer that trains it"
-            )
-
-
-def check_goes_with_a_loop(policy: SwitchPolicy) -> None:
-    """Raise ValueError for adapters that begin anew, and for options that a loop cannot follow."""
-    made = made_class(policy.adapter)
-    refused = {name: getattr(policy, name) for name in (*CHANGES_AGAIN, *NEEDS_RECIPE)}
-    refused[f"an adapter of the kind {made.kind}"] = made.begins_anew or made.kind in SCHEDULED
-    for name, asked in refused.items():
-        if asked:
-            raise ValueError(
-                "LowRankSwitch puts adapters on trained weights, and knows neither the loss nor "
-                f"the recipe of a loop, so it does not go with {name}: leave it out, or train "
-                "with the command switchlora"
             )
 
 
