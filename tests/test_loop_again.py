@@ -1,4 +1,4 @@
-"""What comes after the first adapters in a loop that is not ours: further stages."""
+"""What comes after the first adapters in a loop: further stages, a joint phase, restarts."""
 
 import copy
 
@@ -8,10 +8,11 @@ from torch import nn
 
 from conftest import tiny_vit
 from switchlora import LowRankSwitch
-from switchlora.adapters import adapted_modules, is_factor
+from switchlora.adapters import Factors, adapted_modules, is_factor
 from switchlora.criteria import Verdict
-from switchlora.policy import Stages
-from test_loop import LOSS, SCHEDULERS, SOON, Loop, at, batch, trained
+from switchlora.initializers import gaussian
+from switchlora.policy import Restart, Stages
+from test_loop import LOSS, SCHEDULERS, SOON, UPDATES, Loop, at, batch, trained
 
 FIRST, SECOND = 6, 12
 
@@ -99,7 +100,6 @@ def test_a_loop_that_stops_between_two_stages_ends_the_same(whole, stop):
 def test_a_second_stage_that_fails_leaves_the_first_as_it_was_and_is_tried_again():
     loop = Loop(SCHEDULERS["cosine"], **TWO).run(SECOND - 1)
     names, layout = trained(loop.model), set(adapted_modules(loop.model))
-    right = loop.switch._inputs._given
 
     def broken(model, batch):
         return model(batch) + len(adapted_modules(model))
@@ -114,9 +114,102 @@ def test_a_second_stage_that_fails_leaves_the_first_as_it_was_and_is_tried_again
     after = (loop.model.state_dict(), loop.optimizer.state_dict(), loop.scheduler.state_dict())
     assert trained(loop.model) == names and set(adapted_modules(loop.model)) == layout
     torch.testing.assert_close(after, before, rtol=0, atol=0)
-    loop.switch._inputs._given = right
+    loop.switch._inputs._given = None
     loop.run()
     assert loop.fired == [FIRST, 18] and len(loop.switch.ranks) == 8
+
+
+RESTARTS = {"criterion": at(FIRST), "restart": Restart(every_epochs=4), "ramp_updates": 2}
+JOINT = {"criterion": at(FIRST), "joint_epochs": 5, "ramp_updates": 2}
+
+
+def test_restarts_keep_the_number_of_groups_and_each_factors_multiple_of_the_rate():
+    def uneven(weight, update, rank):
+        """A start whose size, and so its matched rate, differs from draw to draw."""
+        A, B = gaussian(weight, update, rank)
+        return Factors(A * 2 ** float(torch.randint(-4, 5, ())), B)
+
+    loop = Loop(SCHEDULERS["one cycle"], **RESTARTS, init=uneven)
+    scales, most = set(), 0
+    while loop.switch.num_updates < UPDATES - 1:
+        loop.run(loop.switch.num_updates + 1)
+        weights, *groups = loop.optimizer.param_groups
+        places = {p: n for n, group in enumerate(groups) for p in group["params"]}
+        assert set(places) == set(loop.factors().values())
+        for module in adapted_modules(loop.model).values():
+            for factor, scale in loop.switch.rates(module, loop.optimizer):
+                assert groups[places[factor]]["lr"] == pytest.approx(scale * weights["lr"])
+                scales.add(scale)
+        most = max(most, sum(bool(group["params"]) for group in groups))
+    assert loop.fired == [6, 10, 14, 18, 22]
+    assert len(groups) == most < len(scales)
+
+
+def test_a_restart_gives_the_model_new_factors_and_leaves_what_it_computes():
+    loop = Loop(**RESTARTS).run(9)
+    old = set(loop.factors().values())
+    loop.run(10)
+    assert loop.fired == [6, 10] and not old & {*held(loop.optimizer), *loop.optimizer.state}
+    assert all(loop.optimizer.state[p]["step"] == 4 for p in loop.factors().values())
+    assert loop.switch.switched_at == 6 and loop.switch.report.drift < 1e-5
+
+
+def test_weights_and_factors_train_together_in_the_joint_phase_and_then_factors_alone():
+    loop = Loop(**JOINT).run(10)
+    names = {f"{name}.weight" for name in adapted_modules(loop.model)}
+    assert loop.fired == [6] and len(names) == 8
+    assert names | set(loop.factors()) <= trained(loop.model)
+    moments = [loop.optimizer.state[loop.model.get_parameter(name)] for name in names]
+    assert all(state["step"] == 10 for state in moments)
+    loop.run(11)
+    frozen = {name: loop.model.get_parameter(name).detach().clone() for name in names}
+    assert loop.fired == [6, 11] and not names & trained(loop.model)
+    loop.run()
+    assert loop.fired == [6, 11]
+    for name, weight in frozen.items():
+        assert torch.equal(loop.model.get_parameter(name), weight)
+
+
+@pytest.mark.parametrize("options, stops", [(RESTARTS, (10, 12)), (JOINT, (6, 9, 11, 13))])
+def test_a_loop_that_stops_between_two_changes_ends_the_same(options, stops):
+    def loop():
+        return Loop(SCHEDULERS["lambda"], **options)
+
+    ends = loop().run(16)
+    for stop in stops:
+        first, again = loop().run(stop), loop()
+        for part in ("switch", "model", "optimizer", "scheduler"):
+            saved = copy.deepcopy(getattr(first, part).state_dict())
+            getattr(again, part).load_state_dict(saved)
+        again.run(16)
+        assert first.fired + again.fired == ends.fired and len(ends.fired) > 1
+        ours, theirs = again.model.state_dict(), ends.model.state_dict()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options, update, what, changes",
+    [(RESTARTS, 10, "restart", [6, 14, 18, 22]), (JOINT, 11, "end of the joint phase", [6])],
+)
+def test_a_change_that_fails_leaves_all_as_it_was(options, update, what, changes):
+    loop = Loop(SCHEDULERS["cosine"], **options).run(update - 1)
+    factors, names = set(loop.factors().values()), trained(loop.model)
+    seen = []
+
+    def broken(model, batch):
+        seen.append(batch)
+        return model(batch) + len(seen)
+
+    loop.switch._inputs._given = broken
+    loop.optimizer.step()
+    before = copy.deepcopy((loop.model.state_dict(), loop.optimizer.state_dict()))
+    with pytest.warns(UserWarning, match=f"the {what} failed and was undone"):
+        assert not loop.switch.step(1.0)
+    after = (loop.model.state_dict(), loop.optimizer.state_dict())
+    assert factors == set(loop.factors().values()) and names == trained(loop.model)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    loop.switch._inputs._given = None
+    assert loop.run().fired == changes
 
 
 def test_a_still_front_is_frozen_outright():

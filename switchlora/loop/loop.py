@@ -309,15 +309,14 @@ class LowRankSwitch:
 
     @property
     def _waits(self) -> bool:
-        """Whether a target has not switched."""
-        staged = self.policy.stages is not None
-        return not self.switched or (staged and bool(self.watch.monitor.targets))
+        """Whether a target is measured that has not switched."""
+        return bool(set(self.watch.monitor.targets) - set(self.ranks))
 
     @property
     def _restarts(self) -> bool:
-        """Whether the monitor watches adapters until they are merged."""
-        restarts = self.policy.restart is not None
-        return self.switched and restarts and bool(self.watch.monitor.targets)
+        """Whether adapters are watched that are merged at the end of the window."""
+        watched = self.watch.monitor.targets
+        return self.policy.restart is not None and bool(watched) and not self._waits
 
     def _consider(self) -> bool:
         """Ask the criterion, and return whether the targets have switched that it chose."""
