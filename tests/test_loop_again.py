@@ -15,17 +15,15 @@ from switchlora.policy import Restart, Stages
 from test_loop import LOSS, SCHEDULERS, SOON, UPDATES, Loop, at, batch, trained
 
 FIRST, SECOND = 6, 12
+EARLY = ("fc1", ".k", "query")
 
 
 def in_two(history):
-    """A criterion after which 'fc1' and 'k' converge at the first update, the rest at the second.
-
-    It fires at the second.
-    """
+    """A criterion for which a part converges at the first update; it fires at the second."""
     now = history[-1]
     margins = {}
     for name in now.layers:
-        margins[name] = now.num_updates - (FIRST if name.endswith(("fc1", ".k")) else SECOND)
+        margins[name] = now.num_updates - (FIRST if name.endswith(EARLY) else SECOND)
     return Verdict(now.num_updates >= SECOND, margins, "it is time")
 
 
