@@ -4,7 +4,7 @@ New groups are prepared first, in a ``Regrouped``. Nothing is changed before ``c
 """
 
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,7 @@ def follow(model: nn.Module, optimizer: Optimizer) -> None:
         optimizer.pair(trained_adapters(model))
 
 
-def _placed(known: Sequence[FactorGroup], keys: Container[Key], count: int) -> list[FactorGroup]:
+def _placed(known: Sequence[FactorGroup], keys: Collection[Key], count: int) -> list[FactorGroup]:
     """Return the groups of factors, in the order of their places, with one for each of ``keys``.
 
     A key that has none gets a known group whose own key is not among them, else one behind the
