@@ -38,7 +38,7 @@ from switchlora.adapters import (
 )
 from switchlora.criteria import AtEpoch, Verdict
 from switchlora.learner import Muon, autocast, in_parts
-from switchlora.policy import Guard, InRank, Refresh, Restart
+from switchlora.policy import Guard, Refresh, Restart
 from switchlora.ranks import Fixed
 from switchlora.run import prepare
 from switchlora.train import train
@@ -464,7 +464,6 @@ def test_a_criterion_that_fires_at_its_first_measurement_and_ranks_that_need_one
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"growth": InRank()}, "growth"),
         ({"guard": Guard()}, "guard"),
         ({"remove_weight_decay": True}, "remove_weight_decay"),
         ({"least_gain": 1.1, "adapter": factorized_linear}, "least_gain"),

@@ -8,10 +8,10 @@ from torch import nn
 
 from conftest import tiny_vit
 from switchlora import LowRankSwitch
-from switchlora.adapters import Factors, adapted_modules, is_factor
+from switchlora.adapters import Factors, adapted_modules, is_factor, merge
 from switchlora.criteria import Verdict
 from switchlora.initializers import gaussian
-from switchlora.policy import Restart, Stages
+from switchlora.policy import InRank, Restart, Stages
 from test_loop import LOSS, SCHEDULERS, SOON, UPDATES, Loop, at, batch, trained
 
 FIRST, SECOND = 6, 12
@@ -120,6 +120,13 @@ def test_a_second_stage_that_fails_leaves_the_first_as_it_was_and_is_tried_again
 RESTARTS = {"criterion": at(FIRST), "restart": Restart(every_epochs=4), "ramp_updates": 2}
 JOINT = {"criterion": at(FIRST), "joint_epochs": 5, "ramp_updates": 2}
 
+GROWTH = {
+    "criterion": at(FIRST),
+    "ramp_updates": 2,
+    "rank": 3,
+    "growth": InRank(every_updates=4, earliest=7, threshold=0.999, buffer=2, most=0.5),
+}
+
 
 def test_restarts_keep_the_number_of_groups_and_each_factors_multiple_of_the_rate():
     def uneven(weight, update, rank):
@@ -168,7 +175,9 @@ def test_weights_and_factors_train_together_in_the_joint_phase_and_then_factors_
         assert torch.equal(loop.model.get_parameter(name), weight)
 
 
-@pytest.mark.parametrize("options, stops", [(RESTARTS, (10, 12)), (JOINT, (6, 9, 11, 13))])
+@pytest.mark.parametrize(
+    "options, stops", [(RESTARTS, (10, 12)), (JOINT, (6, 9, 11, 13)), (GROWTH, (8, 10, 12))]
+)
 def test_a_loop_that_stops_between_two_changes_ends_the_same(options, stops):
     def loop():
         return Loop(SCHEDULERS["lambda"], **options)
@@ -208,6 +217,29 @@ def test_a_change_that_fails_leaves_all_as_it_was(options, update, what, changes
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     loop.switch._inputs._given = None
     assert loop.run().fired == changes
+
+
+def test_ranks_grow_by_a_rule_into_the_directions_of_the_weights_gradient():
+    loop = Loop(SCHEDULERS["one cycle"], **GROWTH).run(10)
+    assert loop.fired == [6] and len(loop.switch._larger) == 8
+    name = "blocks.1.mlp.fc1"
+    merged = copy.deepcopy(loop.model)
+    merge(merged)
+    images, labels = batch(10)
+    LOSS(merged(images), labels).backward()
+    gradient = merged.get_submodule(name).weight.grad
+    places = {factor: loop.optimizer.state[factor] for factor in loop.factors().values()}
+    loop.run(11)
+    assert loop.fired == [6, 11] and set(loop.switch.ranks.values()) == {4}
+    A, B = (loop.factors()[f"{name}.lora_{factor}"] for factor in "AB")
+    outside = gradient - gradient @ torch.linalg.pinv(A[:3]) @ A[:3]
+    wanted = torch.linalg.svd(outside).Vh[0]
+    cosine = torch.nn.functional.cosine_similarity(wanted, A[3], dim=0)
+    assert abs(cosine) > 0.999 and not B[:, 3].any() and B[:, :3].any()
+    assert not set(places) & {*loop.optimizer.state, *held(loop.optimizer)}
+    moments = loop.optimizer.state[A]
+    assert moments["step"] == 5
+    assert moments["exp_avg"][:3].any() and not moments["exp_avg"][3].any()
 
 
 def test_a_still_front_is_frozen_outright():

@@ -26,9 +26,9 @@ ARGUMENTS = (
     (r"\b(?:switch[./]|monitor\.)(?=[a-z])", ""),
 )
 """keys of a configuration, and what stands for them in a loop"""
-NEED_A_RUN = ("growth", "guard", "remove_weight_decay", "least_gain")
-"""options of a policy that need gradients of weights, losses of validation, the decay of each
-update, or inputs to measure the speed on"""
+NEED_A_RUN = ("guard", "remove_weight_decay", "least_gain")
+"""options of a policy that need losses of validation, the decay of each update, or inputs to
+measure the speed on"""
 SCHEDULED = ("switchlora", "guided")
 """kinds of adapters that change in each update"""
 

@@ -36,6 +36,7 @@ from switchlora.loop.arguments import (
     policy_of,
 )
 from switchlora.loop.counter import UpdateCounter
+from switchlora.loop.gradients import WeightGradients
 from switchlora.loop.groups import (
     FactorGroup,
     Regrouped,
@@ -49,7 +50,7 @@ from switchlora.loop.measure import History, WeightUpdateMonitor
 from switchlora.loop.ramp import Ramp
 from switchlora.loop.schedulers import Tell, is_timms, prepared
 from switchlora.models import RESIDUAL
-from switchlora.policy import SwitchPolicy
+from switchlora.policy import InRank, SwitchPolicy
 from switchlora.process import from_primary, together
 from switchlora.ranks import RankPolicy
 from switchlora.storage import save_adapter
@@ -57,6 +58,8 @@ from switchlora.switching import (
     Outcome,
     Scene,
     SwitchReport,
+    grow,
+    larger_ranks,
     rehearse,
     restart,
     settle,
@@ -96,8 +99,8 @@ class LowRankSwitch:
     come as new groups, and the schedulers are told. All of it happens, or nothing.
 
     The model changes again where the policy says so: at each of its ``stages``, at the end of its
-    joint phase, at each ``restart``. ``step`` tells of each, since a wrapper or an average of the
-    model has to be made anew.
+    joint phase, at each ``restart``, and where ranks grow by its ``growth``. ``step`` tells of
+    each, since a wrapper or an average of the model has to be made anew.
 
     With several processes each of them calls ``step``. The first one decides for all.
 
@@ -171,7 +174,10 @@ class LowRankSwitch:
         """the rank of each target that has switched"""
         self.failures: list[str] = []
         self._last_stage: int | None = None
-        self._joint_until: int | None = None
+        self._joint_until: float | None = None
+        self._larger: dict[str, int] = {}
+        """the ranks that grow after the next update"""
+        self._gradients = WeightGradients(self.model, ())
         self._ramp: Ramp | None = None
         self._groups: list[FactorGroup] = []
         self._homes = home_of_weights(self.model, self.optimizer)
@@ -202,14 +208,15 @@ class LowRankSwitch:
     def step(self, loss: Tensor | float = math.nan) -> bool:
         """Count what the optimizer has done, and return whether other tensors train from now on.
 
-        That is so at the switch, or at each of its ``stages``, at the end of the joint phase and
-        at each ``restart``. ``loss`` is that of the update or micro-batch. It is read at the end
-        of a window. ValueError when weights move that the optimizer does not move.
+        That is so at the switch, or at each of its ``stages``, at the end of the joint phase, at
+        each ``restart``, and where ranks have grown. ``loss`` is that of the update or
+        micro-batch. It is read at the end of a window. ValueError when weights move that the
+        optimizer does not move.
         """
         updates = self._made.since_last()
         if not self._waits:
             self.watch.num_updates += updates
-            return self._change_again()
+            return self._change_again(updates)
         if not self._checked:
             self._check_targets()
         if self._made.idle == self.watch.monitor.window:
@@ -264,6 +271,7 @@ class LowRankSwitch:
             "switched_at": self.switched_at,
             "last_stage": self._last_stage,
             "joint_until": self._joint_until,
+            "larger": self._larger,
             "ranks": self.ranks,
             "layout": adapter_layout(self.model),
             "trained": trained,
@@ -292,6 +300,7 @@ class LowRankSwitch:
         plan.commit(self.optimizer, {})
         _finish(tells, self.model, self.optimizer)
         self._ramp = Ramp(self.optimizer, *state["ramp"])
+        self._grow_next(state["larger"])
         self._checked = True
         self._forget_inputs()
 
@@ -351,32 +360,70 @@ class LowRankSwitch:
         if self.on_switch is not None:
             self.on_switch(report)
 
-    def _change_again(self) -> bool:
-        """End the joint phase or restart the adapters where that is due; return whether it was."""
+    def _change_again(self, updates: int) -> bool:
+        """Make the change that is due after these ``updates``, and return whether there was one.
+
+        It ends the joint phase, restarts the adapters, or lets ranks grow.
+        """
         now, monitor = self.num_updates, self.watch.monitor
         outcome: Outcome | None = None
-        if self._joint_until is not None and now >= self._joint_until:
-            self._joint_until = None
-            what = "end of the joint phase"
-            outcome = self._change(what, lambda scene: settle(scene, self.ranks), self.policy)
-            self._watch(adapters=outcome is not None)
+        if self._joint_until is not None:
+            if now >= self._joint_until:
+                what = "end of the joint phase"
+                outcome = self._change(what, lambda scene: settle(scene, self.ranks), self.policy)
+                self._joint_until = math.inf if outcome is None else None
+                self._watch()
+        elif self._larger and updates:
+            larger, found = self._larger, self._gradients_of(self._larger)
+            grown = self._change(
+                "growth of the ranks",
+                lambda scene: grow(scene, lambda: found, ranks=larger),
+                self.policy,
+            )
+            self._grow_next({})
+            self.ranks |= {} if grown is None else grown.ranks
+            outcome = grown
         elif self._restarts and monitor.due(now):
             outcome = self._change("restart", lambda scene: restart(scene, now), self.policy)
+            monitor.start_window(now)
+        elif self.policy.growth is not None and monitor.due(now):
+            self._look_for_growth(self.policy.growth)
             monitor.start_window(now)
         if outcome is not None:
             self._rise(getattr(self.policy.restart, "rewarmup_updates", None), self.ramp_updates)
         return outcome is not None
 
+    def _look_for_growth(self, rule: InRank) -> None:
+        """Ask the rule which ranks are too small. These grow after the next update."""
+        if self.num_updates > rule.earliest:
+            known = self.watch.monitor.known
+            self._grow_next(from_primary(lambda: larger_ranks(self.model, known, rule)))
+
+    def _grow_next(self, larger: Mapping[str, int]) -> None:
+        """Let these ranks grow after the next update, whose gradients say in which directions."""
+        known = self.watch.monitor.known
+        self._gradients.remove()
+        self._larger = dict(larger)
+        self._gradients = WeightGradients(self.model, {known[name].module for name in larger})
+
+    def _gradients_of(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the gradients (out, in) of the targets' weights that were found."""
+        targets = {name: self.watch.monitor.known[name] for name in names}
+        found = self._gradients.found
+        return {n: found[t.module][t.rows] for n, t in targets.items() if t.module in found}
+
     def _updates(self, epochs: float) -> int:
         return max(1, round(epochs * (self.watch.updates_per_epoch or 1)))
 
-    def _watch(self, waiting: Collection[str] = (), adapters: bool = True) -> None:
-        """Let the monitor watch what waits for its stage, or the ``adapters`` till a restart.
+    def _watch(self, waiting: Collection[str] = ()) -> None:
+        """Let the monitor watch what waits for its stage, or the adapters till a restart.
 
         The model's inputs go, if no further change is checked on them.
         """
-        monitor, how = self.watch.monitor, self.policy.restart
-        if how is not None and adapters and self._joint_until is None:
+        monitor, how, growth = self.watch.monitor, self.policy.restart, self.policy.growth
+        if growth is not None and not waiting:
+            monitor.window = growth.every_updates
+        if how is not None and self._joint_until is None:
             adapted = adapted_modules(self.model)
             waiting = [name for name, each in monitor.known.items() if each.module in adapted]
             monitor.window = self._updates(how.every_epochs)
@@ -426,7 +473,8 @@ class LowRankSwitch:
         self._ramp = Ramp(self.optimizer, updates)
 
     def _forget_inputs(self) -> None:
-        if not (self._waits or self._restarts or self._joint_until is not None):
+        goes_on = self._waits or self._restarts or self._joint_until is not None
+        if not goes_on and self.policy.growth is None:
             self._inputs.remove()
 
     def _regrouped(self, model: nn.Module, before: Mapping[nn.Parameter, str]) -> Regrouped:
