@@ -353,6 +353,8 @@ MISTAKES = [
     ({"criterion": at(1)}, "give updates_per_epoch"),
     ({"joint_epochs": 1.0}, "joint_epochs counts epochs: give updates_per_epoch"),
     ({"restart": Restart()}, "restart counts epochs: give updates_per_epoch"),
+    ({"restart": Restart(init="svd")}, "restart.init is 'svd': give a function"),
+    *(({name: "block"}, f"{name} is 'block': give a") for name in ("stages", "restart", "growth")),
     ({"criterion": UpdateNorm}, "such as UpdateNorm"),
     ({"criterion": lambda history: True}, "criterion returned True: return a Verdict"),
     ({"rank": 0.0001}, "rank.share=0.0001 is too small: .* parameters more"),

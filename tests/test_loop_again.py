@@ -128,13 +128,14 @@ GROWTH = {
 }
 
 
-def test_restarts_keep_the_number_of_groups_and_each_factors_multiple_of_the_rate():
+@pytest.mark.parametrize("kind", ["one cycle", "timm"])
+def test_restarts_keep_the_number_of_groups_and_each_factors_multiple_of_the_rate(kind):
     def uneven(weight, update, rank):
         """A start whose size, and so its matched rate, differs from draw to draw."""
         A, B = gaussian(weight, update, rank)
         return Factors(A * 2 ** float(torch.randint(-4, 5, ())), B)
 
-    loop = Loop(SCHEDULERS["one cycle"], **RESTARTS, init=uneven)
+    loop = Loop(SCHEDULERS[kind], **RESTARTS, init=uneven)
     scales, most = set(), 0
     while loop.switch.num_updates < UPDATES - 1:
         loop.run(loop.switch.num_updates + 1)

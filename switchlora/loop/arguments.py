@@ -14,7 +14,7 @@ from switchlora.criteria import SwitchCriterion, UpdateNorm
 from switchlora.errors import check_range
 from switchlora.initializers import AdapterInit
 from switchlora.names import near
-from switchlora.policy import Refresh, SwitchPolicy
+from switchlora.policy import InRank, Refresh, Restart, Stages, SwitchPolicy
 from switchlora.ranks import Budget, Fixed, RankPolicy
 
 GIVEN = ("criterion", "rank", "init", "targets")
@@ -29,6 +29,8 @@ ARGUMENTS = (
 NEED_A_RUN = ("guard", "remove_weight_decay", "least_gain")
 """options of a policy that need losses of validation, the decay of each update, or inputs to
 measure the speed on"""
+LATER = {"stages": Stages, "restart": Restart, "growth": InRank}
+"""options of a policy for what comes after the first adapters, by what they are"""
 SCHEDULED = ("switchlora", "guided")
 """kinds of adapters that change in each update"""
 
@@ -127,6 +129,11 @@ def check_goes_with_a_loop(policy: SwitchPolicy, updates_per_epoch: int | None) 
                 f"the recipe of a loop, so it does not go with {name}: leave it out, or train "
                 "with the command switchlora"
             )
+    for name, kind in LATER.items():
+        value = getattr(policy, name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r}: give a {kind.__name__} of switchlora.policy")
+    check_optional(**{"restart.init": getattr(policy.restart, "init", None)})
     for name in ("joint_epochs", "restart"):
         if getattr(policy, name) and updates_per_epoch is None:
             raise ValueError(f"{name} counts epochs: give updates_per_epoch")
