@@ -15,7 +15,7 @@ from ranks import spread
 from switchlora import LowRankSwitch, UpdateNorm
 from switchlora.adapters import merged_state_dict
 from switchlora.integrations.lightning import LowRankSwitchCallback
-from switchlora.policy import Restart
+from switchlora.policy import InRank, Restart
 from switchlora.process import distributed, gather
 from test_loop_again import TWO
 
@@ -77,6 +77,12 @@ def changing_again():
     """The same, with a joint phase and restarts after it."""
     again = {"joint_epochs": 3, "restart": Restart(every_epochs=4), "updates_per_epoch": 1}
     return plain_loop(**again)
+
+
+def growing():
+    """The same, with ranks that grow in directions of the first process's gradients."""
+    rule = InRank(every_updates=4, earliest=13, threshold=0.999, buffer=2, most=0.5)
+    return plain_loop(growth=rule)
 
 
 def accelerated(accumulate=1, until=UPDATES, keep=None, resume=None):
@@ -169,7 +175,7 @@ def found_by(switch):
 def all_loops(folder):
     """Each loop on all ranks; what they found is left in ``folder``."""
     distributed.join()
-    for loop in (plain_loop, in_stages, changing_again, accelerated, in_lightning):
+    for loop in (plain_loop, in_stages, changing_again, growing, accelerated, in_lightning):
         switch = loop(folder) if loop is in_lightning else loop()
         found = found_by(switch)
         network = getattr(switch.model, "net", switch.model)

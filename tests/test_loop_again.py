@@ -243,6 +243,13 @@ def test_ranks_grow_by_a_rule_into_the_directions_of_the_weights_gradient():
     assert moments["exp_avg"][:3].any() and not moments["exp_avg"][3].any()
 
 
+def test_a_state_that_was_taken_between_two_stages_stays_as_it_was():
+    loop = Loop(**TWO).run(FIRST)
+    state = loop.switch.state_dict()
+    loop.run(SECOND)
+    assert len(state["ranks"]) == 2 and len(loop.switch.ranks) == 8
+
+
 def test_a_still_front_is_frozen_outright():
     loop = Loop(criterion=in_two, stages=Stages(interval=1, by="block", still=0.0)).run()
     assert loop.fired == [SECOND] and set(loop.switch.ranks.values()) == {0}

@@ -57,6 +57,12 @@ def test_two_processes_change_the_model_again_together(pair, loop):
     torch.testing.assert_close(weights, merged_state_dict(alone.model), rtol=1e-3, atol=2e-5)
 
 
+def test_ranks_of_adapters_grow_alike_on_two_processes(pair):
+    facts = json.loads((pair / "growing.json").read_text())
+    assert facts["agree"] and facts["spread"] == 0
+    assert max(facts["ranks"]) > 4 <= min(facts["ranks"])
+
+
 def test_micro_batches_under_accelerate_are_not_updates(alone):
     switch = loop_ranks.accelerated(accumulate=2)
     assert switch.switched_at == 12 and switch.num_updates == 24

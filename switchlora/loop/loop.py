@@ -347,7 +347,7 @@ class LowRankSwitch:
         """Take down that targets have switched, and watch those that wait."""
         now = self._last_stage = self.num_updates
         self.switched_at = now if self.switched_at is None else self.switched_at
-        self.ranks |= report.ranks
+        self.ranks = {**self.ranks, **report.ranks}
         self.report = report if self.report is None else report.after(self.report)
         if self.policy.joint_epochs:
             self._joint_until = now + self._updates(self.policy.joint_epochs)
@@ -381,7 +381,7 @@ class LowRankSwitch:
                 self.policy,
             )
             self._grow_next({})
-            self.ranks |= {} if grown is None else grown.ranks
+            self.ranks = {**self.ranks, **(grown.ranks if grown is not None else {})}
             outcome = grown
         elif self._restarts and monitor.due(now):
             outcome = self._change("restart", lambda scene: restart(scene, now), self.policy)
