@@ -1,27 +1,35 @@
 """Gradients of whole weights, from the backward passes that a loop makes anyway."""
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from switchlora.adapters import Target
+
 
 class WeightGradients:
-    """G = sum over tokens of g_y x^T (out, in), float32, for each of the linears ``names``.
+    """G = sum over tokens of g_y x^T (out, in), float32, for each of the ``targets``.
 
-    x is the input of the linear and g_y the gradient of its output. ``found`` has the sums over
-    all backward passes until ``remove``. One that is not finite, as where a GradScaler skips an
-    update, is left out.
+    x is the input of the linear and g_y the gradient of its output. All backward passes until
+    ``remove`` are added. One that is not finite, as where a GradScaler skips an update, is left
+    out.
     """
 
-    def __init__(self, model: nn.Module, names: Collection[str]) -> None:
-        self.found: dict[str, Tensor] = {}
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
+        self._targets = targets
+        self._found: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
-        for name in names:
+        for name in {target.module for target in targets.values()}:
             self._listen(model.get_submodule(name), name)
+
+    def found(self) -> dict[str, Tensor]:
+        """Return the gradients of the targets whose modules had one."""
+        there = {name: t for name, t in self._targets.items() if t.module in self._found}
+        return {name: self._found[target.module][target.rows] for name, target in there.items()}
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -44,4 +52,4 @@ class WeightGradients:
         rows = [each.reshape(-1, each.shape[-1]).float() for each in (g_y, x)]
         gradient = rows[0].mT @ rows[1]
         if gradient.isfinite().all():
-            self.found[name] = self.found.get(name, 0) + gradient
+            self._found[name] = self._found.get(name, 0) + gradient

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -177,7 +178,7 @@ class LowRankSwitch:
         self._joint_until: float | None = None
         self._larger: dict[str, int] = {}
         """the ranks that grow after the next update"""
-        self._gradients = WeightGradients(self.model, ())
+        self._gradients = WeightGradients(self.model, {})
         self._ramp: Ramp | None = None
         self._groups: list[FactorGroup] = []
         self._homes = home_of_weights(self.model, self.optimizer)
@@ -374,12 +375,8 @@ class LowRankSwitch:
                 self._joint_until = math.inf if outcome is None else None
                 self._watch()
         elif self._larger and updates:
-            larger, found = self._larger, self._gradients_of(self._larger)
-            grown = self._change(
-                "growth of the ranks",
-                lambda scene: grow(scene, lambda: found, ranks=larger),
-                self.policy,
-            )
+            growing = partial(grow, gradients=self._gradients.found, ranks=self._larger)
+            grown = self._change("growth of the ranks", growing, self.policy)
             self._grow_next({})
             self.ranks = {**self.ranks, **(grown.ranks if grown is not None else {})}
             outcome = grown
@@ -404,13 +401,7 @@ class LowRankSwitch:
         known = self.watch.monitor.known
         self._gradients.remove()
         self._larger = dict(larger)
-        self._gradients = WeightGradients(self.model, {known[name].module for name in larger})
-
-    def _gradients_of(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the gradients (out, in) of the targets' weights that were found."""
-        targets = {name: self.watch.monitor.known[name] for name in names}
-        found = self._gradients.found
-        return {n: found[t.module][t.rows] for n, t in targets.items() if t.module in found}
+        self._gradients = WeightGradients(self.model, {name: known[name] for name in larger})
 
     def _updates(self, epochs: float) -> int:
         return max(1, round(epochs * (self.watch.updates_per_epoch or 1)))
