@@ -15,7 +15,9 @@ from ranks import spread
 from switchlora import LowRankSwitch, UpdateNorm
 from switchlora.adapters import merged_state_dict
 from switchlora.integrations.lightning import LowRankSwitchCallback
+from switchlora.policy import InRank, Restart
 from switchlora.process import distributed, gather
+from test_loop_again import TWO
 
 UPDATES = 24
 LOSS = nn.CrossEntropyLoss()
@@ -42,15 +44,19 @@ OPTIONS = {"criterion": UpdateNorm(5.0, patience=1), "window": 6, "rank": 4, "ra
 """fires at the second measurement"""
 
 
-def switching(model, optimizer):
-    return LowRankSwitch(model, optimizer, **OPTIONS)
+def switching(model, optimizer, **options):
+    return LowRankSwitch(model, optimizer, **OPTIONS | options)
 
 
-def plain_loop():
+def wrapped_in_ddp(model):
+    return DistributedDataParallel(model) if distributed.world_size() > 1 else model
+
+
+def plain_loop(**options):
     """In DistributedDataParallel, which is made anew after the switch."""
     model, optimizer = parts(seed=distributed.rank())
-    wrapped = DistributedDataParallel(model)
-    switch = switching(model, optimizer)
+    wrapped = wrapped_in_ddp(model)
+    switch = switching(model, optimizer, **options)
     for number in range(UPDATES):
         images, labels = batch(number)
         loss = LOSS(wrapped(images), labels)
@@ -58,8 +64,25 @@ def plain_loop():
         optimizer.step()
         optimizer.zero_grad()
         if switch.step(loss):
-            wrapped = DistributedDataParallel(model)
+            wrapped = wrapped_in_ddp(model)
     return switch
+
+
+def in_stages():
+    """The same, in two stages."""
+    return plain_loop(**TWO)
+
+
+def changing_again():
+    """The same, with a joint phase and restarts after it."""
+    again = {"joint_epochs": 3, "restart": Restart(every_epochs=4), "updates_per_epoch": 1}
+    return plain_loop(**again)
+
+
+def growing():
+    """The same, with ranks that grow in directions of the first process's gradients."""
+    rule = InRank(every_updates=4, earliest=13, threshold=0.999, buffer=2, most=0.5)
+    return plain_loop(growth=rule)
 
 
 def accelerated(accumulate=1, until=UPDATES, keep=None, resume=None):
@@ -152,8 +175,8 @@ def found_by(switch):
 def all_loops(folder):
     """Each loop on all ranks; what they found is left in ``folder``."""
     distributed.join()
-    for loop, words in ((plain_loop, ()), (accelerated, ()), (in_lightning, (folder,))):
-        switch = loop(*words)
+    for loop in (plain_loop, in_stages, changing_again, growing, accelerated, in_lightning):
+        switch = loop(folder) if loop is in_lightning else loop()
         found = found_by(switch)
         network = getattr(switch.model, "net", switch.model)
         if distributed.is_primary():

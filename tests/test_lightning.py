@@ -19,6 +19,7 @@ from switchlora import UpdateNorm  # noqa: E402
 from switchlora.adapters import adapted_modules, is_factor, merged_state_dict  # noqa: E402
 from switchlora.integrations import lightning as ours  # noqa: E402
 from switchlora.integrations.lightning import LowRankSwitchCallback  # noqa: E402
+from test_loop_again import TWO  # noqa: E402
 
 EARLY = UpdateNorm(5.0, patience=1)
 """fires at the second measurement"""
@@ -90,9 +91,9 @@ def trainer(folder, *callbacks, **options):
     )
 
 
-def fitted(folder, ckpt_path=None, **options):
+def fitted(folder, ckpt_path=None, callback=None, **options):
     """A training of 24 updates with a checkpoint every six."""
-    model, notes, callback = Lit(), Notes(), switching()
+    model, notes, callback = Lit(), Notes(), callback or switching()
     keeping = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=6, **options)
     trainer(folder, callback, keeping, logger=notes).fit(model, loader(), ckpt_path=ckpt_path)
     return SimpleNamespace(model=model, notes=notes, switch=callback.switch, folder=folder)
@@ -122,6 +123,18 @@ def test_it_goes_on_from_before_and_after_the_switch_to_the_same_end(whole, step
     assert again.switch.switched_at == 12 and again.switch.ranks == whole.switch.ranks
     ours, theirs = again.model.state_dict(), whole.model.state_dict()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_it_goes_on_between_two_stages_to_the_same_end(tmp_path):
+    whole = fitted(tmp_path / "whole", callback=switching(**TWO))
+    place = tmp_path / "whole/step=6.ckpt"
+    again = fitted(tmp_path / "again", place, callback=switching(**TWO))
+    assert whole.switch.switched_at == 6 and len(adapted_modules(whole.model)) == 8
+    ours, theirs = again.model.state_dict(), whole.model.state_dict()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    loaded = Lit.load_from_checkpoint(tmp_path / "again/step=24.ckpt")
+    expected = merged_state_dict(whole.model)
+    torch.testing.assert_close(loaded.state_dict(), expected, rtol=0, atol=0)
 
 
 def test_a_checkpoint_after_the_switch_is_one_of_the_plain_model(whole):

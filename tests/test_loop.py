@@ -29,14 +29,16 @@ from switchlora import LowRankSwitch, UpdateNorm, WeightUpdateMonitor
 from switchlora.adapters import (
     adapted_modules,
     cola_linear,
+    core_linear,
     factorized_linear,
+    guided_linear,
     is_factor,
     merged_state_dict,
     switched_linear,
 )
 from switchlora.criteria import AtEpoch, Verdict
 from switchlora.learner import Muon, autocast, in_parts
-from switchlora.policy import Guard, InRank
+from switchlora.policy import Guard, Refresh, Restart
 from switchlora.ranks import Fixed
 from switchlora.run import prepare
 from switchlora.train import train
@@ -349,6 +351,10 @@ def test_what_cannot_work_is_refused_in_words():
 
 MISTAKES = [
     ({"criterion": at(1)}, "give updates_per_epoch"),
+    ({"joint_epochs": 1.0}, "joint_epochs counts epochs: give updates_per_epoch"),
+    ({"restart": Restart()}, "restart counts epochs: give updates_per_epoch"),
+    ({"restart": Restart(init="svd")}, "restart.init is 'svd': give a function"),
+    *(({name: "block"}, f"{name} is 'block': give a") for name in ("stages", "restart", "growth")),
     ({"criterion": UpdateNorm}, "such as UpdateNorm"),
     ({"criterion": lambda history: True}, "criterion returned True: return a Verdict"),
     ({"rank": 0.0001}, "rank.share=0.0001 is too small: .* parameters more"),
@@ -460,16 +466,16 @@ def test_a_criterion_that_fires_at_its_first_measurement_and_ranks_that_need_one
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"growth": InRank()}, "growth"),
         ({"guard": Guard()}, "guard"),
         ({"remove_weight_decay": True}, "remove_weight_decay"),
         ({"least_gain": 1.1, "adapter": factorized_linear}, "least_gain"),
-        ({"joint_epochs": 1.0}, "joint_epochs"),
+        ({"restart": Refresh(), "adapter": core_linear, "train_factors": ["B"]}, "Refresh"),
+        ({"joint_epochs": 1.0, "adapter": guided_linear}, "kind guided"),
         ({"adapter": cola_linear}, "kind cola"),
         ({"adapter": switched_linear}, "kind switchlora"),
     ],
 )
-def test_what_changes_the_model_again_or_begins_anew_is_refused_at_once(options, says):
+def test_what_needs_a_run_or_begins_anew_is_refused_at_once(options, says):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=f"does not go with .*{says}"):
@@ -493,19 +499,30 @@ def test_merged_and_saved_it_computes_what_the_loop_trained(tmp_path):
         torch.testing.assert_close(loaded(images), expected, rtol=0, atol=1e-5)
 
 
+AGAIN = ("stages", "split_qkv", "restart", "joint_epochs")
 TEN = ("data.train_size=320", "full.scheduler.warmup_t=5", "monitor.window=5")
 """10 updates an epoch"""
+RESTART = ("switch/restart=relora", "switch.restart.every_epochs=0.6")
+STAGES = (
+    *("switch/stages=by_margin", "switch.stages.interval=5", "switch/criterion=update_norm"),
+    *("switch.criterion.patience=1", "switch.criterion.fraction=0.6"),
+)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "words, times",
     [
-        (*TEN, "switch.criterion.patience=1", "switch.criterion.fraction=0.99"),
-        (*TEN, "switch/init=update_svd", *BY_DATE, "full.precision=bf16"),
+        ((*TEN, "switch.criterion.patience=1", "switch.criterion.fraction=0.99"), 1),
+        ((*TEN, "switch/init=update_svd", *BY_DATE, "full.precision=bf16"), 1),
+        ((*TEN, *STAGES), 2),
+        ((*TEN, *STAGES, "switch.split_qkv=true"), 2),
+        ((*TEN, *BY_DATE, *RESTART, "switch/init=balanced"), 3),
+        ((*TEN, *BY_DATE, "switch.joint_epochs=0.5"), 2),
+        ((*TEN, *BY_DATE, *RESTART, "switch.joint_epochs=0.4"), 3),
     ],
-    ids=["criterion", "date"],
+    ids=["criterion", "date", "stages", "slices", "restart", "joint", "joint and restart"],
 )
-def test_a_plain_loop_makes_the_run_of_our_trainer(words, tmp_path):
+def test_a_plain_loop_makes_the_run_of_our_trainer(words, times, tmp_path):
     config = composed(*SHORT, "adapter.rewarmup_updates=5", *words)
     ours = train(config, tmp_path / "ours")
     run = prepare(config, tmp_path / "theirs")
@@ -518,7 +535,9 @@ def test_a_plain_loop_makes_the_run_of_our_trainer(words, tmp_path):
         window=run.window,
         updates_per_epoch=len(run.data.train),
         ramp_updates=5,
+        **{name: getattr(run.policy, name) for name in AGAIN},
     )
+    changes = []
     for epoch in range(3):
         run.data.set_epoch(epoch)
         for images, labels in run.data.train:
@@ -529,8 +548,11 @@ def test_a_plain_loop_makes_the_run_of_our_trainer(words, tmp_path):
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            switch.step(loss)
-    assert switch.switched and switch.switched_at == ours["switch"]["num_updates"]
+            if switch.step(loss):
+                changes.append(switch.num_updates)
+    assert changes == [change["num_updates"] for change in ours["transitions"]]
+    assert len(changes) == times
+    assert switch.switched_at == ours["switch"]["num_updates"]
     assert switch.ranks == ours["switch"]["ranks"]
     expected = load_file(tmp_path / "ours" / "model.safetensors")
     torch.testing.assert_close(merged_state_dict(model), expected, rtol=1e-3, atol=2e-5)

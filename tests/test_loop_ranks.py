@@ -47,6 +47,22 @@ def test_two_processes_switch_together_and_train_what_one_trains_with_whole_batc
     torch.testing.assert_close(weights, merged_state_dict(alone.model), rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("loop", ["in_stages", "changing_again"])
+def test_two_processes_change_the_model_again_together(pair, loop):
+    alone = getattr(loop_ranks, loop)()
+    facts = json.loads((pair / f"{loop}.json").read_text())
+    assert facts["agree"] and facts["spread"] == 0
+    assert facts["ranks"] == list(alone.ranks.values()) and len(alone.ranks) == 8
+    weights = torch.load(pair / f"{loop}.pt", weights_only=True)
+    torch.testing.assert_close(weights, merged_state_dict(alone.model), rtol=1e-3, atol=2e-5)
+
+
+def test_ranks_of_adapters_grow_alike_on_two_processes(pair):
+    facts = json.loads((pair / "growing.json").read_text())
+    assert facts["agree"] and facts["spread"] == 0
+    assert max(facts["ranks"]) > 4 <= min(facts["ranks"])
+
+
 def test_micro_batches_under_accelerate_are_not_updates(alone):
     switch = loop_ranks.accelerated(accumulate=2)
     assert switch.switched_at == 12 and switch.num_updates == 24

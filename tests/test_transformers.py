@@ -18,6 +18,7 @@ from switchlora.integrations.transformers import (  # noqa: E402
     LowRankSwitchCallback,
     save_merged,
 )
+from test_loop_again import TWO  # noqa: E402
 
 EARLY = UpdateNorm(5.0, patience=1)
 """fires at the second measurement"""
@@ -84,7 +85,7 @@ def trainer(folder, model, data, callback, **options):
 
 def switching(**options):
     chosen = {"target_modules": "all-linear", "window": 6, "rank": 2, "criterion": EARLY}
-    return LowRankSwitchCallback(**chosen, **options)
+    return LowRankSwitchCallback(**chosen | options)
 
 
 @pytest.mark.parametrize("make,data", [(vit, Images()), (language_model, Words())])
@@ -123,8 +124,8 @@ def whole(tmp_path_factory):
     return hf
 
 
-def goes_on(folder, place, model=None):
-    callback = switching(resume_from_checkpoint=place)
+def goes_on(folder, place, model=None, **options):
+    callback = switching(resume_from_checkpoint=place, **options)
     hf = trainer(folder, model or vit(), Images(), callback)
     hf.train(resume_from_checkpoint=str(place))
     return hf
@@ -196,10 +197,19 @@ def test_checkpoints_that_do_not_belong_are_refused_in_a_line(whole, tmp_path):
         trainer(tmp_path, whole.model, Images(), switching()).train()
 
 
-@pytest.mark.parametrize("best", [6, 18])
-def test_the_best_model_at_the_end_is_the_one_that_was_saved(best, tmp_path):
+def test_it_goes_on_between_two_stages_to_the_same_end(tmp_path):
+    hf = trainer(tmp_path / "whole", vit(), Images(), switching(**TWO))
+    hf.train()
+    again = goes_on(tmp_path / "again", tmp_path / "whole/checkpoint-6", **TWO)
+    for part in ("model", "optimizer", "lr_scheduler"):
+        states = [getattr(found, part).state_dict() for found in (again, hf)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("best, options, adapters", [(6, {}, 0), (18, {}, 12), (6, TWO, 2)])
+def test_the_best_model_at_the_end_is_the_one_that_was_saved(best, options, adapters, tmp_path):
     hf = trainer(
-        *(tmp_path, vit(), Images(), switching()),
+        *(tmp_path, vit(), Images(), switching(**options)),
         **{"eval_strategy": "steps", "eval_steps": 6, "load_best_model_at_end": True},
         metric_for_best_model="chosen",
         greater_is_better=True,
@@ -211,4 +221,4 @@ def test_the_best_model_at_the_end_is_the_one_that_was_saved(best, tmp_path):
     with torch.no_grad():
         wanted = saved.eval()(image).logits
         torch.testing.assert_close(hf.model.eval()(image).logits, wanted, rtol=0, atol=1e-5)
-    assert len(adapted_modules(hf.model)) == (12 if best > 12 else 0)
+    assert len(adapted_modules(hf.model)) == adapters

@@ -1,7 +1,7 @@
 """Targets: the linears that are measured and get adapters, or row slices of fused linears."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -166,21 +166,25 @@ def coverage_line(model: nn.Module, targets: Iterable[Target], most: int = 3) ->
 
 
 @torch.no_grad()
-def call_order(model: nn.Module, inputs: Tensor) -> list[str]:
+def call_order(model: nn.Module, inputs: Tensor | Callable[[nn.Module], Tensor]) -> list[str]:
     """Return the names of the modules that own parameters, in the order of their first calls.
 
-    The order comes from one forward pass of ``inputs``.
+    The order comes from one forward pass of ``inputs``. A function in their place makes the pass.
     """
     owners = []
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if own:
             owners.append(name)
-    device = next(model.parameters()).device
-    return _called_modules(model, owners, inputs.to(device))
+    if not isinstance(inputs, Tensor):
+        return _called_modules(model, owners, inputs)
+    moved = inputs.to(next(model.parameters()).device)
+    return _called_modules(model, owners, lambda model: model(moved))
 
 
-def _called_modules(model: nn.Module, names: Iterable[str], inputs: Tensor) -> list[str]:
+def _called_modules(
+    model: nn.Module, names: Iterable[str], forward: Callable[[nn.Module], Tensor]
+) -> list[str]:
     """Return those of ``names`` that one forward pass calls, in the order of their first calls."""
     called: dict[str, None] = {}
     hooks = []
@@ -190,7 +194,7 @@ def _called_modules(model: nn.Module, names: Iterable[str], inputs: Tensor) -> l
         hooks.append(hook)
     try:
         with eval_mode(model):
-            model(inputs)
+            forward(model)
     finally:
         for hook in hooks:
             hook.remove()

@@ -127,7 +127,8 @@ def _follow(trainer: Any, pl_module: Any) -> None:
         strategy.model = pl_module
         strategy.configure_ddp()
     given = pl_module.on_save_checkpoint
-    pl_module.on_save_checkpoint = partial(_save_merged, pl_module, given)
+    if getattr(given, "func", None) is not _save_merged:  # of an earlier change
+        pl_module.on_save_checkpoint = partial(_save_merged, pl_module, given)
 
 
 def _is_ddp(strategy: Any) -> bool:

@@ -17,7 +17,14 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from switchlora.adapters import adapted_modules, adapted_state_dict, merge, merged_state_dict
+from switchlora.adapters import (
+    adapted_modules,
+    adapted_state_dict,
+    adapter_layout,
+    inject_empty,
+    merge,
+    merged_state_dict,
+)
 from switchlora.loop import LowRankSwitch
 from switchlora.process import distributed
 from switchlora.storage import save_merged as save_merged_file
@@ -111,8 +118,9 @@ class LowRankSwitchCallback(TrainerCallback):
         if not (args.load_best_model_at_end and best and adapted_modules(model)):
             return
         kept = _read(Path(best))
-        if kept["switched_at"] is None:
+        if kept["layout"] != adapter_layout(model):
             merge(model)
+            inject_empty(model, kept["layout"])
         _load_weights(model, Path(best), kept)
 
     def _go_on(self, folder: Path, state: TrainerState, scheduler: Any) -> None:
@@ -159,7 +167,7 @@ def _read(folder: Path) -> dict[str, Any]:
             "from, LowRankSwitchCallback(resume_from_checkpoint=...)"
         )
     kept = _load(folder / SWITCH)
-    if kept["switched_at"] is not None and not kept.get(ADAPTED):
+    if kept["layout"] and not kept.get(ADAPTED):
         raise ValueError(
             f"{folder} was written after the switch, at update {kept['switched_at']}, by a "
             "version that kept the merged weights alone: go on from a checkpoint before the switch"

@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from switchlora.adapters import made_class
 from switchlora.criteria import SwitchCriterion, UpdateNorm
 from switchlora.errors import check_range
 from switchlora.initializers import AdapterInit
 from switchlora.names import near
-from switchlora.policy import SwitchPolicy
+from switchlora.policy import InRank, Refresh, Restart, Stages, SwitchPolicy
 from switchlora.ranks import Budget, Fixed, RankPolicy
 
 GIVEN = ("criterion", "rank", "init", "targets")
@@ -25,6 +26,13 @@ ARGUMENTS = (
     (r"\b(?:switch[./]|monitor\.)(?=[a-z])", ""),
 )
 """keys of a configuration, and what stands for them in a loop"""
+NEED_A_RUN = ("guard", "remove_weight_decay", "least_gain")
+"""options of a policy that need losses of validation, the decay of each update, or inputs to
+measure the speed on"""
+LATER = {"stages": Stages, "restart": Restart, "growth": InRank}
+"""options of a policy for what comes after the first adapters, by what they are"""
+SCHEDULED = ("switchlora", "guided")
+"""kinds of adapters that change in each update"""
 
 
 @contextmanager
@@ -106,3 +114,26 @@ def check_optional(**functions: Callable[..., Any] | None) -> None:
     for name, value in functions.items():
         if value is not None:
             check_function(name, value, "a function, or leave it out")
+
+
+def check_goes_with_a_loop(policy: SwitchPolicy, updates_per_epoch: int | None) -> None:
+    """Raise ValueError for what a loop cannot follow, and for epochs of unknown length."""
+    made = made_class(policy.adapter)
+    refused = {name: getattr(policy, name) for name in NEED_A_RUN}
+    refused["restart=Refresh"] = isinstance(policy.restart, Refresh)
+    refused[f"an adapter of the kind {made.kind}"] = made.begins_anew or made.kind in SCHEDULED
+    for name, asked in refused.items():
+        if asked:
+            raise ValueError(
+                "LowRankSwitch puts adapters on trained weights, and knows neither the loss nor "
+                f"the recipe of a loop, so it does not go with {name}: leave it out, or train "
+                "with the command switchlora"
+            )
+    for name, kind in LATER.items():
+        value = getattr(policy, name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r}: give a {kind.__name__} of switchlora.policy")
+    check_optional(**{"restart.init": getattr(policy.restart, "init", None)})
+    for name in ("joint_epochs", "restart"):
+        if getattr(policy, name) and updates_per_epoch is None:
+            raise ValueError(f"{name} counts epochs: give updates_per_epoch")

@@ -2,11 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from switchlora.adapters import (
     check_adapters_work,
     count_parameters,
     inject_empty,
-    made_class,
     merge,
     train_only,
 )
@@ -29,6 +29,7 @@ from switchlora.initializers import AdapterInit, update_directions
 from switchlora.learner import FactorRates
 from switchlora.loop.arguments import (
     as_arguments,
+    check_goes_with_a_loop,
     check_optional,
     check_parts,
     check_whole,
@@ -36,25 +37,41 @@ from switchlora.loop.arguments import (
     policy_of,
 )
 from switchlora.loop.counter import UpdateCounter
-from switchlora.loop.groups import NewGroup, Regrouped, follow, home_of_weights, regrouped
+from switchlora.loop.gradients import WeightGradients
+from switchlora.loop.groups import (
+    FactorGroup,
+    Regrouped,
+    follow,
+    home_of_weights,
+    names_of,
+    regrouped,
+)
 from switchlora.loop.inputs import FirstInputs, Logits
 from switchlora.loop.measure import History, WeightUpdateMonitor
 from switchlora.loop.ramp import Ramp
 from switchlora.loop.schedulers import Tell, is_timms, prepared
 from switchlora.models import RESIDUAL
-from switchlora.policy import SwitchPolicy
+from switchlora.policy import InRank, SwitchPolicy
 from switchlora.process import from_primary, together
 from switchlora.ranks import RankPolicy
 from switchlora.storage import save_adapter
-from switchlora.switching import Scene, SwitchReport, rehearse, switch
+from switchlora.switching import (
+    Outcome,
+    Scene,
+    SwitchReport,
+    grow,
+    larger_ranks,
+    rehearse,
+    restart,
+    settle,
+    switch,
+    with_frozen_front,
+)
 
+T = TypeVar("T", bound=Outcome)
 TRIES = 3
-"""after this many failed switches no further one is tried"""
+"""after this many failed changes no further one is tried"""
 LONGEST_RAMP = 20
-CHANGES_AGAIN = ("joint_epochs", "stages", "restart", "growth", "guard")
-"""options of a policy for what comes after the switch"""
-NEEDS_RECIPE = ("remove_weight_decay", "least_gain")
-"""options of a policy that need the decay of each update, or inputs to measure the speed on"""
 
 
 @dataclass
@@ -82,6 +99,10 @@ class LowRankSwitch:
     on the targets, and the same optimizer trains them: what is frozen leaves its groups, factors
     come as new groups, and the schedulers are told. All of it happens, or nothing.
 
+    The model changes again where the policy says so: at each of its ``stages``, at the end of its
+    joint phase, at each ``restart``, and where ranks grow by its ``growth``. ``step`` tells of
+    each, since a wrapper or an average of the model has to be made anew.
+
     With several processes each of them calls ``step``. The first one decides for all.
 
     - ``optimizer``: any of torch's, or one with its interface.
@@ -91,18 +112,20 @@ class LowRankSwitch:
       ['q_proj', 'fc1'], or 'all-linear': all but the model's last one.
     - ``rank``: a number; a share of all parameters, such as 0.2, that trains on; or a policy of
       ``switchlora.ranks``.
-    - ``updates_per_epoch``: needed by criteria that count epochs.
+    - ``updates_per_epoch``: needed by criteria that count epochs, ``joint_epochs`` and
+      ``restart``.
     - ``forward(model, batch)`` returns the logits for the check that the switch moves none. By
       default that is the first tensor that the model returns. The batch is the first that it got.
-    - ``on_switch`` is called with the report, after the switch.
+    - ``on_switch`` is called with the report, after the switch; with that of each stage.
     - ``factor_lr``: learning rate of factors, relative to that of the weights: 'matched' or a
       number. ``factor_weight_decay`` is theirs alone.
-    - ``ramp_updates``: updates after the switch over which all learning rates rise again.
-    - further names are those of ``SwitchPolicy``: ``keep``, ``earliest``, ``split_qkv`` ...
+    - ``ramp_updates``: updates after a change over which all learning rates rise again. None: 20,
+      but none as long as a target waits for its stage. A joint phase begins without.
+    - further names are those of ``SwitchPolicy``: ``keep``, ``earliest``, ``stages`` ...
 
     ValueError for arguments that cannot work: criterion, ranks and start are tried once on an
     invented measurement. ValueError also for a model that is wrapped; for a scheduler of unknown
-    kind; for a policy that would change the model again after the switch; at the first ``step``,
+    kind; for a policy that needs the loss function or the recipe of a run; at the first ``step``,
     for targets on which an adapter would not do what its weight does.
     """
 
@@ -122,11 +145,12 @@ class LowRankSwitch:
         on_switch: Callable[[SwitchReport], None] | None = None,
         factor_lr: float | str = "matched",
         factor_weight_decay: float = 0.0,
-        ramp_updates: int = LONGEST_RAMP,
+        ramp_updates: int | None = None,
         **policy: Any,
     ) -> None:
         check_parts(model, getattr(optimizer, "optimizer", optimizer))
-        check_whole("ramp_updates", ramp_updates, 0)
+        if ramp_updates is not None:
+            check_whole("ramp_updates", ramp_updates, 0)
         check_range("factor_weight_decay", factor_weight_decay, 0)
         check_optional(forward=forward, on_switch=on_switch)
         self.watch = WeightUpdateMonitor(
@@ -139,7 +163,7 @@ class LowRankSwitch:
         with named_as_arguments():
             made = policy_of(criterion, rank, init, policy)
             self.policy = replace(made, targets=self.watch.patterns)
-            check_switches_once(self.policy)
+            check_goes_with_a_loop(self.policy, updates_per_epoch)
         self.rates = FactorRates(factor_lr)
         self.factor_weight_decay = factor_weight_decay
         self.ramp_updates = ramp_updates
@@ -148,9 +172,15 @@ class LowRankSwitch:
         self.report: SwitchReport | None = None
         self.switched_at: int | None = None
         self.ranks: dict[str, int] = {}
-        """the rank of each target; empty before the switch"""
+        """the rank of each target that has switched"""
         self.failures: list[str] = []
+        self._last_stage: int | None = None
+        self._joint_until: float | None = None
+        self._larger: dict[str, int] = {}
+        """the ranks that grow after the next update"""
+        self._gradients = WeightGradients(self.model, {})
         self._ramp: Ramp | None = None
+        self._groups: list[FactorGroup] = []
         self._homes = home_of_weights(self.model, self.optimizer)
         self._made = UpdateCounter(self.optimizer)
         modules = [target.module for target in self.watch.monitor.targets.values()]
@@ -168,24 +198,26 @@ class LowRankSwitch:
 
     @property
     def history(self) -> History:
-        """The measurements of the full phase."""
+        """The measurements, as long as there are targets that have not switched."""
         return self.watch.history
 
     @property
     def switched(self) -> bool:
-        """Whether the adapters are in."""
+        """Whether adapters are in; in stages, the first ones."""
         return self.switched_at is not None
 
     def step(self, loss: Tensor | float = math.nan) -> bool:
-        """Count what the optimizer has done, and return whether the model has just switched.
+        """Count what the optimizer has done, and return whether other tensors train from now on.
 
-        ``loss`` is that of the update or micro-batch. It is read at the end of a window.
-        ValueError when weights move that the optimizer does not move.
+        That is so at the switch, or at each of its ``stages``, at the end of the joint phase, at
+        each ``restart``, and where ranks have grown. ``loss`` is that of the update or
+        micro-batch. It is read at the end of a window. ValueError when weights move that the
+        optimizer does not move.
         """
         updates = self._made.since_last()
-        if self.switched:
+        if not self._waits:
             self.watch.num_updates += updates
-            return False
+            return self._change_again(updates)
         if not self._checked:
             self._check_targets()
         if self._made.idle == self.watch.monitor.window:
@@ -238,10 +270,14 @@ class LowRankSwitch:
         return {
             **self.watch.state_dict(),
             "switched_at": self.switched_at,
+            "last_stage": self._last_stage,
+            "joint_until": self._joint_until,
+            "larger": self._larger,
             "ranks": self.ranks,
             "layout": adapter_layout(self.model),
             "trained": trained,
-            "ramp": self._ramp.done if self._ramp else 0,
+            "ramp": (self._ramp.updates, self._ramp.done) if self._ramp else (0, 0),
+            "groups": [astuple(group) for group in self._groups],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -250,19 +286,24 @@ class LowRankSwitch:
         If the model had switched, adapters of its shapes are put in, the optimizer gets their
         groups, and the schedulers are told.
         """
-        self.switched_at = state["switched_at"]
+        self.switched_at, self._last_stage = state["switched_at"], state["last_stage"]
+        self._joint_until = state["joint_until"]
         self.ranks = dict(state["ranks"])
-        self.watch.load_state_dict(state, still_measures=not self.switched)
+        self.watch.load_state_dict(state)
         if not self.switched:
             return
+        before = names_of(self.model)
         inject_empty(self.model, state["layout"])
         train_only(self.model, state["trained"], self.policy.train_factors)
-        plan = self._regrouped(self.model)
+        self._groups = [FactorGroup(*group) for group in state["groups"]]
+        plan = self._regrouped(self.model, before)
         tells = self._tells_of(plan.new)
         plan.commit(self.optimizer, {})
         _finish(tells, self.model, self.optimizer)
-        self._ramp = Ramp(self.optimizer, self.ramp_updates, state["ramp"])
-        self._inputs.remove()
+        self._ramp = Ramp(self.optimizer, *state["ramp"])
+        self._grow_next(state["larger"])
+        self._checked = True
+        self._forget_inputs()
 
     def _rehearse(self) -> None:
         """Try criterion, ranks and start once; what needs a measurement is tried without one."""
@@ -276,46 +317,163 @@ class LowRankSwitch:
         with named_as_arguments(), together():
             check_adapters_work(self.model, self.watch.monitor.targets.values(), self._inputs)
 
-    def _consider(self) -> bool:
-        self.verdict = from_primary(lambda: self.policy.decide(self.history))
-        if not self.verdict.fires or len(self.failures) >= TRIES:
-            return False
-        try:
-            self._switch()
-        except SwitchFailed as error:
-            self.failures.append(as_arguments(str(error)))
-            warnings.warn(f"the switch failed and was undone: {self.failures[-1]}", stacklevel=3)
-            return False
-        return True
+    @property
+    def _waits(self) -> bool:
+        """Whether a target is measured that has not switched."""
+        return bool(set(self.watch.monitor.targets) - set(self.ranks))
 
-    def _switch(self) -> None:
+    @property
+    def _restarts(self) -> bool:
+        """Whether adapters are watched that are merged at the end of the window."""
+        watched = self.watch.monitor.targets
+        return self.policy.restart is not None and bool(watched) and not self._waits
+
+    def _consider(self) -> bool:
+        """Ask the criterion, and return whether the targets have switched that it chose."""
+        verdict = self.verdict = from_primary(lambda: self.policy.decide(self.history))
+        now, waiting = self.num_updates, self.watch.monitor.targets
+        chosen = self.policy.chosen(verdict, waiting, now, self._last_stage)
+        if not chosen:
+            return False
+        policy = with_frozen_front(
+            *(self.model, self.policy, self.watch.monitor.known),
+            *(verdict.margins, chosen, self._inputs),
+        )
+        report = self._change("switch", lambda scene: switch(scene, self.history, chosen), policy)
+        if report is not None:
+            self._note(report)
+        return report is not None
+
+    def _note(self, report: SwitchReport) -> None:
+        """Take down that targets have switched, and watch those that wait."""
+        now = self._last_stage = self.num_updates
+        self.switched_at = now if self.switched_at is None else self.switched_at
+        self.ranks = {**self.ranks, **report.ranks}
+        self.report = report if self.report is None else report.after(self.report)
+        if self.policy.joint_epochs:
+            self._joint_until = now + self._updates(self.policy.joint_epochs)
+            self._rise(0)
+        elif report.waiting:
+            self._rise(self.ramp_updates, 0)
+        else:
+            self._rise(self.ramp_updates)
+        self._watch(report.waiting)
+        if self.on_switch is not None:
+            self.on_switch(report)
+
+    def _change_again(self, updates: int) -> bool:
+        """Make the change that is due after these ``updates``, and return whether there was one.
+
+        It ends the joint phase, restarts the adapters, or lets ranks grow.
+        """
+        now, monitor = self.num_updates, self.watch.monitor
+        outcome: Outcome | None = None
+        if self._joint_until is not None:
+            if now >= self._joint_until:
+                what = "end of the joint phase"
+                outcome = self._change(what, lambda scene: settle(scene, self.ranks), self.policy)
+                self._joint_until = math.inf if outcome is None else None
+                self._watch()
+        elif self._larger and updates:
+            growing = partial(grow, gradients=self._gradients.found, ranks=self._larger)
+            grown = self._change("growth of the ranks", growing, self.policy)
+            self._grow_next({})
+            self.ranks = {**self.ranks, **(grown.ranks if grown is not None else {})}
+            outcome = grown
+        elif self._restarts and monitor.due(now):
+            outcome = self._change("restart", lambda scene: restart(scene, now), self.policy)
+            monitor.start_window(now)
+        elif self.policy.growth is not None and monitor.due(now):
+            self._look_for_growth(self.policy.growth)
+            monitor.start_window(now)
+        if outcome is not None:
+            self._rise(getattr(self.policy.restart, "rewarmup_updates", None), self.ramp_updates)
+        return outcome is not None
+
+    def _look_for_growth(self, rule: InRank) -> None:
+        """Ask the rule which ranks are too small. These grow after the next update."""
+        if self.num_updates > rule.earliest:
+            known = self.watch.monitor.known
+            self._grow_next(from_primary(lambda: larger_ranks(self.model, known, rule)))
+
+    def _grow_next(self, larger: Mapping[str, int]) -> None:
+        """Let these ranks grow after the next update, whose gradients say in which directions."""
+        known = self.watch.monitor.known
+        self._gradients.remove()
+        self._larger = dict(larger)
+        self._gradients = WeightGradients(self.model, {name: known[name] for name in larger})
+
+    def _updates(self, epochs: float) -> int:
+        return max(1, round(epochs * (self.watch.updates_per_epoch or 1)))
+
+    def _watch(self, waiting: Collection[str] = ()) -> None:
+        """Let the monitor watch what waits for its stage, or the adapters till a restart.
+
+        The model's inputs go, if no further change is checked on them.
+        """
+        monitor, how, growth = self.watch.monitor, self.policy.restart, self.policy.growth
+        if growth is not None and not waiting:
+            monitor.window = growth.every_updates
+        if how is not None and self._joint_until is None:
+            adapted = adapted_modules(self.model)
+            waiting = [name for name, each in monitor.known.items() if each.module in adapted]
+            monitor.window = self._updates(how.every_epochs)
+        monitor.watch(waiting, self.num_updates)
+        self._forget_inputs()
+
+    def _change(
+        self,
+        what: str,
+        change: Callable[[Scene[Held]], tuple[Held, T]],
+        policy: SwitchPolicy,
+    ) -> T | None:
+        """Make a change of the model, and let optimizer and schedulers follow.
+
+        Return its outcome; None when it failed, after which all is as it was.
+        """
+        if len(self.failures) >= TRIES:
+            return None
+        before = names_of(self.model)
         plans: list[Regrouped] = []
         tells: list[Tell] = []
 
         def rebuild(model: nn.Module) -> Held:
-            plan = self._regrouped(model)
+            plan = self._regrouped(model, before)
             tells.extend(self._tells_of(plan.new))
             plans.append(plan)
             return Held(model, plan.shadow(self.optimizer))
 
         held = Held(self.model, self.optimizer)
-        scene = Scene(held, self.policy, self.watch.monitor, None, rebuild, self._inputs)
-        new, report = switch(scene, self.history)
+        scene = Scene(held, policy, self.watch.monitor, None, rebuild, self._inputs)
+        try:
+            new, outcome = change(scene)
+        except SwitchFailed as error:
+            self.failures.append(as_arguments(str(error)))
+            warnings.warn(f"the {what} failed and was undone: {self.failures[-1]}", stacklevel=4)
+            return None
         plans[-1].commit(self.optimizer, new.optimizer.state)
+        self._groups = plans[-1].of_factors
         _finish(tells, self.model, self.optimizer)
-        self._ramp = Ramp(self.optimizer, self.ramp_updates)
-        self._inputs.remove()
-        self.watch.monitor.references.clear()
-        self.report, self.switched_at = report, self.num_updates
-        self.ranks = dict(report.ranks)
-        if self.on_switch is not None:
-            self.on_switch(report)
+        return outcome
 
-    def _regrouped(self, model: nn.Module) -> Regrouped:
+    def _rise(self, *asked: int | None) -> None:
+        """Let the learning rates rise again, over the first number of updates that is given."""
+        if self._ramp is not None:
+            self._ramp.stop()
+        updates = next(number for number in (*asked, LONGEST_RAMP) if number is not None)
+        self._ramp = Ramp(self.optimizer, updates)
+
+    def _forget_inputs(self) -> None:
+        goes_on = self._waits or self._restarts or self._joint_until is not None
+        if not goes_on and self.policy.growth is None:
+            self._inputs.remove()
+
+    def _regrouped(self, model: nn.Module, before: Mapping[nn.Parameter, str]) -> Regrouped:
         decay, timms = self.factor_weight_decay, any(map(is_timms, self.schedulers))
-        return regrouped(model, self.optimizer, self._homes, self.rates, decay, timms)
+        groups = (before, self._homes, self._groups)
+        return regrouped(model, self.optimizer, *groups, self.rates, decay, timms)
 
-    def _tells_of(self, new: Sequence[NewGroup]) -> list[Tell]:
+    def _tells_of(self, new: Sequence[FactorGroup]) -> list[Tell]:
         tells: list[Tell] = []
         for scheduler in self.schedulers:
             tells += prepared(scheduler, len(self.optimizer.param_groups), new)
@@ -338,20 +496,6 @@ class LowRankSwitch:
                 f"the optimizer does not train the weight of {missing[0]}"
                 f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: leave it out of "
                 "target_modules, or give the optimizer that trains it"
-            )
-
-
-def check_switches_once(policy: SwitchPolicy) -> None:
-    """Raise ValueError for adapters that begin anew, and for options that a loop cannot follow."""
-    made = made_class(policy.adapter)
-    refused = {name: getattr(policy, name) for name in (*CHANGES_AGAIN, *NEEDS_RECIPE)}
-    refused[f"an adapter of the kind {made.kind}"] = made.begins_anew or made.kind == "switchlora"
-    for name, asked in refused.items():
-        if asked:
-            raise ValueError(
-                "LowRankSwitch puts adapters on trained weights once, and does not know a loop's "
-                f"recipe, so it does not go with {name}: leave it out, or train with the command "
-                "switchlora"
             )
 
 

@@ -122,13 +122,12 @@ class WeightUpdateMonitor:
             "monitor": self.monitor.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], still_measures: bool = True) -> None:
-        """Go on where ``state_dict`` was taken, with the window too if it ``still_measures``."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
         self.num_updates = state["num_updates"]
         self.history = History(Measurement.from_plain(measured) for measured in state["history"])
         self._losses = [torch.tensor(loss) for loss in state["losses"]]
-        if still_measures:
-            self.monitor.load_state_dict(state["monitor"])
+        self.monitor.load_state_dict(state["monitor"])
 
     def _losses_of_all(self) -> list[float]:
         """Return the losses of the window; with several processes the mean of each."""

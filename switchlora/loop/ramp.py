@@ -35,5 +35,9 @@ class Ramp:
             group["lr"] = rate
         self.done += 1
         if self.done == self.updates:
-            for hook in self._hooks:
-                hook.remove()
+            self.stop()
+
+    def stop(self) -> None:
+        """Leave the rates to the scheduler from now on."""
+        for hook in self._hooks:
+            hook.remove()

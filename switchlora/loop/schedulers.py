@@ -1,7 +1,7 @@
 """Tell schedulers of new parameter groups, so that they go on.
 
 A scheduler keeps a value per group. Each new group gets the value of the group that it is like,
-multiplied by its scale where the value is a learning rate.
+multiplied by its scale where the value is a learning rate. It may take the place of an older one.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 from timm.scheduler.scheduler import Scheduler as TimmScheduler
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
 
-from switchlora.loop.groups import NewGroup
+from switchlora.loop.groups import FactorGroup
 
 Tell = Callable[[], None]
 """changes a scheduler; cannot fail"""
@@ -21,8 +21,8 @@ COPIED = ("lr_lambdas", "base_momentums", "max_momentums", "base_values", "warmu
 """lists of schedulers with something else for each group; timm's multiply by ``LR_SCALE``"""
 
 
-def prepared(scheduler: Any, groups: int, new: Sequence[NewGroup]) -> list[Tell]:
-    """Return what tells ``scheduler`` of the ``new`` groups, behind the ``groups`` that it knows.
+def prepared(scheduler: Any, groups: int, new: Sequence[FactorGroup]) -> list[Tell]:
+    """Return what tells ``scheduler``, which knows ``groups``, of the ``new`` ones.
 
     A function is called with the new groups, to tell a scheduler of another kind. ValueError for a
     scheduler that is neither torch's nor timm's, or that does not know all groups.
@@ -47,7 +47,7 @@ def prepared(scheduler: Any, groups: int, new: Sequence[NewGroup]) -> list[Tell]
                     f"scheduler {type(scheduler).__name__} knows {len(values)} groups of an "
                     f"optimizer that has {groups}"
                 )
-            tells.append(_extending(scheduler, name, values, new))
+            tells.append(_set(scheduler, name, values, new))
     return tells
 
 
@@ -56,7 +56,10 @@ def is_timms(scheduler: Any) -> bool:
     return isinstance(scheduler, TimmScheduler)
 
 
-def _extending(scheduler: Any, name: str, values: list, new: Sequence[NewGroup]) -> Tell:
-    scaled = name in SCALED
-    added = [values[group.like] * group.scale if scaled else values[group.like] for group in new]
-    return lambda: setattr(scheduler, name, [*values, *added])
+def _set(scheduler: Any, name: str, values: list, new: Sequence[FactorGroup]) -> Tell:
+    found = list(values)
+    for group in new:
+        value = values[group.like]
+        scaled = value * group.scale if name in SCALED else value
+        found[group.place : group.place + 1] = [scaled]
+    return lambda: setattr(scheduler, name, found)

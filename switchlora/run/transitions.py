@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from switchlora.adapters import Target, adapted_modules, applied_ranks, set_mix
+from switchlora.adapters import Target, applied_ranks, set_mix
 from switchlora.cost import Prediction, speedup_parts, warning
 from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
 from switchlora.learner import Learner, module_gradients, release_memory
 from switchlora.policy import Refresh, Standing
 from switchlora.process import distributed
-from switchlora.ranks import largest_saving_rank
 from switchlora.run.before import keep_before, weights_before
 from switchlora.run.forecast import predicted_update
 from switchlora.run.run import Run
@@ -32,6 +31,7 @@ from switchlora.switching import (
     Scene,
     SwitchReport,
     grow,
+    larger_ranks,
     refresh,
     restart,
     settle,
@@ -205,16 +205,9 @@ def grow_ranks(run: Run, standing: Standing) -> Change:
 
 def grow_by_rule(run: Run) -> Change | None:
     """Raise the ranks that ``policy.growth`` finds too small (arXiv 2306.11250), or do nothing."""
-    rule, modules = run.policy.growth, adapted_modules(run.model)
+    rule = run.policy.growth
     assert rule is not None
-    larger = {}
-    for name, target in run.adapted_targets.items():
-        adapter = modules[target.module].adapters()[target.part]
-        limit = largest_saving_rank((len(adapter.B), adapter.A.shape[1]))
-        rank = min(rule.rank(adapter), limit)
-        if rank > len(adapter.A):
-            larger[name] = rank
-    larger = distributed.from_primary(lambda: larger)
+    larger = distributed.from_primary(lambda: larger_ranks(run.model, run.adapted_targets, rule))
     if not larger:
         return None
     reason = f"{len(larger)} target(s) use their leading modes"

@@ -1,7 +1,7 @@
 """Plan a switch before it happens: which targets, at what ranks, with which factors."""
 
 import re
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -224,7 +224,7 @@ def with_frozen_front(
     targets: Mapping[str, Target],
     margins: Mapping[str, float],
     chosen: Sequence[str],
-    probe: Tensor,
+    probe: Tensor | Callable[[nn.Module], Tensor],
 ) -> SwitchPolicy:
     """Return ``policy`` with the still front of the model added to ``freeze``.
 
