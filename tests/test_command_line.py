@@ -330,6 +330,7 @@ def test_the_command_that_goes_on_can_be_pasted_whatever_the_folders_name(name, 
     [
         *(["runs", name, "runs"] for name in ("tables", "report", "curves", "scaling")),
         ["runs", "replay", "runs", "switch.criterion.epoch=1"],
+        *(["runs", "drift", "runs", "images"], ["runs", "data", "data=digits"]),
         *(["bench", name] for name in ("update", "switch", "lowrank")),
         *(["bench", name, "runs"] for name in ("phases", "systems")),
     ],
@@ -340,11 +341,12 @@ def test_a_place_that_holds_no_files_is_refused_before_anything_is_computed(
 ):
     file = tmp_path / "file"
     file.touch()
+    option = "--output" if words[1] in ("drift", "data") else "--out"
     for place, there in ((file / "x" / "y", file), (Path("/proc/x/y"), "/proc")):
-        monkeypatch.setattr(sys, "argv", ["switchlora", *words[1:], "--out", str(place)])
+        monkeypatch.setattr(sys, "argv", ["switchlora", *words[1:], option, str(place)])
         with pytest.raises(SystemExit):
             getattr(commands, words[0])()
         (line,) = (x for x in capsys.readouterr().err.splitlines() if "error: " in x)
         named = place.parent if words[1] in ("report", "switch") else place
-        assert f"argument --out: {named}: {there} is no folder that can be written to" in line
+        assert f"argument {option}: {named}: {there} is no folder that can be written to" in line
     assert list(tmp_path.iterdir()) == [file]

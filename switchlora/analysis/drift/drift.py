@@ -31,7 +31,7 @@ from switchlora.analysis.output import save
 from switchlora.data import Unlabelled, build_test
 from switchlora.process import USER_ERRORS, find_device, one_line
 from switchlora.registry import check, is_version
-from switchlora.storage import Saved, load_saved, write_whole
+from switchlora.storage import Saved, load_saved, output_folder, write_whole
 
 LEVEL = 0.01
 LEAST = 30
@@ -76,7 +76,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="write drift.png and drift.json there"
+        "--output",
+        type=output_folder,
+        metavar="FOLDER",
+        help="write drift.png and drift.json there",
     )
     add_loading_options(parser)
     return parser.parse_intermixed_args(words)
