@@ -68,11 +68,13 @@ def dispatch(program: str, commands: Commands) -> None:
         sys.exit(f"{program}: no command '{word}'; {near(word, commands)}")
     module, _ = commands[word]
     sys.argv = [f"{program} {word}", *rest]
-    try:
-        import_module(f"switchlora.{module}").main()
-    except ODD as error:
-        from switchlora.process import exit_with_one_line  # torch: only where it is there already
+    command = import_module(f"switchlora.{module}")
+    from switchlora.process import exit_with_one_line, talk_without_risk  # torch is there by now
 
+    talk_without_risk()  # its reader may be `head`
+    try:
+        command.main()
+    except ODD as error:
         what = f"something odd stands in a file of these runs ({type(error).__name__}: {error})"
         odd = ValueError(f"{word}: {what}; SWITCHLORA_TRACEBACK=1 shows where it was met")
         odd.__cause__ = error

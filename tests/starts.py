@@ -5,6 +5,7 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -121,36 +122,71 @@ def program_in(folder, *words):
 
 def multirun(*words):
     """``switchlora *words`` with its jobs in forks of this process."""
-    switchlora.sweep.jobs.subprocess = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
+    switchlora.sweep.jobs.subprocess = WITH_FORKS
     program(*words)
 
 
-class Forked:
-    """What ``subprocess.Popen`` makes of ``python -m switchlora *words``, without the imports."""
+def through_submitit(*words):
+    """``switchlora *words`` with the controller and the tasks of submitit's jobs in forks."""
+    from submitit.local import local
 
-    def __init__(self, command, env, stdout, stderr, pass_fds):
-        assert command[1:3] == ["-m", "switchlora"]
+    local.subprocess = WITH_FORKS
+    program(*words)
+
+
+def through_joblib(*words):
+    """``switchlora *words`` with joblib's processes, and the jobs that they start, in forks."""
+    from joblib.externals.loky.backend.context import set_start_method
+
+    set_start_method("fork")
+    multirun(*words)
+
+
+class Forked:
+    """What ``subprocess.Popen`` makes of ``python -m MODULE WORDS``, without the imports."""
+
+    def __init__(self, command, env, stdout=None, stderr=None, **_):
+        module, *words = command[command.index("-m") + 1 :]
+        self.returncode = None
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(_status_of(command[3:], env, stdout))
+            os._exit(_status_of(module, words, env, (stdout, stderr)))
 
     def wait(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.poll(0)
+
+    def poll(self, how=os.WNOHANG):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, how)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
 
 
-def _status_of(words, environment, output):
-    """The exit status of the program, in a process that is in the middle of another start."""
+WITH_FORKS = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
+
+
+def _status_of(module, words, environment, outputs):
+    """The exit status of a module, in a process that is in the middle of another start."""
     os.environ.clear()
     os.environ.update(environment)
-    if output is not None:
-        for descriptor in (1, 2):
-            os.dup2(output.fileno(), descriptor)
+    for descriptor, output in enumerate(outputs, start=1):
+        if output is not None:
+            source = 1 if output == subprocess.STDOUT else output.fileno()
+            os.dup2(source, descriptor)
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
     switchlora.sweep.jobs.Sweep.running = None
     start_time.cache_clear()
+    sys.argv = [module, *words]
     try:
-        program(*words)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
@@ -175,3 +211,14 @@ def torchrun(processes, act, *words):
         start_method="fork",
     )
     elastic_launch(config, act)(*words)
+
+
+def children(pid):
+    """The processes that a process started."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(number) for number in text.split()]
+
+
+def parent_of(pid):
+    """The process that started a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

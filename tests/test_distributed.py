@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from ranks import (
     run_with_a_broken_switch,
 )
 from runs import SHORT, assert_same_run, make_run
-from starts import Started, program, torchrun
+from starts import Started, children, program, torchrun
 from switchlora.process import distributed
 from switchlora.storage import STATE, find_all, read_events
 
@@ -34,7 +32,6 @@ PLATEAU = (
     *("data.train_size=320", "monitor.window=5", "full.scheduler.warmup_t=5"),
 )
 """10 updates an epoch; the switch is at update 10"""
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_ranks(processes, folder, *overrides, act=run_and_look):
@@ -325,30 +322,18 @@ def test_ranks_that_disagree_inside_a_switch_end_the_run_and_train_no_further(tm
     assert len(losses(folder)) == 10 and not list(read_events(folder, "switch_failed"))
 
 
-def children(pid):
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(number) for number in text.split()]
-
-
-def rank_of(pid):
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((v.removeprefix(b"RANK=") for v in variables if v.startswith(b"RANK=")), None)
-
-
 def test_a_rank_killed_at_the_switch_ends_the_run_and_one_process_goes_on(alone, tmp_path):
     folder = tmp_path / "run"
     options = (*SHORT, *PLATEAU, f"hydra.run.dir={folder}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "switchlora", *options]
-    with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=ENVIRONMENT)
+    with Started(tmp_path / "said", torchrun, 2, program, *options) as started:
         while not checkpoint_at(folder, "update-00000010").exists():
-            assert process.poll() is None, (tmp_path / "said").read_text()
+            assert started.running, started.said()
             time.sleep(0.001)
-        (victim,) = [pid for pid in children(process.pid) if rank_of(pid) == b"1"]
+        _, victim = children(started.process.pid)
         os.kill(victim, signal.SIGKILL)
-        assert process.wait(timeout=120) != 0
-    said = (tmp_path / "said").read_text()
+        killed = started.finish()
+    said = killed.stdout + killed.stderr
+    assert killed.returncode != 0
     assert "switchlora: another process of this run is gone" in said, said
     assert "go on with: torchrun" in said and 'switchlora/train.py", line' not in said, said
     assert find_all(folder)

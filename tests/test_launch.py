@@ -14,7 +14,15 @@ from hydra import compose, initialize_config_dir
 
 from conf_yamls import CONF, names
 from runs import DIGITS, events_without_times
-from starts import PATIENCE, Started, program, torchrun
+from starts import (
+    PATIENCE,
+    Started,
+    children,
+    parent_of,
+    program,
+    through_submitit,
+    torchrun,
+)
 
 pytest.importorskip(
     "hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed"
@@ -32,7 +40,7 @@ class Launched(Started):
         self.folder = folder
         words = ["-m", "+launch=local", *SHORT, *BY_DATE, f"hydra.sweep.dir={folder}"]
         words += ["hydra.sweep.subdir=${hydra.job.num}", *overrides]
-        super().__init__(f"{folder}.said", program, *words)
+        super().__init__(f"{folder}.said", through_submitit, *words)
 
     def wait_for_updates(self, folder, count):
         """Until ``metrics.jsonl`` of a run folder has ``count`` lines."""
@@ -54,30 +62,14 @@ class Launched(Started):
         return self.logs()
 
 
-def tasks(job):
-    """The processes that submitit started for a job, one a rank."""
-    return [pid for pid in _processes() if f"SUBMITIT_LOCAL_JOB_ID={job}" in _environment(pid)]
-
-
-def job_of(folder):
-    """The submitit job that runs in a folder: the one whose process has its lock open."""
+def tasks_in(folder):
+    """The processes of the job that runs in a folder, one a rank: one has its lock open."""
     lock = str(folder / ".lock")
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         with suppress(OSError):
             if os.readlink(link) == lock:
-                words = _environment(int(link.split("/")[2]))
-                return next(w.split("=")[1] for w in words if "SUBMITIT_LOCAL_JOB_ID=" in w)
+                return children(parent_of(int(link.split("/")[2])))
     raise AssertionError(f"no process runs in {folder}")
-
-
-def _processes():
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-
-
-def _environment(pid):
-    with suppress(OSError), open(f"/proc/{pid}/environ") as file:
-        return file.read().split("\0")
-    return []
 
 
 @pytest.mark.slow
@@ -85,7 +77,7 @@ def test_two_tasks_of_a_job_that_is_put_back_end_as_ranks_that_were_left_alone(t
     run, alone = tmp_path / "0", tmp_path / "alone"
     with Launched(tmp_path, *ONE_THREAD, "hydra.launcher.tasks_per_node=2") as launched:
         launched.wait_for_updates(run, 25)
-        both = tasks(job_of(run))
+        both = tasks_in(run)
         assert len(both) == 2
         for task in both:
             os.kill(task, signal.SIGUSR2)

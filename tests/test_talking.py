@@ -11,6 +11,7 @@ import pytest
 
 from runs import DIGITS
 from starts import Started, program
+from switchlora import commands
 from switchlora.process import Interruption, say
 from switchlora.process.signals import SIGNALS
 from switchlora.storage.progress import Progress
@@ -107,6 +108,23 @@ def test_a_run_that_nobody_hears_ends_as_any_other(tmp_path, kind):
     assert '"status": "finished"' in (tmp_path / "run/summary.json").read_text()
     first = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[0]
     assert first.startswith("{"), "what is said went into the log"
+
+
+def command_without_reader(*words):
+    """``switchlora-runs *words | true``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.argv = ["switchlora-runs", *words]
+    commands.runs()
+
+
+@pytest.mark.parametrize("words", [("data", "data=digits"), ("replay", "--help")])
+def test_a_command_whose_reader_has_left_ends_well(tmp_path, words):
+    with Started(tmp_path / "said", command_without_reader, *words) as started:
+        done = started.finish()
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_folder_that_the_terminal_cannot_print_ends_no_run(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from conf_yamls import composed
 from conftest import acting
 from runs import DIGITS, assert_same_run
-from starts import PATIENCE, Started, program
+from starts import PATIENCE, Started, program, through_joblib
 from switchlora.data import image_folder
 from switchlora.data.loaders import split as split_rows
 from switchlora.storage import find_all, read
@@ -415,7 +415,7 @@ def test_jobs_at_the_same_time_whose_parent_is_killed_save_and_stop_and_say_so_i
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="it is not installed")
     words = (*DIGITS, "switch/criterion=never", "epochs=100000", "log.every=1", "system.threads=1")
     words += ("+launch=joblib", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
-    with Started(tmp_path / "said", program, "-m", *words) as parent:
+    with Started(tmp_path / "said", through_joblib, "-m", *words) as parent:
         while sum(1 for path in tmp_path.glob("*/metrics.jsonl") if path.stat().st_size) < 2:
             assert parent.running, parent.said()
             time.sleep(0.05)

@@ -54,6 +54,13 @@ small = ["--widths", "64", "--tokens", "8", "--rounds", "1", "--out", "lowrank"]
 call(commands.bench, "lowrank", *small)
 for name in ("update", "switch", "systems"):
     call(commands.bench, name, "--help")
+
+import torch
+from importlib.metadata import metadata
+from switchlora.storage import environment
+
+print("commit", environment(torch.device("cpu"), 0)["git"])
+print(metadata("switchlora").get_payload())
 """
 LEFT = ("tables/table.md", "page.html", "lowrank/speed.md")
 SAID = (
@@ -88,27 +95,29 @@ def run(folder, *words):
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def used(installed, tmp_path_factory):
+    """A folder in which a sweep and every command ran, and what these said."""
+    folder = tmp_path_factory.mktemp("used")
+    swept = run(folder, installed / "switchlora", "-m", *TINY, "seed=1")
+    runs = sorted(str(path.parent) for path in folder.glob("sweep/*/summary.json"))
+    return folder, swept, run(folder, installed / "python", "-c", COMMANDS, *runs)
+
+
 @pytest.mark.slow
-def test_a_sweep_and_every_command_on_it_work_from_a_wheel_in_another_folder(installed, tmp_path):
-    said = run(tmp_path, installed / "switchlora", "-m", *TINY, "seed=1")
-    assert "1 jobs in sweep" in said and "new: 1" in said
-    runs = sorted(str(path.parent) for path in tmp_path.glob("sweep/*/summary.json"))
-    said = run(tmp_path, installed / "python", "-c", COMMANDS, *runs)
+def test_a_sweep_and_every_command_on_it_work_from_a_wheel_in_another_folder(installed, used):
+    folder, swept, said = used
+    assert "1 jobs in sweep" in swept and "new: 1" in swept
     where = said.partition("\n")[0]
     assert str(REPOSITORY) not in where and str(installed.parent) in where
     for name in LEFT:
-        assert (tmp_path / name).stat().st_size > 100, (name, said)
-    assert list(tmp_path.glob("curves/*.png"))
+        assert (folder / name).stat().st_size > 100, (name, said)
+    assert list(folder.glob("curves/*.png"))
     assert all(words in said for words in SAID), said
 
 
-def test_a_wheel_knows_its_commit_and_its_readme_stands_alone(installed):
-    asked = (
-        "from importlib.metadata import metadata; from switchlora.storage import environment;"
-        "import torch; print(environment(torch.device('cpu'), 0)['git']);"
-        "print(metadata('switchlora').get_payload())"
-    )
-    commit, _, readme = run("/", installed / "python", "-c", asked).partition("\n")
+def test_a_wheel_knows_its_commit_and_its_readme_stands_alone(used):
+    commit, _, readme = used[-1].rpartition("\ncommit ")[-1].partition("\n")
     described = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     here = subprocess.run(described, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
     assert commit == (here or "None")
