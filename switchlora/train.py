@@ -24,7 +24,6 @@ from switchlora.run import (
     finish,
     guide,
     how_to_go_on,
-    joint_phase_over,
     leave_if_asked,
     look_after,
     note_loss,
@@ -37,8 +36,6 @@ from switchlora.run import (
     tell_refactoring,
     tell_skipped,
     wait_until_saved,
-    watch_as_configured,
-    window_complete,
     with_choices,
 )
 from switchlora.storage import FolderLock, finished_summary, unused_removed
@@ -113,7 +110,7 @@ def fit(run: Run) -> None:
     (``look_after``) and a checkpoint is saved.
     """
     if run.starts_elsewhere:
-        watch_as_configured(run)
+        run.control.watch_as_configured()
         save(run)
     if run.state.undecided:
         consider_switch(run)
@@ -207,9 +204,9 @@ def settle(run: Run) -> None:
         step_skipped(run, step)
         return
     step_done(run, step)
-    if joint_phase_over(run):
+    if run.control.joint_phase_over:
         end_joint_phase(run)
-    if window_complete(run):
+    if run.control.window_complete:
         end_window(run)  # measures, asks the criterion, and may switch
 
 

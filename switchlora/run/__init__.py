@@ -32,14 +32,11 @@ from switchlora.run.tell import (
     tell_refactoring as tell_refactoring,
     tell_skipped as tell_skipped,
 )
-from switchlora.run.transitions import watch_as_configured as watch_as_configured
 from switchlora.run.windows import (
     consider_switch as consider_switch,
     end_joint_phase as end_joint_phase,
     end_window as end_window,
     guide as guide,
-    joint_phase_over as joint_phase_over,
     look_after as look_after,
     note_loss as note_loss,
-    window_complete as window_complete,
 )

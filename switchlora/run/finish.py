@@ -21,7 +21,6 @@ from switchlora.run.messages import (
 from switchlora.run.run import Run
 from switchlora.run.state import Ledger, Phase, TrainState
 from switchlora.run.tell import tell_skipped
-from switchlora.run.transitions import given_up
 from switchlora.storage import (
     environment,
     merged_for_peft,
@@ -86,7 +85,7 @@ def status_at_end(state: TrainState) -> str:
     and some weights still train in full.
     """
     failures = state.failed_switches
-    stuck = given_up(state) and state.phase is not Phase.ADAPTER
+    stuck = state.given_up and state.phase is not Phase.ADAPTER
     if failures and (state.switch_report is None or stuck):
         return f"switch failed: {failures[-1].removeprefix('switch: ')}"
     return "finished"

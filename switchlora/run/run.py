@@ -10,12 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from switchlora.adapters import (
-    Target,
-    adapted_modules,
-    count_parameters,
-    skipped_flops,
-)
+from switchlora.adapters import count_parameters, skipped_flops
 from switchlora.data import Data
 from switchlora.learner import (
     Learner,
@@ -37,7 +32,7 @@ from switchlora.storage import (
     SaveSchedule,
 )
 from switchlora.sweep import Trunk
-from switchlora.switching import Scene
+from switchlora.switching import Controller, Scene
 
 PROBE_IMAGES = 16
 
@@ -86,6 +81,12 @@ class Run:
     """whether this run started from another run's checkpoint"""
     pending: Pending | None = None
     """the update that was launched and whose outcome is not yet read"""
+    control: Controller = field(init=False)
+    """says when the model changes, and makes the change"""
+
+    def __post_init__(self) -> None:
+        parts = (self.policy, self.monitor, self.state, self.window)
+        self.control = Controller(*parts, len(self.data.train))
 
     @property
     def model(self) -> nn.Module:
@@ -165,12 +166,6 @@ class Run:
         since = self.state.num_updates if start is None else start
         follows = follows_switch(self.state, since)
         return recipe_of(phase, self.recipes, self.policy, returns, follows)
-
-    @property
-    def adapted_targets(self) -> dict[str, Target]:
-        """The targets whose modules have an adapter now, by name."""
-        adapted = adapted_modules(self.model)
-        return {n: t for n, t in self.monitor.known.items() if t.module in adapted}
 
     @property
     def micro_batch(self) -> int:

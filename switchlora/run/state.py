@@ -5,54 +5,21 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from enum import StrEnum
 from typing import Any
 
-from switchlora.criteria import Verdict
-from switchlora.monitor import Measurement
 from switchlora.policy import Loss
-from switchlora.switching import SwitchReport
-
-
-class Phase(StrEnum):
-    """The phase of a run: which parameters train."""
-
-    FULL = "full"
-    JOINT = "joint"
-    """the targets' weights and their factors train together"""
-    STAGED = "staged"
-    """some targets train their factors, the others still their weights"""
-    ADAPTER = "adapter"
+from switchlora.switching import Phase, SwitchState
 
 
 @dataclass
-class TrainState:
+class TrainState(SwitchState):
     """Where the run is, and what its next decisions depend on."""
 
-    num_updates: int = 0
-    """optimizer updates made so far; the learning rate is a function of this number"""
     epoch: int = 0
     position: int = 0
     """batches of the current epoch used so far, including those of skipped updates"""
-    phase: Phase = Phase.FULL
     undecided: bool = True
     """whether the criterion has not yet been asked about the last measurement (or the start)"""
-    history: list[Measurement] = field(default_factory=list)
-    verdict: Verdict | None = None
-    """the criterion's last answer"""
-    switch_report: SwitchReport | None = None
-    switch_update: int | None = None
-    joint_until: int | None = None
-    """number of updates at which the joint phase ends; None outside a joint phase"""
-    failed_switches: list[str] = field(default_factory=list)
-    """reasons of the changes that failed and were undone, one string each"""
-    last_stage: int | None = None
-    """number of updates at the last switch of any target"""
-    taken_back: int = 0
-    """number of times the guard returned the run to full training"""
-    forgotten: int = 0
-    """number of leading ``history`` entries that the criterion no longer sees; a return to full
-    training sets it"""
     full_parameters: list[str] = field(default_factory=list)
     """names of the parameters that train in the full phase"""
     losses: list[Loss] = field(default_factory=list)
@@ -66,31 +33,14 @@ class TrainState:
     best_update: int | None = None
     """number of updates when ``best_top1`` was reached"""
 
-    @property
-    def fresh_history(self) -> list[Measurement]:
-        """The measurements that the criterion sees: those since the last return to full training.
-
-        Without such a return it sees all of ``history``.
-        """
-        return self.history[self.forgotten :]
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain types, for a checkpoint."""
-        plain = asdict(self)
-        plain["phase"] = str(self.phase)
-        plain["losses"] = [list(loss) for loss in self.losses]
-        return plain
+        return {**super().state_dict(), "losses": [list(loss) for loss in self.losses]}
 
     def load_state_dict(self, plain: Mapping[str, Any]) -> None:
         """Set every field from ``plain``, which came from ``state_dict``."""
-        for item in fields(self):
-            setattr(self, item.name, plain[item.name])
-        self.phase = Phase(plain["phase"])
+        super().load_state_dict(plain)
         self.losses = [Loss(*loss) for loss in plain["losses"]]
-        self.history = [Measurement.from_plain(measured) for measured in plain["history"]]
-        self.verdict = Verdict(**plain["verdict"]) if plain["verdict"] else None
-        report = plain["switch_report"]
-        self.switch_report = SwitchReport(**report) if report else None
 
 
 @dataclass

@@ -14,9 +14,9 @@ from switchlora.run.messages import (
     switch_metrics,
 )
 from switchlora.run.run import Run
-from switchlora.run.transitions import TRIES, Change, Changed, Failed
+from switchlora.run.transitions import Change, Changed
 from switchlora.storage import measurement_metrics
-from switchlora.switching import SwitchReport
+from switchlora.switching import TRIES, Failed, SwitchReport
 
 OMITTED = ("kind", "num_updates", "epoch", "predicted_speedup")
 """entries of a change's record that its event has no key for"""

@@ -24,7 +24,6 @@ from switchlora.run.transitions import (
     Changed,
     begin_segment,
     freeze_weights,
-    given_up,
     grow_by_rule,
     grow_ranks,
     restart_adapter,
@@ -41,17 +40,6 @@ GUARD_CHANGES = {
 """by ``switch.guard.act``, the changes that are tried in turn until one succeeds"""
 
 
-def joint_phase_over(run: Run) -> bool:
-    """Return whether the joint phase has reached its last update."""
-    until = run.state.joint_until
-    return until is not None and run.state.num_updates >= until
-
-
-def window_complete(run: Run) -> bool:
-    """Return whether the monitor's window of updates is complete."""
-    return run.monitor.due(run.state.num_updates)
-
-
 def end_window(run: Run) -> None:
     """Measure the targets at the end of a window, and act on the measurement.
 
@@ -66,7 +54,7 @@ def end_window(run: Run) -> None:
         measured = distributed.from_primary(lambda: here)
         note_loss(run, "train", measured.train_loss)
         note_unmeasured(run, measured)
-    if state.phase in (Phase.FULL, Phase.STAGED):
+    if run.control.measures:
         state.history.append(measured)
         state.undecided = True
         consider_switch(run)
@@ -74,8 +62,7 @@ def end_window(run: Run) -> None:
     with run.stopwatch.paused():
         metrics = window_metrics(measured) | refactoring_metrics(run)
         run.log.event("window", measured.num_updates, measured.epoch, **metrics)
-        restarts = state.phase is Phase.ADAPTER and run.policy.restart is not None
-        if restarts and goes_on(run) and not given_up(state):
+        if run.control.restarts and goes_on(run):
             tell(run, restart_adapter(run))
     consider_growth(run)
     with run.stopwatch.paused():
@@ -91,14 +78,12 @@ def refactoring_metrics(run: Run) -> dict[str, float]:
 
 
 def consider_growth(run: Run) -> None:
-    """Let ranks grow by the rule of the policy, if it has one, in the adapter phase."""
-    state, rule = run.state, run.policy.growth
-    if rule is None or state.phase is not Phase.ADAPTER or state.num_updates <= rule.earliest:
-        return
-    if not goes_on(run) or given_up(state):
+    """Let ranks grow that are too small by the rule of the policy, if it has one."""
+    if run.policy.growth is None or not goes_on(run):
         return
     with run.stopwatch.paused():
-        change = grow_by_rule(run)
+        larger = run.control.larger_ranks()
+        change = grow_by_rule(run, larger) if larger else None
         if change is not None:
             tell(run, change)
     if isinstance(change, Changed):
@@ -147,22 +132,17 @@ def consider_switch(run: Run) -> None:
     """
     state = run.state
     share_measurement(run)
-    verdict = distributed.from_primary(
-        lambda: run.policy.decide(state.fresh_history, again=state.taken_back > 0)
-    )
-    chosen = run.policy.chosen(verdict, run.monitor.targets, state.num_updates, state.last_stage)
-    if not goes_on(run) or given_up(state):
-        chosen = []
-    state.verdict = verdict
-    if chosen:
+    decision = run.control.decide()
+    switches = bool(decision.chosen) and goes_on(run)
+    if switches:
         leave_trunk(run)
         save(run)
     change = None
     with run.stopwatch.paused():
         if state.history:
-            tell_measurement(run, state.history[-1], verdict)
-        if chosen:
-            change = switch_targets(run, verdict, chosen)
+            tell_measurement(run, state.history[-1], decision.verdict)
+        if switches:
+            change = switch_targets(run, decision)
             tell(run, change)
         state.undecided = False
     if isinstance(change, Changed):
