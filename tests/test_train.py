@@ -23,7 +23,7 @@ from switchlora.learner import Learner
 from switchlora.models import eval_mode
 from switchlora.run import finish, prepare
 from switchlora.storage import KERNEL_LIMITS, cpu_name, read_events
-from switchlora.switching import controller
+from switchlora.switching import changes
 from switchlora.train import fit, train
 
 SHORT = (*THREE_EPOCHS, "epochs=4")
@@ -217,7 +217,7 @@ def test_a_failed_switch_leaves_the_run_in_the_full_phase_and_says_so(
     def fails(*_):
         raise SwitchFailed("the logits moved, more than switch.max_drift")
 
-    monkeypatch.setattr(controller, "switch", fails)
+    monkeypatch.setattr(changes, "switch", fails)
     with pytest.raises(SwitchFailed, match="^switch failed: the logits moved.*in full to its end"):
         make_run(tmp_path, *BY_DATE)
     said = capsys.readouterr()

@@ -2,29 +2,25 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from switchlora.adapters import (
     DEFAULT_TARGETS,
     adapted_modules,
-    adapter_layout,
     check_adapters_work,
     count_parameters,
-    inject_empty,
     merge,
-    train_only,
 )
 from switchlora.criteria import SwitchCriterion, Verdict, never
-from switchlora.errors import NothingMeasured, SwitchFailed, check_range
+from switchlora.errors import NothingMeasured, check_range
 from switchlora.initializers import AdapterInit, update_directions
 from switchlora.learner import FactorRates
 from switchlora.loop.arguments import (
@@ -37,60 +33,29 @@ from switchlora.loop.arguments import (
     policy_of,
 )
 from switchlora.loop.counter import UpdateCounter
+from switchlora.loop.earlier import of_any_version
 from switchlora.loop.gradients import WeightGradients
-from switchlora.loop.groups import (
-    FactorGroup,
-    Regrouped,
-    follow,
-    home_of_weights,
-    names_of,
-    regrouped,
-)
 from switchlora.loop.inputs import FirstInputs, Logits
 from switchlora.loop.measure import History, WeightUpdateMonitor
-from switchlora.loop.ramp import Ramp
-from switchlora.loop.schedulers import Tell, is_timms, prepared
+from switchlora.loop.training import Held, LoopTraining
 from switchlora.models import RESIDUAL
-from switchlora.policy import InRank, SwitchPolicy
-from switchlora.process import from_primary, together
+from switchlora.process import together
 from switchlora.ranks import RankPolicy
 from switchlora.storage import save_adapter
 from switchlora.switching import (
+    ChangeFailed,
+    Controller,
     Outcome,
     Scene,
     SwitchReport,
-    grow,
-    larger_ranks,
+    SwitchState,
     rehearse,
-    restart,
-    settle,
-    switch,
-    with_frozen_front,
 )
 
 T = TypeVar("T", bound=Outcome)
-TRIES = 3
-"""after this many failed changes no further one is tried"""
-LONGEST_RAMP = 20
 
 
-@dataclass
-class Held:
-    """The model and the optimizer of a loop, as a change of the model wants them."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    precision: str = "fp32"
-
-    def plain(self) -> nn.Module:
-        """Return the model, which is plain."""
-        return self.model
-
-    def put_back(self) -> None:
-        """Do nothing: what the loop set up, the switch has not touched."""
-
-
-class LowRankSwitch:
+class LowRankSwitch(LoopTraining):
     """Turns full training into the training of a low-rank adapter, when a criterion says so.
 
     Call ``step`` after each update of the optimizer, or after each micro-batch: what counts are
@@ -156,38 +121,32 @@ class LowRankSwitch:
         self.watch = WeightUpdateMonitor(
             *(model, target_modules, window, updates_per_epoch), policy.get("split_qkv", False)
         )
-        self.model = self.watch.model
-        self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
         listed = schedulers if isinstance(schedulers, Sequence) else [schedulers]
-        self.schedulers = [scheduler for scheduler in listed if scheduler is not None]
         with named_as_arguments():
             made = policy_of(criterion, rank, init, policy)
             self.policy = replace(made, targets=self.watch.patterns)
             check_goes_with_a_loop(self.policy, updates_per_epoch)
-        self.rates = FactorRates(factor_lr)
-        self.factor_weight_decay = factor_weight_decay
+        super().__init__(
+            *(self.watch.model, getattr(optimizer, "optimizer", optimizer)),
+            *([each for each in listed if each is not None], FactorRates(factor_lr)),
+            factor_weight_decay,
+        )
+        modules = [target.module for target in self.watch.monitor.targets.values()]
+        self._check_optimized(modules)
         self.ramp_updates = ramp_updates
         self.on_switch = on_switch
-        self.verdict: Verdict | None = None
-        self.report: SwitchReport | None = None
-        self.switched_at: int | None = None
-        self.ranks: dict[str, int] = {}
-        """the rank of each target that has switched"""
-        self.failures: list[str] = []
-        self._last_stage: int | None = None
-        self._joint_until: float | None = None
+        self._state = SwitchState(history=self.watch.history)
+        self._control = Controller(
+            *(self.policy, self.watch.monitor, self._state, window, updates_per_epoch)
+        )
         self._larger: dict[str, int] = {}
         """the ranks that grow after the next update"""
         self._gradients = WeightGradients(self.model, {})
-        self._ramp: Ramp | None = None
-        self._groups: list[FactorGroup] = []
-        self._homes = home_of_weights(self.model, self.optimizer)
         self._made = UpdateCounter(self.optimizer)
-        modules = [target.module for target in self.watch.monitor.targets.values()]
+        self._loaded = False
+        self.optimizer.register_step_pre_hook(self._watch_as_configured)
         self._inputs = FirstInputs(model, forward, modules)
         self._checked = False
-        self._tells_of([])
-        self._check_optimized()
         if self.policy.criterion is not never:
             self._rehearse()
 
@@ -202,9 +161,34 @@ class LowRankSwitch:
         return self.watch.history
 
     @property
+    def verdict(self) -> Verdict | None:
+        """The criterion's last answer."""
+        return self._state.verdict
+
+    @property
+    def report(self) -> SwitchReport | None:
+        """What the switch did; in stages, all of them so far."""
+        return self._state.switch_report
+
+    @property
+    def switched_at(self) -> int | None:
+        """The number of updates at the switch, or at its first stage."""
+        return self._state.switch_update
+
+    @property
     def switched(self) -> bool:
         """Whether adapters are in; in stages, the first ones."""
         return self.switched_at is not None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each target that has switched."""
+        return self._state.ranks
+
+    @property
+    def failures(self) -> list[str]:
+        """The reasons of the changes that failed and were undone."""
+        return [as_arguments(failure) for failure in self._state.failed_switches]
 
     def step(self, loss: Tensor | float = math.nan) -> bool:
         """Count what the optimizer has done, and return whether other tensors train from now on.
@@ -215,7 +199,8 @@ class LowRankSwitch:
         optimizer does not move.
         """
         updates = self._made.since_last()
-        if not self._waits:
+        self._state.num_updates += updates
+        if not self._control.measures:
             self.watch.num_updates += updates
             return self._change_again(updates)
         if not self._checked:
@@ -266,19 +251,8 @@ class LowRankSwitch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` needs, as plain types and tensors."""
-        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        return {
-            **self.watch.state_dict(),
-            "switched_at": self.switched_at,
-            "last_stage": self._last_stage,
-            "joint_until": self._joint_until,
-            "larger": self._larger,
-            "ranks": self.ranks,
-            "layout": adapter_layout(self.model),
-            "trained": trained,
-            "ramp": (self._ramp.updates, self._ramp.done) if self._ramp else (0, 0),
-            "groups": [astuple(group) for group in self._groups],
-        }
+        parts = {**super().state_dict(), **self._state.state_dict(), **self.watch.state_dict()}
+        return {**parts, "larger": self._larger, "ranks": self.ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken. Model, optimizer and schedulers load theirs next.
@@ -286,24 +260,25 @@ class LowRankSwitch:
         If the model had switched, adapters of its shapes are put in, the optimizer gets their
         groups, and the schedulers are told.
         """
-        self.switched_at, self._last_stage = state["switched_at"], state["last_stage"]
-        self._joint_until = state["joint_until"]
-        self.ranks = dict(state["ranks"])
+        self._state.load_state_dict(of_any_version(state))
         self.watch.load_state_dict(state)
+        self._state.history = self.watch.history
+        self._loaded = True
         if not self.switched:
             return
-        before = names_of(self.model)
-        inject_empty(self.model, state["layout"])
-        train_only(self.model, state["trained"], self.policy.train_factors)
-        self._groups = [FactorGroup(*group) for group in state["groups"]]
-        plan = self._regrouped(self.model, before)
-        tells = self._tells_of(plan.new)
-        plan.commit(self.optimizer, {})
-        _finish(tells, self.model, self.optimizer)
-        self._ramp = Ramp(self.optimizer, *state["ramp"])
+        super().load_state_dict(state)
         self._grow_next(state["larger"])
         self._checked = True
         self._forget_inputs()
+
+    def _watch_as_configured(self, *_: Any) -> None:
+        """Watch what the arguments say, if a state was loaded. The weights of the model are, too.
+
+        The state may be of a switch with other arguments.
+        """
+        if self._loaded:
+            self._control.watch_as_configured()
+        self._loaded = False
 
     def _rehearse(self) -> None:
         """Try criterion, ranks and start once; what needs a measurement is tried without one."""
@@ -317,84 +292,45 @@ class LowRankSwitch:
         with named_as_arguments(), together():
             check_adapters_work(self.model, self.watch.monitor.targets.values(), self._inputs)
 
-    @property
-    def _waits(self) -> bool:
-        """Whether a target is measured that has not switched."""
-        return bool(set(self.watch.monitor.targets) - set(self.ranks))
-
-    @property
-    def _restarts(self) -> bool:
-        """Whether adapters are watched that are merged at the end of the window."""
-        watched = self.watch.monitor.targets
-        return self.policy.restart is not None and bool(watched) and not self._waits
-
     def _consider(self) -> bool:
         """Ask the criterion, and return whether the targets have switched that it chose."""
-        verdict = self.verdict = from_primary(lambda: self.policy.decide(self.history))
-        now, waiting = self.num_updates, self.watch.monitor.targets
-        chosen = self.policy.chosen(verdict, waiting, now, self._last_stage)
-        if not chosen:
+        decision = self._control.decide()
+        if not decision.chosen:
             return False
-        policy = with_frozen_front(
-            *(self.model, self.policy, self.watch.monitor.known),
-            *(verdict.margins, chosen, self._inputs),
-        )
-        report = self._change("switch", lambda scene: switch(scene, self.history, chosen), policy)
-        if report is not None:
-            self._note(report)
-        return report is not None
-
-    def _note(self, report: SwitchReport) -> None:
-        """Take down that targets have switched, and watch those that wait."""
-        now = self._last_stage = self.num_updates
-        self.switched_at = now if self.switched_at is None else self.switched_at
-        self.ranks = {**self.ranks, **report.ranks}
-        self.report = report if self.report is None else report.after(self.report)
+        report = self._change(lambda scene: self._control.switch(scene, decision))
+        if report is None:
+            return False
         if self.policy.joint_epochs:
-            self._joint_until = now + self._updates(self.policy.joint_epochs)
             self._rise(0)
         elif report.waiting:
             self._rise(self.ramp_updates, 0)
         else:
             self._rise(self.ramp_updates)
-        self._watch(report.waiting)
         if self.on_switch is not None:
             self.on_switch(report)
+        return True
 
     def _change_again(self, updates: int) -> bool:
         """Make the change that is due after these ``updates``, and return whether there was one.
 
         It ends the joint phase, restarts the adapters, or lets ranks grow.
         """
-        now, monitor = self.num_updates, self.watch.monitor
+        control = self._control
         outcome: Outcome | None = None
-        if self._joint_until is not None:
-            if now >= self._joint_until:
-                what = "end of the joint phase"
-                outcome = self._change(what, lambda scene: settle(scene, self.ranks), self.policy)
-                self._joint_until = math.inf if outcome is None else None
-                self._watch()
+        if control.joint_phase_over:
+            outcome = self._change(control.end_joint_phase)
         elif self._larger and updates:
-            growing = partial(grow, gradients=self._gradients.found, ranks=self._larger)
-            grown = self._change("growth of the ranks", growing, self.policy)
+            growing = partial(control.grow, gradients=self._gradients.found, ranks=self._larger)
+            outcome = self._change(growing)
             self._grow_next({})
-            self.ranks = {**self.ranks, **(grown.ranks if grown is not None else {})}
-            outcome = grown
-        elif self._restarts and monitor.due(now):
-            outcome = self._change("restart", lambda scene: restart(scene, now), self.policy)
-            monitor.start_window(now)
-        elif self.policy.growth is not None and monitor.due(now):
-            self._look_for_growth(self.policy.growth)
-            monitor.start_window(now)
+        elif control.window_complete:
+            if control.restarts:
+                outcome = self._change(control.restart)
+            self._grow_next(control.larger_ranks())
+            self.watch.monitor.start_window(self.num_updates)
         if outcome is not None:
             self._rise(getattr(self.policy.restart, "rewarmup_updates", None), self.ramp_updates)
         return outcome is not None
-
-    def _look_for_growth(self, rule: InRank) -> None:
-        """Ask the rule which ranks are too small. These grow after the next update."""
-        if self.num_updates > rule.earliest:
-            known = self.watch.monitor.known
-            self._grow_next(from_primary(lambda: larger_ranks(self.model, known, rule)))
 
     def _grow_next(self, larger: Mapping[str, int]) -> None:
         """Let these ranks grow after the next update, whose gradients say in which directions."""
@@ -403,81 +339,27 @@ class LowRankSwitch:
         self._larger = dict(larger)
         self._gradients = WeightGradients(self.model, {name: known[name] for name in larger})
 
-    def _updates(self, epochs: float) -> int:
-        return max(1, round(epochs * (self.watch.updates_per_epoch or 1)))
-
-    def _watch(self, waiting: Collection[str] = ()) -> None:
-        """Let the monitor watch what waits for its stage, or the adapters till a restart.
-
-        The model's inputs go, if no further change is checked on them.
-        """
-        monitor, how, growth = self.watch.monitor, self.policy.restart, self.policy.growth
-        if growth is not None and not waiting:
-            monitor.window = growth.every_updates
-        if how is not None and self._joint_until is None:
-            adapted = adapted_modules(self.model)
-            waiting = [name for name, each in monitor.known.items() if each.module in adapted]
-            monitor.window = self._updates(how.every_epochs)
-        monitor.watch(waiting, self.num_updates)
-        self._forget_inputs()
-
-    def _change(
-        self,
-        what: str,
-        change: Callable[[Scene[Held]], tuple[Held, T]],
-        policy: SwitchPolicy,
-    ) -> T | None:
+    def _change(self, change: Callable[[Scene[Held]], tuple[Held, T]]) -> T | None:
         """Make a change of the model, and let optimizer and schedulers follow.
 
         Return its outcome; None when it failed, after which all is as it was.
         """
-        if len(self.failures) >= TRIES:
-            return None
-        before = names_of(self.model)
-        plans: list[Regrouped] = []
-        tells: list[Tell] = []
-
-        def rebuild(model: nn.Module) -> Held:
-            plan = self._regrouped(model, before)
-            tells.extend(self._tells_of(plan.new))
-            plans.append(plan)
-            return Held(model, plan.shadow(self.optimizer))
-
-        held = Held(self.model, self.optimizer)
-        scene = Scene(held, policy, self.watch.monitor, None, rebuild, self._inputs)
+        policy, monitor, inputs = self.policy, self.watch.monitor, self._inputs
         try:
-            new, outcome = change(scene)
-        except SwitchFailed as error:
-            self.failures.append(as_arguments(str(error)))
-            warnings.warn(f"the {what} failed and was undone: {self.failures[-1]}", stacklevel=4)
+            return self._follow(
+                lambda held, rebuild: change(Scene(held, policy, monitor, None, rebuild, inputs))
+            )
+        except ChangeFailed as failed:
+            reason = as_arguments(str(failed))
+            warnings.warn(f"the {failed.what} failed and was undone: {reason}", stacklevel=4)
             return None
-        plans[-1].commit(self.optimizer, new.optimizer.state)
-        self._groups = plans[-1].of_factors
-        _finish(tells, self.model, self.optimizer)
-        return outcome
-
-    def _rise(self, *asked: int | None) -> None:
-        """Let the learning rates rise again, over the first number of updates that is given."""
-        if self._ramp is not None:
-            self._ramp.stop()
-        updates = next(number for number in (*asked, LONGEST_RAMP) if number is not None)
-        self._ramp = Ramp(self.optimizer, updates)
+        finally:
+            self._forget_inputs()
 
     def _forget_inputs(self) -> None:
-        goes_on = self._waits or self._restarts or self._joint_until is not None
-        if not goes_on and self.policy.growth is None:
+        """Let the model's inputs go, if no further change is checked on them."""
+        if not self._control.may_change:
             self._inputs.remove()
-
-    def _regrouped(self, model: nn.Module, before: Mapping[nn.Parameter, str]) -> Regrouped:
-        decay, timms = self.factor_weight_decay, any(map(is_timms, self.schedulers))
-        groups = (before, self._homes, self._groups)
-        return regrouped(model, self.optimizer, *groups, self.rates, decay, timms)
-
-    def _tells_of(self, new: Sequence[FactorGroup]) -> list[Tell]:
-        tells: list[Tell] = []
-        for scheduler in self.schedulers:
-            tells += prepared(scheduler, len(self.optimizer.param_groups), new)
-        return tells
 
     def _check_counted(self) -> None:
         """Refuse an optimizer that is not the one that trains the targets."""
@@ -487,20 +369,12 @@ class LowRankSwitch:
                 "LowRankSwitch got made no update: give it the one whose step() the loop calls"
             )
 
-    def _check_optimized(self) -> None:
+    def _check_optimized(self, modules: Collection[str]) -> None:
         """Refuse targets that the optimizer does not train."""
-        modules = {target.module for target in self.watch.monitor.targets.values()}
-        missing = sorted(modules - set(self._homes))
+        missing = sorted(set(modules) - set(self._homes))
         if missing:
             raise ValueError(
                 f"the optimizer does not train the weight of {missing[0]}"
                 f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: leave it out of "
                 "target_modules, or give the optimizer that trains it"
             )
-
-
-def _finish(tells: Iterable[Tell], model: nn.Module, optimizer: Optimizer) -> None:
-    for tell in tells:
-        tell()
-    follow(model, optimizer)
-    torch.compiler.reset()

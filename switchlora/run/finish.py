@@ -38,7 +38,7 @@ def finish(run: Run, status: str) -> dict[str, Any]:
     Test metrics are computed unless ``status`` says that training stopped.
     """
     folder = run.log.folder
-    run.ledger.end_segment(run.state.phase, run.state.num_updates, run.phase_summary())
+    run.ledger.end_segment(*run.segment())
     test = None if status.startswith("stopped") else evaluate_on_test(run)
     tell_skipped(run)
     summary = summarise(run, status, test)

@@ -35,6 +35,7 @@ from switchlora.sweep import Trunk
 from switchlora.switching import Controller, Scene
 
 PROBE_IMAGES = 16
+Segment = tuple[Phase, int, dict[str, Any]]
 
 
 @dataclass
@@ -141,13 +142,17 @@ class Run:
             return None
         return sum(flops for flops in counted if flops is not None)
 
-    def phase_summary(self) -> dict[str, Any]:
-        """Return the present phase's throughput, memory, trained parameters and last val top1."""
+    def segment(self) -> Segment:
+        """Return the present phase, its last update, and figures of the training since it began.
+
+        They are throughput, memory, trained parameters and the last val top1.
+        """
         last = self.ledger.last_eval
-        return self.stopwatch.summary(self.batch_size, len(self.data.train)) | {
+        figures = self.stopwatch.summary(self.batch_size, len(self.data.train)) | {
             "trainable_parameters": count_parameters(self.model, trainable=True),
             "val_top1": None if last is None else last["top1"],
         }
+        return self.state.phase, self.state.num_updates, figures
 
     @property
     def recipe(self) -> Recipe:

@@ -14,17 +14,17 @@ from switchlora.run.messages import (
     switch_metrics,
 )
 from switchlora.run.run import Run
-from switchlora.run.transitions import Change, Changed
+from switchlora.run.transitions import Changed
 from switchlora.storage import measurement_metrics
-from switchlora.switching import TRIES, Failed, SwitchReport
+from switchlora.switching import TRIES, ChangeFailed, SwitchReport
 
 OMITTED = ("kind", "num_updates", "epoch", "predicted_speedup")
 """entries of a change's record that its event has no key for"""
 
 
-def tell(run: Run, change: Change) -> None:
+def tell(run: Run, change: Changed | ChangeFailed) -> None:
     """Write the lines and the event about a change, or about one that failed."""
-    if isinstance(change, Failed):
+    if isinstance(change, ChangeFailed):
         _tell_failure(run, change)
     elif isinstance(change.outcome, SwitchReport):
         _tell_switch(run, change, change.outcome)
@@ -120,9 +120,9 @@ def _tell_speed(run: Run, change: Changed) -> None:
             run.log.line(line)
 
 
-def _tell_failure(run: Run, failed: Failed) -> None:
+def _tell_failure(run: Run, failed: ChangeFailed) -> None:
     """Say that a change failed and was undone, and whether it is tried again."""
-    state, what, reason = run.state, failed.what, failed.reason
+    state, what, reason = run.state, failed.what, str(failed)
     run.log.line(f"the {what} failed and was undone, {state.phase} training goes on: {reason}")
     run.log.event("switch_failed", state.num_updates, run.epoch, what=what, reason=reason)
     if failed.for_good:

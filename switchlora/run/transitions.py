@@ -1,43 +1,47 @@
-"""The changes of a run's trained tensors, which the run's ``control`` makes.
+"""The changes of a run's trained tensors, which its ``control`` makes.
 
 - ``switch_targets`` puts adapters on targets.
 - ``freeze_weights`` ends the joint phase.
-- ``restart_adapter`` and ``grow_ranks`` replace the adapters.
+- ``restart_adapter``, ``grow_ranks`` and ``grow_by_rule`` replace the adapters.
 - ``return_to_full`` merges them and trains all parameters again.
 
-Each keeps the record, and returns what happened, for ``tell``: Changed, or Failed when the run
+Each keeps the run's record, and returns what happened, for ``tell``. ChangeFailed when the run
 goes on as it was.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from switchlora.adapters import Target, set_mix
 from switchlora.cost import Prediction, speedup_parts, warning
 from switchlora.criteria import Verdict
-from switchlora.learner import Learner, module_gradients, release_memory
+from switchlora.learner import Learner, Recipe, module_gradients, release_memory
 from switchlora.policy import Decision, Refresh, Standing
 from switchlora.run.before import keep_before, weights_before
 from switchlora.run.forecast import predicted_update
-from switchlora.run.run import Run
+from switchlora.run.run import Run, Segment
 from switchlora.run.saving import save
 from switchlora.run.state import Phase
-from switchlora.switching import Failed, Outcome
+from switchlora.switching import Outcome, Scene
 
-T = TypeVar("T", bound=Outcome)
+RECORDED = (
+    *("trainable_before", "trainable_after", "drift", "rounding_drift", "moments_carried"),
+    *("seconds", "ranks", "left_full"),
+)
+"""facts of a change that its entry in ``ledger.transitions`` tells"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Changed:
     """A change that was made."""
 
     what: str
     """the change in words; of a switch, the reason"""
     outcome: Outcome
-    record: Mapping[str, Any]
+    record: dict[str, Any]
     """its entry in ``ledger.transitions``"""
     verdict: Verdict | None = None
     """the criterion's verdict that led to a switch"""
@@ -45,79 +49,57 @@ class Changed:
     """why updates are predicted to become slower, if they are"""
 
 
-Change = Changed | Failed
-
-
-def switch_targets(run: Run, decision: Decision) -> Change:
+def switch_targets(run: Run, decision: Decision) -> Changed:
     """Put adapters on the targets that were chosen."""
-    policy, ended = run.policy, Segment(run)
+    policy, control, ended = run.policy, run.control, run.segment()
     expected = None if policy.joint_epochs else predicted_update(run)
-    scene = run.scene(run.recipe_of(run.control.phase_after(decision.chosen)))
+    recipe = run.recipe_of(control.phase_after(decision.chosen))
     inputs = run.read_inputs() if policy.least_gain is not None else None
     before = weights_before(run)
-    report = made(run, run.control.switch(scene, decision, inputs))
-    if isinstance(report, Failed):
-        return report
-    kind, reason = "stage" if policy.stages else "switch", decision.reason
-    more = {"ranks": dict(report.ranks), "left_full": list(report.left_full)}
-    record = enter(run, ended, kind, report, reason, **more)
+
+    def change(scene: Scene[Learner]) -> tuple[Learner, Outcome]:
+        return control.switch(scene, decision, inputs)
+
+    kind = "stage" if policy.stages else "switch"
+    changed = make(run, ended, kind, decision.reason, change, recipe)
+    changed.verdict = decision.verdict
     keep_before(run, before)
     if run.ledger.switch_epoch is None:
         run.ledger.switch_epoch = run.epoch
     run.state.guarded_since = run.state.num_updates
-    slow = record_speedup(run, expected)
-    return Changed(reason, report, record, decision.verdict, slow)
+    record_speedup(run, changed, expected)
+    return changed
 
 
-def record_speedup(run: Run, before: Prediction | None) -> str | None:
-    """Record the predicted speed-up of an update, and return the cost model's warning, if any.
-
-    ``before`` is the prediction for the phase before the change. Nothing is recorded when either
-    prediction is missing.
-    """
-    if before is None:
-        return None
-    now = predicted_update(run)
-    if now is None:
-        return None
-    run.ledger.transitions[-1]["predicted_speedup"] = speedup_parts(before, now)
-    return warning(before, now)
-
-
-def freeze_weights(run: Run) -> Change:
+def freeze_weights(run: Run) -> Changed:
     """End the joint phase: freeze the targets' weights, so that only their factors train."""
     set_mix(run.model, 0.0)
-    ended = Segment(run)
+    ended, recipe = run.segment(), run.recipe_of(Phase.ADAPTER)
     expected = predicted_update(run)
-    scene = run.scene(run.recipe_of(Phase.ADAPTER))
-    outcome = made(run, run.control.end_joint_phase(scene))
-    if isinstance(outcome, Failed):
-        return outcome
     reason = f"the joint phase of {run.policy.joint_epochs:g} epochs is over"
-    record = enter(run, ended, "settle", outcome, reason)
-    return Changed(reason, outcome, record, slow=record_speedup(run, expected))
+    changed = make(run, ended, "settle", reason, run.control.end_joint_phase, recipe)
+    record_speedup(run, changed, expected)
+    return changed
 
 
-def restart_adapter(run: Run) -> Change:
+def restart_adapter(run: Run) -> Changed:
     """Merge the adapters and go on with new ones (ReLoRA, arXiv 2307.05695).
 
-    Adapters that train a core are turned and cut instead (OIALR, arXiv 2401.08505).
+    Those that train a core are turned and cut instead (OIALR, arXiv 2401.08505).
     """
-    ended = Segment(run)
-    scene = run.scene(run.recipe_of(Phase.ADAPTER))
-    outcome = made(run, run.control.restart(scene))
-    if isinstance(outcome, Failed):
-        return outcome
-    release_memory(run.device)
+    restart, recipe = run.control.restart, run.recipe_of(Phase.ADAPTER)
     if isinstance(run.policy.restart, Refresh):
-        reason = "an interval of the cores is over"
-        record = enter(run, ended, "restart", outcome, reason, ranks=run.state.ranks)
-        return Changed("the cores are turned and cut", outcome, record)
-    record = note_transition(run, "restart", outcome, "a cycle of updates is over")
-    return Changed("the adapters are merged, new ones begin", outcome, record)
+        reason, what = "an interval of the cores is over", "the cores are turned and cut"
+        changed = make(run, run.segment(), "restart", reason, restart, recipe, what)
+        changed.record["ranks"] = run.state.ranks
+    else:
+        reason, what = "a cycle of updates is over", "the adapters are merged, new ones begin"
+        changed = make(run, None, "restart", reason, restart, recipe, what)
+    release_memory(run.device)
+    return changed
 
 
-def grow_ranks(run: Run, standing: Standing) -> Change:
+def grow_ranks(run: Run, standing: Standing) -> Changed:
     """Multiply the ranks by the guard's ``growth``."""
     guard = run.policy.guard
     assert guard is not None
@@ -125,83 +107,72 @@ def grow_ranks(run: Run, standing: Standing) -> Change:
     return _grow(run, standing.reason, what, growth=guard.growth)
 
 
-def grow_by_rule(run: Run, larger: Mapping[str, int]) -> Change:
+def grow_by_rule(run: Run, larger: Mapping[str, int]) -> Changed:
     """Raise the ranks that ``policy.growth`` finds too small to the ``larger`` ones."""
     reason = f"{len(larger)} target(s) use their leading modes"
     return _grow(run, reason, f"the ranks of {len(larger)} target(s) are larger", ranks=larger)
 
 
-def _grow(run: Run, reason: str, what: str, **how: Any) -> Change:
+def _grow(run: Run, reason: str, what: str, **how: Any) -> Changed:
     """Raise ranks as ``Controller.grow`` does with the options ``how``."""
-    ended = Segment(run)
-    scene = run.scene(run.recipe_of(run.state.phase))
 
     def gradients() -> dict[str, Tensor]:
         return weight_gradients(run, run.control.adapted_targets)
 
-    outcome = made(run, run.control.grow(scene, gradients, **how))
-    if isinstance(outcome, Failed):
-        return outcome
-    record = enter(run, ended, "grow", outcome, reason, ranks=dict(outcome.ranks))
-    return Changed(what, outcome, record)
+    def change(scene: Scene[Learner]) -> tuple[Learner, Outcome]:
+        return run.control.grow(scene, gradients, **how)
+
+    recipe = run.recipe_of(run.state.phase)
+    return make(run, run.segment(), "grow", reason, change, recipe, what)
 
 
-def return_to_full(run: Run, standing: Standing) -> Change:
+def return_to_full(run: Run, standing: Standing) -> Changed:
     """Merge the adapters and train all parameters again."""
-    state, ended = run.state, Segment(run)
-    scene = run.scene(run.recipe_of(Phase.FULL, taken_back=state.taken_back + 1))
-    outcome = made(run, run.control.take_back(scene, state.full_parameters))
-    if isinstance(outcome, Failed):
-        return outcome
+
+    def change(scene: Scene[Learner]) -> tuple[Learner, Outcome]:
+        return run.control.take_back(scene, run.state.full_parameters)
+
+    recipe = run.recipe_of(Phase.FULL, taken_back=run.state.taken_back + 1)
+    what = "all parameters train again"
+    changed = make(run, run.segment(), "take_back", standing.reason, change, recipe, what)
     run.ledger.switch_epoch = None
-    record = enter(run, ended, "take_back", outcome, standing.reason)
-    return Changed("all parameters train again", outcome, record)
+    return changed
 
 
-def made(run: Run, found: tuple[Learner, T] | Failed) -> T | Failed:
-    """Let the new learner train, if the change was made, and return what happened."""
-    if isinstance(found, Failed):
-        return found
-    run.learner, outcome = found
-    return outcome
+def make(
+    run: Run,
+    ended: Segment | None,
+    kind: str,
+    reason: str,
+    change: Callable[[Scene[Learner]], tuple[Learner, Outcome]],
+    recipe: Recipe,
+    what: str = "",
+) -> Changed:
+    """Make a ``change`` of the trained tensors, record it, and go on with ``recipe``.
+
+    ``ended`` is the segment of training that ends there. ``what`` says in words what it did.
+    """
+    run.learner, outcome = change(run.scene(recipe))
+    if ended is not None:
+        run.ledger.end_segment(*ended)
+        run.ledger.recorded = False
+    facts = {name: getattr(outcome, name) for name in RECORDED if hasattr(outcome, name)}
+    record = {"kind": kind, "num_updates": run.state.num_updates, "epoch": run.epoch}
+    run.ledger.transitions.append({**record, "reason": reason, **facts})
+    return Changed(what or reason, outcome, run.ledger.transitions[-1])
 
 
-class Segment:
-    """What is to be recorded of the stretch of training that a change ends."""
+def record_speedup(run: Run, changed: Changed, before: Prediction | None) -> None:
+    """Record the predicted speed-up of an update by a change, and what the cost model warns of.
 
-    def __init__(self, run: Run) -> None:
-        self.phase = run.state.phase
-        self.figures = run.phase_summary()
-
-
-def enter(
-    run: Run, ended: Segment, kind: str, outcome: Outcome, reason: str, **more: Any
-) -> dict[str, Any]:
-    """Record a change of the trained tensors and the segment that ``ended`` there."""
-    run.ledger.end_segment(ended.phase, run.state.num_updates, ended.figures)
-    run.ledger.recorded = False
-    return note_transition(run, kind, outcome, reason, **more)
-
-
-def note_transition(
-    run: Run, kind: str, outcome: Outcome, reason: str, **more: Any
-) -> dict[str, Any]:
-    """Add a change of the trained tensors to the run's record, and return its entry."""
-    record = {
-        "kind": kind,
-        "num_updates": run.state.num_updates,
-        "epoch": run.epoch,
-        "reason": reason,
-        "trainable_before": outcome.trainable_before,
-        "trainable_after": outcome.trainable_after,
-        "drift": outcome.drift,
-        "rounding_drift": outcome.rounding_drift,
-        "moments_carried": outcome.moments_carried,
-        "seconds": outcome.seconds,
-        **more,
-    }
-    run.ledger.transitions.append(record)
-    return record
+    ``before`` is the prediction for the phase before it. Nothing is recorded when either
+    prediction is missing.
+    """
+    now = None if before is None else predicted_update(run)
+    if before is None or now is None:
+        return
+    changed.record["predicted_speedup"] = speedup_parts(before, now)
+    changed.slow = warning(before, now)
 
 
 def begin_segment(run: Run) -> None:

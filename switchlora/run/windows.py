@@ -8,7 +8,9 @@ It may change at three moments:
 What each change does is in ``transitions``, and what is told of it in ``tell``.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from switchlora.adapters import cosine_mix, set_mix
 from switchlora.learner import exact_products, factor_balance, is_sharded, trained_pairs
@@ -31,6 +33,7 @@ from switchlora.run.transitions import (
     switch_targets,
 )
 from switchlora.storage import window_metrics
+from switchlora.switching import ChangeFailed
 
 GUARD_CHANGES = {
     "warn": (),
@@ -63,10 +66,21 @@ def end_window(run: Run) -> None:
         metrics = window_metrics(measured) | refactoring_metrics(run)
         run.log.event("window", measured.num_updates, measured.epoch, **metrics)
         if run.control.restarts and goes_on(run):
-            tell(run, restart_adapter(run))
+            attempt(run, restart_adapter)
     consider_growth(run)
     with run.stopwatch.paused():
         run.monitor.start_window(state.num_updates)
+
+
+def attempt(run: Run, change: Callable[..., Changed], *given: Any) -> bool:
+    """Make a change and tell of it, or of its failure. Return whether it was made."""
+    found: Changed | ChangeFailed
+    try:
+        found = change(run, *given)
+    except ChangeFailed as failure:
+        found = failure
+    tell(run, found)
+    return isinstance(found, Changed)
 
 
 def refactoring_metrics(run: Run) -> dict[str, float]:
@@ -83,10 +97,8 @@ def consider_growth(run: Run) -> None:
         return
     with run.stopwatch.paused():
         larger = run.control.larger_ranks()
-        change = grow_by_rule(run, larger) if larger else None
-        if change is not None:
-            tell(run, change)
-    if isinstance(change, Changed):
+        changed = bool(larger) and attempt(run, grow_by_rule, larger)
+    if changed:
         begin_segment(run)
 
 
@@ -137,15 +149,14 @@ def consider_switch(run: Run) -> None:
     if switches:
         leave_trunk(run)
         save(run)
-    change = None
+    changed = False
     with run.stopwatch.paused():
         if state.history:
             tell_measurement(run, state.history[-1], decision.verdict)
         if switches:
-            change = switch_targets(run, decision)
-            tell(run, change)
+            changed = attempt(run, switch_targets, decision)
         state.undecided = False
-    if isinstance(change, Changed):
+    if changed:
         begin_segment(run)
     elif state.history:
         with run.stopwatch.paused(monitor=True):
@@ -155,9 +166,8 @@ def consider_switch(run: Run) -> None:
 def end_joint_phase(run: Run) -> None:
     """End the joint phase. When that fails, weights and factors go on training together."""
     with run.stopwatch.paused():
-        change = freeze_weights(run)
-        tell(run, change)
-    if isinstance(change, Changed):
+        changed = attempt(run, freeze_weights)
+    if changed:
         position = run.state.position
         run.state.position = run.policy.after_joint_phase(position, len(run.data.train))
         begin_segment(run)
@@ -202,8 +212,7 @@ def look_after(run: Run) -> None:
         return
     for make_change in GUARD_CHANGES[guard.act]:
         with run.stopwatch.paused():
-            change = make_change(run, standing)
-            tell(run, change)
-        if isinstance(change, Changed):
+            changed = attempt(run, make_change, standing)
+        if changed:
             begin_segment(run)
             return

@@ -10,18 +10,19 @@ from switchlora.switching.changes import (
     switch as switch,
     take_back as take_back,
 )
-from switchlora.switching.controller import Controller as Controller, Failed as Failed
+from switchlora.switching.controller import (
+    TRIES as TRIES,
+    ChangeFailed as ChangeFailed,
+    Controller as Controller,
+    Phase as Phase,
+    SwitchState as SwitchState,
+)
 from switchlora.switching.plan import (
     WHOLE as WHOLE,
     choose_ranks as choose_ranks,
     with_frozen_front as with_frozen_front,
 )
 from switchlora.switching.rehearsal import rehearse as rehearse
-from switchlora.switching.state import (
-    TRIES as TRIES,
-    Phase as Phase,
-    SwitchState as SwitchState,
-)
 from switchlora.switching.transaction import (
     Outcome as Outcome,
     Scene as Scene,

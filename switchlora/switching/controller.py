@@ -1,41 +1,105 @@
 """When a model changes, and what is measured until then: for a run, and for any other loop."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import StrEnum
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from switchlora.adapters import Target, adapted_modules, applied_ranks
+from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
-from switchlora.monitor import UpdateMonitor
+from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.policy import Decision, Refresh, SwitchPolicy
 from switchlora.process import from_primary
-from switchlora.switching.changes import (
-    Growth,
-    SwitchReport,
-    grow,
-    larger_ranks,
-    refresh,
-    restart,
-    settle,
-    switch,
-    take_back,
-)
+from switchlora.switching import changes
+from switchlora.switching.changes import Growth, SwitchReport
 from switchlora.switching.plan import with_frozen_front
-from switchlora.switching.state import Phase, SwitchState
 from switchlora.switching.transaction import L, Outcome, Scene
 
 T = TypeVar("T", bound=Outcome)
+TRIES = 3
+"""after this many failures in a row for the same reason, no further change is tried"""
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A change that failed and was undone; ``for_good`` when it is not tried again."""
+class Phase(StrEnum):
+    """The phase of a run: which parameters train."""
 
-    what: str
-    reason: str
-    for_good: bool
+    FULL = "full"
+    JOINT = "joint"
+    """the targets' weights and their factors train together"""
+    STAGED = "staged"
+    """some targets train their factors, the others still their weights"""
+    ADAPTER = "adapter"
+
+
+@dataclass
+class SwitchState:
+    """What the next change of the model depends on."""
+
+    num_updates: int = 0
+    """optimizer updates made so far"""
+    phase: Phase = Phase.FULL
+    history: list[Measurement] = field(default_factory=list)
+    verdict: Verdict | None = None
+    """the criterion's last answer"""
+    switch_report: SwitchReport | None = None
+    """the report of the switch; of all its stages so far, with the ranks of now"""
+    switch_update: int | None = None
+    """number of updates at the switch, or at its first stage"""
+    joint_until: int | None = None
+    """number of updates at which the joint phase ends; None outside a joint phase"""
+    failed_switches: list[str] = field(default_factory=list)
+    """reasons of the changes that failed and were undone, one string each"""
+    last_stage: int | None = None
+    """number of updates at the last switch of any target"""
+    taken_back: int = 0
+    """number of times the guard returned the run to full training"""
+    forgotten: int = 0
+    """number of leading ``history`` entries that the criterion no longer sees; a return to full
+    training sets it"""
+
+    @property
+    def fresh_history(self) -> list[Measurement]:
+        """The measurements that the criterion sees: those since the last return to full training.
+
+        Without such a return it sees all of ``history``.
+        """
+        return self.history[self.forgotten :]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each target that has switched."""
+        return dict(self.switch_report.ranks) if self.switch_report is not None else {}
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the last ``TRIES`` failed changes all failed for the same reason."""
+        last = self.failed_switches[-TRIES:]
+        return len(last) == TRIES and len(set(last)) == 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain types, for a checkpoint."""
+        return {**asdict(self), "phase": str(self.phase)}
+
+    def load_state_dict(self, plain: Mapping[str, Any]) -> None:
+        """Set every field from ``plain``, which came from ``state_dict``."""
+        for item in fields(self):
+            setattr(self, item.name, plain[item.name])
+        self.phase = Phase(plain["phase"])
+        self.history = [Measurement.from_plain(measured) for measured in plain["history"]]
+        self.verdict = Verdict(**plain["verdict"]) if plain["verdict"] else None
+        report = plain["switch_report"]
+        self.switch_report = SwitchReport(**report) if report else None
+
+
+class ChangeFailed(SwitchFailed):
+    """A change failed and was undone; ``for_good`` when it is not tried again."""
+
+    def __init__(self, what: str, reason: str, for_good: bool) -> None:
+        super().__init__(reason)
+        self.what, self.for_good = what, for_good
 
 
 @dataclass
@@ -46,7 +110,7 @@ class Controller:
     restarts, or two looks at the ranks. ``updates_per_epoch`` is for policies that count epochs.
 
     A change works on a ``Scene``: a model, an optimizer, a precision. It returns what trains from
-    then on, and what happened; or Failed, after which all is as it was.
+    then on, and what happened. ChangeFailed when all is as it was.
     """
 
     policy: SwitchPolicy
@@ -105,7 +169,7 @@ class Controller:
             return {}
         if state.num_updates <= rule.earliest:
             return {}
-        return from_primary(lambda: larger_ranks(monitor.model, monitor.known, rule))
+        return from_primary(lambda: changes.larger_ranks(monitor.model, monitor.known, rule))
 
     def phase_after(self, chosen: Collection[str]) -> Phase:
         """Return the phase that follows when the ``chosen`` targets switch."""
@@ -115,51 +179,47 @@ class Controller:
 
     def switch(
         self, scene: Scene[L], decision: Decision, inputs: Tensor | None = None
-    ) -> tuple[L, SwitchReport] | Failed:
-        """Put adapters on the targets that ``decision`` chose; ``inputs`` are those of ``switch``.
+    ) -> tuple[L, SwitchReport]:
+        """Put adapters on the targets that were chosen; ``inputs`` are those of ``switch``.
 
         Then the monitor watches those that wait for a later stage.
         """
-        state, chosen = self.state, decision.chosen
-        phase = self.phase_after(chosen)
+        state, now, chosen = self.state, self.state.num_updates, decision.chosen
+        phase, earlier = self.phase_after(chosen), state.switch_report
         policy = with_frozen_front(
             *(scene.learner.model, self.policy, self.monitor.known),
             *(decision.verdict.margins, chosen, lambda model: scene.forward(model, scene.probe)),
         )
         place = replace(scene, policy=policy)
-        found = self._try("switch", lambda: switch(place, state.fresh_history, chosen, inputs))
-        if isinstance(found, Failed):
-            return found
-        _, report = found
-        now, earlier = state.num_updates, state.switch_report
+        learner, report = self._make(
+            "switch", changes.switch, place, state.fresh_history, chosen, inputs
+        )
         state.switch_report = report if earlier is None else report.after(earlier)
         state.switch_update = now if earlier is None else state.switch_update
         state.phase, state.last_stage = phase, now
         if phase is Phase.JOINT:
             state.joint_until = now + self._updates(self.policy.joint_epochs)
         self.watch(report.waiting)
-        return found
+        return learner, report
 
-    def end_joint_phase(self, scene: Scene[L]) -> tuple[L, Outcome] | Failed:
+    def end_joint_phase(self, scene: Scene[L]) -> tuple[L, Outcome]:
         """Freeze the targets' weights. If that fails, they go on training with their factors."""
-        ranks = self.state.ranks
-        found = self._try("end of the joint phase", lambda: settle(scene, ranks))
-        self.state.joint_until = None
-        if not isinstance(found, Failed):
-            self.state.phase = Phase.ADAPTER
-            self.watch()
+        state = self.state
+        state.joint_until = None
+        found = self._make("end of the joint phase", changes.settle, scene, state.ranks)
+        state.phase = Phase.ADAPTER
+        self.watch()
         return found
 
-    def restart(self, scene: Scene[L]) -> tuple[L, Outcome] | Failed:
+    def restart(self, scene: Scene[L]) -> tuple[L, Outcome]:
         """Begin new adapters in place of those that are there, or refresh the bases of cores."""
         state = self.state
         if not isinstance(self.policy.restart, Refresh):
-            return self._try("restart", lambda: restart(scene, state.num_updates))
+            return self._make("restart", changes.restart, scene, state.num_updates)
         assert state.last_stage is not None
         number = max(1, round((state.num_updates - state.last_stage) / self.monitor.window))
-        found = self._try("refresh", lambda: refresh(scene, number))
-        if not isinstance(found, Failed):
-            self._note_ranks(applied_ranks(self.monitor.model, self.monitor.known, state.ranks))
+        found = self._make("refresh", changes.refresh, scene, number)
+        self._note_ranks(applied_ranks(self.monitor.model, self.monitor.known, state.ranks))
         return found
 
     def grow(
@@ -168,22 +228,19 @@ class Controller:
         gradients: Callable[[], Mapping[str, Tensor]],
         ranks: Mapping[str, int] | None = None,
         growth: int = 1,
-    ) -> tuple[L, Growth] | Failed:
+    ) -> tuple[L, Growth]:
         """Raise the ranks to ``ranks``, or multiply them by ``growth``, as ``grow`` does."""
-        found = self._try("growth of the ranks", lambda: grow(scene, gradients, growth, ranks))
-        if not isinstance(found, Failed):
-            self._note_ranks(found[1].ranks)
+        found = self._make("growth of the ranks", changes.grow, scene, gradients, growth, ranks)
+        self._note_ranks(found[1].ranks)
         return found
 
-    def take_back(self, scene: Scene[L], trained: Iterable[str]) -> tuple[L, Outcome] | Failed:
+    def take_back(self, scene: Scene[L], trained: Iterable[str]) -> tuple[L, Outcome]:
         """Merge the adapters and train the ``trained`` parameters of the full phase again.
 
         The criterion then sees only measurements made from now on.
         """
         state = self.state
-        found = self._try("return to full training", lambda: take_back(scene, trained))
-        if isinstance(found, Failed):
-            return found
+        found = self._make("return to full training", changes.take_back, scene, trained)
         state.phase, state.taken_back = Phase.FULL, state.taken_back + 1
         state.switch_report = state.switch_update = state.joint_until = state.last_stage = None
         state.forgotten = len(state.history)
@@ -229,13 +286,13 @@ class Controller:
         assert state.switch_report is not None
         state.switch_report = replace(state.switch_report, ranks={**state.ranks, **changed})
 
-    def _try(self, what: str, change: Callable[[], tuple[L, T]]) -> tuple[L, T] | Failed:
-        """Make a ``change`` and return what it returns; take it down when it failed."""
+    def _make(self, what: str, change: Callable[..., tuple[L, T]], *given: Any) -> tuple[L, T]:
+        """Return what ``change`` returns of what is ``given``; take it down when it fails."""
         state = self.state
         try:
-            learner, outcome = change()
+            learner, outcome = change(*given)
         except SwitchFailed as failure:
             state.failed_switches.append(f"{what}: {failure}")
-            return Failed(what, str(failure), state.given_up)
+            raise ChangeFailed(what, str(failure), state.given_up) from failure
         self.monitor.model = learner.model
         return learner, outcome
