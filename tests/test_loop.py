@@ -41,7 +41,7 @@ from switchlora.learner import Muon, autocast, in_parts
 from switchlora.policy import Guard, Refresh, Restart
 from switchlora.ranks import Fixed
 from switchlora.run import prepare
-from switchlora.train import train
+from switchlora.train import train_and_finish
 
 UPDATES = 24
 LOSS = nn.CrossEntropyLoss()
@@ -509,6 +509,58 @@ STAGES = (
 )
 
 
+OF_EACH = ("checksum", "seconds", "drift", "reason")
+"""what differs between two runs that do the same, by a bit or by the time"""
+
+
+def assert_alike(one, other):
+    """That two nested values are the same, numbers to rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - OF_EACH:
+            assert_alike(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_alike(left, right)
+    else:
+        is_float = isinstance(one, float)
+        assert one == (
+            pytest.approx(other, rel=1e-2, abs=1e-3, nan_ok=True) if is_float else other
+        )
+
+
+def plain_loop(config, folder, **others):
+    """The run of a config in a loop of one's own: its switch, model and changes."""
+    run = prepare(config, folder)
+    model, optimizer, scheduler = run.model, run.learner.optimizer, run.learner.scheduler
+    switch = LowRankSwitch(
+        *(model, optimizer, scheduler),
+        criterion=run.policy.criterion,
+        rank=run.policy.rank,
+        init=run.policy.init,
+        window=run.window,
+        updates_per_epoch=len(run.data.train),
+        ramp_updates=5,
+        **{name: getattr(run.policy, name) for name in AGAIN},
+        **others,
+    )
+    changes = []
+    for epoch in range(config.epochs):
+        run.data.set_epoch(epoch)
+        for images, labels in run.data.train:
+            scheduler.step_update(switch.num_updates)
+            optimizer.zero_grad()
+            with autocast("cpu", run.learner.precision):
+                loss = run.data.loss(model(images), labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if switch.step(loss):
+                changes.append(switch.num_updates)
+    return switch, model, changes
+
+
 @pytest.mark.parametrize(
     "words, times",
     [
@@ -524,38 +576,19 @@ STAGES = (
 )
 def test_a_plain_loop_makes_the_run_of_our_trainer(words, times, tmp_path):
     config = composed(*SHORT, "adapter.rewarmup_updates=5", *words)
-    ours = train(config, tmp_path / "ours")
-    run = prepare(config, tmp_path / "theirs")
-    model, optimizer, scheduler = run.model, run.learner.optimizer, run.learner.scheduler
-    switch = LowRankSwitch(
-        *(model, optimizer, scheduler),
-        criterion=run.policy.criterion,
-        rank=run.policy.rank,
-        init=run.policy.init,
-        window=run.window,
-        updates_per_epoch=len(run.data.train),
-        ramp_updates=5,
-        **{name: getattr(run.policy, name) for name in AGAIN},
-    )
-    changes = []
-    for epoch in range(3):
-        run.data.set_epoch(epoch)
-        for images, labels in run.data.train:
-            scheduler.step_update(switch.num_updates)
-            optimizer.zero_grad()
-            with autocast("cpu", run.learner.precision):
-                loss = run.data.loss(model(images), labels)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if switch.step(loss):
-                changes.append(switch.num_updates)
+    run = prepare(config, tmp_path / "ours")
+    ours = train_and_finish(run)
+    switch, model, changes = plain_loop(config, tmp_path / "theirs")
     assert changes == [change["num_updates"] for change in ours["transitions"]]
     assert len(changes) == times
     assert switch.switched_at == ours["switch"]["num_updates"]
     assert switch.ranks == ours["switch"]["ranks"]
     expected = load_file(tmp_path / "ours" / "model.safetensors")
     torch.testing.assert_close(merged_state_dict(model), expected, rtol=1e-3, atol=2e-5)
+    left = run.state.state_dict()
+    assert_alike(
+        {name: left[name] for name in switch._state.state_dict()}, switch._state.state_dict()
+    )
 
 
 ROOT = Path(__file__).parents[1]

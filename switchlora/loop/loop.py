@@ -33,11 +33,10 @@ from switchlora.loop.arguments import (
     policy_of,
 )
 from switchlora.loop.counter import UpdateCounter
-from switchlora.loop.earlier import of_any_version
 from switchlora.loop.gradients import WeightGradients
 from switchlora.loop.inputs import FirstInputs, Logits
 from switchlora.loop.measure import History, WeightUpdateMonitor
-from switchlora.loop.training import Held, LoopTraining
+from switchlora.loop.training import Held, LoopTraining, of_any_version
 from switchlora.models import RESIDUAL
 from switchlora.process import together
 from switchlora.ranks import RankPolicy
@@ -323,7 +322,7 @@ class LowRankSwitch(LoopTraining):
             growing = partial(control.grow, gradients=self._gradients.found, ranks=self._larger)
             outcome = self._change(growing)
             self._grow_next({})
-        elif control.window_complete:
+        elif self.watch.monitor.due(self.num_updates):
             if control.restarts:
                 outcome = self._change(control.restart)
             self._grow_next(control.larger_ranks())
@@ -358,7 +357,8 @@ class LowRankSwitch(LoopTraining):
 
     def _forget_inputs(self) -> None:
         """Let the model's inputs go, if no further change is checked on them."""
-        if not self._control.may_change:
+        cycles, until = self.policy.restart or self.policy.growth, self._state.joint_until
+        if not self._control.measures and cycles is None and until is None:
             self._inputs.remove()
 
     def _check_counted(self) -> None:

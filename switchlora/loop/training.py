@@ -1,7 +1,8 @@
 """What a loop trains with: an optimizer and schedulers that follow the changes of a model."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from switchlora.loop.groups import (
 )
 from switchlora.loop.ramp import Ramp
 from switchlora.loop.schedulers import Tell, is_timms, prepared
+from switchlora.switching import Phase, SwitchReport, SwitchState
 
 T = TypeVar("T")
 LONGEST_RAMP = 20
@@ -120,3 +122,22 @@ class LoopTraining:
             tell()
         follow(self.model, self.optimizer)
         torch.compiler.reset()
+
+
+def of_any_version(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``state`` with its phase and a report, which earlier versions did not save.
+
+    Of such a report only the ranks are known.
+    """
+    if "phase" in state:
+        return state
+    at, until, ranks = state["switched_at"], state["joint_until"], state["ranks"]
+    phase, report = Phase.FULL, None
+    if at is not None:
+        waiting = set(state["monitor"]["references"]) - set(ranks)
+        phase = Phase.STAGED if waiting else Phase.ADAPTER
+        phase = phase if until is None else Phase.JOINT
+        report = asdict(SwitchReport(math.nan, None, "", 0, 0, 0, 0, math.nan, ranks, [], {}))
+    joint = {"phase": phase, "joint_until": None if until == math.inf else until}
+    own = {"switch_update": at, "switch_report": report, **joint}
+    return {**SwitchState().state_dict(), **state, **own}

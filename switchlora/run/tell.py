@@ -22,11 +22,9 @@ OMITTED = ("kind", "num_updates", "epoch", "predicted_speedup")
 """entries of a change's record that its event has no key for"""
 
 
-def tell(run: Run, change: Changed | ChangeFailed) -> None:
-    """Write the lines and the event about a change, or about one that failed."""
-    if isinstance(change, ChangeFailed):
-        _tell_failure(run, change)
-    elif isinstance(change.outcome, SwitchReport):
+def tell(run: Run, change: Changed) -> None:
+    """Write the lines and the event about a change."""
+    if isinstance(change.outcome, SwitchReport):
         _tell_switch(run, change, change.outcome)
     else:
         _tell_change(run, change)
@@ -73,7 +71,7 @@ def tell_skipped(run: Run) -> None:
 
 def _tell_switch(run: Run, change: Changed, report: SwitchReport) -> None:
     """Say why it switched, what changed, and how much faster an update should be."""
-    state, verdict = run.state, change.verdict
+    state, verdict = run.state, run.state.verdict
     assert verdict is not None
     for line in switch_lines(report, verdict, state.num_updates, run.epoch):
         run.log.line(line)
@@ -120,7 +118,7 @@ def _tell_speed(run: Run, change: Changed) -> None:
             run.log.line(line)
 
 
-def _tell_failure(run: Run, failed: ChangeFailed) -> None:
+def tell_failure(run: Run, failed: ChangeFailed) -> None:
     """Say that a change failed and was undone, and whether it is tried again."""
     state, what, reason = run.state, failed.what, str(failed)
     run.log.line(f"the {what} failed and was undone, {state.phase} training goes on: {reason}")

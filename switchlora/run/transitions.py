@@ -17,7 +17,6 @@ from torch import Tensor
 
 from switchlora.adapters import Target, set_mix
 from switchlora.cost import Prediction, speedup_parts, warning
-from switchlora.criteria import Verdict
 from switchlora.learner import Learner, Recipe, module_gradients, release_memory
 from switchlora.policy import Decision, Refresh, Standing
 from switchlora.run.before import keep_before, weights_before
@@ -43,8 +42,6 @@ class Changed:
     outcome: Outcome
     record: dict[str, Any]
     """its entry in ``ledger.transitions``"""
-    verdict: Verdict | None = None
-    """the criterion's verdict that led to a switch"""
     slow: str | None = None
     """why updates are predicted to become slower, if they are"""
 
@@ -62,7 +59,6 @@ def switch_targets(run: Run, decision: Decision) -> Changed:
 
     kind = "stage" if policy.stages else "switch"
     changed = make(run, ended, kind, decision.reason, change, recipe)
-    changed.verdict = decision.verdict
     keep_before(run, before)
     if run.ledger.switch_epoch is None:
         run.ledger.switch_epoch = run.epoch

@@ -21,7 +21,7 @@ from switchlora.run.messages import balance_metrics
 from switchlora.run.run import Run
 from switchlora.run.saving import save, save_elsewhere
 from switchlora.run.state import Phase
-from switchlora.run.tell import tell, tell_measurement
+from switchlora.run.tell import tell, tell_failure, tell_measurement
 from switchlora.run.transitions import (
     Changed,
     begin_segment,
@@ -74,13 +74,13 @@ def end_window(run: Run) -> None:
 
 def attempt(run: Run, change: Callable[..., Changed], *given: Any) -> bool:
     """Make a change and tell of it, or of its failure. Return whether it was made."""
-    found: Changed | ChangeFailed
     try:
-        found = change(run, *given)
-    except ChangeFailed as failure:
-        found = failure
-    tell(run, found)
-    return isinstance(found, Changed)
+        changed = change(run, *given)
+    except ChangeFailed as failed:
+        tell_failure(run, failed)
+        return False
+    tell(run, changed)
+    return True
 
 
 def refactoring_metrics(run: Run) -> dict[str, float]:

@@ -125,11 +125,6 @@ class Controller:
         return self.state.phase in (Phase.FULL, Phase.STAGED)
 
     @property
-    def window_complete(self) -> bool:
-        """Whether the monitor's window of updates is complete."""
-        return self.monitor.due(self.state.num_updates)
-
-    @property
     def joint_phase_over(self) -> bool:
         """Whether the joint phase has reached its last update."""
         until = self.state.joint_until
@@ -140,12 +135,6 @@ class Controller:
         """Whether adapters are watched that restart at the end of the window."""
         cycles = self.state.phase is Phase.ADAPTER and self.policy.restart is not None
         return cycles and bool(self.monitor.targets) and not self.state.given_up
-
-    @property
-    def may_change(self) -> bool:
-        """Whether the policy has a further change of the model."""
-        later = self.policy.restart or self.policy.growth or self.state.joint_until is not None
-        return self.measures or bool(later)
 
     @property
     def adapted_targets(self) -> dict[str, Target]:
