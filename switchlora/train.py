@@ -199,14 +199,14 @@ def settle(run: Run) -> None:
     """
     if run.pending is None:
         return
-    state, step, run.pending = run.state, run.pending(), None
+    step, run.pending = run.pending(), None
     if not step.applied:
         step_skipped(run, step)
         return
     step_done(run, step)
     if run.control.joint_phase_over:
         end_joint_phase(run)
-    if run.monitor.due(state.num_updates):
+    if run.monitor.due(run.state.num_updates):
         end_window(run)  # measures, asks the criterion, and may switch
 
 

@@ -1,6 +1,7 @@
 """One object decides when a model changes, for our trainer and for anyone's loop."""
 
 import copy
+import itertools
 from dataclasses import fields
 
 import pytest
@@ -97,9 +98,12 @@ def test_a_loop_lets_ranks_grow_also_when_the_state_knew_no_growth():
 
 def test_what_failed_three_times_in_the_same_way_is_not_tried_again():
     loop = Loop(window=2, criterion=at(2)).run(1)
-    loop.switch._inputs._given = lambda model, batch: (
-        model(batch) + 100 * bool(adapted_modules(model))
-    )
+    drifts = itertools.count(100, 100)
+
+    def broken(model, batch):
+        return model(batch) + (next(drifts) if adapted_modules(model) else 0)
+
+    loop.switch._inputs._given = broken
     with pytest.warns(UserWarning, match="the switch failed and was undone"):
         loop.run(16)
     assert len(loop.switch.failures) == 3 and not loop.switch.switched

@@ -250,8 +250,14 @@ class LowRankSwitch(LoopTraining):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` needs, as plain types and tensors."""
-        parts = {**super().state_dict(), **self._state.state_dict(), **self.watch.state_dict()}
-        return {**parts, "larger": self._larger, "ranks": self.ranks}
+        own = replace(self._state, history=[]).state_dict()  # the history is the monitor's
+        return {
+            **super().state_dict(),
+            **own,
+            **self.watch.state_dict(),
+            "larger": self._larger,
+            "ranks": self.ranks,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken. Model, optimizer and schedulers load theirs next.
@@ -299,12 +305,8 @@ class LowRankSwitch(LoopTraining):
         report = self._change(lambda scene: self._control.switch(scene, decision))
         if report is None:
             return False
-        if self.policy.joint_epochs:
-            self._rise(0)
-        elif report.waiting:
-            self._rise(self.ramp_updates, 0)
-        else:
-            self._rise(self.ramp_updates)
+        later = self.policy.joint_epochs or (report.waiting and self.ramp_updates is None)
+        self._rise(0 if later else self.ramp_updates)
         if self.on_switch is not None:
             self.on_switch(report)
         return True

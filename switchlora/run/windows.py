@@ -48,7 +48,7 @@ def end_window(run: Run) -> None:
 
     - While any target still trains its whole weight (full or staged phase), ask the criterion.
     - In the adapter phase of a policy with restarts, restart the adapter.
-    - In that of a policy with growth, see whether ranks have to grow.
+    - In that of a policy with growth, let ranks grow that are too small.
     """
     state = run.state
     with run.stopwatch.paused(monitor=True), exact_products():
@@ -67,7 +67,10 @@ def end_window(run: Run) -> None:
         run.log.event("window", measured.num_updates, measured.epoch, **metrics)
         if run.control.restarts and goes_on(run):
             attempt(run, restart_adapter)
-    consider_growth(run)
+        larger = run.control.larger_ranks() if goes_on(run) else {}
+        grown = bool(larger) and attempt(run, grow_by_rule, larger)
+    if grown:
+        begin_segment(run)
     with run.stopwatch.paused():
         run.monitor.start_window(state.num_updates)
 
@@ -89,17 +92,6 @@ def refactoring_metrics(run: Run) -> dict[str, float]:
     if run.learner.recipe.refactoring is None or not pairs:
         return {}
     return balance_metrics(factor_balance(pairs))
-
-
-def consider_growth(run: Run) -> None:
-    """Let ranks grow that are too small by the rule of the policy, if it has one."""
-    if run.policy.growth is None or not goes_on(run):
-        return
-    with run.stopwatch.paused():
-        larger = run.control.larger_ranks()
-        changed = bool(larger) and attempt(run, grow_by_rule, larger)
-    if changed:
-        begin_segment(run)
 
 
 def goes_on(run: Run) -> bool:

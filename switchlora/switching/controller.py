@@ -1,5 +1,6 @@
 """When a model changes, and what is measured until then: for a run, and for any other loop."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
@@ -75,8 +76,8 @@ class SwitchState:
 
     @property
     def given_up(self) -> bool:
-        """Whether the last ``TRIES`` failed changes all failed for the same reason."""
-        last = self.failed_switches[-TRIES:]
+        """Whether the last ``TRIES`` failed changes failed for one reason, but for its numbers."""
+        last = [re.sub(r"\d[\d.e+-]*", "", why) for why in self.failed_switches[-TRIES:]]
         return len(last) == TRIES and len(set(last)) == 1
 
     def state_dict(self) -> dict[str, Any]:
