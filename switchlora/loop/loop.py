@@ -125,10 +125,10 @@ class LowRankSwitch(LoopTraining):
             made = policy_of(criterion, rank, init, policy)
             self.policy = replace(made, targets=self.watch.patterns)
             check_goes_with_a_loop(self.policy, updates_per_epoch)
+        self.rates = FactorRates(factor_lr)
         super().__init__(
             *(self.watch.model, getattr(optimizer, "optimizer", optimizer)),
-            *([each for each in listed if each is not None], FactorRates(factor_lr)),
-            factor_weight_decay,
+            *([each for each in listed if each is not None], self.rates, factor_weight_decay),
         )
         modules = [target.module for target in self.watch.monitor.targets.values()]
         self._check_optimized(modules)
@@ -277,9 +277,9 @@ class LowRankSwitch(LoopTraining):
         self._forget_inputs()
 
     def _watch_as_configured(self, *_: Any) -> None:
-        """Watch what the arguments say, if a state was loaded. The weights of the model are, too.
+        """Watch what the arguments say, where a state was loaded of a switch with others.
 
-        The state may be of a switch with other arguments.
+        Before an update, the weights of the model are loaded, too.
         """
         if self._loaded:
             self._control.watch_as_configured()

@@ -11,6 +11,7 @@ goes on as it was.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -53,10 +54,7 @@ def switch_targets(run: Run, decision: Decision) -> Changed:
     recipe = run.recipe_of(control.phase_after(decision.chosen))
     inputs = run.read_inputs() if policy.least_gain is not None else None
     before = weights_before(run)
-
-    def change(scene: Scene[Learner]) -> tuple[Learner, Outcome]:
-        return control.switch(scene, decision, inputs)
-
+    change = partial(control.switch, decision=decision, inputs=inputs)
     kind = "stage" if policy.stages else "switch"
     changed = make(run, ended, kind, decision.reason, change, recipe)
     keep_before(run, before)
@@ -111,23 +109,15 @@ def grow_by_rule(run: Run, larger: Mapping[str, int]) -> Changed:
 
 def _grow(run: Run, reason: str, what: str, **how: Any) -> Changed:
     """Raise ranks as ``Controller.grow`` does with the options ``how``."""
-
-    def gradients() -> dict[str, Tensor]:
-        return weight_gradients(run, run.control.adapted_targets)
-
-    def change(scene: Scene[Learner]) -> tuple[Learner, Outcome]:
-        return run.control.grow(scene, gradients, **how)
-
+    gradients = partial(weight_gradients, run, run.control.adapted_targets)
+    change = partial(run.control.grow, gradients=gradients, **how)
     recipe = run.recipe_of(run.state.phase)
     return make(run, run.segment(), "grow", reason, change, recipe, what)
 
 
 def return_to_full(run: Run, standing: Standing) -> Changed:
     """Merge the adapters and train all parameters again."""
-
-    def change(scene: Scene[Learner]) -> tuple[Learner, Outcome]:
-        return run.control.take_back(scene, run.state.full_parameters)
-
+    change = partial(run.control.take_back, trained=run.state.full_parameters)
     recipe = run.recipe_of(Phase.FULL, taken_back=run.state.taken_back + 1)
     what = "all parameters train again"
     changed = make(run, run.segment(), "take_back", standing.reason, change, recipe, what)
