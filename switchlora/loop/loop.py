@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from switchlora.adapters import (
     DEFAULT_TARGETS,
@@ -142,8 +143,8 @@ class LowRankSwitch(LoopTraining):
         """the ranks that grow after the next update"""
         self._gradients = WeightGradients(self.model, {})
         self._made = UpdateCounter(self.optimizer)
-        self._loaded = False
-        self.optimizer.register_step_pre_hook(self._watch_as_configured)
+        self._loaded: RemovableHandle | None = None
+        """what waits for the first update after a state was loaded"""
         self._inputs = FirstInputs(model, forward, modules)
         self._checked = False
         if self.policy.criterion is not never:
@@ -199,6 +200,8 @@ class LowRankSwitch(LoopTraining):
         """
         updates = self._made.since_last()
         self._state.num_updates += updates
+        if updates and self._loaded is not None:
+            self._loaded.remove()
         if not self._control.measures:
             self.watch.num_updates += updates
             return self._change_again(updates)
@@ -268,22 +271,15 @@ class LowRankSwitch(LoopTraining):
         self._state.load_state_dict(of_any_version(state))
         self.watch.load_state_dict(state)
         self._state.history = self.watch.history
-        self._loaded = True
+        self._loaded = self.optimizer.register_step_pre_hook(
+            lambda *_: self._control.watch_as_configured()  # the weights are loaded by then
+        )
         if not self.switched:
             return
         super().load_state_dict(state)
         self._grow_next(state["larger"])
         self._checked = True
         self._forget_inputs()
-
-    def _watch_as_configured(self, *_: Any) -> None:
-        """Watch what the arguments say, where a state was loaded of a switch with others.
-
-        Before an update, the weights of the model are loaded, too.
-        """
-        if self._loaded:
-            self._control.watch_as_configured()
-        self._loaded = False
 
     def _rehearse(self) -> None:
         """Try criterion, ranks and start once; what needs a measurement is tried without one."""

@@ -3,8 +3,6 @@
 from switchlora.switching.changes import (
     SwitchReport as SwitchReport,
     grow as grow,
-    larger_ranks as larger_ranks,
-    refresh as refresh,
     restart as restart,
     settle as settle,
     switch as switch,
