@@ -113,7 +113,8 @@ class LowRankSwitch(LoopTraining):
         ramp_updates: int | None = None,
         **policy: Any,
     ) -> None:
-        check_parts(model, getattr(optimizer, "optimizer", optimizer))
+        inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        check_parts(model, inner)
         if ramp_updates is not None:
             check_whole("ramp_updates", ramp_updates, 0)
         check_range("factor_weight_decay", factor_weight_decay, 0)
@@ -127,10 +128,8 @@ class LowRankSwitch(LoopTraining):
             self.policy = replace(made, targets=self.watch.patterns)
             check_goes_with_a_loop(self.policy, updates_per_epoch)
         self.rates = FactorRates(factor_lr)
-        super().__init__(
-            *(self.watch.model, getattr(optimizer, "optimizer", optimizer)),
-            *([each for each in listed if each is not None], self.rates, factor_weight_decay),
-        )
+        told = [each for each in listed if each is not None]
+        super().__init__(self.watch.model, inner, told, self.rates, factor_weight_decay)
         modules = [target.module for target in self.watch.monitor.targets.values()]
         self._check_optimized(modules)
         self.ramp_updates = ramp_updates

@@ -61,8 +61,7 @@ def switch_targets(run: Run, decision: Decision) -> Changed:
     if run.ledger.switch_epoch is None:
         run.ledger.switch_epoch = run.epoch
     run.state.guarded_since = run.state.num_updates
-    record_speedup(run, changed, expected)
-    return changed
+    return with_speedup(run, changed, expected)
 
 
 def freeze_weights(run: Run) -> Changed:
@@ -72,8 +71,7 @@ def freeze_weights(run: Run) -> Changed:
     expected = predicted_update(run)
     reason = f"the joint phase of {run.policy.joint_epochs:g} epochs is over"
     changed = make(run, ended, "settle", reason, run.control.end_joint_phase, recipe)
-    record_speedup(run, changed, expected)
-    return changed
+    return with_speedup(run, changed, expected)
 
 
 def restart_adapter(run: Run) -> Changed:
@@ -148,17 +146,17 @@ def make(
     return Changed(what or reason, outcome, run.ledger.transitions[-1])
 
 
-def record_speedup(run: Run, changed: Changed, before: Prediction | None) -> None:
+def with_speedup(run: Run, changed: Changed, before: Prediction | None) -> Changed:
     """Record the predicted speed-up of an update by a change, and what the cost model warns of.
 
     ``before`` is the prediction for the phase before it. Nothing is recorded when either
     prediction is missing.
     """
     now = None if before is None else predicted_update(run)
-    if before is None or now is None:
-        return
-    changed.record["predicted_speedup"] = speedup_parts(before, now)
-    changed.slow = warning(before, now)
+    if before is not None and now is not None:
+        changed.record["predicted_speedup"] = speedup_parts(before, now)
+        changed.slow = warning(before, now)
+    return changed
 
 
 def begin_segment(run: Run) -> None:

@@ -36,7 +36,7 @@ from switchlora.adapters import (
 )
 from switchlora.learner import POWERS, Moments, factor_moments, prune_moments
 from switchlora.monitor import Measurement, truncated_svd
-from switchlora.policy import InRank, Refresh, Restart, SwitchPolicy
+from switchlora.policy import Refresh, Restart, SwitchPolicy
 from switchlora.process import from_primary, together
 from switchlora.ranks import largest_saving_rank
 from switchlora.switching.plan import Plan, as_loaded, make_plan, start_factors, trained_after
@@ -266,24 +266,6 @@ def grow(
     inherit = without_factors if ranks is None else widened
     learner, outcome, grown = operate(scene, change, inherit, policy.max_drift)
     return learner, Growth(**vars(outcome), ranks=grown)
-
-
-def larger_ranks(model: nn.Module, targets: Mapping[str, Target], rule: InRank) -> dict[str, int]:
-    """Return the ranks of ``targets`` with adapters that grow by ``rule``, as far as that saves.
-
-    Each is above the rank that the adapter has.
-    """
-    modules = adapted_modules(model)
-    larger = {}
-    for name, target in targets.items():
-        if target.module not in modules:
-            continue
-        adapter = modules[target.module].adapters()[target.part]
-        limit = largest_saving_rank((len(adapter.B), adapter.A.shape[1]))
-        rank = min(rule.rank(adapter), limit)
-        if rank > len(adapter.A):
-            larger[name] = rank
-    return larger
 
 
 def take_back(scene: Scene[L], trained: Iterable[str]) -> tuple[L, Outcome]:

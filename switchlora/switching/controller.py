@@ -12,8 +12,9 @@ from switchlora.adapters import Target, adapted_modules, applied_ranks
 from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
 from switchlora.monitor import Measurement, UpdateMonitor
-from switchlora.policy import Decision, Refresh, SwitchPolicy
+from switchlora.policy import Decision, InRank, Refresh, SwitchPolicy
 from switchlora.process import from_primary
+from switchlora.ranks import largest_saving_rank
 from switchlora.switching import changes
 from switchlora.switching.changes import Growth, SwitchReport
 from switchlora.switching.plan import with_frozen_front
@@ -63,10 +64,7 @@ class SwitchState:
 
     @property
     def fresh_history(self) -> list[Measurement]:
-        """The measurements that the criterion sees: those since the last return to full training.
-
-        Without such a return it sees all of ``history``.
-        """
+        """The measurements since the last return to full training; the criterion sees these."""
         return self.history[self.forgotten :]
 
     @property
@@ -153,13 +151,13 @@ class Controller:
         return Decision(now, state.verdict, [] if state.given_up else chosen)
 
     def larger_ranks(self) -> dict[str, int]:
-        """Return the ranks that have to grow by the policy's rule (arXiv 2306.11250)."""
-        rule, state, monitor = self.policy.growth, self.state, self.monitor
+        """Return the ranks that have to grow by the policy's rule, as far as that saves."""
+        rule, state = self.policy.growth, self.state
         if rule is None or state.phase is not Phase.ADAPTER or state.given_up:
             return {}
         if state.num_updates <= rule.earliest:
             return {}
-        return from_primary(lambda: changes.larger_ranks(monitor.model, monitor.known, rule))
+        return from_primary(lambda: self._too_small(rule))
 
     def phase_after(self, chosen: Collection[str]) -> Phase:
         """Return the phase that follows when the ``chosen`` targets switch."""
@@ -257,6 +255,17 @@ class Controller:
         cycles = self.policy.restart is not None
         if self.state.phase is Phase.ADAPTER and cycles != bool(self.monitor.targets):
             self.watch()
+
+    def _too_small(self, rule: InRank) -> dict[str, int]:
+        modules = adapted_modules(self.monitor.model)
+        larger = {}
+        for name, target in self.adapted_targets.items():
+            adapter = modules[target.module].adapters()[target.part]
+            limit = largest_saving_rank((len(adapter.B), adapter.A.shape[1]))
+            rank = min(rule.rank(adapter), limit)
+            if rank > len(adapter.A):
+                larger[name] = rank
+        return larger
 
     def _length(self) -> int:
         """Return the updates of a window."""
