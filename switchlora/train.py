@@ -26,7 +26,6 @@ from switchlora.run import (
     how_to_go_on,
     leave_if_asked,
     look_after,
-    note_loss,
     prepare,
     record_memory,
     save,
@@ -288,7 +287,7 @@ def evaluate_epoch(run: Run) -> None:
     guide(run)
     with run.stopwatch.paused():
         metrics = run.evaluate(run.data.val)
-        note_loss(run, "val", metrics["loss"])
+        run.control.note_loss("val", metrics["loss"])
         finish_epoch(run, metrics)
         log_evaluation(run, metrics)
     run.log.line(eval_line(run.state.epoch, run.state.phase, metrics))

@@ -38,7 +38,7 @@ from switchlora.adapters import (
 )
 from switchlora.criteria import AtEpoch, Verdict
 from switchlora.learner import Muon, autocast, in_parts
-from switchlora.policy import Guard, Refresh, Restart
+from switchlora.policy import Refresh, Restart
 from switchlora.ranks import Fixed
 from switchlora.run import prepare
 from switchlora.train import train_and_finish
@@ -162,6 +162,18 @@ def test_it_measures_alone_too():
     pytest.importorskip("pandas")
     table = monitor.history.to_pandas()
     assert len(table) == 2 and table.update_norm.max() > 0
+
+
+def test_a_ramp_ends_beside_hooks_of_ones_own():
+    loop, rates = Loop(ramp_updates=3), []
+    loop.run(12)
+    for register in (
+        loop.optimizer.register_step_pre_hook,
+        loop.optimizer.register_step_post_hook,
+    ):
+        register(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    loop.run(16)
+    assert rates == pytest.approx([1e-3 / 3, 1e-3, 2e-3 / 3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
 
 
 SCHEDULERS = {
@@ -466,7 +478,6 @@ def test_a_criterion_that_fires_at_its_first_measurement_and_ranks_that_need_one
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"guard": Guard()}, "guard"),
         ({"remove_weight_decay": True}, "remove_weight_decay"),
         ({"least_gain": 1.1, "adapter": factorized_linear}, "least_gain"),
         ({"restart": Refresh(), "adapter": core_linear, "train_factors": ["B"]}, "Refresh"),

@@ -14,7 +14,7 @@ from switchlora.criteria import SwitchCriterion, UpdateNorm
 from switchlora.errors import check_range
 from switchlora.initializers import AdapterInit
 from switchlora.names import near
-from switchlora.policy import InRank, Refresh, Restart, Stages, SwitchPolicy
+from switchlora.policy import Guard, InRank, Refresh, Restart, Stages, SwitchPolicy
 from switchlora.ranks import Budget, Fixed, RankPolicy
 
 GIVEN = ("criterion", "rank", "init", "targets")
@@ -26,10 +26,9 @@ ARGUMENTS = (
     (r"\b(?:switch[./]|monitor\.)(?=[a-z])", ""),
 )
 """keys of a configuration, and what stands for them in a loop"""
-NEED_A_RUN = ("guard", "remove_weight_decay", "least_gain")
-"""options of a policy that need losses of validation, the decay of each update, or inputs to
-measure the speed on"""
-LATER = {"stages": Stages, "restart": Restart, "growth": InRank}
+NEED_A_RUN = ("remove_weight_decay", "least_gain")
+"""options of a policy that need the decay of each update, or inputs to measure the speed on"""
+LATER = {"stages": Stages, "restart": Restart, "growth": InRank, "guard": Guard}
 """options of a policy for what comes after the first adapters, by what they are"""
 SCHEDULED = ("switchlora", "guided")
 """kinds of adapters that change in each update"""
@@ -134,6 +133,7 @@ def check_goes_with_a_loop(policy: SwitchPolicy, updates_per_epoch: int | None) 
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{name} is {value!r}: give a {kind.__name__} of switchlora.policy")
     check_optional(**{"restart.init": getattr(policy.restart, "init", None)})
+    check_optional(**{"guard.criterion": getattr(policy.guard, "criterion", None)})
     for name in ("joint_epochs", "restart"):
         if getattr(policy, name) and updates_per_epoch is None:
             raise ValueError(f"{name} counts epochs: give updates_per_epoch")

@@ -6,7 +6,7 @@ New groups are prepared first, in a ``Regrouped``. Nothing is changed before ``c
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
@@ -71,17 +71,26 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
-def home_of_weights(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
-    """Return the index of the group of each linear's weight, by the linear's name."""
-    places = {}
-    for place, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            places[parameter] = place
-    homes = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) and weight in places:
-            homes[name] = places[weight]
+class Home(NamedTuple):
+    """Where a parameter stands in an optimizer, before a switch."""
+
+    group: int
+    place: int
+
+
+Homes = Mapping[str | nn.Parameter, Home]
+
+
+def homes_of(model: nn.Module, optimizer: Optimizer) -> Homes:
+    """Return where the optimizer has each parameter.
+
+    Keys are names, and parameters themselves if they belong to another model.
+    """
+    names = names_of(model)
+    homes: dict[str | nn.Parameter, Home] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            homes[names.get(parameter, parameter)] = Home(number, place)
     return homes
 
 
@@ -89,7 +98,7 @@ def regrouped(
     model: nn.Module,
     optimizer: Optimizer,
     before: Mapping[nn.Parameter, str],
-    homes: Mapping[str, int],
+    homes: Homes,
     known: Sequence[FactorGroup],
     rates: FactorRates,
     weight_decay: float,
@@ -101,7 +110,8 @@ def regrouped(
     factors that ``optimizer`` has.
 
     - What trains stays in its group, under its name: a change may put another tensor there. What
-      is frozen leaves. A group may become empty; it keeps its place.
+      is frozen leaves. A group may become empty; it keeps its place. What trains again comes back
+      to where it was (``homes``).
     - A row slice that trains in full is in the group of its weight (``homes``).
     - Factors have groups of their own. A new one has the settings of the group of the weight that
       they stand for, with learning rates multiplied by the scale of ``rates``, and
@@ -112,12 +122,14 @@ def regrouped(
     factors: dict[Key, list[nn.Parameter]] = {}
     slices: dict[nn.Parameter, int] = {}
     for name, module in adapted_modules(model).items():
-        slices |= dict.fromkeys(module.dense_rows().values(), homes[name])
+        home = homes[f"{name}.weight"].group
+        slices |= dict.fromkeys(module.dense_rows().values(), home)
         for factor, scale in rates(module, optimizer):
-            factors.setdefault((homes[name], scale), []).append(factor)
+            factors.setdefault((home, scale), []).append(factor)
     trained = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
     beside = {n: p for n, p in trained.items() if not is_factor(n) and p not in slices}
     groups = [_renewed(group, before, beside) for group in optimizer.param_groups]
+    _bring_back(groups, beside, names, homes)
     for parameter, home in slices.items():
         if parameter.requires_grad:
             groups[home] = _joined(groups[home], [parameter], names)
@@ -183,11 +195,35 @@ def _renewed(
     return {**group, **smaller}
 
 
+def _bring_back(
+    groups: list[Group],
+    trained: Mapping[str, nn.Parameter],
+    names: Mapping[nn.Parameter, str],
+    homes: Homes,
+) -> None:
+    """Add what trains and is in no group, in the order in which the optimizer had it once."""
+    there = {parameter for group in groups for parameter in group["params"]}
+    for name, parameter in trained.items():
+        if parameter in there or name not in homes:
+            continue
+        number, place = homes[name]
+        before = 0
+        for other in groups[number]["params"]:
+            home = homes.get(names.get(other, other))
+            before += home is not None and home.place < place
+        groups[number] = _joined(groups[number], [parameter], names, before)
+
+
 def _joined(
-    group: Group, params: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]
+    group: Group,
+    params: Sequence[nn.Parameter],
+    names: Mapping[nn.Parameter, str],
+    place: int | None = None,
 ) -> Group:
-    """Return the group with further parameters."""
-    larger: Group = {"params": [*group["params"], *params]}
+    """Return the group with further parameters, at the end or before those from ``place`` on."""
+    end = len(group["params"]) if place is None else place
+    larger = {**group, "params": [*group["params"][:end], *params, *group["params"][end:]]}
     if NAMES in group:
-        larger[NAMES] = [*group[NAMES], *(names[parameter] for parameter in params)]
-    return {**group, **larger}
+        own = [names[parameter] for parameter in params]
+        larger[NAMES] = [*group[NAMES][:end], *own, *group[NAMES][end:]]
+    return larger

@@ -65,8 +65,9 @@ class LowRankSwitch(LoopTraining):
     come as new groups, and the schedulers are told. All of it happens, or nothing.
 
     The model changes again where the policy says so: at each of its ``stages``, at the end of its
-    joint phase, at each ``restart``, and where ranks grow by its ``growth``. ``step`` tells of
-    each, since a wrapper or an average of the model has to be made anew.
+    joint phase, at each ``restart``, where ranks grow by its ``growth``, and where its ``guard``
+    finds the adapter behind. ``step`` tells of each, since a wrapper or an average of the model
+    has to be made anew.
 
     With several processes each of them calls ``step``. The first one decides for all.
 
@@ -193,16 +194,16 @@ class LowRankSwitch(LoopTraining):
         """Count what the optimizer has done, and return whether other tensors train from now on.
 
         That is so at the switch, or at each of its ``stages``, at the end of the joint phase, at
-        each ``restart``, and where ranks have grown. ``loss`` is that of the update or
-        micro-batch. It is read at the end of a window. ValueError when weights move that the
-        optimizer does not move.
+        each ``restart``, where ranks have grown, and where the guard has brought full training
+        back. ``loss`` is that of the update or micro-batch. It is read at the end of a window.
+        ValueError when weights move that the optimizer does not move.
         """
         updates = self._made.since_last()
         self._state.num_updates += updates
         if updates and self._loaded is not None:
             self._loaded.remove()
         if not self._control.measures:
-            self.watch.num_updates += updates
+            self.watch.count(loss if self.policy.guard is not None else None, updates)
             return self._change_again(updates)
         if not self._checked:
             self._check_targets()
@@ -210,7 +211,8 @@ class LowRankSwitch(LoopTraining):
             self._check_counted()
         if not self.watch.measured(loss, updates):
             return False
-        fired = self._consider()
+        self._control.note_loss("train", self.history[-1].train_loss)
+        fired = self._consider() or self._come_back()
         if not fired:
             self.watch.monitor.start_window(self.num_updates)
         return fired
@@ -273,7 +275,7 @@ class LowRankSwitch(LoopTraining):
         self._loaded = self.optimizer.register_step_pre_hook(
             lambda *_: self._control.watch_as_configured()  # the weights are loaded by then
         )
-        if not self.switched:
+        if not self.switched and not self._state.taken_back:
             return
         super().load_state_dict(state)
         self._grow_next(state["larger"])
@@ -309,10 +311,12 @@ class LowRankSwitch(LoopTraining):
     def _change_again(self, updates: int) -> bool:
         """Make the change that is due after these ``updates``, and return whether there was one.
 
-        It ends the joint phase, restarts the adapters, or lets ranks grow.
+        It ends the joint phase, restarts the adapters, lets ranks grow, or returns to full
+        training.
         """
         control = self._control
         outcome: Outcome | None = None
+        came_back = False
         if control.joint_phase_over:
             outcome = self._change(control.end_joint_phase)
         elif self._larger and updates:
@@ -320,12 +324,34 @@ class LowRankSwitch(LoopTraining):
             outcome = self._change(growing)
             self._grow_next({})
         elif self.watch.monitor.due(self.num_updates):
+            if self.policy.guard is not None:
+                control.note_loss("train", self.watch.window_loss())
             if control.restarts:
                 outcome = self._change(control.restart)
             self._grow_next(control.larger_ranks())
             self.watch.monitor.start_window(self.num_updates)
-        if outcome is not None:
+            came_back = self._come_back()
+        if outcome is not None and not came_back:
             self._rise(getattr(self.policy.restart, "rewarmup_updates", None), self.ramp_updates)
+        return outcome is not None or came_back
+
+    def _come_back(self) -> bool:
+        """Act where the guard finds the adapter behind. Return whether all trains in full again.
+
+        Ranks that it raises grow after the next update.
+        """
+        guard, standing = self.policy.guard, self._control.behind()
+        if guard is None or standing is None:
+            return False
+        warnings.warn(f"the adapter is behind: {standing.reason}", stacklevel=4)
+        if guard.act == "warn" or not self._control.guard_acts:
+            return False
+        self._grow_next(self._control.ranks_of_guard() if guard.act == "ranks" else {})
+        if self._larger:
+            return False
+        outcome = self._change(lambda scene: self._control.take_back(scene, self._full))
+        if outcome is not None:
+            self._rise(guard.rewarmup_updates)
         return outcome is not None
 
     def _grow_next(self, larger: Mapping[str, int]) -> None:
@@ -354,8 +380,9 @@ class LowRankSwitch(LoopTraining):
 
     def _forget_inputs(self) -> None:
         """Let the model's inputs go, if no further change is checked on them."""
-        cycles, until = self.policy.restart or self.policy.growth, self._state.joint_until
-        if not self._control.measures and cycles is None and until is None:
+        policy, until = self.policy, self._state.joint_until
+        later = policy.restart or policy.growth or policy.guard
+        if not self._control.measures and later is None and until is None:
             self._inputs.remove()
 
     def _check_counted(self) -> None:
@@ -368,7 +395,7 @@ class LowRankSwitch(LoopTraining):
 
     def _check_optimized(self, modules: Collection[str]) -> None:
         """Refuse targets that the optimizer does not train."""
-        missing = sorted(set(modules) - set(self._homes))
+        missing = sorted(name for name in modules if f"{name}.weight" not in self._homes)
         if missing:
             raise ValueError(
                 f"the optimizer does not train the weight of {missing[0]}"

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -81,8 +82,7 @@ class WeightUpdateMonitor:
 
     def measured(self, loss: Tensor | float, updates: int = 1) -> bool:
         """Count ``updates`` and measure at the end of a window. The caller starts the next one."""
-        self.num_updates += updates
-        self._losses.append(_one_number(loss))
+        self.count(loss, updates)
         if not self.monitor.due(self.num_updates):
             return False
         for each in self._losses_of_all():
@@ -91,6 +91,18 @@ class WeightUpdateMonitor:
         epoch = self.num_updates / self.updates_per_epoch if self.updates_per_epoch else math.nan
         self.history.append(self.monitor.measure(self.num_updates, epoch))
         return True
+
+    def count(self, loss: Tensor | float | None, updates: int) -> None:
+        """Count ``updates``, and keep the loss of the last one, if it is given."""
+        self.num_updates += updates
+        if loss is not None:
+            self._losses.append(_one_number(loss))
+
+    def window_loss(self) -> float:
+        """Return the mean of the losses that were kept, and keep none of them any longer."""
+        mean = fmean(self._losses_of_all())
+        self._losses.clear()
+        return mean
 
     def moved(self) -> bool:
         """Return whether a target's weight is not what it was at the start of the window."""
@@ -118,7 +130,7 @@ class WeightUpdateMonitor:
         return {
             "num_updates": self.num_updates,
             "history": [asdict(measured) for measured in self.history],
-            "losses": [float(loss) for loss in self._losses],
+            "window_losses": [float(loss) for loss in self._losses],
             "monitor": self.monitor.state_dict(),
         }
 
@@ -126,7 +138,7 @@ class WeightUpdateMonitor:
         """Go on where ``state_dict`` was taken."""
         self.num_updates = state["num_updates"]
         self.history = History(Measurement.from_plain(measured) for measured in state["history"])
-        self._losses = [torch.tensor(loss) for loss in state["losses"]]
+        self._losses = [torch.tensor(loss) for loss in state["window_losses"]]
         self.monitor.load_state_dict(state["monitor"])
 
     def _losses_of_all(self) -> list[float]:

@@ -10,7 +10,8 @@ class Ramp:
     """Multiplies all learning rates by 1/n, 2/n ... 1 in the next n = ``updates`` steps.
 
     The groups hold their own rates outside of ``optimizer.step``, as the scheduler set them.
-    ``done`` of the steps are made.
+    ``done`` of the steps are made. After the last one its hooks do nothing: a hook that removes
+    itself would break the loop in which torch calls those of others.
     """
 
     def __init__(self, optimizer: Optimizer, updates: int, done: int = 0) -> None:
@@ -25,17 +26,19 @@ class Ramp:
             ]
 
     def _lower(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.done == self.updates:
+            return
         share = (self.done + 1) / self.updates
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * share
 
     def _put_back(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.done == self.updates:
+            return
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         self.done += 1
-        if self.done == self.updates:
-            self.stop()
 
     def stop(self) -> None:
         """Leave the rates to the scheduler from now on."""

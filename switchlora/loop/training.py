@@ -15,7 +15,7 @@ from switchlora.loop.groups import (
     FactorGroup,
     Regrouped,
     follow,
-    home_of_weights,
+    homes_of,
     names_of,
     regrouped,
 )
@@ -61,7 +61,9 @@ class LoopTraining:
         self.model, self.optimizer, self.schedulers = model, optimizer, schedulers
         self.rates, self.factor_weight_decay = rates, factor_weight_decay
         self._groups: list[FactorGroup] = []
-        self._homes = home_of_weights(model, optimizer)
+        self._homes = homes_of(model, optimizer)
+        self._full = [name for name, p in model.named_parameters() if p.requires_grad]
+        """names of what trains before a switch"""
         self._ramp: Ramp | None = None
         self._tells_of([])
 

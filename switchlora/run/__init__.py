@@ -38,5 +38,4 @@ from switchlora.run.windows import (
     end_window as end_window,
     guide as guide,
     look_after as look_after,
-    note_loss as note_loss,
 )

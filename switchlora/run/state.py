@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from switchlora.policy import Loss
 from switchlora.switching import Phase, SwitchState
 
 
@@ -22,25 +21,12 @@ class TrainState(SwitchState):
     """whether the criterion has not yet been asked about the last measurement (or the start)"""
     full_parameters: list[str] = field(default_factory=list)
     """names of the parameters that train in the full phase"""
-    losses: list[Loss] = field(default_factory=list)
-    """losses of windows ('train') and on the validation split ('val'); the guard compares them"""
-    guarded_since: int = 0
-    """number of updates at the last switch, or when the guard last found the adapter behind"""
     skipped_in_a_row: int = 0
     """updates skipped since the last one that was applied"""
     best_top1: float = 0.0
     """best top1 on the validation split, in %"""
     best_update: int | None = None
     """number of updates when ``best_top1`` was reached"""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain types, for a checkpoint."""
-        return {**super().state_dict(), "losses": [list(loss) for loss in self.losses]}
-
-    def load_state_dict(self, plain: Mapping[str, Any]) -> None:
-        """Set every field from ``plain``, which came from ``state_dict``."""
-        super().load_state_dict(plain)
-        self.losses = [Loss(*loss) for loss in plain["losses"]]
 
 
 @dataclass

@@ -60,7 +60,6 @@ def switch_targets(run: Run, decision: Decision) -> Changed:
     keep_before(run, before)
     if run.ledger.switch_epoch is None:
         run.ledger.switch_epoch = run.epoch
-    run.state.guarded_since = run.state.num_updates
     return with_speedup(run, changed, expected)
 
 

@@ -15,12 +15,10 @@ from typing import Any
 from switchlora.adapters import cosine_mix, set_mix
 from switchlora.learner import exact_products, factor_balance, is_sharded, trained_pairs
 from switchlora.monitor import Measurement
-from switchlora.policy import Loss
 from switchlora.process import distributed
 from switchlora.run.messages import balance_metrics
 from switchlora.run.run import Run
 from switchlora.run.saving import save, save_elsewhere
-from switchlora.run.state import Phase
 from switchlora.run.tell import tell, tell_failure, tell_measurement
 from switchlora.run.transitions import (
     Changed,
@@ -55,7 +53,7 @@ def end_window(run: Run) -> None:
         share = not is_sharded(run.model)  # a shared model is gathered by all ranks at once
         here = run.monitor.measure(state.num_updates, run.epoch, share)
         measured = distributed.from_primary(lambda: here)
-        note_loss(run, "train", measured.train_loss)
+        run.control.note_loss("train", measured.train_loss)
         note_unmeasured(run, measured)
     if run.control.measures:
         state.history.append(measured)
@@ -97,11 +95,6 @@ def refactoring_metrics(run: Run) -> dict[str, float]:
 def goes_on(run: Run) -> bool:
     """Return whether updates are left to make. A change after the last update would be useless."""
     return run.state.num_updates < run.last_update
-
-
-def note_loss(run: Run, split: str, value: float) -> None:
-    """Store a loss for the guard: of a window ('train'), or on the validation split ('val')."""
-    run.state.losses.append(Loss(run.state.num_updates, split, str(run.state.phase), value))
 
 
 def note_unmeasured(run: Run, measured: Measurement) -> None:
@@ -191,16 +184,13 @@ def look_after(run: Run) -> None:
     After ``most`` returns to full training, the guard only logs.
     """
     guard, state = run.policy.guard, run.state
-    if guard is None or state.phase in (Phase.FULL, Phase.JOINT) or run.over:
+    standing = None if run.over else run.control.behind()
+    if guard is None or standing is None:
         return
-    standing = distributed.from_primary(lambda: guard(state.losses, state.guarded_since))
-    if not standing.behind:
-        return
-    state.guarded_since = state.num_updates
     run.log.line(f"GUARD at update {state.num_updates}: {standing.reason}")
     metrics = {"guard/excess": standing.excess, "guard/reason": standing.reason}
     run.log.event("guard", state.num_updates, run.epoch, **metrics)
-    if state.taken_back >= guard.most:
+    if not run.control.guard_acts:
         return
     for make_change in GUARD_CHANGES[guard.act]:
         with run.stopwatch.paused():

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from switchlora.adapters import Target, adapted_modules, applied_ranks
+from switchlora.adapters import Adapter, Target, adapted_modules, applied_ranks
 from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
 from switchlora.monitor import Measurement, UpdateMonitor
-from switchlora.policy import Decision, InRank, Refresh, SwitchPolicy
+from switchlora.policy import Decision, Loss, Refresh, Standing, SwitchPolicy
 from switchlora.process import from_primary
 from switchlora.ranks import largest_saving_rank
 from switchlora.switching import changes
@@ -61,6 +61,10 @@ class SwitchState:
     forgotten: int = 0
     """number of leading ``history`` entries that the criterion no longer sees; a return to full
     training sets it"""
+    losses: list[Loss] = field(default_factory=list)
+    """losses of windows ('train') and on the validation split ('val'); the guard compares them"""
+    guarded_since: int = 0
+    """number of updates at the last switch, or when the guard last found the adapter behind"""
 
     @property
     def fresh_history(self) -> list[Measurement]:
@@ -80,13 +84,15 @@ class SwitchState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain types, for a checkpoint."""
-        return {**asdict(self), "phase": str(self.phase)}
+        losses = [list(loss) for loss in self.losses]
+        return {**asdict(self), "phase": str(self.phase), "losses": losses}
 
     def load_state_dict(self, plain: Mapping[str, Any]) -> None:
         """Set every field from ``plain``, which came from ``state_dict``."""
         for item in fields(self):
             setattr(self, item.name, plain[item.name])
         self.phase = Phase(plain["phase"])
+        self.losses = [Loss(*loss) for loss in plain["losses"]]
         self.history = [Measurement.from_plain(measured) for measured in plain["history"]]
         self.verdict = Verdict(**plain["verdict"]) if plain["verdict"] else None
         report = plain["switch_report"]
@@ -157,7 +163,38 @@ class Controller:
             return {}
         if state.num_updates <= rule.earliest:
             return {}
-        return from_primary(lambda: self._too_small(rule))
+        return from_primary(lambda: self._larger(rule.rank))
+
+    def ranks_of_guard(self) -> dict[str, int]:
+        """Return the ranks times the guard's ``growth``, as far as that saves."""
+        guard = self.policy.guard
+        assert guard is not None
+        return self._larger(lambda adapter: guard.growth * len(adapter.A))
+
+    def note_loss(self, split: str, value: float) -> None:
+        """Store a loss for the guard: of a window ('train') or of validation ('val')."""
+        state = self.state
+        state.losses.append(Loss(state.num_updates, split, str(state.phase), value))
+
+    def behind(self) -> Standing | None:
+        """Return how far the adapter is behind full training, where the guard finds it so.
+
+        The guard then looks at later losses only.
+        """
+        guard, state = self.policy.guard, self.state
+        if guard is None or state.phase in (Phase.FULL, Phase.JOINT):
+            return None
+        standing = from_primary(lambda: guard(state.losses, state.guarded_since))
+        if not standing.behind:
+            return None
+        state.guarded_since = state.num_updates
+        return standing
+
+    @property
+    def guard_acts(self) -> bool:
+        """Whether the guard may still do more than tell."""
+        guard = self.policy.guard
+        return guard is not None and self.state.taken_back < guard.most
 
     def phase_after(self, chosen: Collection[str]) -> Phase:
         """Return the phase that follows when the ``chosen`` targets switch."""
@@ -184,7 +221,7 @@ class Controller:
         )
         state.switch_report = report if earlier is None else report.after(earlier)
         state.switch_update = now if earlier is None else state.switch_update
-        state.phase, state.last_stage = phase, now
+        state.phase, state.last_stage, state.guarded_since = phase, now, now
         if phase is Phase.JOINT:
             state.joint_until = now + self._updates(self.policy.joint_epochs)
         self.watch(report.waiting)
@@ -256,13 +293,14 @@ class Controller:
         if self.state.phase is Phase.ADAPTER and cycles != bool(self.monitor.targets):
             self.watch()
 
-    def _too_small(self, rule: InRank) -> dict[str, int]:
+    def _larger(self, wanted: Callable[[Adapter], int]) -> dict[str, int]:
+        """Return the ``wanted`` ranks that are above those of now, as far as factors save."""
         modules = adapted_modules(self.monitor.model)
         larger = {}
         for name, target in self.adapted_targets.items():
             adapter = modules[target.module].adapters()[target.part]
             limit = largest_saving_rank((len(adapter.B), adapter.A.shape[1]))
-            rank = min(rule.rank(adapter), limit)
+            rank = min(wanted(adapter), limit)
             if rank > len(adapter.A):
                 larger[name] = rank
         return larger
