@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from dataclasses import fields
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ from switchlora.adapters import adapted_modules
 from switchlora.criteria import Verdict
 from switchlora.policy import Decision
 from switchlora.run import prepare
-from switchlora.switching import Controller, SwitchState
+from switchlora.switching import Controller
 from switchlora.train import train_and_finish
 from test_loop import SCHEDULERS, TEN, Loop, at, plain_loop
-from test_loop_again import FIRST, GROWTH, JOINT, RESTARTS, TWO
+from test_loop_again import FIRST, GROWTH, RESTARTS
 
 PARTS = ("switch", "model", "optimizer", "scheduler")
 PLAIN = {"criterion": at(FIRST), "ramp_updates": 2, "rank": 3}
@@ -40,32 +39,6 @@ def test_what_the_controller_decides_a_run_and_a_plain_loop_do(monkeypatch, tmp_
     assert switch.verdict == run.state.verdict == Verdict(True, {}, "half of them")
     assert set(switch.watch.monitor.targets) == set(run.monitor.targets)
     assert len(run.monitor.targets) == 2
-
-
-def of_an_earlier_version(state):
-    """What ``LowRankSwitch`` saved before it had a controller."""
-    ranks, at, until = state["ranks"], state["switch_update"], state["joint_until"]
-    own = {field.name for field in fields(SwitchState)} - {"num_updates", "history", "last_stage"}
-    kept = {name: value for name, value in state.items() if name not in own}
-    return {**kept, "switched_at": at, "joint_until": until, "ranks": ranks}
-
-
-@pytest.mark.parametrize(
-    "options, stop", [(PLAIN, 3), (TWO, 9), (JOINT, 9), (RESTARTS, 9), (GROWTH, 10)]
-)
-def test_a_state_of_an_earlier_version_still_goes_on(options, stop):
-    whole, again = (Loop(SCHEDULERS["lambda"], **options) for _ in range(2))
-    whole.run(stop)
-    saved = {part: copy.deepcopy(getattr(whole, part).state_dict()) for part in PARTS}
-    saved["switch"] = of_an_earlier_version(saved["switch"])
-    for part in PARTS:
-        getattr(again, part).load_state_dict(saved[part])
-    changes = len(whole.fired)
-    whole.run(14)
-    again.run(14)
-    assert again.fired == whole.fired[changes:] and again.switch.ranks == whole.switch.ranks
-    ours, theirs = again.model.state_dict(), whole.model.state_dict()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def gone_on(before, after, stop):

@@ -83,7 +83,7 @@ class LowRankSwitchCallback(Callback):
         self.switch = LowRankSwitch(pl_module, optimizer, schedulers, **self.options)
         if self._kept is not None:
             self._go_on(self.switch, self._kept)
-            if self.switch.switched:
+            if self.switch.regrouped:
                 _follow(trainer, pl_module)
         elif trainer.ckpt_path:
             raise ValueError(

@@ -101,7 +101,7 @@ class LowRankSwitchCallback(TrainerCallback):
         folder, model = _checkpoint(args, state), given["model"]
         kept = {**self.switch.state_dict(), ADAPTED: adapted_state_dict(model)}
         torch.save(kept, folder / SWITCH)
-        if self.switch.switched:
+        if self.switch.regrouped:
             save_merged(model, folder)
             for theirs, ours in OURS.items():
                 if (folder / theirs).is_file():
@@ -169,7 +169,7 @@ def _read(folder: Path) -> dict[str, Any]:
     kept = _load(folder / SWITCH)
     if kept["layout"] and not kept.get(ADAPTED):
         raise ValueError(
-            f"{folder} was written after the switch, at update {kept['switched_at']}, by a "
+            f"{folder} was written after the switch, at update {kept['switch_update']}, by a "
             "version that kept the merged weights alone: go on from a checkpoint before the switch"
         )
     return kept

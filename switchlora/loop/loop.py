@@ -37,7 +37,7 @@ from switchlora.loop.counter import UpdateCounter
 from switchlora.loop.gradients import WeightGradients
 from switchlora.loop.inputs import FirstInputs, Logits
 from switchlora.loop.measure import History, WeightUpdateMonitor
-from switchlora.loop.training import Held, LoopTraining, of_any_version
+from switchlora.loop.training import Held, LoopTraining
 from switchlora.models import RESIDUAL
 from switchlora.process import together
 from switchlora.ranks import RankPolicy
@@ -269,15 +269,15 @@ class LowRankSwitch(LoopTraining):
         If the model had switched, adapters of its shapes are put in, the optimizer gets their
         groups, and the schedulers are told.
         """
-        self._state.load_state_dict(of_any_version(state))
+        self._state.load_state_dict(state)
         self.watch.load_state_dict(state)
         self._state.history = self.watch.history
         self._loaded = self.optimizer.register_step_pre_hook(
             lambda *_: self._control.watch_as_configured()  # the weights are loaded by then
         )
-        if not self.switched and not self._state.taken_back:
-            return
         super().load_state_dict(state)
+        if not self.regrouped:
+            return
         self._grow_next(state["larger"])
         self._checked = True
         self._forget_inputs()

@@ -1,8 +1,7 @@
 """What a loop trains with: an optimizer and schedulers that follow the changes of a model."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +20,6 @@ from switchlora.loop.groups import (
 )
 from switchlora.loop.ramp import Ramp
 from switchlora.loop.schedulers import Tell, is_timms, prepared
-from switchlora.switching import Phase, SwitchReport, SwitchState
 
 T = TypeVar("T")
 LONGEST_RAMP = 20
@@ -67,6 +65,11 @@ class LoopTraining:
         self._ramp: Ramp | None = None
         self._tells_of([])
 
+    @property
+    def regrouped(self) -> bool:
+        """Whether the optimizer has groups for factors; they may be empty again."""
+        return bool(self._groups)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` needs, as plain types."""
         return {
@@ -77,7 +80,12 @@ class LoopTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put adapters of the shapes of ``state`` in, with their groups; the model is plain."""
+        """Put adapters of the shapes of ``state`` in, with their groups; the model is plain.
+
+        A state from before the switch changes nothing.
+        """
+        if not state["groups"]:
+            return
         before = names_of(self.model)
         inject_empty(self.model, state["layout"])
         train_only(self.model, state["trained"], factors=())  # factors are among the names
@@ -124,22 +132,3 @@ class LoopTraining:
             tell()
         follow(self.model, self.optimizer)
         torch.compiler.reset()
-
-
-def of_any_version(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``state`` with its phase and a report, which earlier versions did not save.
-
-    Of such a report only the ranks are known.
-    """
-    if "phase" in state:
-        return state
-    at, until, ranks = state["switched_at"], state["joint_until"], state["ranks"]
-    phase, report = Phase.FULL, None
-    if at is not None:
-        waiting = set(state["monitor"]["references"]) - set(ranks)
-        phase = Phase.STAGED if waiting else Phase.ADAPTER
-        phase = phase if until is None else Phase.JOINT
-        report = asdict(SwitchReport(math.nan, None, "", 0, 0, 0, 0, math.nan, ranks, [], {}))
-    joint = {"phase": phase, "joint_until": None if until == math.inf else until}
-    own = {"switch_update": at, "switch_report": report, **joint}
-    return {**SwitchState().state_dict(), **state, **own}
