@@ -29,6 +29,7 @@ FREE = (
 )
 """groups and keys of a configuration that change no result"""
 DIGITS = 10
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 CHOSEN_LATER = "auto"
 """value of a key for which a run finds one on its device"""
 WANTED = {
@@ -131,11 +132,16 @@ def our_names() -> frozenset[str]:
     return frozenset(names_in_yamls(folder_of("conf")))
 
 
+def read_yaml(path: Path) -> Any:
+    """Return what the yaml at ``path`` holds."""
+    return yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER)
+
+
 def names_in_yamls(folder: Path) -> set[str]:
     """Return all classes and functions that the yamls in the folders of ``folder`` name."""
     found: set[str] = set()
     for path in folder.glob("*/**/*.yaml"):
-        found.update(_all_named(yaml.safe_load(path.read_text())))
+        found.update(_all_named(read_yaml(path)))
     return found
 
 

@@ -2,25 +2,19 @@
 
 import gc
 import os
-from functools import cache
-from io import StringIO
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # two processes share the machine
     os.environ.setdefault(variable, "1")
 
-import omegaconf
 import pytest
 import timm
 import torch
-import yaml
-from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader
-from omegaconf.grammar_parser import parse
 
 from switchlora.learner import Learner
 from switchlora.monitor import LayerStats, Measurement, monitor
 from switchlora.monitor.spectral import polar_by_products
 from switchlora.storage import machine_line
+from warm import merge_once, parse_interpolations_once, parse_yamls_once
 
 LONGEST = (
     "resume",
@@ -37,18 +31,13 @@ LONGEST = (
 """files that take minutes"""
 
 
-@cache
-def parsed(text):
-    """What a yaml holds, as OmegaConf reads it."""
-    return yaml.load(text, get_yaml_loader())
-
-
 @pytest.fixture(autouse=True, scope="session")
-def interpolations_parsed_once():
-    """Each ``${...}`` is parsed once, which takes a tenth of the time of a short run."""
+def parsed_once():
+    """Yamls and interpolations are parsed and merged once, in all tests of a process."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (omegaconf.base, omegaconf._utils):
-            patch.setattr(module, "parse", cache(parse))
+        parse_interpolations_once(patch)
+        parse_yamls_once(patch)
+        merge_once(patch)
         yield
 
 
@@ -57,23 +46,6 @@ def disk_not_waited_for():
     """Files are not synced: no test cuts the power, and a run would wait for the disk 29 times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def parsed_once():
-    """Each yaml is parsed once, which takes a quarter of the time in which Hydra composes."""
-    load = OmegaConf.load
-
-    def load_or_remember(file):
-        if not hasattr(file, "read"):
-            return load(file)
-        text = file.read()
-        content = parsed(text)
-        return OmegaConf.create(content) if isinstance(content, dict) else load(StringIO(text))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OmegaConf, "load", load_or_remember)
         yield
 
 

@@ -14,10 +14,12 @@ import time
 import traceback
 import uuid
 from contextlib import suppress
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
 
+import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -30,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from killtest import PRELOADED
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(PRELOADED)
+FORKS.set_forkserver_preload([*PRELOADED, "warmed"])
+TESTS = str(Path(__file__).parent)
 PATIENCE = 240
 """seconds that a start may take on a busy machine"""
 
@@ -44,6 +47,7 @@ class Started:
     def __init__(self, output, act, *words):
         self.files = [Path(output), Path(f"{output}.err")]
         self.words = words
+        serve_forks()
         self.process = FORKS.Process(target=_enter, args=(self.files, act, words))
         self.process.start()
 
@@ -82,6 +86,13 @@ class Started:
             self.show_stacks()
         assert not hangs, self.said()
         return CompletedProcess(self.words, self.process.exitcode, *self.said())
+
+
+def serve_forks():
+    """Start the server of forks, if it does not run, where it finds the modules of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", TESTS, prepend=os.pathsep)
+        ensure_running()
 
 
 def _enter(files, act, words):

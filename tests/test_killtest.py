@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from starts import serve_forks
 from switchlora.storage import STATE, SUMS, find_all, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -25,6 +26,7 @@ def killed(tmp_path_factory):
     """The folder of an uninterrupted run and of killed ones, and the result of the kill test."""
     folder = tmp_path_factory.mktemp("killtest")
     pipelines = {"memory": killtest.PIPELINES["memory"]}
+    serve_forks()  # the kill test's own would have to compose the configuration for each start
     return folder, killtest.killtest(folder, 5, 0, SHORT, pipelines, killtest.start_fork)
 
 

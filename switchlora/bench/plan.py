@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from switchlora.bench.memory import proc_bytes
 from switchlora.bench.plan_models import planned
@@ -35,6 +34,7 @@ from switchlora.bench.plan_numbers import (
     whole_of,
 )
 from switchlora.bench.plan_page import cases_table, page, plain
+from switchlora.config import read_yaml
 from switchlora.cost import (
     Hardware,
     Machine,
@@ -290,7 +290,7 @@ def usage() -> str:
 
 def read_cases() -> list[dict[str, Any]]:
     """Return the updates that others or this project measured."""
-    found: list[dict[str, Any]] = yaml.safe_load(CASES.read_text())
+    found: list[dict[str, Any]] = read_yaml(CASES)
     return found
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from switchlora.adapters import Rates
+from switchlora.config import read_yaml
 from switchlora.cost.machine import EAGER_BANDWIDTH, EAGER_HOST, SHORTEST_KERNEL, Machine
 from switchlora.names import near
 
@@ -70,7 +69,7 @@ class Hardware:
 @cache
 def all_hardware() -> Mapping[str, Hardware]:
     """Return all devices of ``FILE`` by name."""
-    return {name: _read(name, entry) for name, entry in yaml.safe_load(FILE.read_text()).items()}
+    return {name: _read(name, entry) for name, entry in read_yaml(FILE).items()}
 
 
 def hardware_like(device: str) -> Hardware | None:

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.conf import HydraConf
 from omegaconf import DictConfig, OmegaConf
 
-from switchlora.config import leaves
+from switchlora.config import leaves, read_yaml
 from switchlora.process import distributed
 from switchlora.process.talking import say
 
@@ -89,7 +88,7 @@ def prescribed(places: Sequence[Path], group: str, name: str) -> dict[str, Any]:
     """
     paths = [place / group / f"{name}.yaml" for place in places]
     path = next(filter(Path.is_file, paths))
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     found: dict[str, Any] = {}
     for parent in filter(is_parent, content.get("defaults", [])):
         found.update(prescribed(places, group, parent))

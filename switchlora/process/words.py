@@ -10,10 +10,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from hydra._internal.config_repository import ConfigRepository
 
-from switchlora.config import folder_of, leaves
+from switchlora.config import folder_of, leaves, read_yaml
 from switchlora.names import near
 
 FLAGS = re.compile(
@@ -107,7 +106,7 @@ def is_sweep(words: Sequence[str], places: Sequence[Path]) -> bool:
         for place in places:
             path = place / "experiments" / f"{match['name']}.yaml"
             if path.is_file():
-                hydra = yaml.safe_load(path.read_text(encoding="utf-8")).get("hydra", {})
+                hydra = read_yaml(path).get("hydra", {})
                 return hydra.get("mode") == "MULTIRUN"
     return False
 
@@ -281,7 +280,7 @@ def owner_of(group: str, choice: str) -> str:
 
 def add_keys(found: dict[str, Known], path: Path, prefix: str, owner: str) -> None:
     """Add the keys of a yaml. A key that several choices of a group have belongs to them all."""
-    content = yaml.safe_load(path.read_text()) or {}
+    content = read_yaml(path) or {}
     group, _, choice = owner.rpartition("=")
     for key, value in leaves(content):
         if key.split(".")[0] in ("defaults", "hydra") or value == {}:
