@@ -14,6 +14,7 @@ import time
 import traceback
 import uuid
 from contextlib import suppress
+from importlib import import_module
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -147,9 +148,7 @@ def through_submitit(*words):
 
 def through_joblib(*words):
     """``switchlora *words`` with joblib's processes, and the jobs that they start, in forks."""
-    from joblib.externals.loky.backend.context import set_start_method
-
-    set_start_method("fork")
+    import_module("joblib.externals.loky.backend.context").set_start_method("fork")
     multirun(*words)
 
 
@@ -211,14 +210,18 @@ def _status_of(module, words, environment, outputs):
     return 0
 
 
-def torchrun(processes, act, *words):
-    """``act(*words)`` on several gloo ranks, by the launcher that is behind ``torchrun``."""
+def torchrun(processes, act, *words, looks_every=0.1):
+    """``act(*words)`` on several gloo ranks, by the launcher that is behind ``torchrun``.
+
+    After so many seconds it ends the others, where one has ended.
+    """
     config = LaunchConfig(
         *(1, 1, processes),
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        monitor_interval=looks_every,
         start_method="fork",
     )
     elastic_launch(config, act)(*words)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -325,7 +326,8 @@ def test_ranks_that_disagree_inside_a_switch_end_the_run_and_train_no_further(tm
 def test_a_rank_killed_at_the_switch_ends_the_run_and_one_process_goes_on(alone, tmp_path):
     folder = tmp_path / "run"
     options = (*SHORT, *PLATEAU, f"hydra.run.dir={folder}")
-    with Started(tmp_path / "said", torchrun, 2, program, *options) as started:
+    launch = partial(torchrun, looks_every=5)  # the other rank has the time to say what it sees
+    with Started(tmp_path / "said", launch, 2, program, *options) as started:
         while not checkpoint_at(folder, "update-00000010").exists():
             assert started.running, started.said()
             time.sleep(0.001)

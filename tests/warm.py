@@ -62,9 +62,10 @@ class ComposedOnce:
     def create_defaults_list(self, repo, config_name, overrides_list, **how):
         """The yamls to merge, in their order, and the overrides that are no choices."""
         places = [source.full_path() for source in repo.get_sources()]
+        is_ours = config_name == "config" and all(map(stays, places))
         choices = [word for word in overrides_list if is_choice(repo, word)]
         key = (config_name, *how.values(), *places, *(word.input_line for word in choices))
-        if key not in self.found and (len(self.found) > self.MOST or not all(map(stays, places))):
+        if not is_ours or (key not in self.found and len(self.found) > self.MOST):
             return self.find(repo, config_name, overrides_list, **how)
         if key not in self.found:
             self.found[key] = self.find(repo, config_name, choices, **how)
