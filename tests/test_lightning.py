@@ -17,9 +17,11 @@ from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 from conftest import tiny_vit  # noqa: E402
 from switchlora import UpdateNorm  # noqa: E402
 from switchlora.adapters import adapted_modules, is_factor, merged_state_dict  # noqa: E402
+from switchlora.criteria import never  # noqa: E402
 from switchlora.integrations import lightning as ours  # noqa: E402
 from switchlora.integrations.lightning import LowRankSwitchCallback  # noqa: E402
 from test_loop_again import TWO  # noqa: E402
+from test_loop_guard import Behind  # noqa: E402
 
 EARLY = UpdateNorm(5.0, patience=1)
 """fires at the second measurement"""
@@ -135,6 +137,17 @@ def test_it_goes_on_between_two_stages_to_the_same_end(tmp_path):
     loaded = Lit.load_from_checkpoint(tmp_path / "again/step=24.ckpt")
     expected = merged_state_dict(whole.model)
     torch.testing.assert_close(loaded.state_dict(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("step", [12, 18])
+def test_it_goes_on_around_a_return_to_full_training_to_the_same_end(step, tmp_path):
+    guard = Behind(criterion=never)
+    whole = fitted(tmp_path / "whole", callback=switching(guard=guard))
+    place = tmp_path / f"whole/step={step}.ckpt"
+    again = fitted(tmp_path / "again", place, callback=switching(guard=guard))
+    assert not adapted_modules(again.model) and len(again.switch.history) == 3
+    ours, theirs = again.model.state_dict(), whole.model.state_dict()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_a_checkpoint_after_the_switch_is_one_of_the_plain_model(whole):

@@ -1,12 +1,13 @@
 """A guard in a loop: an adapter that falls behind gets more ranks, or full training comes back."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from switchlora.adapters import adapted_modules
-from switchlora.policy import Guard
+from switchlora.policy import Guard, Standing
 from test_loop import SCHEDULERS, Loop, at, batch, trained
 
 SWITCH = 8
@@ -23,6 +24,15 @@ def guarded(kind="cosine", **options):
     step = loop.switch.step
     loop.switch.step = lambda loss: step(loss + loop.switch.switched)
     return loop
+
+
+@dataclass(frozen=True)
+class Behind(Guard):
+    """Finds any adapter behind, at the end of its first window."""
+
+    def __call__(self, losses, since):
+        after = [loss for loss in losses if loss.phase != "full" and loss.num_updates > since]
+        return Standing(bool(after), 1.0, "it is said to be")
 
 
 def groups_of(loop):

@@ -14,11 +14,13 @@ pytest.importorskip("accelerate")
 
 from switchlora import UpdateNorm  # noqa: E402
 from switchlora.adapters import adapted_modules, is_factor  # noqa: E402
+from switchlora.criteria import never  # noqa: E402
 from switchlora.integrations.transformers import (  # noqa: E402
     LowRankSwitchCallback,
     save_merged,
 )
 from test_loop_again import TWO  # noqa: E402
+from test_loop_guard import Behind  # noqa: E402
 
 EARLY = UpdateNorm(5.0, patience=1)
 """fires at the second measurement"""
@@ -139,6 +141,19 @@ def test_a_trainer_that_goes_on_before_or_after_the_switch_ends_the_same(update,
     for hf in (whole, again):
         logs.append([e.get("loss") or e.get("switch/switched") for e in hf.state.log_history[:-1]])
     assert logs[0] == logs[1]
+    states = [hf.model.state_dict() for hf in (again, whole)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    states = [hf.optimizer.state_dict() for hf in (again, whole)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:the adapter is behind")
+def test_a_trainer_goes_on_after_a_return_to_full_training_to_the_same_end(tmp_path):
+    guard = Behind(criterion=never)
+    whole = trainer(tmp_path / "whole", vit(), Images(), switching(guard=guard))
+    whole.train()
+    again = goes_on(tmp_path / "again", f"{whole.args.output_dir}/checkpoint-18", guard=guard)
+    assert not adapted_modules(again.model)
     states = [hf.model.state_dict() for hf in (again, whole)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
     states = [hf.optimizer.state_dict() for hf in (again, whole)]
