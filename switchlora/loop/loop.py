@@ -35,6 +35,7 @@ from switchlora.loop.arguments import (
 )
 from switchlora.loop.counter import UpdateCounter
 from switchlora.loop.gradients import WeightGradients
+from switchlora.loop.groups import names_of
 from switchlora.loop.inputs import FirstInputs, Logits
 from switchlora.loop.measure import History, WeightUpdateMonitor
 from switchlora.loop.training import Held, LoopTraining
@@ -203,7 +204,10 @@ class LowRankSwitch(LoopTraining):
         if updates and self._loaded is not None:
             self._loaded.remove()
         if not self._control.measures:
-            self.watch.count(loss if self.policy.guard is not None else None, updates)
+            if self.policy.guard is not None:
+                self.watch.count(loss, updates)
+            else:
+                self.watch.num_updates += updates
             return self._change_again(updates)
         if not self._checked:
             self._check_targets()
@@ -211,7 +215,8 @@ class LowRankSwitch(LoopTraining):
             self._check_counted()
         if not self.watch.measured(loss, updates):
             return False
-        self._control.note_loss("train", self.history[-1].train_loss)
+        if self.policy.guard is not None:
+            self._control.note_loss("train", self.history[-1].train_loss)
         fired = self._consider() or self._come_back()
         if not fired:
             self.watch.monitor.start_window(self.num_updates)
@@ -395,7 +400,11 @@ class LowRankSwitch(LoopTraining):
 
     def _check_optimized(self, modules: Collection[str]) -> None:
         """Refuse targets that the optimizer does not train."""
-        missing = sorted(name for name in modules if f"{name}.weight" not in self._homes)
+        names = names_of(self.model)
+        weights = {
+            name: names[self.model.get_parameter(f"{name}.weight")] for name in set(modules)
+        }
+        missing = sorted(name for name, weight in weights.items() if weight not in self._homes)
         if missing:
             raise ValueError(
                 f"the optimizer does not train the weight of {missing[0]}"

@@ -92,11 +92,10 @@ class WeightUpdateMonitor:
         self.history.append(self.monitor.measure(self.num_updates, epoch))
         return True
 
-    def count(self, loss: Tensor | float | None, updates: int) -> None:
-        """Count ``updates``, and keep the loss of the last one, if it is given."""
+    def count(self, loss: Tensor | float, updates: int) -> None:
+        """Count ``updates``, and keep the loss of the last one."""
         self.num_updates += updates
-        if loss is not None:
-            self._losses.append(_one_number(loss))
+        self._losses.append(_one_number(loss))
 
     def window_loss(self) -> float:
         """Return the mean of the losses that were kept, and keep none of them any longer."""
