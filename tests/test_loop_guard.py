@@ -9,6 +9,7 @@ import torch
 from switchlora.adapters import adapted_modules
 from switchlora.policy import Guard, Standing
 from test_loop import SCHEDULERS, Loop, at, batch, trained
+from test_loop_again import FIRST, SECOND, TWO
 
 SWITCH = 8
 PARTS = ("switch", "model", "optimizer", "scheduler")
@@ -120,6 +121,16 @@ def test_it_gives_more_ranks_after_the_next_update_and_then_full_training():
     with pytest.warns(UserWarning, match="the adapter is behind"):
         loop.run(24)
     assert not adapted_modules(loop.model), "ranks that save nothing do not grow"
+
+
+@pytest.mark.filterwarnings("ignore:the adapter is behind")
+def test_ranks_grow_between_two_stages_too():
+    guard = Behind(act="ranks", growth=2)
+    loop = Loop(**TWO, window=2, guard=guard).run(FIRST + 3)
+    assert loop.fired == [FIRST, FIRST + 3] and loop.switch._control.measures
+    assert loop.switch.ranks == {f"blocks.{n}.mlp.fc1": 4 for n in (0, 1)}
+    loop.run(SECOND)
+    assert len(loop.switch.ranks) == 8, "the others switch when it is time"
 
 
 def test_a_guard_that_warns_changes_nothing():

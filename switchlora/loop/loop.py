@@ -203,7 +203,7 @@ class LowRankSwitch(LoopTraining):
         self._state.num_updates += updates
         if updates and self._loaded is not None:
             self._loaded.remove()
-        if not self._control.measures:
+        if not self._control.measures or self._larger:
             if self.policy.guard is not None:
                 self.watch.count(loss, updates)
             else:
