@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 WANDB_MODE=offline WANDB_SILENT=true PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-hard test-oldest test-newest thresholds systems frontier guard pretrained scaling killtest card check docs format clean
+.PHONY: help install demo test test-hard test-oldest test-newest thresholds systems frontier guard pretrained reflora scaling killtest card check docs format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -51,9 +51,23 @@ guard: .venv/.installed  ## switch too early on purpose, with and without a guar
 	$(BIN)/switchlora +experiments=guard
 	$(BIN)/python scripts/tables.py runs/guard/sweep --preset systems --out experiments/guard
 
-pretrained: .venv/.installed  ## fine-tune a pretrained ViT-S/14, all of it or by adapters
-	$(BIN)/switchlora +experiments=pretrained
-	$(BIN)/python scripts/tables.py runs/pretrained/sweep --preset systems --out experiments/pretrained
+pretrained: .venv/.installed  ## fine-tune a pretrained ViT-S/14, all of it or by adapters, each at its own rate
+	$(BIN)/python scripts/systems.py pretrained
+	cp runs/pretrained/tuning.json experiments/pretrained
+	$(BIN)/python scripts/tables.py runs/pretrained/sweep --preset systems --notes runs/pretrained/tuning.md --out experiments/pretrained
+
+# A start where B is not 0 needs no warm-up of the refactoring.
+REFLORA := $(BIN)/switchlora +experiments=reflora
+WITH_SGD := recipe@full=sgd full.optimizer.lr=0.01
+reflora: .venv/.installed  ## RefLoRA: factorisation, accuracy over learning rates, balanced starts
+	$(BIN)/python scripts/reflora.py --out experiments/reflora
+	test -f runs/pretraining/model.safetensors || $(BIN)/switchlora +experiments=pretraining
+	for rule in "" "$(WITH_SGD)"; do \
+	  $(REFLORA) $$rule || exit 1; \
+	  $(REFLORA) $$rule +method=lora switch/init=balanced || exit 1; \
+	  $(REFLORA) $$rule +method=reflora switch/init=balanced adapter.refactoring.warmup_updates=0 || exit 1; \
+	done
+	$(BIN)/python scripts/reflora_rates.py runs/reflora --out experiments/reflora
 
 scaling: .venv/.installed  ## loss against training FLOPs, dense and low-rank, images and text
 	$(BIN)/switchlora +experiments=scaling

@@ -1,9 +1,12 @@
 """Tune every system on the same budget, then run it with the rate it chose: ``make systems``.
 
-1. Full training runs with each rate of ``FULL``. Every other system starts from the best of them.
+``python scripts/systems.py pretrained`` does so for ``experiments/pretrained.yaml``.
+
+1. Full training runs with each rate of ``Budget.full``. Other systems start from the best of them.
    The ``PROJECTED`` ones train in full with an optimizer of their own, and with each rate of it.
-2. Every other system runs with each rate of ``FACTORS``. Those of this project are not tuned.
-3. Every system runs with its best rate, and shortened full training beside them.
+2. Every other system runs with each value of ``Budget.key``. Those of this project are not tuned.
+3. Every system runs with its best rate, and shortened full training beside them: ``LEADERS`` with
+   five seeds, the others with three.
 
 The best rate has the best validation top1. The seed that chooses it is not reported. Finished jobs
 are not run again: start the command again after an interruption. Words that are given, such as
@@ -14,6 +17,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -23,61 +27,131 @@ from switchlora.analysis.tables.rows import settings_of
 from switchlora.storage import Record, find_records
 
 HERE = Path(__file__).resolve().parents[1]
-RUNS = Path("runs/systems")
-TUNING, REPORTED = RUNS / "tuning", RUNS / "sweep"
 LR, FACTOR_LR = "full.optimizer.lr", "adapter.factor_lr"
-FULL = ("5e-4", "1e-3", "2e-3", "4e-3")
-FACTORS = ("matched", "1", "3", "10")
 PROJECTED = ("galore", "fira", "apollo", "apollo_mini")
 OF_PROJECTED = ("2.5e-3", "5e-3", "1e-2", "2e-2")
 """rates around that of their authors"""
 OWN = ("update_norm", "staged", "guarded")
+LEADERS = (
+    *("full", "full_short", "update_norm", "cola", "pufferfish", "low_rank_32", "low_rank_63"),
+    *("fira", "apollo", "oialr"),
+)
+"""the best at the same cost, and at the same memory of the optimizer, by three seeds"""
 TUNING_SEED = 100
 SEEDS = "0,1,2"
+MORE_SEEDS = "3,4"
 FAILED = 1
 """exit status of a sweep in which a job failed"""
-LENGTHS = "0.6,0.7,0.8,0.9"
 Tried = dict[str, float]
 """val top1 in % by the value of a key"""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is tried in an experiment: as many rates for each system."""
+
+    full: Sequence[str]
+    """learning rates of full training"""
+    key: str
+    """the rate of an adapter"""
+    adapters: Sequence[str]
+    """values of ``key``"""
+    lengths: str
+    """shares of its updates that full training is shortened to"""
+
+
+BUDGETS = {
+    "systems": Budget(
+        full=("5e-4", "1e-3", "2e-3", "4e-3"),
+        key=FACTOR_LR,
+        adapters=("matched", "1", "3", "10"),
+        lengths="0.6,0.7,0.8,0.9",
+    ),
+    "pretrained": Budget(
+        full=("1e-5", "3e-5", "1e-4", "3e-4"),
+        key="adapter.optimizer.lr",
+        adapters=("1e-4", "3e-4", "1e-3", "3e-3"),
+        lengths="0.7",
+    ),
+}
 
 
 def main() -> None:
     """Tune, report, and write what was chosen among what."""
     words = sys.argv[1:]
-    methods = methods_of(HERE / "experiments" / "systems.yaml")
-    of_full = tune(["full"], LR, FULL, words)["full"]
-    lr = f"{LR}={best(of_full)}"
-    of_projected = tune(PROJECTED, LR, OF_PROJECTED, words)
+    experiment = words.pop(0) if words and words[0] in BUDGETS else "systems"
+    budget = BUDGETS[experiment]
+    study = Study(experiment, words)
+    methods = methods_of(HERE / "experiments" / f"{experiment}.yaml")
+    own = [name for name in methods if name in OWN]
+    projected = [name for name in methods if name in PROJECTED]
     others = [name for name in methods if name not in ("full", *OWN, *PROJECTED)]
-    of_others = tune(others, FACTOR_LR, FACTORS, [lr, *words])
-    report(["full", *OWN], [lr, *words])
-    report(["full_short"], [lr, f"length={LENGTHS}", *words])
-    for value in OF_PROJECTED:
-        chosen = [name for name in PROJECTED if best(of_projected[name]) == value]
-        if chosen:
-            report(chosen, [f"{LR}={value}", *words])
-    for value in FACTORS:
-        chosen = [name for name in others if best(of_others[name]) == value]
-        if chosen:
-            report(chosen, [lr, f"{FACTOR_LR}={value}", *words])
-    write_notes({LR: {"full": of_full, **of_projected}, FACTOR_LR: of_others}, RUNS)
+    of_full = study.tune(["full"], LR, budget.full)["full"]
+    lr = f"{LR}={best(of_full)}"
+    of_projected = study.tune(projected, LR, OF_PROJECTED)
+    of_others = study.tune(others, budget.key, budget.adapters, lr)
+    study.report(["full", *own], lr)
+    study.report(["full_short"], lr, f"length={budget.lengths}")
+    study.report_best(of_projected, LR)
+    study.report_best(of_others, budget.key, lr)
+    write_notes({LR: {"full": of_full, **of_projected}, budget.key: of_others}, own, study.folder)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs of an experiment; ``words`` are set in all of them."""
+
+    experiment: str
+    words: Sequence[str]
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs lie, and what is written of them."""
+        return Path("runs") / self.experiment
+
+    def tune(
+        self, methods: Sequence[str], key: str, values: Sequence[str], *words: str
+    ) -> dict[str, Tried]:
+        """Run each method with each value of ``key``, and return what each of them reached."""
+        if not methods:
+            return {}
+        swept = [f"+method={','.join(methods)}", f"{key}={','.join(values)}", *words]
+        self.sweep("tuning", [*swept, f"seed={TUNING_SEED}"], may_fail=True)
+        found = find_records([self.folder / "tuning"])
+        records = [record for record in found if record.finished]
+        return {name: tried(records, name, key, values) for name in methods}
+
+    def report_best(self, found: dict[str, Tried], key: str, *words: str) -> None:
+        """Run methods with all seeds that are reported, each with its best value of ``key``."""
+        chosen: dict[str, list[str]] = {}
+        for name, results in found.items():
+            chosen.setdefault(best(results), []).append(name)
+        for value, names in chosen.items():
+            self.report(names, f"{key}={value}", *words)
+
+    def report(self, methods: Sequence[str], *words: str) -> None:
+        """Run some methods with all seeds that are reported."""
+        self.sweep("sweep", [f"+method={','.join(methods)}", f"seed={SEEDS}", *words])
+        leaders = [name for name in methods if name in LEADERS]
+        if self.experiment == "systems" and leaders:
+            self.sweep("sweep", [f"+method={','.join(leaders)}", f"seed={MORE_SEEDS}", *words])
+
+    def sweep(self, folder: str, words: Sequence[str], may_fail: bool = False) -> None:
+        """Run a sweep in ``folder``. Exit if it is interrupted, or if a job fails that may not.
+
+        A job fails when its rate is so high that the loss is not finite.
+        """
+        program = [sys.executable, "-m", "switchlora", f"+experiments={self.experiment}"]
+        place = f"hydra.sweep.dir={self.folder / folder}"
+        status = subprocess.run([*program, place, *words, *self.words]).returncode
+        if status and not (may_fail and status == FAILED):
+            sys.exit(status)
 
 
 def methods_of(experiment: Path) -> list[str]:
     """Return the methods that an experiment sweeps over."""
     params = OmegaConf.load(experiment).hydra.sweeper.params
     return [name.strip() for name in params["+method"].split(",")]
-
-
-def tune(
-    methods: Sequence[str], key: str, values: Sequence[str], words: Sequence[str]
-) -> dict[str, Tried]:
-    """Run each method with each value of ``key``, and return what each of them reached."""
-    swept = f"{key}={','.join(values)}"
-    names = f"+method={','.join(methods)}"
-    sweep(TUNING, [names, swept, f"seed={TUNING_SEED}", *words], may_fail=True)
-    records = [record for record in find_records([TUNING]) if record.finished]
-    return {name: tried(records, name, key, values) for name in methods}
 
 
 def tried(records: Iterable[Record], method: str, key: str, values: Sequence[str]) -> Tried:
@@ -108,23 +182,7 @@ def best(results: Tried) -> str:
     return max(results, key=lambda value: results[value])
 
 
-def report(methods: Sequence[str], words: Sequence[str]) -> None:
-    """Run some methods with all seeds that are reported."""
-    sweep(REPORTED, [f"+method={','.join(methods)}", f"seed={SEEDS}", *words])
-
-
-def sweep(folder: Path, words: Sequence[str], may_fail: bool = False) -> None:
-    """Run a sweep in ``folder``. Exit when it is interrupted, or when a job fails that may not.
-
-    A job fails when its rate is so high that the loss is not finite.
-    """
-    program = [sys.executable, "-m", "switchlora", "+experiments=systems"]
-    status = subprocess.run([*program, f"hydra.sweep.dir={folder}", *words]).returncode
-    if status and not (may_fail and status == FAILED):
-        sys.exit(status)
-
-
-def write_notes(results: dict[str, dict[str, Tried]], folder: Path) -> None:
+def write_notes(results: dict[str, dict[str, Tried]], own: Sequence[str], folder: Path) -> None:
     """Write all results, and the sentences that stand below the table."""
     (folder / "tuning.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     lines = []
@@ -135,7 +193,8 @@ def write_notes(results: dict[str, dict[str, Tried]], folder: Path) -> None:
             f"{key} was chosen among {', '.join(values)}, by val top1 of seed {TUNING_SEED}: "
             f"{'; '.join(told)}."
         )
-    lines.append(f"Not tuned, with the rate of full training: {', '.join(OWN)}.")
+    if own:
+        lines.append(f"Not tuned, with the rate of full training: {', '.join(own)}.")
     (folder / "tuning.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

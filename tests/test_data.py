@@ -481,6 +481,28 @@ def test_fashion_mnist_in_its_place_is_read_without_a_word(fashion_root, monkeyp
     assert capsys.readouterr().out == ""
 
 
+def test_some_classes_of_fashion_mnist_are_kept_and_numbered_as_they_are_given(fashion_root):
+    data = datasets.FashionMNIST(fashion_root, train=False)
+    data.data += data.targets[:, None, None].byte()  # a pixel tells the class
+    datasets.keep_classes(data, [7, 2])
+    assert len(data) == 2_000 and data.classes == ["Sneaker", "Pullover"]
+    assert data.targets[:4].tolist() == [1, 0, 1, 0]
+    assert torch.equal(torch.tensor([7, 2])[data.targets], data.data[:, 0, 0].long())
+
+
+def test_a_run_on_some_classes_has_labels_and_names_of_these(fashion_root):
+    words = ("+data.train.classes=[5,9]", "+data.test.classes=[5,9]", "data.num_classes=2")
+    data = build(compose_data("fashion_mnist", *words, f"data.root={fashion_root}").data, seed=0)
+    assert data.classes == ("Sandal", "Ankle boot")
+    assert len(data.val.dataset) == 1_200 and len(data.test.dataset) == 2_000
+
+
+@pytest.mark.parametrize("classes", [[], [3, 3], [10], [-1, 2]])
+def test_classes_that_there_are_not_are_told(classes, fashion_root):
+    with pytest.raises(ValueError, match=r"are not some classes of FashionMNIST; give .* 0 to 9"):
+        datasets.fashion_mnist(str(fashion_root), train=False, classes=classes)
+
+
 def test_the_default_data_are_fashion_mnist_with_the_official_split(fashion_root):
     data = build(compose_data("fashion_mnist", f"data.root={fashion_root}").data, seed=0)
     sizes = [len(loader.dataset) for loader in (data.train, data.val, data.test)]

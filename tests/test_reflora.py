@@ -10,6 +10,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import reflora as script
+import reflora_rates
 
 from conf_yamls import build, composed, names
 from conftest import tiny_vit
@@ -403,3 +404,19 @@ def test_options_out_of_range_are_refused():
     with pytest.raises(ValueError, match="refactoring does not go with system.parallel=fsdp"):
         recipe = build(composed("adapter/refactoring=reflora").adapter)
         build_learner(tiny_vit(), recipe, 10, parallel="fsdp")
+
+
+def test_arms_are_compared_at_the_best_of_their_rates(tmp_path, monkeypatch):
+    words = ("+method=lora", *START, "max_updates=20")
+    for rate in (1, 10):
+        make_run(tmp_path / f"runs/{rate}", *words, f"adapter.factor_lr={rate}")
+    make_run(tmp_path / "runs/balanced", *words, "switch/init=balanced", "adapter.factor_lr=10")
+    command = ["reflora_rates", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    reflora_rates.main()
+    header, _, lora, balanced = (tmp_path / "reflora_rates.md").read_text().splitlines()
+    assert header == "| adamw | 0.001 | 0.01 | best | mean train loss |"
+    name, *top1, best, _loss = lora.strip("| ").split(" | ")
+    assert name == "lora" and best == max(top1, key=float)
+    assert balanced.startswith("| lora, balanced | – | ")
+    assert (tmp_path / "reflora_rates.png").stat().st_size > 10_000

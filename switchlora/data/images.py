@@ -10,7 +10,7 @@ import threading
 import urllib.request
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException
@@ -20,10 +20,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
-from torchvision.datasets import FashionMNIST, ImageFolder
+from torchvision.datasets import MNIST, FashionMNIST, ImageFolder
 from torchvision.datasets.folder import is_image_file
 
 from switchlora.data.split import open_image
@@ -212,13 +213,15 @@ def download(kind: type[Any], root: str, options: Mapping[str, Any]) -> None:
         ) from error
 
 
-def fashion_mnist(root: str, train: bool) -> Dataset:
+def fashion_mnist(root: str, train: bool, classes: Sequence[int] | None = None) -> Dataset:
     """Return Fashion-MNIST under ``root``; fetch it first if it is missing or damaged there.
 
     It comes from torchvision's host. If that is out of reach, it comes from Debian's package
     ``dataset-fashion-mnist``, which is unpacked without being installed. ValueError if neither
     works. Of several ranks one fetches. Several programs may call this at the same time: files
     appear whole or not at all.
+
+    ``classes`` are the numbers of those to keep, all ten by default; see ``keep_classes``.
     """
     raw = Path(root).expanduser() / "FashionMNIST" / "raw"
 
@@ -227,7 +230,28 @@ def fashion_mnist(root: str, train: bool) -> Dataset:
             return None
         return FashionMNIST(root, train=train)
 
-    return found_or_brought(find, lambda: fetch(raw))
+    data = found_or_brought(find, lambda: fetch(raw))
+    if classes is not None:
+        keep_classes(data, classes)
+    return data
+
+
+def keep_classes(data: MNIST, classes: Sequence[int]) -> None:
+    """Leave the images of some classes in ``data``, and number these from 0 in the given order.
+
+    ValueError for a number that is no class, or is given twice.
+    """
+    known = range(len(data.classes))
+    if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(known):
+        raise ValueError(
+            f"classes {list(classes)} are not some classes of {type(data).__name__}; give "
+            f"different numbers from 0 to {known[-1]}"
+        )
+    numbers = torch.full((len(known),), -1)
+    numbers[list(classes)] = torch.arange(len(classes))
+    targets = numbers[data.targets]
+    data.data, data.targets = data.data[targets >= 0], targets[targets >= 0]
+    data.classes = [data.classes[number] for number in classes]
 
 
 def make_folder(folder: Path, purpose: str) -> None:

@@ -1,0 +1,134 @@
+"""Compare adapters over learning rates: ``python scripts/reflora_rates.py RUNS --out FOLDER``.
+
+A line of ``reflora_rates.md`` is an optimizer, a method and a start. A column is a learning rate
+of the factors, ``adapter.factor_lr`` times the rate of the weights. A cell is the mean over seeds
+of top1 in %, on all images that were held out. The last columns are of the best rate: top1 and the
+mean loss of the run with their spread over seeds. ``reflora_rates.png`` draws top1 against the
+rate, with the range of the seeds.
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rates import RATE, held_out
+
+from switchlora.analysis.output import save
+from switchlora.analysis.tables.rows import settings_of
+from switchlora.storage import Record, find_records
+
+LR = "full.optimizer.lr"
+DEFAULT_START = "zero_b"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a line of the table compares: an optimizer, and a method from a start."""
+
+    optimizer: str
+    name: str
+    runs: Mapping[float, list[Record]]
+    """the runs of all seeds by the learning rate of the factors"""
+
+    def top1(self, rate: float) -> list[float]:
+        """Return top1 in % of each seed. A run without a finite loss has 0."""
+        return [held_out(run) if run.finished else 0.0 for run in self.runs[rate]]
+
+    @cached_property
+    def best(self) -> float:
+        """The rate with the highest mean."""
+        return max(self.runs, key=lambda rate: fmean(self.top1(rate)))
+
+    def losses(self) -> list[float]:
+        """Return the mean train loss of each seed at the best rate, over the whole run."""
+        return [mean_loss(run) for run in self.runs[self.best]]
+
+
+def main() -> None:
+    """Write and print the table; draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    arms = arms_of([record for record in find_records(options.runs) if record.summary])
+    text = table(arms)
+    save(picture(arms), options.out, "reflora_rates")
+    (options.out / "reflora_rates.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def arms_of(records: list[Record]) -> list[Arm]:
+    """Sort runs into arms."""
+    found: dict[tuple[str, str], dict[float, list[Record]]] = {}
+    for record in records:
+        config = settings_of(record.config)
+        optimizer = str(config["full.optimizer"])
+        start = str(config["switch.init"])
+        name = str(record.config["method"])
+        if start != DEFAULT_START:
+            name = f"{name}, {start}"
+        rate = float(f"{config[RATE] * config[LR]:.3g}")
+        found.setdefault((optimizer, name), {}).setdefault(rate, []).append(record)
+    return [Arm(*place, dict(sorted(runs.items()))) for place, runs in sorted(found.items())]
+
+
+def mean_loss(record: Record) -> float:
+    """Return the mean train loss of a run, over its windows."""
+    return fmean(event["train/window_loss"] for event in record.events("window"))
+
+
+def table(arms: list[Arm]) -> str:
+    """Return the Markdown tables, one for each optimizer."""
+    texts = []
+    for optimizer in dict.fromkeys(arm.optimizer for arm in arms):
+        chosen = [arm for arm in arms if arm.optimizer == optimizer]
+        rates = sorted({rate for arm in chosen for rate in arm.runs})
+        lines = [[optimizer, *(f"{rate:g}" for rate in rates), "best", "mean train loss"]]
+        lines.append(["---"] * len(lines[0]))
+        for arm in chosen:
+            cells = [f"{fmean(arm.top1(rate)):.1f}" if rate in arm.runs else "–" for rate in rates]
+            lines.append([arm.name, *cells, spread(arm.top1(arm.best)), spread(arm.losses(), 3)])
+        texts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(texts)
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Return the mean and the deviation over seeds."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{deviation}"
+
+
+def picture(arms: list[Arm]) -> Figure:
+    """Return top1 against the rate, a panel for each optimizer."""
+    optimizers = list(dict.fromkeys(arm.optimizer for arm in arms))
+    figure, axes = plt.subplots(
+        1, len(optimizers), figsize=(5.5 * len(optimizers), 4), sharey=True, squeeze=False
+    )
+    for axis, optimizer in zip(axes[0], optimizers, strict=True):
+        draw([arm for arm in arms if arm.optimizer == optimizer], axis)
+        axis.set_title(optimizer)
+        axis.set_xlabel("learning rate of the factors")
+    axes[0][0].set_ylabel("top1 of held-out images, %")
+    axes[0][0].legend()
+    figure.tight_layout()
+    return figure
+
+
+def draw(arms: list[Arm], axis: Axes) -> None:
+    """Draw the mean over seeds, and shade from the lowest to the highest."""
+    for arm in arms:
+        top1 = [arm.top1(rate) for rate in arm.runs]
+        dashed = "--" if ", " in arm.name else "-"
+        (line,) = axis.semilogx(list(arm.runs), list(map(fmean, top1)), dashed, label=arm.name)
+        low, high = list(map(min, top1)), list(map(max, top1))
+        axis.fill_between(list(arm.runs), low, high, color=line.get_color(), alpha=0.15, lw=0)
+
+
+if __name__ == "__main__":
+    main()
