@@ -415,7 +415,7 @@ def test_arms_are_compared_at_the_best_of_their_rates(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", command)
     reflora_rates.main()
     header, _, lora, balanced = (tmp_path / "reflora_rates.md").read_text().splitlines()
-    assert header == "| adamw | 0.001 | 0.01 | best | mean train loss |"
+    assert header == "| AdamW | 0.001 | 0.01 | best | mean train loss |"
     name, *top1, best, _loss = lora.strip("| ").split(" | ")
     assert name == "lora" and best == max(top1, key=float)
     assert balanced.startswith("| lora, balanced | – | ")
