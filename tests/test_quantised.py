@@ -290,7 +290,8 @@ def test_growth_keeps_the_codes_and_full_training_comes_back_with_whole_weights(
     gradients = {
         n: torch.randn_like(t.weight(trial.model)) for n, t in trial.monitor.known.items()
     }
-    trial.learner, growth = grow(trial.scene(), lambda: gradients, growth=2)
+    ranks = dict.fromkeys(gradients, 4)
+    trial.learner, growth = grow(trial.scene(), lambda: gradients, ranks)
     assert set(growth.ranks.values()) == {4} and growth.rounding_drift < 1e-5
     for module, before in zip(modules(trial), codes, strict=True):
         assert torch.equal(module.weight, before)

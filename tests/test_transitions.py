@@ -20,10 +20,18 @@ from switchlora.adapters import (
     set_mix,
 )
 from switchlora.errors import SwitchFailed
+from switchlora.learner import moments_of
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import Stages
 from switchlora.ranks import largest_saving_rank
-from switchlora.switching import grow, restart, settle, take_back, with_frozen_front
+from switchlora.switching import (
+    grow,
+    larger_ranks,
+    restart,
+    settle,
+    take_back,
+    with_frozen_front,
+)
 from trials import BASE, SWITCH_AT, batch
 
 
@@ -49,7 +57,10 @@ class Trial(trials.Trial):
         return outcome
 
     def grow(self, gradients, growth=2):
-        self.learner, outcome = grow(self.scene(), lambda: gradients, growth)
+        ranks = larger_ranks(
+            self.model, self.monitor.known, lambda adapter: growth * len(adapter.A)
+        )
+        self.learner, outcome = grow(self.scene(), lambda: gradients, ranks)
         return outcome
 
     def take_back(self):
@@ -202,7 +213,11 @@ def test_growing_adds_directions_outside_the_old_ones_and_keeps_the_function():
     trial.train(3)
     before, logits = weights(trial), trial.logits()
     old = {n: m.lora_A.detach().clone() for n, m in adapted_modules(trial.model).items()}
+    moments = copy.deepcopy(moments_of(trial.model, trial.learner.optimizer))
     outcome = trial.grow(gradients(trial))
+    grown = moments_of(trial.model, trial.learner.optimizer)["blocks.0.mlp.fc1.lora_A"]["exp_avg"]
+    assert torch.equal(grown[:2], moments["blocks.0.mlp.fc1.lora_A"]["exp_avg"])
+    assert not grown[2:].any()
     ranks = outcome.ranks
     assert set(ranks.values()) == {4} and outcome.drift <= 1e-5
     assert applied_ranks(trial.model, trial.monitor.known, ranks) == ranks

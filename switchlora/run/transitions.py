@@ -95,19 +95,19 @@ def grow_ranks(run: Run, standing: Standing) -> Changed:
     guard = run.policy.guard
     assert guard is not None
     what = f"ranks are {guard.growth} times what they were"
-    return _grow(run, standing.reason, what, growth=guard.growth)
+    return _grow(run, standing.reason, what, run.control.ranks_of_guard())
 
 
 def grow_by_rule(run: Run, larger: Mapping[str, int]) -> Changed:
     """Raise the ranks that ``policy.growth`` finds too small to the ``larger`` ones."""
     reason = f"{len(larger)} target(s) use their leading modes"
-    return _grow(run, reason, f"the ranks of {len(larger)} target(s) are larger", ranks=larger)
+    return _grow(run, reason, f"the ranks of {len(larger)} target(s) are larger", larger)
 
 
-def _grow(run: Run, reason: str, what: str, **how: Any) -> Changed:
-    """Raise ranks as ``Controller.grow`` does with the options ``how``."""
+def _grow(run: Run, reason: str, what: str, ranks: Mapping[str, int]) -> Changed:
+    """Raise the ranks of some targets to ``ranks``."""
     gradients = partial(weight_gradients, run, run.control.adapted_targets)
-    change = partial(run.control.grow, gradients=gradients, **how)
+    change = partial(run.control.grow, gradients=gradients, ranks=ranks)
     recipe = run.recipe_of(run.state.phase)
     return make(run, run.segment(), "grow", reason, change, recipe, what)
 

@@ -3,6 +3,7 @@
 from switchlora.switching.changes import (
     SwitchReport as SwitchReport,
     grow as grow,
+    larger_ranks as larger_ranks,
     restart as restart,
     settle as settle,
     switch as switch,

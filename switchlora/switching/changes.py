@@ -236,13 +236,11 @@ def _cut(state: Mapping[str, Any], size: int) -> dict[str, Any]:
 def grow(
     scene: Scene[L],
     gradients: Callable[[], Mapping[str, Tensor]],
-    growth: int = 1,
-    ranks: Mapping[str, int] | None = None,
+    ranks: Mapping[str, int],
 ) -> tuple[L, Growth]:
-    """Multiply the ranks of the adapters by ``growth``, as far as factors save parameters.
+    """Raise the ranks of adapters to ``ranks``, by target: see ``larger_ranks``.
 
-    ``ranks`` are those that are wanted instead, by target. The factors then keep their moments,
-    and what is new has moments of zero. Without ``ranks`` factors begin with fresh moments.
+    Factors keep their moments. What is new has moments of zero.
 
     ``gradients()`` returns the gradient of the loss by the effective weight (out, in) of each
     adapted target. It is called on the primary rank. The part of the gradient outside the row
@@ -253,19 +251,35 @@ def grow(
     policy, targets = scene.policy, scene.monitor.known
     flags = training_flags(scene.learner.model)
 
-    def wanted(name: str, rank: int) -> int:
-        return growth * rank if ranks is None else ranks.get(name, rank)
-
     def change(model: nn.Module, replaced: Replaced) -> dict[str, int]:
-        wider = from_primary(lambda: _wider(model, policy, targets, gradients(), wanted))
+        wider = from_primary(lambda: _wider(model, policy, targets, gradients(), ranks))
         with together():
             _inject(model, policy, targets, wider, replaced)
             _train_as(model, flags, policy)
         return {name: len(factors.A) for name, factors in wider.items()}
 
-    inherit = without_factors if ranks is None else widened
-    learner, outcome, grown = operate(scene, change, inherit, policy.max_drift)
+    learner, outcome, grown = operate(scene, change, widened, policy.max_drift)
     return learner, Growth(**vars(outcome), ranks=grown)
+
+
+def larger_ranks(
+    model: nn.Module, targets: Mapping[str, Target], wanted: Callable[[Adapter], int]
+) -> dict[str, int]:
+    """Return the ``wanted`` ranks that are above those of now, as far as factors save parameters.
+
+    They are of those ``targets`` that have an adapter, by name.
+    """
+    adapted = adapted_modules(model)
+    larger = {}
+    for name, target in targets.items():
+        if target.module not in adapted or target.is_dense(model):
+            continue
+        adapter = adapted[target.module].adapters()[target.part]
+        limit = largest_saving_rank((len(adapter.B), adapter.A.shape[1]))
+        rank = min(wanted(adapter), limit)
+        if rank > len(adapter.A):
+            larger[name] = rank
+    return larger
 
 
 def take_back(scene: Scene[L], trained: Iterable[str]) -> tuple[L, Outcome]:
@@ -322,26 +336,23 @@ def _wider(
     policy: SwitchPolicy,
     targets: Mapping[str, Target],
     gradients: Mapping[str, Tensor],
-    wanted: Callable[[str, int], int],
+    ranks: Mapping[str, int],
 ) -> dict[str, Factors]:
     """Return the factors after growth, of each target with a gradient. ValueError if none grew."""
+    if not ranks:
+        raise ValueError("no rank can grow without becoming as costly as its weight")
     adapted = adapted_modules(model)
     factors = {}
-    grows = False
     for name, gradient in gradients.items():
         target = targets[name]
         if target.is_dense(model):
             continue
         adapter = adapted[target.module].adapters()[target.part]
-        rank = min(wanted(name, len(adapter.A)), largest_saving_rank(gradient.shape))
-        if rank > len(adapter.A):
-            grows = True
-            A, B = _grown(adapter, gradient, rank, policy.scaling(rank))
+        if name in ranks:
+            A, B = _grown(adapter, gradient, ranks[name], policy.scaling(ranks[name]))
         else:
             A, B = adapter.A.detach(), adapter.B.detach()
         factors[name] = Factors(as_loaded(A), as_loaded(B))
-    if not grows:
-        raise ValueError("no rank can grow without becoming as costly as its weight")
     return factors
 
 

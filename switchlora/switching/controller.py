@@ -14,7 +14,6 @@ from switchlora.errors import SwitchFailed
 from switchlora.monitor import Measurement, UpdateMonitor
 from switchlora.policy import Decision, Loss, Refresh, Standing, SwitchPolicy
 from switchlora.process import from_primary
-from switchlora.ranks import largest_saving_rank
 from switchlora.switching import changes
 from switchlora.switching.changes import Growth, SwitchReport
 from switchlora.switching.plan import with_frozen_front
@@ -251,11 +250,10 @@ class Controller:
         self,
         scene: Scene[L],
         gradients: Callable[[], Mapping[str, Tensor]],
-        ranks: Mapping[str, int] | None = None,
-        growth: int = 1,
+        ranks: Mapping[str, int],
     ) -> tuple[L, Growth]:
-        """Raise the ranks to ``ranks``, or multiply them by ``growth``, as ``grow`` does."""
-        found = self._make("growth of the ranks", changes.grow, scene, gradients, growth, ranks)
+        """Raise the ranks to ``ranks``, by target."""
+        found = self._make("growth of the ranks", changes.grow, scene, gradients, ranks)
         self._note_ranks(found[1].ranks)
         return found
 
@@ -295,15 +293,7 @@ class Controller:
 
     def _larger(self, wanted: Callable[[Adapter], int]) -> dict[str, int]:
         """Return the ``wanted`` ranks that are above those of now, as far as factors save."""
-        modules = adapted_modules(self.monitor.model)
-        larger = {}
-        for name, target in self.adapted_targets.items():
-            adapter = modules[target.module].adapters()[target.part]
-            limit = largest_saving_rank((len(adapter.B), adapter.A.shape[1]))
-            rank = min(wanted(adapter), limit)
-            if rank > len(adapter.A):
-                larger[name] = rank
-        return larger
+        return changes.larger_ranks(self.monitor.model, self.monitor.known, wanted)
 
     def _length(self) -> int:
         """Return the updates of a window."""
