@@ -59,15 +59,18 @@ pretrained: .venv/.installed  ## fine-tune a pretrained ViT-S/14, all of it or b
 # A start where B is not 0 needs no warm-up of the refactoring.
 REFLORA := $(BIN)/switchlora +experiments=reflora
 WITH_SGD := recipe@full=sgd full.optimizer.lr=0.01
+BALANCED := switch/init=balanced adapter.factor_lr=1,3,10
 reflora: .venv/.installed  ## RefLoRA: factorisation, accuracy over learning rates, balanced starts
 	$(BIN)/python scripts/reflora.py --out experiments/reflora
 	test -f runs/pretraining/model.safetensors || $(BIN)/switchlora +experiments=pretraining
+	$(REFLORA) +method=reflora adapter.refactoring.warmup_updates=30 adapter.refactoring.reset_moments=false,true adapter.factor_lr=3
+	$(REFLORA) +method=reflora_s switch/init=re_init adapter.refactoring.warmup_updates=0 adapter.factor_lr=3
 	for rule in "" "$(WITH_SGD)"; do \
 	  $(REFLORA) $$rule || exit 1; \
-	  $(REFLORA) $$rule +method=lora switch/init=balanced || exit 1; \
-	  $(REFLORA) $$rule +method=reflora switch/init=balanced adapter.refactoring.warmup_updates=0 || exit 1; \
+	  $(REFLORA) $$rule +method=lora $(BALANCED) || exit 1; \
+	  $(REFLORA) $$rule +method=reflora $(BALANCED) adapter.refactoring.warmup_updates=0 || exit 1; \
 	done
-	$(BIN)/python scripts/reflora_rates.py runs/reflora --out experiments/reflora
+	$(BIN)/python scripts/reflora_rates.py runs/reflora/sweep --out experiments/reflora
 
 scaling: .venv/.installed  ## loss against training FLOPs, dense and low-rank, images and text
 	$(BIN)/switchlora +experiments=scaling

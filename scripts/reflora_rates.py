@@ -1,10 +1,10 @@
 """Compare adapters over learning rates: ``python scripts/reflora_rates.py RUNS --out FOLDER``.
 
-A line of ``reflora_rates.md`` is an optimizer, a method and a start. A column is a learning rate
-of the factors, ``adapter.factor_lr`` times the rate of the weights. A cell is the mean over seeds
-of top1 in %, on all images that were held out. The last columns are of the best rate: top1 and the
-mean loss of the run with their spread over seeds. ``reflora_rates.png`` draws top1 against the
-rate, with the range of the seeds.
+A line of ``reflora_rates.md`` is a method with a start, under an optimizer. A column is a learning
+rate of the factors, ``adapter.factor_lr`` times the rate of the weights. A cell is the mean over
+seeds of top1 in %, on all images that were held out. The last columns are of the best rate: top1
+and the mean loss of the run with their spread over seeds. ``reflora_rates.png`` draws top1 against
+the rate, with the range of the seeds.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from switchlora.analysis.tables.rows import settings_of
 from switchlora.storage import Record, find_records
 
 LR = "full.optimizer.lr"
-DEFAULT_START = "zero_b"
+WARMUP = "adapter.refactoring.warmup_updates"
+DEFAULT_START, DEFAULT_WARMUP = "zero_b", 100
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What a line of the table compares: an optimizer, and a method from a start."""
+    """What a line of the table compares: a method with a start, under an optimizer."""
 
     optimizer: str
     name: str
@@ -68,14 +69,23 @@ def arms_of(records: list[Record]) -> list[Arm]:
     found: dict[tuple[str, str], dict[float, list[Record]]] = {}
     for record in records:
         config = settings_of(record.config)
-        optimizer = str(config["full.optimizer"])
-        start = str(config["switch.init"])
-        name = str(record.config["method"])
-        if start != DEFAULT_START:
-            name = f"{name}, {start}"
         rate = float(f"{config[RATE] * config[LR]:.3g}")
-        found.setdefault((optimizer, name), {}).setdefault(rate, []).append(record)
+        place = str(config["full.optimizer"]), name_of(config)
+        found.setdefault(place, {}).setdefault(rate, []).append(record)
     return [Arm(*place, dict(sorted(runs.items()))) for place, runs in sorted(found.items())]
+
+
+def name_of(config: Mapping[str, object]) -> str:
+    """Return the method of a run, and what it sets in another way than the method's yaml."""
+    words = [str(config["method"])]
+    if config["switch.init"] != DEFAULT_START:
+        words.append(str(config["switch.init"]))
+    warmup = config.get(WARMUP, DEFAULT_WARMUP)
+    if warmup != DEFAULT_WARMUP:
+        words.append(f"warm-up {warmup}")
+    if config.get("adapter.refactoring.reset_moments"):
+        words.append("fresh moments")
+    return ", ".join(words)
 
 
 def mean_loss(record: Record) -> float:
