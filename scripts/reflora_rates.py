@@ -70,14 +70,14 @@ def arms_of(records: list[Record]) -> list[Arm]:
     for record in records:
         config = settings_of(record.config)
         rate = float(f"{config[RATE] * config[LR]:.3g}")
-        place = str(config["full.optimizer"]), name_of(config)
+        place = str(config["full.optimizer"]), name_of(record.config["method"], config)
         found.setdefault(place, {}).setdefault(rate, []).append(record)
     return [Arm(*place, dict(sorted(runs.items()))) for place, runs in sorted(found.items())]
 
 
-def name_of(config: Mapping[str, object]) -> str:
+def name_of(method: str, config: Mapping[str, object]) -> str:
     """Return the method of a run, and what it sets in another way than the method's yaml."""
-    words = [str(config["method"])]
+    words = [method]
     if config["switch.init"] != DEFAULT_START:
         words.append(str(config["switch.init"]))
     warmup = config.get(WARMUP, DEFAULT_WARMUP)
