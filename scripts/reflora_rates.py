@@ -4,10 +4,11 @@ A line of ``reflora_rates.md`` is a method with a start, under an optimizer. A c
 rate of the factors, ``adapter.factor_lr`` times the rate of the weights. A cell is the mean over
 seeds of top1 in %, on all images that were held out. The last columns are of the best rate: top1
 and the mean loss of the run with their spread over seeds. ``reflora_rates.png`` draws top1 against
-the rate, with the range of the seeds.
+the rate, with the range of the seeds. ``reflora_rates.csv`` has a line for each run.
 """
 
 import argparse
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,13 +62,27 @@ def main() -> None:
     text = table(arms)
     save(picture(arms), options.out, "reflora_rates")
     (options.out / "reflora_rates.md").write_text(text, encoding="utf-8")
+    write_runs(arms, options.out / "reflora_rates.csv")
     print(text)
+
+
+def write_runs(arms: list[Arm], path: Path) -> None:
+    """Write a line for each run."""
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["optimizer", "arm", "rate", "seed", "top1", "mean train loss"])
+        for arm in arms:
+            for rate, runs in arm.runs.items():
+                for run, top1 in zip(runs, arm.top1(rate), strict=True):
+                    seed = run.config["seed"]
+                    loss = f"{mean_loss(run):.4f}" if run.finished else ""
+                    lines.writerow([arm.optimizer, arm.name, rate, seed, f"{top1:.2f}", loss])
 
 
 def arms_of(records: list[Record]) -> list[Arm]:
     """Sort runs into arms."""
     found: dict[tuple[str, str], dict[float, list[Record]]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: record.config["seed"]):
         config = settings_of(record.config)
         rate = float(f"{config[RATE] * config[LR]:.3g}")
         place = str(config["full.optimizer"]), name_of(record.config["method"], config)
@@ -115,13 +130,18 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def picture(arms: list[Arm]) -> Figure:
-    """Return top1 against the rate, a panel for each optimizer."""
+    """Return top1 against the rate, a panel for each optimizer, of arms with several rates."""
+    arms = [arm for arm in arms if len(arm.runs) > 1]
+    names = list(dict.fromkeys(arm.name for arm in arms))
+    colors = {name: f"C{number}" for number, name in enumerate(names)}
     optimizers = list(dict.fromkeys(arm.optimizer for arm in arms))
     figure, axes = plt.subplots(
         1, len(optimizers), figsize=(5.5 * len(optimizers), 4), sharey=True, squeeze=False
     )
     for axis, optimizer in zip(axes[0], optimizers, strict=True):
-        draw([arm for arm in arms if arm.optimizer == optimizer], axis)
+        for arm in arms:
+            if arm.optimizer == optimizer:
+                draw(arm, axis, colors[arm.name])
         axis.set_title(optimizer)
         axis.set_xlabel("learning rate of the factors")
     axes[0][0].set_ylabel("top1 of held-out images, %")
@@ -130,14 +150,16 @@ def picture(arms: list[Arm]) -> Figure:
     return figure
 
 
-def draw(arms: list[Arm], axis: Axes) -> None:
-    """Draw the mean over seeds, and shade from the lowest to the highest."""
-    for arm in arms:
-        top1 = [arm.top1(rate) for rate in arm.runs]
-        dashed = "--" if ", " in arm.name else "-"
-        (line,) = axis.semilogx(list(arm.runs), list(map(fmean, top1)), dashed, label=arm.name)
-        low, high = list(map(min, top1)), list(map(max, top1))
-        axis.fill_between(list(arm.runs), low, high, color=line.get_color(), alpha=0.15, lw=0)
+def draw(arm: Arm, axis: Axes, color: str) -> None:
+    """Draw the mean over seeds, and a bar from the lowest to the highest."""
+    top1 = [arm.top1(rate) for rate in arm.runs]
+    means = list(map(fmean, top1))
+    below = [mean - min(seeds) for mean, seeds in zip(means, top1, strict=True)]
+    above = [max(seeds) - mean for mean, seeds in zip(means, top1, strict=True)]
+    dashed = "--" if ", " in arm.name else "-"
+    look = {"color": color, "linestyle": dashed, "capsize": 3}
+    axis.errorbar(list(arm.runs), means, [below, above], label=arm.name, **look)
+    axis.set_xscale("log")
 
 
 if __name__ == "__main__":
