@@ -497,7 +497,7 @@ def test_a_run_on_some_classes_has_labels_and_names_of_these(fashion_root):
     assert len(data.val.dataset) == 1_200 and len(data.test.dataset) == 2_000
 
 
-@pytest.mark.parametrize("classes", [[], [3, 3], [10], [-1, 2]])
+@pytest.mark.parametrize("classes", [[], [3, 3], [10], [-1, 2], 5, "Bag", ["Bag"]])
 def test_classes_that_there_are_not_are_told(classes, fashion_root):
     with pytest.raises(ValueError, match=r"are not some classes of FashionMNIST; give .* 0 to 9"):
         datasets.fashion_mnist(str(fashion_root), train=False, classes=classes)

@@ -242,16 +242,17 @@ def keep_classes(data: MNIST, classes: Sequence[int]) -> None:
     ValueError for a number that is no class, or is given twice.
     """
     known = range(len(data.classes))
-    if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(known):
+    given = list(classes) if isinstance(classes, Sequence) else []
+    if not given or len(set(given)) < len(given) or set(given) - set(known):
         raise ValueError(
-            f"classes {list(classes)} are not some classes of {type(data).__name__}; give "
+            f"classes={classes} are not some classes of {type(data).__name__}; give a list of "
             f"different numbers from 0 to {known[-1]}"
         )
     numbers = torch.full((len(known),), -1)
-    numbers[list(classes)] = torch.arange(len(classes))
+    numbers[given] = torch.arange(len(given))
     targets = numbers[data.targets]
     data.data, data.targets = data.data[targets >= 0], targets[targets >= 0]
-    data.classes = [data.classes[number] for number in classes]
+    data.classes = [data.classes[number] for number in given]
 
 
 def make_folder(folder: Path, purpose: str) -> None:
