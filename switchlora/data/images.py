@@ -245,7 +245,7 @@ def keep_classes(data: MNIST, classes: Sequence[int]) -> None:
     given = list(classes) if isinstance(classes, Sequence) else []
     if not given or len(set(given)) < len(given) or set(given) - set(known):
         raise ValueError(
-            f"classes={classes} are not some classes of {type(data).__name__}; give a list of "
+            f"classes: {classes} are not some classes of {type(data).__name__}; give a list of "
             f"different numbers from 0 to {known[-1]}"
         )
     numbers = torch.full((len(known),), -1)
