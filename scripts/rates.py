@@ -23,14 +23,26 @@ Accuracies = dict[int, float]  # by seed
 
 def main() -> None:
     """Write and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = options_of(__doc__)
     text = table([record for record in find_records(options.runs) if record.finished])
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "rates.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def options_of(documentation: str) -> argparse.Namespace:
+    """Return what the command line of a script names: ``runs``, and the folder ``out``."""
+    parser = argparse.ArgumentParser(description=documentation.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def lines_of(rows: list[list[str]]) -> str:
+    """Return a Markdown table without padding; the first row is the header."""
+    header, *others = rows
+    lines = [header, ["---"] * len(header), *others]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def table(records: list[Record]) -> str:
@@ -44,12 +56,12 @@ def table(records: list[Record]) -> str:
     rates = sorted({rate for by_rate in found.values() for rate in by_rate}, key=_matched_first)
     header = ["width", "switch at epoch", "start", "trained", *rates]
     header += ["best fixed", "matched to it, points"]
-    lines = [header, ["---"] * len(header)]
+    lines = [header]
     for setting in sorted(found):
         by_rate = found[setting]
         cells = [shown(by_rate.get(rate, {})) for rate in rates]
         lines.append([*setting, *cells, *compared(by_rate)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return lines_of(lines)
 
 
 def rate_of(config: Mapping[str, object]) -> str:

@@ -7,18 +7,18 @@ and the mean loss of the run with their spread over seeds. ``reflora_rates.png``
 the rate, with the range of the seeds. ``reflora_rates.csv`` has a line for each run.
 """
 
-import argparse
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean, stdev
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rates import RATE, held_out
+from rates import RATE, held_out, lines_of, options_of
 
 from switchlora.analysis.output import save
 from switchlora.analysis.tables.rows import settings_of
@@ -30,34 +30,42 @@ DEFAULT_START, DEFAULT_WARMUP = "zero_b", 100
 
 
 @dataclass(frozen=True)
+class Result:
+    """What a run reached."""
+
+    seed: int
+    top1: float
+    """in %; 0 without a finite loss"""
+    loss: float
+    """mean train loss over its windows; NaN without a finite loss"""
+
+
+@dataclass(frozen=True)
 class Arm:
     """What a line of the table compares: a method with a start, under an optimizer."""
 
     optimizer: str
     name: str
-    runs: Mapping[float, list[Record]]
-    """the runs of all seeds by the learning rate of the factors"""
+    results: Mapping[float, list[Result]]
+    """those of all seeds by the learning rate of the factors"""
 
     def top1(self, rate: float) -> list[float]:
-        """Return top1 in % of each seed. A run without a finite loss has 0."""
-        return [held_out(run) if run.finished else 0.0 for run in self.runs[rate]]
+        """Return top1 in % of each seed."""
+        return [result.top1 for result in self.results[rate]]
 
     @cached_property
     def best(self) -> float:
         """The rate with the highest mean."""
-        return max(self.runs, key=lambda rate: fmean(self.top1(rate)))
+        return max(self.results, key=lambda rate: fmean(self.top1(rate)))
 
     def losses(self) -> list[float]:
         """Return the mean train loss of each seed at the best rate, over the whole run."""
-        return [mean_loss(run) for run in self.runs[self.best]]
+        return [result.loss for result in self.results[self.best]]
 
 
 def main() -> None:
     """Write and print the table; draw the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = options_of(__doc__)
     arms = arms_of([record for record in find_records(options.runs) if record.summary])
     text = table(arms)
     save(picture(arms), options.out, "reflora_rates")
@@ -72,22 +80,24 @@ def write_runs(arms: list[Arm], path: Path) -> None:
         lines = csv.writer(file)
         lines.writerow(["optimizer", "arm", "rate", "seed", "top1", "mean train loss"])
         for arm in arms:
-            for rate, runs in arm.runs.items():
-                for run, top1 in zip(runs, arm.top1(rate), strict=True):
-                    seed = run.config["seed"]
-                    loss = f"{mean_loss(run):.4f}" if run.finished else ""
-                    lines.writerow([arm.optimizer, arm.name, rate, seed, f"{top1:.2f}", loss])
+            for rate, results in arm.results.items():
+                for found in results:
+                    numbers = [
+                        f"{found.top1:.2f}",
+                        "" if isnan(found.loss) else f"{found.loss:.4f}",
+                    ]
+                    lines.writerow([arm.optimizer, arm.name, rate, found.seed, *numbers])
 
 
 def arms_of(records: list[Record]) -> list[Arm]:
     """Sort runs into arms."""
-    found: dict[tuple[str, str], dict[float, list[Record]]] = {}
+    found: dict[tuple[str, str], dict[float, list[Result]]] = {}
     for record in sorted(records, key=lambda record: record.config["seed"]):
         config = settings_of(record.config)
         rate = float(f"{config[RATE] * config[LR]:.3g}")
         place = str(config["full.optimizer"]), name_of(record.config["method"], config)
-        found.setdefault(place, {}).setdefault(rate, []).append(record)
-    return [Arm(*place, dict(sorted(runs.items()))) for place, runs in sorted(found.items())]
+        found.setdefault(place, {}).setdefault(rate, []).append(result_of(record))
+    return [Arm(*place, dict(sorted(rates.items()))) for place, rates in sorted(found.items())]
 
 
 def name_of(method: str, config: Mapping[str, object]) -> str:
@@ -103,9 +113,13 @@ def name_of(method: str, config: Mapping[str, object]) -> str:
     return ", ".join(words)
 
 
-def mean_loss(record: Record) -> float:
-    """Return the mean train loss of a run, over its windows."""
-    return fmean(event["train/window_loss"] for event in record.events("window"))
+def result_of(record: Record) -> Result:
+    """Read what a run reached."""
+    seed = record.config["seed"]
+    if not record.finished:
+        return Result(seed, 0.0, nan)
+    losses = [event["train/window_loss"] for event in record.events("window")]
+    return Result(seed, held_out(record), fmean(losses))
 
 
 def table(arms: list[Arm]) -> str:
@@ -113,13 +127,14 @@ def table(arms: list[Arm]) -> str:
     texts = []
     for optimizer in dict.fromkeys(arm.optimizer for arm in arms):
         chosen = [arm for arm in arms if arm.optimizer == optimizer]
-        rates = sorted({rate for arm in chosen for rate in arm.runs})
+        rates = sorted({rate for arm in chosen for rate in arm.results})
         lines = [[optimizer, *(f"{rate:g}" for rate in rates), "best", "mean train loss"]]
-        lines.append(["---"] * len(lines[0]))
         for arm in chosen:
-            cells = [f"{fmean(arm.top1(rate)):.1f}" if rate in arm.runs else "–" for rate in rates]
+            cells = [
+                f"{fmean(arm.top1(rate)):.1f}" if rate in arm.results else "–" for rate in rates
+            ]
             lines.append([arm.name, *cells, spread(arm.top1(arm.best)), spread(arm.losses(), 3)])
-        texts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+        texts.append(lines_of(lines))
     return "\n".join(texts)
 
 
@@ -131,7 +146,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 def picture(arms: list[Arm]) -> Figure:
     """Return top1 against the rate, a panel for each optimizer, of arms with several rates."""
-    arms = [arm for arm in arms if len(arm.runs) > 1]
+    arms = [arm for arm in arms if len(arm.results) > 1]
     names = list(dict.fromkeys(arm.name for arm in arms))
     colors = {name: f"C{number}" for number, name in enumerate(names)}
     optimizers = list(dict.fromkeys(arm.optimizer for arm in arms))
@@ -152,13 +167,13 @@ def picture(arms: list[Arm]) -> Figure:
 
 def draw(arm: Arm, axis: Axes, color: str) -> None:
     """Draw the mean over seeds, and a bar from the lowest to the highest."""
-    top1 = [arm.top1(rate) for rate in arm.runs]
+    top1 = [arm.top1(rate) for rate in arm.results]
     means = list(map(fmean, top1))
     below = [mean - min(seeds) for mean, seeds in zip(means, top1, strict=True)]
     above = [max(seeds) - mean for mean, seeds in zip(means, top1, strict=True)]
     dashed = "--" if ", " in arm.name else "-"
     look = {"color": color, "linestyle": dashed, "capsize": 3}
-    axis.errorbar(list(arm.runs), means, [below, above], label=arm.name, **look)
+    axis.errorbar(list(arm.results), means, [below, above], label=arm.name, **look)
     axis.set_xscale("log")
 
 

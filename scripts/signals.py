@@ -7,7 +7,6 @@ has Spearman's rank correlation of signal and cost over the dates: the mean over
 least and largest. 'trial' alone looks ahead: it trained the adapter for one window.
 """
 
-import argparse
 import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from rates import held_out
+from rates import held_out, lines_of, options_of
 from scipy.stats import spearmanr
 
 from switchlora.monitor import Measurement
@@ -116,13 +115,10 @@ SIGNALS: tuple[Callable[[Switched], float], ...] = (
 
 def main() -> None:
     """Write and print the table, and all numbers as CSV."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sweeps", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = options_of(__doc__)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for sweep in options.sweeps:
+    for sweep in options.runs:
         for run in switched_runs(sweep):
             told = {"setting": sweep.name, "seed": run.record.config["seed"]}
             told |= {"update": run.history[-1].num_updates, "cost": run.cost}
@@ -168,11 +164,11 @@ def table(rows: list[dict[str, float]]) -> str:
     for name in names:
         found[name] = [correlations(rows, setting, name) for setting in settings]
     header = ["signal", *map(str, settings)]
-    lines = [header, ["---"] * len(header)]
+    lines = [header]
     for name in sorted(names, key=lambda name: -fmean(map(fmean, found[name]))):
         cells = [f"{fmean(c):+.2f} ({min(c):+.2f} to {max(c):+.2f})" for c in found[name]]
         lines.append([name, *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return lines_of(lines)
 
 
 def correlations(rows: list[dict[str, float]], setting: object, signal: str) -> list[float]:

@@ -58,6 +58,8 @@ class Budget:
     """values of ``key``"""
     lengths: str
     """shares of its updates that full training is shortened to"""
+    leaders: Sequence[str] = ()
+    """methods that run with ``MORE_SEEDS`` too"""
 
 
 BUDGETS = {
@@ -66,6 +68,7 @@ BUDGETS = {
         key=FACTOR_LR,
         adapters=("matched", "1", "3", "10"),
         lengths="0.6,0.7,0.8,0.9",
+        leaders=LEADERS,
     ),
     "pretrained": Budget(
         full=("1e-5", "3e-5", "1e-4", "3e-4"),
@@ -132,8 +135,8 @@ class Study:
     def report(self, methods: Sequence[str], *words: str) -> None:
         """Run some methods with all seeds that are reported."""
         self.sweep("sweep", [f"+method={','.join(methods)}", f"seed={SEEDS}", *words])
-        leaders = [name for name in methods if name in LEADERS]
-        if self.experiment == "systems" and leaders:
+        leaders = [name for name in methods if name in BUDGETS[self.experiment].leaders]
+        if leaders:
             self.sweep("sweep", [f"+method={','.join(leaders)}", f"seed={MORE_SEEDS}", *words])
 
     def sweep(self, folder: str, words: Sequence[str], may_fail: bool = False) -> None:

@@ -252,7 +252,7 @@ def grow(
     flags = training_flags(scene.learner.model)
 
     def change(model: nn.Module, replaced: Replaced) -> dict[str, int]:
-        wider = from_primary(lambda: _wider(model, policy, targets, gradients(), ranks))
+        wider = from_primary(lambda: _wider(model, policy, targets, gradients, ranks))
         with together():
             _inject(model, policy, targets, wider, replaced)
             _train_as(model, flags, policy)
@@ -335,7 +335,7 @@ def _wider(
     model: nn.Module,
     policy: SwitchPolicy,
     targets: Mapping[str, Target],
-    gradients: Mapping[str, Tensor],
+    gradients: Callable[[], Mapping[str, Tensor]],
     ranks: Mapping[str, int],
 ) -> dict[str, Factors]:
     """Return the factors after growth, of each target with a gradient. ValueError if none grew."""
@@ -343,7 +343,7 @@ def _wider(
         raise ValueError("no rank can grow without becoming as costly as its weight")
     adapted = adapted_modules(model)
     factors = {}
-    for name, gradient in gradients.items():
+    for name, gradient in gradients().items():
         target = targets[name]
         if target.is_dense(model):
             continue
