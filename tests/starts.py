@@ -213,8 +213,11 @@ def _status_of(module, words, environment, outputs):
 def torchrun(processes, act, *words, looks_every=0.1):
     """``act(*words)`` on several gloo ranks, by the launcher that is behind ``torchrun``.
 
-    After so many seconds it ends the others, where one has ended.
+    After so many seconds it ends the others, where one has ended. No rank begins before all are
+    forked: a store that answers one of them may hold the C library's lock on names, and a fork that
+    begins then never finds a name.
     """
+    forked = multiprocessing.get_context("fork").Barrier(processes)
     config = LaunchConfig(
         *(1, 1, processes),
         run_id=str(uuid.uuid4()),
@@ -224,7 +227,12 @@ def torchrun(processes, act, *words, looks_every=0.1):
         monitor_interval=looks_every,
         start_method="fork",
     )
-    elastic_launch(config, act)(*words)
+    elastic_launch(config, _once_all_are)(forked, act, *words)
+
+
+def _once_all_are(forked, act, *words):
+    forked.wait()
+    act(*words)
 
 
 def children(pid):
