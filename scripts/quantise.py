@@ -8,24 +8,22 @@ SWEEP is a folder of runs of ``experiments/quantise.yaml``, with the full phases
   turns with the rounding, and LoftQ's turns of rounding and SVD (arXiv 2310.08659).
 """
 
-import argparse
 import copy
-import csv
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from rates import held_out
+from study import compare, held_out, write_csv
 from torch import Tensor, nn
 
 from switchlora.adapters import CODES, Factors, Target, dequantised, quantised
 from switchlora.initializers import UpdateSVD, update_directions, zero_b
 from switchlora.monitor import truncated_svd
 from switchlora.run import prepare
-from switchlora.storage import Record, find_all, find_records, load
+from switchlora.storage import Record, find_all, load
 from switchlora.switching.plan import choose_ranks
 
 STARTS = {
@@ -41,31 +39,32 @@ IMAGES = 512
 
 def main() -> None:
     """Write the tables that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sweep", type=Path, metavar="SWEEP")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    records = [each for each in find_records([options.sweep]) if each.finished]
-    write(options.out / "runs.csv", [row_of(record) for record in records])
-    trunks = sorted(path.parent for path in options.sweep.glob("trunk/*/trunk.json"))
-    write(options.out / "ways.csv", [row for trunk in trunks for row in rows_of(trunk)])
+    compare(__doc__, row_of, write)
 
 
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys."""
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+def write(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write both tables."""
+    sweeps = dict.fromkeys(row.pop("sweep") for row in rows)
+    trunks = sorted(path.parent for sweep in sweeps for path in sweep.glob("trunk/*/trunk.json"))
+    if not trunks:
+        raise ValueError(
+            f"{' '.join(map(str, sweeps))} holds no trunk: give the folder of a sweep"
+        )
+    write_csv(folder / "runs.csv", rows)
+    write_csv(folder / "ways.csv", [row for trunk in trunks for row in rows_of(trunk)])
 
 
-def row_of(record: Record) -> dict[str, Any]:
-    """Return the facts of a run."""
+def row_of(record: Record) -> dict[str, Any] | None:
+    """Return the facts of a finished run."""
+    if not record.finished:
+        return None
     summary = record.result
+    if not summary["switch"]["fired"]:
+        raise ValueError(f"{record.folder} did not switch: give runs that did")
     switch, phases = summary["switch"], summary["phases"]
     held = {name: phase["memory"]["measured"] for name, phase in phases.items()}
     return {
+        "sweep": record.folder.parent,
         "seed": record.config["seed"],
         "residual_dtype": record.config["switch"]["residual_dtype"] or "float32",
         "held_out": round(held_out(record), 3),

@@ -6,14 +6,15 @@ all images that were held out: the validation and the test split together. The l
 compare the matched rate, seed by seed, with the fixed rate that is best in the mean.
 """
 
-import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from study import compare, held_out, lines_of, settings
+
 from switchlora.analysis.tables.columns import Cell
-from switchlora.analysis.tables.rows import settings_of
-from switchlora.storage import Record, find_records
+from switchlora.storage import Record
 
 SETTING = ("model.embed_dim", "switch.criterion.epoch", "switch.init", "switch.rank.share")
 RATE = "adapter.factor_lr"
@@ -21,38 +22,43 @@ STEP = "adapter.matched_step"
 Accuracies = dict[int, float]  # by seed
 
 
+@dataclass(frozen=True)
+class Run:
+    """What the table needs of a run."""
+
+    setting: tuple[str, ...]
+    rate: str
+    seed: int
+    top1: float
+
+
 def main() -> None:
     """Write and print the table."""
-    options = options_of(__doc__)
-    text = table([record for record in find_records(options.runs) if record.finished])
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "rates.md").write_text(text, encoding="utf-8")
+    compare(__doc__, read, write)
+
+
+def read(record: Record) -> Run | None:
+    """Return what a finished run reached."""
+    rate, step, *setting = settings(record, RATE, STEP, *SETTING)
+    if not record.finished:
+        return None
+    name = f"matched {step:g}" if rate == "matched" else f"{rate:g} x"
+    return Run(tuple(map(str, setting)), name, record.config["seed"], held_out(record))
+
+
+def write(runs: list[Run], folder: Path) -> None:
+    """Write and print the table."""
+    text = table(runs)
+    (folder / "rates.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def options_of(documentation: str) -> argparse.Namespace:
-    """Return what the command line of a script names: ``runs``, and the folder ``out``."""
-    parser = argparse.ArgumentParser(description=documentation.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
-
-
-def lines_of(rows: list[list[str]]) -> str:
-    """Return a Markdown table without padding; the first row is the header."""
-    header, *others = rows
-    lines = [header, ["---"] * len(header), *others]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def table(records: list[Record]) -> str:
-    """Return the Markdown table of finished runs."""
+def table(runs: list[Run]) -> str:
+    """Return the Markdown table."""
     found: dict[tuple[str, ...], dict[str, Accuracies]] = {}
-    for record in records:
-        config = settings_of(record.config)
-        setting = tuple(str(config[key]) for key in SETTING)
-        by_rate = found.setdefault(setting, {})
-        by_rate.setdefault(rate_of(config), {})[record.config["seed"]] = held_out(record)
+    for run in runs:
+        by_rate = found.setdefault(run.setting, {})
+        by_rate.setdefault(run.rate, {})[run.seed] = run.top1
     rates = sorted({rate for by_rate in found.values() for rate in by_rate}, key=_matched_first)
     header = ["width", "switch at epoch", "start", "trained", *rates]
     header += ["best fixed", "matched to it, points"]
@@ -62,20 +68,6 @@ def table(records: list[Record]) -> str:
         cells = [shown(by_rate.get(rate, {})) for rate in rates]
         lines.append([*setting, *cells, *compared(by_rate)])
     return lines_of(lines)
-
-
-def rate_of(config: Mapping[str, object]) -> str:
-    """Return the name of a run's learning rate of the factors."""
-    rate = config[RATE]
-    return f"matched {config[STEP]:g}" if rate == "matched" else f"{rate:g} x"
-
-
-def held_out(record: Record) -> float:
-    """Return top1 in % over the validation and the test split."""
-    splits = [record.result["val"], record.result["test"]]
-    images = [record.result["images"][name] for name in ("val", "test")]
-    total = sum(split["top1"] * count for split, count in zip(splits, images, strict=True))
-    return float(total) / sum(images)
 
 
 def shown(accuracies: Accuracies) -> str:

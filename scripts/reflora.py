@@ -9,20 +9,20 @@ Li & Giannakis (arXiv 2505.18877), with sizes of our own.
 """
 
 import argparse
-import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from study import write_csv
 from torch import Tensor
 
 from switchlora.adapters import Factors
 from switchlora.analysis.output import save
 from switchlora.learner import refactoring_matrices
+from switchlora.storage import output_folder
 
 STEPS = 200
 RATES = torch.logspace(-4, 1, 24, dtype=torch.float64)
@@ -35,6 +35,8 @@ STARTS = {"|B| = |A|": 1.0, "|B| = 10 |A|": 10.0, "|B| = 100 |A|": 100.0, "B nea
 REACHED = 0.01
 DIVERGED = 1e3
 """times the first loss; a rate that comes there stops"""
+TITLES = ("optimizer", "condition", "start", "method", "seed")
+"""what a curve is of"""
 Gradients = tuple[Tensor, Tensor]
 Method = Callable[[Factors, Gradients], Gradients]
 
@@ -119,7 +121,7 @@ class Curve:
 def main() -> None:
     """Write the table of all seeds and the picture of the first."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=output_folder, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     curves = []
@@ -127,7 +129,7 @@ def main() -> None:
         curves += all_curves(seed)
     first = [curve for curve in curves if curve.seed == options.seeds[0]]
     paths = save(picture(first), options.out, "reflora")
-    write_table(curves, options.out / "reflora.csv")
+    write_csv(options.out / "reflora.csv", [row_of(curve) for curve in curves])
     print(*paths, options.out / "reflora.csv", sep="\n")
 
 
@@ -192,16 +194,14 @@ def squared(error: Tensor) -> Tensor:
     return error.square().sum((-2, -1)) / 2
 
 
-def write_table(curves: list[Curve], path: Path) -> None:
-    """Write a line for each curve."""
-    with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        titles = ("optimizer", "condition", "start", "method", "seed")
-        table.writerow([*titles, "rate", "steps to 1 %", "last loss"])
-        for curve in curves:
-            where = [getattr(curve, title) for title in titles]
-            steps = "never" if curve.steps is None else curve.steps
-            table.writerow([*where, f"{curve.rate:.2g}", steps, f"{curve.losses[-1]:.1e}"])
+def row_of(curve: Curve) -> dict[str, object]:
+    """Return the line of a curve."""
+    row = {title: getattr(curve, title) for title in TITLES}
+    return row | {
+        "rate": f"{curve.rate:.2g}",
+        "steps to 1 %": "never" if curve.steps is None else curve.steps,
+        "last loss": f"{curve.losses[-1]:.1e}",
+    }
 
 
 def picture(curves: list[Curve]) -> Figure:

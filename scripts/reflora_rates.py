@@ -7,8 +7,7 @@ and the mean loss of the run with their spread over seeds. ``reflora_rates.png``
 the rate, with the range of the seeds. ``reflora_rates.csv`` has a line for each run.
 """
 
-import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import isnan, nan
@@ -18,11 +17,12 @@ from statistics import fmean, stdev
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rates import RATE, held_out, lines_of, options_of
+from rates import RATE
+from study import compare, held_out, lines_of, settings, write_csv
 
 from switchlora.analysis.output import save
 from switchlora.analysis.tables.rows import settings_of
-from switchlora.storage import Record, find_records
+from switchlora.storage import Record
 
 LR = "full.optimizer.lr"
 WARMUP = "adapter.refactoring.warmup_updates"
@@ -63,48 +63,70 @@ class Arm:
         return [result.loss for result in self.results[self.best]]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands: its line, and its column."""
+
+    optimizer: str
+    name: str
+    rate: float
+
+
 def main() -> None:
     """Write and print the table; draw the picture."""
-    options = options_of(__doc__)
-    arms = arms_of([record for record in find_records(options.runs) if record.summary])
+    compare(__doc__, read, write)
+
+
+def read(record: Record) -> tuple[Place, Result] | None:
+    """Return what a run reached, and where that stands."""
+    factor_lr, lr, optimizer, init = settings(record, RATE, LR, "full.optimizer", "switch.init")
+    if isinstance(factor_lr, str):
+        raise ValueError(f"{record.folder} sets {RATE}={factor_lr}: give runs that set a number")
+    if record.summary is None:
+        return None
+    name = name_of(record.config["method"], init, settings_of(record.config))
+    return Place(str(optimizer), name, float(f"{factor_lr * lr:.3g}")), result_of(record)
+
+
+def write(runs: list[tuple[Place, Result]], folder: Path) -> None:
+    """Write and print the table; draw the picture."""
+    arms = arms_of(runs)
     text = table(arms)
-    save(picture(arms), options.out, "reflora_rates")
-    (options.out / "reflora_rates.md").write_text(text, encoding="utf-8")
-    write_runs(arms, options.out / "reflora_rates.csv")
+    save(picture(arms), folder, "reflora_rates")
+    (folder / "reflora_rates.md").write_text(text, encoding="utf-8")
+    write_csv(folder / "reflora_rates.csv", list(rows_of(arms)))
     print(text)
 
 
-def write_runs(arms: list[Arm], path: Path) -> None:
-    """Write a line for each run."""
-    with path.open("w", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(["optimizer", "arm", "rate", "seed", "top1", "mean train loss"])
-        for arm in arms:
-            for rate, results in arm.results.items():
-                for found in results:
-                    numbers = [
-                        f"{found.top1:.2f}",
-                        "" if isnan(found.loss) else f"{found.loss:.4f}",
-                    ]
-                    lines.writerow([arm.optimizer, arm.name, rate, found.seed, *numbers])
+def rows_of(arms: list[Arm]) -> Iterator[dict[str, object]]:
+    """Yield a line for each run."""
+    for arm in arms:
+        for rate, results in arm.results.items():
+            for found in results:
+                yield {
+                    "optimizer": arm.optimizer,
+                    "arm": arm.name,
+                    "rate": rate,
+                    "seed": found.seed,
+                    "top1": f"{found.top1:.2f}",
+                    "mean train loss": "" if isnan(found.loss) else f"{found.loss:.4f}",
+                }
 
 
-def arms_of(records: list[Record]) -> list[Arm]:
+def arms_of(runs: list[tuple[Place, Result]]) -> list[Arm]:
     """Sort runs into arms."""
     found: dict[tuple[str, str], dict[float, list[Result]]] = {}
-    for record in sorted(records, key=lambda record: record.config["seed"]):
-        config = settings_of(record.config)
-        rate = float(f"{config[RATE] * config[LR]:.3g}")
-        place = str(config["full.optimizer"]), name_of(record.config["method"], config)
-        found.setdefault(place, {}).setdefault(rate, []).append(result_of(record))
-    return [Arm(*place, dict(sorted(rates.items()))) for place, rates in sorted(found.items())]
+    for place, result in sorted(runs, key=lambda run: run[1].seed):
+        arm = found.setdefault((place.optimizer, place.name), {})
+        arm.setdefault(place.rate, []).append(result)
+    return [Arm(*arm, dict(sorted(rates.items()))) for arm, rates in sorted(found.items())]
 
 
-def name_of(method: str, config: Mapping[str, object]) -> str:
+def name_of(method: str, init: str, config: Mapping[str, object]) -> str:
     """Return the method of a run, and what it sets in another way than the method's yaml."""
     words = [method]
-    if config["switch.init"] != DEFAULT_START:
-        words.append(str(config["switch.init"]))
+    if init != DEFAULT_START:
+        words.append(init)
     warmup = config.get(WARMUP, DEFAULT_WARMUP)
     if warmup != DEFAULT_WARMUP:
         words.append(f"warm-up {warmup}")

@@ -7,18 +7,17 @@ has Spearman's rank correlation of signal and cost over the dates: the mean over
 least and largest. 'trial' alone looks ahead: it trained the adapter for one window.
 """
 
-import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
-from rates import held_out, lines_of, options_of
 from scipy.stats import spearmanr
+from study import compare, held_out, lines_of, write_csv
 
 from switchlora.monitor import Measurement
-from switchlora.storage import Record, find_records, read_events, read_history
+from switchlora.storage import Record, read_events, read_history
 
 History = list[Measurement]
 
@@ -115,36 +114,60 @@ SIGNALS: tuple[Callable[[Switched], float], ...] = (
 
 def main() -> None:
     """Write and print the table, and all numbers as CSV."""
-    options = options_of(__doc__)
-    options.out.mkdir(parents=True, exist_ok=True)
+    compare(__doc__, read, write)
+
+
+def read(record: Record) -> Record | None:
+    """Return a run if it has finished."""
+    return record if record.finished else None
+
+
+def write(records: list[Record], folder: Path) -> None:
+    """Write and print the table, and all numbers as CSV."""
     rows = []
-    for sweep in options.runs:
-        for run in switched_runs(sweep):
+    for sweep in dict.fromkeys(record.folder.parent for record in records):
+        for run in switched_runs([each for each in records if each.folder.parent == sweep]):
             told = {"setting": sweep.name, "seed": run.record.config["seed"]}
             told |= {"update": run.history[-1].num_updates, "cost": run.cost}
             rows.append(told | {signal.__name__: signal(run) for signal in SIGNALS})
-    with (options.out / "signals.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
     text = table(rows)
-    (options.out / "signals.md").write_text(text, encoding="utf-8")
+    write_csv(folder / "signals.csv", rows)
+    (folder / "signals.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def switched_runs(sweep: Path) -> list[Switched]:
+def switched_runs(records: list[Record]) -> list[Switched]:
     """Return the runs of a sweep that switched, each with full training of its seed."""
     full: dict[int, Record] = {}
     others = []
-    for record in find_records([sweep]):
-        if not record.finished:
-            continue
+    for record in records:
         if record.result["switch"]["fired"]:
             others.append(record)
         else:
             full[record.config["seed"]] = record
-    found = [Switched(record, full[record.config["seed"]]) for record in others]
+    found = []
+    for record in others:
+        seed = record.config["seed"]
+        if seed not in full:
+            raise ValueError(f"{record.folder} needs full training with seed {seed} beside it")
+        found.append(Switched(record, full[seed]))
+    check(found)
     return sorted(found, key=lambda run: (run.record.config["seed"], -early(run)))
+
+
+def check(runs: list[Switched]) -> None:
+    """Raise ValueError unless the signals of each run are known, at two dates or more a seed."""
+    dates: dict[int, set[int]] = {}
+    for run in runs:
+        if len(run.history) < 2:
+            raise ValueError(
+                f"{run.record.folder} was measured once before its switch: give a later one"
+            )
+        if not all(stats.update_kept_energies for stats in run.history[-1].layers.values()):
+            raise ValueError(f"{run.record.folder} was not made with monitor.exact=true")
+        dates.setdefault(run.record.config["seed"], set()).add(run.history[-1].num_updates)
+    if not dates or min(map(len, dates.values())) < 2:
+        raise ValueError("give runs that switched at two dates or more, for each seed")
 
 
 def loss_after(record: Record, update: int) -> float:

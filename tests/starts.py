@@ -214,8 +214,8 @@ def torchrun(processes, act, *words, looks_every=0.1):
     """``act(*words)`` on several gloo ranks, by the launcher that is behind ``torchrun``.
 
     After so many seconds it ends the others, where one has ended. No rank begins before all are
-    forked: a store that answers one of them may hold the C library's lock on names, and a fork that
-    begins then never finds a name.
+    forked: a store that answers one of them may hold the C library's lock on names, and a process
+    that is forked then never finds a name.
     """
     forked = multiprocessing.get_context("fork").Barrier(processes)
     config = LaunchConfig(

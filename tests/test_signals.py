@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import signals
+import study
 
 from runs import make_run
 from switchlora.storage import read_record
@@ -31,7 +32,7 @@ def test_each_switch_has_its_cost_and_what_was_known_before_it(sweep, tmp_path, 
     with (tmp_path / "signals.csv").open() as file:
         first, second = csv.DictReader(file)
     assert [row["update"] for row in (first, second)] == ["10", "15"]
-    full, early = (signals.held_out(read_record(sweep / name)) for name in ("99", "0.5"))
+    full, early = (study.held_out(read_record(sweep / name)) for name in ("99", "0.5"))
     assert float(first["cost"]) == pytest.approx(full - early)
     for row in (first, second):
         assert 0 < float(row["lost_energy"]) < 1 and 0 < float(row["update_norm"]) <= 1
