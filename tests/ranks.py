@@ -16,7 +16,7 @@ from starts import program
 from switchlora.config import as_plain
 from switchlora.learner import Learner
 from switchlora.process import distributed
-from switchlora.process.schema import unless_there
+from switchlora.process.schema import not_yet_there
 from switchlora.run import agree_on_data, agree_on_settings, finish, prepare
 from switchlora.switching import trained_tensors
 from switchlora.train import fit
@@ -56,9 +56,9 @@ def make_folder_late(folder):
     """Whether the folder was new, where rank 1 is the first to look for it and to make it."""
     if distributed.is_primary():
         time.sleep(0.2)
-    found = unless_there(folder)
+    found = not_yet_there(folder)
     folder.mkdir(exist_ok=True)
-    return found is not None
+    return found == [folder]
 
 
 def look_around(folder):

@@ -209,14 +209,15 @@ def mistaken(monkeypatch, folder, typed):
 
 @pytest.mark.parametrize("typed", FOUND_WHILE_BUILDING)
 def test_a_mistake_that_is_found_while_building_leaves_no_run_folder(tmp_path, monkeypatch, typed):
-    mistaken(monkeypatch, tmp_path / "run", typed)
-    assert not (tmp_path / "run").exists()
+    mistaken(monkeypatch, tmp_path / "runs/demo/one", typed)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_was_there_before_stays(tmp_path, monkeypatch):
-    (tmp_path / "run").mkdir()
-    mistaken(monkeypatch, tmp_path / "run", "data.batch_size=100000")
-    assert (tmp_path / "run").exists()
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    mistaken(monkeypatch, tmp_path / "runs/demo", "data.batch_size=100000")
+    mistaken(monkeypatch, tmp_path / "runs/other/one", "data.batch_size=100000")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo"]
 
 
 def test_a_folder_in_which_anything_was_written_stays(tmp_path):

@@ -510,8 +510,8 @@ def written(value: Any) -> str:
 class CheckFirst(Callback):
     """Check the configuration before the folder of the run is made: a Hydra callback."""
 
-    new_folder: ClassVar[Path | None] = None
-    """the folder of the run, if there was none before"""
+    new_folders: ClassVar[list[Path]] = []
+    """the folder of the run, if there was none before, and those above it that are as new"""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Leave with one line for a configuration that no run can have."""
@@ -523,9 +523,9 @@ class CheckFirst(Callback):
             folder = Path(config.hydra.run.dir).absolute()
         except Exception as error:
             exit_with_one_line(error)
-        CheckFirst.new_folder = unless_there(folder)
+        CheckFirst.new_folders = not_yet_there(folder)
 
 
-def unless_there(folder: Path) -> Path | None:
-    """Return ``folder`` if the primary rank sees none there, before any rank makes it."""
-    return from_primary(lambda: None if folder.exists() else folder)
+def not_yet_there(folder: Path) -> list[Path]:
+    """Return ``folder`` and those above it that the primary rank misses, before any is made."""
+    return from_primary(lambda: [path for path in (folder, *folder.parents) if not path.exists()])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from switchlora.process import CheckFirst, is_primary
+from switchlora.process import CheckFirst, is_primary, not_yet_there
 
 BEFORE_A_RUN = {".lock", ".hydra"}
 """what stands in the folder of a run before the run itself writes anything"""
@@ -15,18 +15,23 @@ BEFORE_A_RUN = {".lock", ".hydra"}
 def unused_removed(folder: Path) -> Iterator[None]:
     """Remove ``folder`` when an error ends what is inside and nothing was written.
 
-    A folder stays that was there before this process, or in which anything else lies.
+    Folders above it go with it. One stays that was there before this process, or in which anything
+    else lies.
     """
-    is_new = CheckFirst.new_folder == folder.absolute() or not folder.exists()
+    folder = folder.absolute()
+    known = CheckFirst.new_folders
+    new = known if folder in known else not_yet_there(folder)
     try:
         yield
     except BaseException:
-        if is_new and is_primary():
+        if new and is_primary():
             with suppress(OSError):
-                _remove_unused(folder)
+                _remove_unused(*new)
         raise
 
 
-def _remove_unused(folder: Path) -> None:
+def _remove_unused(folder: Path, *above: Path) -> None:
     if {path.name for path in folder.iterdir()} <= BEFORE_A_RUN:
         shutil.rmtree(folder)
+        for parent in above:
+            parent.rmdir()
