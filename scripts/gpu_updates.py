@@ -11,6 +11,7 @@ writes no file, so it is what a training loop can reach at best.
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -35,6 +36,7 @@ TIMED = 5
 """measurements of ``EACH`` updates; the median counts"""
 EACH = 6
 WARM_UP = 3
+FORKS = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -235,29 +237,62 @@ def kind_of(row: dict) -> tuple:
 
 
 def measured(asked: Asked, small: bool) -> dict:
-    """Return a cell's numbers, or why there are none: the other cells go on."""
+    """Return a cell's numbers, or why there are none."""
     try:
         return measure(asked, small)
     except Exception as error:
         return {"failed": str(error).splitlines()[0][:200] if str(error) else type(error).__name__}
-    finally:
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Measure cells until the time is over. Each is written as soon as it is known.
+
+    A process of its own measures them, since CUDA does nothing more in one that has met an illegal
+    access. A new one begins behind each cell that failed.
+    """
+    end = time.monotonic() + options.seconds
+    left = list(small_cells() if options.small else cells(options.models))
+    if options.only:
+        left = [asked for asked in left if asked.compiled == (options.only == "compiled")]
+    path = options.out / "updates.jsonl"
+    path.touch()
+    while left and time.monotonic() < end:
+        before = number_of_lines(path)
+        worker = FORKS.Process(target=measure_some, args=(left, options.small, end, path))
+        worker.start()
+        worker.join()
+        if worker.exitcode:
+            lost = left[number_of_lines(path) - before]
+            write_cell(lost, {"failed": f"its process ended with status {worker.exitcode}"}, path)
+        left = left[number_of_lines(path) - before :]
+    for asked in left[:1]:
+        print(f"time is over before {asked}", flush=True)
+
+
+def measure_some(asked_for: Sequence[Asked], small: bool, end: float, path: Path) -> None:
+    """Measure cells until one fails, or until the time is over."""
+    for asked in asked_for:
+        if time.monotonic() > end:
+            return
+        found = measured(asked, small)
+        write_cell(asked, found, path)
+        if "failed" in found:
+            return
         torch.compiler.reset()
         release_memory(device_of_benchmark())
 
 
-def measure_all(options: argparse.Namespace) -> None:
-    """Measure cells until the time is over. Each is written as soon as it is known."""
-    end = time.monotonic() + options.seconds
-    with (options.out / "updates.jsonl").open("a") as file:
-        for asked in small_cells() if options.small else cells(options.models):
-            if options.only and asked.compiled != (options.only == "compiled"):
-                continue
-            if time.monotonic() > end:
-                print(f"time is over before {asked}", flush=True)
-                break
-            line = json.dumps({**asdict(asked), **measured(asked, options.small)})
-            print(line, flush=True)
-            print(line, file=file, flush=True)
+def write_cell(asked: Asked, found: dict, path: Path) -> None:
+    """Append a cell to a file, and print it."""
+    line = json.dumps({**asdict(asked), **found})
+    print(line, flush=True)
+    with path.open("a") as file:
+        print(line, file=file)
+
+
+def number_of_lines(path: Path) -> int:
+    """Return how many cells are written."""
+    return len(path.read_text().splitlines())
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -88,12 +89,23 @@ def test_every_arm_is_timed_and_stands_in_the_table(tmp_path, monkeypatch):
     assert "| full | " in table and "| 1.00 |" in table and "tf32" in table
 
 
-def test_a_cell_that_does_not_fit_leaves_the_others_alone(monkeypatch):
-    def no_room(*_):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
+def test_a_cell_that_fails_or_ends_its_process_leaves_the_others_alone(tmp_path, monkeypatch):
+    broken = []
 
-    monkeypatch.setattr(gpu_updates, "measure", no_room)
-    (asked, *_) = gpu_updates.small_cells()
-    assert gpu_updates.measured(asked, True) == {
-        "failed": "CUDA out of memory. Tried to allocate 20 GiB"
+    def measure(asked, small):
+        if asked.arm == "frozen":
+            broken.append("CUDA does nothing more in this process")
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        if asked.arm == "adapter-B":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"ms": 1.0} if not broken else {"failed": broken[0]}
+
+    monkeypatch.setattr(gpu_updates, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["gpu_updates.py", "--small", "--out", str(tmp_path)])
+    gpu_updates.main()
+    rows = [json.loads(line) for line in (tmp_path / "updates.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows] == [cell.arm for cell in gpu_updates.small_cells()]
+    assert {row["arm"]: row["failed"] for row in rows if "failed" in row} == {
+        "frozen": "CUDA error: an illegal memory access was encountered",
+        "adapter-B": "its process ended with status -9",
     }
