@@ -28,7 +28,7 @@ from switchlora.process.schema import (
     check_keys as check_keys,
     check_values as check_values,
     kind_of as kind_of,
-    not_yet_there as not_yet_there,
+    missing as missing,
 )
 from switchlora.process.signals import SIGNALS as SIGNALS, Interruption as Interruption
 from switchlora.process.talking import (

@@ -527,5 +527,10 @@ class CheckFirst(Callback):
 
 
 def not_yet_there(folder: Path) -> list[Path]:
-    """Return ``folder`` and those above it that the primary rank misses, before any is made."""
-    return from_primary(lambda: [path for path in (folder, *folder.parents) if not path.exists()])
+    """Return what is ``missing`` for the primary rank, before any rank makes it."""
+    return from_primary(lambda: missing(folder))
+
+
+def missing(folder: Path) -> list[Path]:
+    """Return those of ``folder`` and the folders above it that are not there."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from switchlora.process import CheckFirst, is_primary, not_yet_there
+from switchlora.process import CheckFirst, is_primary, missing
 
 BEFORE_A_RUN = {".lock", ".hydra"}
 """what stands in the folder of a run before the run itself writes anything"""
@@ -20,7 +20,7 @@ def unused_removed(folder: Path) -> Iterator[None]:
     """
     folder = folder.absolute()
     known = CheckFirst.new_folders
-    new = known if folder in known else not_yet_there(folder)
+    new = known if known[:1] == [folder] else missing(folder)
     try:
         yield
     except BaseException:
