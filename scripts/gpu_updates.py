@@ -239,7 +239,10 @@ def kind_of(row: dict) -> tuple:
 def measured(asked: Asked, small: bool) -> dict:
     """Return a cell's numbers, or why there are none."""
     try:
-        return measure(asked, small)
+        found = measure(asked, small)
+        torch.compiler.reset()
+        release_memory(device_of_benchmark())
+        return found
     except Exception as error:
         return {"failed": str(error).splitlines()[0][:200] if str(error) else type(error).__name__}
 
@@ -251,20 +254,20 @@ def measure_all(options: argparse.Namespace) -> None:
     access. A new one begins behind each cell that failed.
     """
     end = time.monotonic() + options.seconds
-    left = list(small_cells() if options.small else cells(options.models))
+    todo = list(small_cells() if options.small else cells(options.models))
     if options.only:
-        left = [asked for asked in left if asked.compiled == (options.only == "compiled")]
+        todo = [asked for asked in todo if asked.compiled == (options.only == "compiled")]
     path = options.out / "updates.jsonl"
     path.touch()
-    while left and time.monotonic() < end:
-        before = number_of_lines(path)
+    before = number_of_lines(path)
+    while (left := todo[number_of_lines(path) - before :]) and time.monotonic() < end:
         worker = FORKS.Process(target=measure_some, args=(left, options.small, end, path))
         worker.start()
         worker.join()
-        if worker.exitcode:
-            lost = left[number_of_lines(path) - before]
-            write_cell(lost, {"failed": f"its process ended with status {worker.exitcode}"}, path)
-        left = left[number_of_lines(path) - before :]
+        done = number_of_lines(path) - before
+        if worker.exitcode and done < len(todo):
+            why = {"failed": f"its process ended with status {worker.exitcode}"}
+            write_cell(todo[done], why, path)
     for asked in left[:1]:
         print(f"time is over before {asked}", flush=True)
 
@@ -278,8 +281,6 @@ def measure_some(asked_for: Sequence[Asked], small: bool, end: float, path: Path
         write_cell(asked, found, path)
         if "failed" in found:
             return
-        torch.compiler.reset()
-        release_memory(device_of_benchmark())
 
 
 def write_cell(asked: Asked, found: dict, path: Path) -> None:

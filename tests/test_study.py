@@ -13,6 +13,7 @@ import signals
 
 from runs import make_run
 
+EARLY = ("switch/criterion=at_epoch", "switch.criterion.epoch=0.5", "monitor.window=5")
 SCRIPTS = {each.__name__: each for each in (quantise, rates, reflora_rates, signals)}
 
 
@@ -20,8 +21,7 @@ SCRIPTS = {each.__name__: each for each in (quantise, rates, reflora_rates, sign
 def sweep(tmp_path_factory):
     """A switched run with the rate that sets itself, and nothing beside it."""
     folder = tmp_path_factory.mktemp("sweep")
-    early = ("switch/criterion=at_epoch", "switch.criterion.epoch=0.5", "monitor.window=5")
-    make_run(folder / "alone", *early, "max_updates=12")
+    make_run(folder / "alone", *EARLY, "max_updates=12")
     make_run(folder / "full", "switch/criterion=never", "seed=3", "max_updates=12")
     return folder
 
@@ -69,9 +69,8 @@ def test_signals_are_not_read_from_runs_that_measured_no_directions(tmp_path, mo
 def test_the_matched_rate_is_compared_with_the_best_fixed_one(
     sweep, tmp_path, monkeypatch, capsys
 ):
-    early = ("switch/criterion=at_epoch", "switch.criterion.epoch=0.5", "monitor.window=5")
     for rate in (3, 10):
-        make_run(tmp_path / f"sweep/{rate}", *early, "max_updates=12", f"adapter.factor_lr={rate}")
+        make_run(tmp_path / f"sweep/{rate}", *EARLY, "max_updates=12", f"adapter.factor_lr={rate}")
     words = [str(tmp_path / "sweep"), str(sweep / "alone"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["rates.py", *words])
     rates.main()
