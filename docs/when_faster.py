@@ -8,6 +8,7 @@ from switchlora.adapters import as_on_a_gpu
 from switchlora.bench.plan import milliseconds_of, read_cases
 from switchlora.bench.plan_models import planned
 from switchlora.bench.plan_numbers import Request, exposed, sizes_of, traces_of, whole_of
+from switchlora.bench.plan_page import how_computed
 from switchlora.cost import hardware_named, price
 
 PAGE = Path(__file__).with_name("when_faster.md")
@@ -25,7 +26,7 @@ MODELS = {
 COLUMNS = {
     "a100-80gb": {"device": "a100-80gb"},
     "h100": {"device": "h100"},
-    "h100, fast host": {"device": "h100", "host": 10e-6},
+    "h100, graphs": {"device": "h100", "graphs": True},
     "h100, eager": {"device": "h100", "compiled": False},
     "rtx4090": {"device": "rtx4090"},
     "mi300x": {"device": "mi300x"},
@@ -46,9 +47,9 @@ def measured_by_trace(model, batch, arm, compiled=True):
         return request, found.depth, traces_of(found, request, arm)
 
 
-def passes_and_whole(depth, traces, device, compiled=True, host=None):
+def passes_and_whole(depth, traces, device, compiled=True, graphs=False):
     """Return the seconds of both passes, and of an update that exchanges nothing."""
-    machine = hardware_named(device).machine("bf16", compiled, host)
+    machine = hardware_named(device).machine("bf16", compiled, graphs=graphs)
     seconds = whole_of(depth, [price(trace, machine, compiled) for trace in traces])
     passes = seconds["forward"] + seconds["backward"]
     return passes, hypot(passes + seconds["optimizer"], seconds["host"])
@@ -103,7 +104,7 @@ def networks_table():
 
 def case_row(case):
     """Return the row of a measured update."""
-    how = "compiled" if case.get("compiled", True) else "eager"
+    how = how_computed(case.get("compiled", True), case.get("graphs", False))
     arm = case.get("arm", "full")
     name = f"{case['model']}, {case['batch']}, {how}" + (f", {arm}" if arm != "full" else "")
     found = milliseconds_of(case)

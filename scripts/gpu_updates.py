@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 
 from switchlora.bench.arms import Cell, base_model, become, bench_recipe, device_of_benchmark
-from switchlora.learner import autocast, build_learner, release_memory
+from switchlora.learner import CUDA_GRAPHS, autocast, build_learner, release_memory
 
 VIT = "vit_{}_patch16_224"
 BATCHES = {"base": (64, 128), "small": (128, 512), "large": (32, 64)}
@@ -50,7 +50,7 @@ class Asked:
     """fp32, tf32 or bf16"""
     compiled: bool
     graphs: bool = False
-    """whether compiled code is launched as CUDA graphs: full.compile={mode: reduce-overhead}"""
+    """whether compiled code is launched as CUDA graphs: full.compile=graphs"""
 
 
 def cells(models: Sequence[str]) -> Iterator[Asked]:
@@ -130,7 +130,7 @@ def make_update(asked: Asked, small: bool):
     labels = torch.randint(1000, (asked.batch,)).to(device)
     if asked.arm == "bare":
         return bare_update(model, images, labels, precision, asked.compiled)
-    compiling = {"mode": "reduce-overhead"} if asked.graphs else asked.compiled
+    compiling = CUDA_GRAPHS if asked.graphs else asked.compiled
     recipe = replace(bench_recipe(cell), compile=compiling)
     learner = build_learner(model, recipe, 10_000)
     loss = nn.CrossEntropyLoss()

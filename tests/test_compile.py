@@ -19,7 +19,7 @@ from switchlora.adapters import (
     guided_linear,
     operands_kept,
 )
-from switchlora.learner import build_learner, compile_of, compiling, evaluate
+from switchlora.learner import build_learner, compile_of, compiling, evaluate, launches_graphs
 from switchlora.run import tell_compiler_fault, with_choices
 
 LABELS = torch.arange(8) % 5
@@ -163,6 +163,27 @@ def test_auto_compiles_on_a_gpu_that_has_a_compiler(
     assert compile_of("auto", device, recomputed) is expected
     assert compile_of({"mode": "default"}, device) == {"mode": "default"}
     assert compile_of(False, device) is False
+
+
+def test_graphs_is_the_mode_of_torch_that_launches_them():
+    found = compile_of("graphs", CUDA)
+    assert found["mode"] in torch._inductor.list_mode_options()
+    assert launches_graphs(found) and launches_graphs("graphs")
+    assert not any(map(launches_graphs, ({"mode": "default"}, True, "auto", None)))
+
+
+def test_graphs_are_refused_where_they_cannot_be_had(monkeypatch):
+    with pytest.raises(ValueError, match="for NVIDIA's GPUs, and this run trains on a cpu"):
+        learner_of(tiny_vit(), "full.compile=graphs")
+    monkeypatch.setattr(compiling, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="for one process, and this run has 2"):
+        compile_of("graphs", CUDA)
+
+
+@pytest.mark.parametrize("asked", ["graphs", "{mode: reduce-overhead}"])
+def test_graphs_are_refused_where_a_micro_batch_would_overwrite_gradients(asked):
+    with pytest.raises(Exception, match="does not go with accumulation=2"):
+        build(composed(f"full.compile={asked}", "full.accumulation=2").full)
 
 
 def test_a_gpu_without_a_c_compiler_is_told(monkeypatch):

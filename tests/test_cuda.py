@@ -86,6 +86,17 @@ def test_a_deterministic_run_is_the_same_twice(tmp_path):
     assert_same_but_for_memory(tmp_path / "one", tmp_path / "other")
 
 
+def test_cuda_graphs_train_through_a_switch_as_compiled_blocks_do(tmp_path):
+    losses, peaks = [], []
+    for how in ("true", "graphs"):
+        make_run(tmp_path / how, *ON_GPU, f"full.compile={how}")
+        losses.append([e["train/loss"] for e in read_events(tmp_path / how, "train")])
+        summary = json.loads((tmp_path / how / "summary.json").read_text())
+        peaks.append(summary["phases"]["adapter"]["peak_memory_bytes"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert peaks[1] <= 1.1 * peaks[0]
+
+
 @pytest.mark.parametrize("arm", ["adapter", "adapter-B"])
 @pytest.mark.parametrize("model", ["vit_small_patch16_224", "vit_base_patch16_224"])
 def test_compiled_adapters_train_in_a_process_of_their_own(model, arm):

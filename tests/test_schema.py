@@ -197,7 +197,10 @@ def test_the_reference_shows_what_a_key_takes():
             "switch.criterion.patience is 0: give a whole number of at least 1",
         ),
         ("adapter.lr_scale=0", "adapter.lr_scale is 0: give a number above 0"),
-        ("full.compile=default", "full.compile is 'default': give auto, true, false, null, or"),
+        (
+            "full.compile=default",
+            "full.compile is 'default': give auto, true, false, null, graphs, or",
+        ),
         ("adapter.optimizer.lr=much", "adapter.optimizer.lr is 'much': give a number"),
         ("adapter.optimizer=sgd", "adapter.optimizer is 'sgd': it holds .*lr"),
         ("full.optimizer.lr=1e-4x", "full.optimizer.lr is '1e-4x': give a number"),

@@ -27,6 +27,7 @@ from switchlora.bench.plan_models import planned
 from switchlora.bench.plan_numbers import (
     Request,
     exposed,
+    machine_of,
     make_plan,
     products_of,
     sizes_of,
@@ -107,7 +108,7 @@ def measured(request: Request) -> Machine:
     machine = measure_machine(_device(), request.precision)
     if request.host is not None:
         machine = replace(machine, host=request.host)
-    return machine.compiled() if request.compiled else machine
+    return machine.compiled(request.graphs) if request.compiled else machine
 
 
 def device_here(machine: Machine, precision: str) -> Hardware:
@@ -167,8 +168,9 @@ def settled(fields: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         fields["validation"] = sizes[1]
     if "image_size" in fields:
         options["img_size"] = fields.pop("image_size")
-    if fields["hardware"] == HERE and _device().type == "cpu":
-        fields.setdefault("compiled", False)
+    on_cpu = fields["hardware"] == HERE and _device().type == "cpu"
+    compiling = fields.pop("compile", "false" if on_cpu else "true")
+    fields["compiled"], fields["graphs"] = compiling != "false", compiling == "graphs"
     epochs = fields.get("epochs", Request.epochs)
     fields.setdefault("switch_epoch", max(1, int(0.4 * epochs)))
     return fields
@@ -237,10 +239,6 @@ def _choice(*choices: str) -> Parser:
     return parse
 
 
-def _yes_or_no(value: str) -> bool:
-    return _choice("true", "false")(value) == "true"
-
-
 def _factors(value: str) -> tuple[str, ...]:
     found = _choice("[B]", "[A,B]")(value)
     return tuple(found.strip("[]").split(","))
@@ -263,7 +261,10 @@ KEYS: Mapping[str, tuple[str, Parser, str]] = {
     "switch.epoch": ("switch_epoch", _number, "epochs before the switch; 0.4 of them"),
     "rank": ("rank", _number, "of all adapters"),
     "full.precision": ("precision", _choice("bf16", "fp32"), "bf16 or fp32 (TF32 on a GPU)"),
-    "full.compile": ("compiled", _yes_or_no, "true or false: with torch.compile"),
+    "full.compile": (
+        *("compile", _choice("true", "false", "graphs")),
+        "true, false or graphs: torch.compile, launched as CUDA graphs",
+    ),
     "full.activation_checkpointing": ("checkpointing", _choice("blocks"), "blocks"),
     "system.parallel": ("parallel", _choice("ddp", "fsdp"), "ddp or fsdp"),
     "switch.train_factors": ("train_factors", _factors, "[A,B] or [B]"),
@@ -309,6 +310,7 @@ def milliseconds_of(case: Mapping[str, Any]) -> dict[str, float]:
         gpus=gpus,
         batch=case["batch"] * gpus,
         compiled=case.get("compiled", True),
+        graphs=case.get("graphs", False),
         fused_attention=case.get("attention") != "unfused",
     )
     predicted = seconds_of_arm(request, case.get("arm", "full"))
@@ -319,7 +321,7 @@ def milliseconds_of(case: Mapping[str, Any]) -> dict[str, float]:
 def seconds_of_arm(request: Request, arm: str) -> float:
     """Return the predicted seconds of an update of an arm, without its memory."""
     hardware = hardware_named(request.hardware)
-    machine = hardware.machine(request.precision, request.compiled, request.host)
+    machine = machine_of(request, hardware)
     found = planned(request.model, request.options, request.context)
     with products_of(machine, request.compiled):
         few = traces_of(found, request, arm)

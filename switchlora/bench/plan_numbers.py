@@ -63,6 +63,8 @@ class Request:
     rank: int = 16
     precision: str = "bf16"
     compiled: bool = True
+    graphs: bool = False
+    """whether compiled code is launched as CUDA graphs"""
     parallel: str = "ddp"
     train_factors: tuple[str, ...] = ("A", "B")
     residual_dtype: str | None = None
@@ -196,7 +198,7 @@ def make_plan(request: Request, hardware: Hardware, machine: Machine | None = No
     found = planned(request.model, request.options, request.context)
     check_rank(found.model, request.rank)
     measured = machine is not None
-    machine = machine or hardware.machine(request.precision, request.compiled, request.host)
+    machine = machine or machine_of(request, hardware)
     if request.network is not None:
         hardware = replace(hardware, network=request.network)
     arm = "adapter" if "A" in request.train_factors else "adapter-B"
@@ -214,6 +216,11 @@ def make_plan(request: Request, hardware: Hardware, machine: Machine | None = No
         full=full,
         adapter=adapter,
     )
+
+
+def machine_of(request: Request, hardware: Hardware) -> Machine:
+    """Return the rates of ``hardware`` for what is asked of it."""
+    return hardware.machine(request.precision, request.compiled, request.host, request.graphs)
 
 
 def products_of(machine: Machine, compiled: bool) -> AbstractContextManager:

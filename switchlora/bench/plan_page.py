@@ -24,7 +24,7 @@ def page(plan: Plan) -> str:
 def head(plan: Plan) -> list[str]:
     """Return what was asked for, and that it is predicted."""
     r = plan.request
-    how = "compiled" if r.compiled else "eager"
+    how = how_computed(r.compiled, r.graphs)
     parallel = f", {r.parallel}" if r.gpus > 1 else ""
     dtype = f", frozen weights in {r.residual_dtype}" if r.residual_dtype else ""
     rates = plan.machine
@@ -37,6 +37,11 @@ def head(plan: Plan) -> list[str]:
         f"rates ({source}): products {rates.product_rate / 1e12:,.3g} TFLOP/s, element-wise "
         f"{rates.bandwidth / 1e12:,.3g} TB/s, host {rates.host * 1e6:,.0f} us",
     ]
+
+
+def how_computed(compiled: bool, graphs: bool) -> str:
+    """Return how an update is computed, in a word."""
+    return "graphs" if graphs else "compiled" if compiled else "eager"
 
 
 def rows(plan: Plan) -> list[Row]:
@@ -240,7 +245,7 @@ def cases_table(cases: Sequence[Mapping[str, Any]]) -> str:
     table: list[Row] = [("model", "device", "batch", "arm", "measured ms", "predicted", "off", "")]
     for case in cases:
         off = case["predicted"] / case["measured"] - 1
-        how = "compiled" if case.get("compiled", True) else "eager"
+        how = how_computed(case.get("compiled", True), case.get("graphs", False))
         table.append(
             (
                 f"{case['model']}, {how}",

@@ -40,8 +40,10 @@ class Hardware:
     """bytes/s from a machine to the next"""
     source: str
 
-    def machine(self, precision: str, compiled: bool, host: float | None = None) -> Machine:
-        """Return the rates of one device in ``precision``.
+    def machine(
+        self, precision: str, compiled: bool, host: float | None = None, graphs: bool = False
+    ) -> Machine:
+        """Return the rates of one device in ``precision``, of ``compiled`` code or of CUDA graphs.
 
         ``host`` are the seconds of the host for an operation, instead of the measured ones.
         """
@@ -54,7 +56,7 @@ class Hardware:
             half_width=HALF_WIDTH,
             host=EAGER_HOST if host is None else host,
         )
-        return eager.compiled() if compiled else eager
+        return eager.compiled(graphs) if compiled else eager
 
     def rates(self, precision: str) -> Rates:
         """Return what decides the form of a product with an adapter, in ``precision``."""

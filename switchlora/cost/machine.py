@@ -25,6 +25,9 @@ RTX 3090"""
 EAGER_HOST, COMPILED_HOST, COMPILED_TENSOR = 40e-6, 36e-6, 75e-6
 """seconds of the host for an operation, for a kernel of a compiled graph, for a parameter of one;
 fitted to full and frozen updates of ViT-S, 64 images, on an H100 (experiments/gpu)"""
+LAUNCHED = 0.4
+"""share of the host's time for compiled code that is left where it launches CUDA graphs; fitted to
+the adapter phase of ViT-B, 128 images, on an H200 (experiments/gpu/third)"""
 SHORTEST_KERNEL = 4e-6
 """seconds of a kernel on a GPU that has nothing to do; a smaller one cannot be told from it"""
 INNER, NARROW = 768, 64
@@ -69,17 +72,19 @@ class Machine:
             shortest,
         )
 
-    def compiled(self) -> "Machine":
+    def compiled(self, graphs: bool = False) -> "Machine":
         """Return the rates of what torch.compile makes, from those of single operations.
 
         Fused element-wise operations use more of the bandwidth; kernels start a little faster, and
-        the host looks at each parameter once.
+        the host looks at each parameter once. With CUDA ``graphs`` it starts all kernels of a
+        block together.
         """
+        host = self.host * (LAUNCHED if graphs else 1) / EAGER_HOST
         return replace(
             self,
             bandwidth=self.bandwidth * COMPILED_BANDWIDTH / EAGER_BANDWIDTH,
-            host=self.host * COMPILED_HOST / EAGER_HOST,
-            host_tensor=self.host * COMPILED_TENSOR / EAGER_HOST,
+            host=host * COMPILED_HOST,
+            host_tensor=host * COMPILED_TENSOR,
         )
 
     def _rate(self, operation: Operation) -> float:

@@ -11,7 +11,9 @@ from switchlora.learner.backends import (
 )
 from switchlora.learner.compiling import (
     AUTO as AUTO,
+    CUDA_GRAPHS as CUDA_GRAPHS,
     compile_of as compile_of,
+    launches_graphs as launches_graphs,
     missing_compiler as missing_compiler,
 )
 from switchlora.learner.counters import (

@@ -10,10 +10,14 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from switchlora.learner.sharding import sequence_blocks
+from switchlora.process import world_size
 
 Asked = Mapping[str, Any] | bool | str | None
-"""arguments of torch.compile, True for its defaults, None or False for eager code, or 'auto'"""
-AUTO = "auto"
+"""arguments of torch.compile, True for its defaults, None or False for eager code, 'auto' or
+'graphs'"""
+AUTO, CUDA_GRAPHS = "auto", "graphs"
+LAUNCHED_WHOLE = "reduce-overhead"
+"""torch's mode in which a GPU is given a compiled graph as one launch, a CUDA graph"""
 GRAPHS = 256
 """graphs of a block's code after which torch gives up: one for each pattern of shapes and ranks"""
 C_COMPILERS = ("cc", "gcc", "clang")
@@ -23,8 +27,13 @@ def compile_of(asked: Asked, device: torch.device, recomputed: str | None = None
     """Return what torch.compile is asked for on ``device``.
 
     'auto' is True on CUDA where Triton and a C compiler are there, else None. It is None too where
-    the inputs of gelus are ``recomputed``, which compiled code cannot do. Anything else is itself.
+    the inputs of gelus are ``recomputed``, which compiled code cannot do. 'graphs' is the mode of
+    torch that launches CUDA graphs. Anything else is itself. ValueError for 'graphs' without CUDA,
+    or in one of several processes, where nobody has tried them.
     """
+    if asked == CUDA_GRAPHS:
+        check_takes_graphs(device)
+        return {"mode": LAUNCHED_WHOLE}
     if asked != AUTO:
         return asked
     useful = device.type == "cuda" and recomputed != "gelu"
@@ -38,6 +47,26 @@ def missing_compiler() -> str | None:
     if not any(map(shutil.which, C_COMPILERS)):
         return f"a C compiler ({', '.join(C_COMPILERS)})"
     return None
+
+
+def check_takes_graphs(device: torch.device) -> None:
+    """Raise ValueError where full.compile=graphs cannot be had, or was never tried."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"full.compile=graphs is for NVIDIA's GPUs, and this run trains on a {device.type}: "
+            "take full.compile=auto"
+        )
+    if world_size() > 1:
+        raise ValueError(
+            "full.compile=graphs is for one process, and this run has "
+            f"{world_size()}: take full.compile=auto"
+        )
+
+
+def launches_graphs(asked: Asked) -> bool:
+    """Return whether a GPU is given a whole compiled graph at once."""
+    mode = asked.get("mode") if isinstance(asked, Mapping) else None
+    return asked == CUDA_GRAPHS or mode == LAUNCHED_WHOLE
 
 
 class CompiledBlocks:

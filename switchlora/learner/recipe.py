@@ -22,7 +22,7 @@ from switchlora.adapters import (
 )
 from switchlora.errors import check_choice, check_range, is_number
 from switchlora.learner.awaited import reads_late
-from switchlora.learner.compiling import AUTO, Asked
+from switchlora.learner.compiling import AUTO, CUDA_GRAPHS, Asked, launches_graphs
 from switchlora.learner.lora_rite import LoRARite
 from switchlora.learner.matched import Scales, matched_scales
 from switchlora.learner.muon import Muon
@@ -134,7 +134,7 @@ class Recipe:
     """fp32, bf16, fp16, or auto: see ``precision_of``"""
     compile: Asked = None
     """arguments of torch.compile, or True for its defaults; None or False: the model stays eager;
-    auto: see ``compile_of``"""
+    auto and graphs: see ``compile_of``"""
     activation_checkpointing: str | None = None
     """what the backward pass computes again instead of keeping it:
     - 'blocks': whole blocks
@@ -154,10 +154,16 @@ class Recipe:
         if self.rewarmup_updates is not None:
             check_range("rewarmup_updates", self.rewarmup_updates, 0)
         check_range("frobenius_decay", self.frobenius_decay, 0)
-        if self.compile != AUTO and not isinstance(self.compile, Mapping | bool | None):
+        named = self.compile in (AUTO, CUDA_GRAPHS)
+        if not named and not isinstance(self.compile, Mapping | bool | None):
             raise ValueError(
-                f"compile is '{self.compile}': give auto, true, false, or arguments of "
+                f"compile is '{self.compile}': give auto, true, false, graphs, or arguments of "
                 "torch.compile in quotes, such as 'compile={mode: default}'"
+            )
+        if launches_graphs(self.compile) and self.accumulation > 1:
+            raise ValueError(
+                f"compile=graphs does not go with accumulation={self.accumulation}: a micro-batch "
+                "would overwrite the gradients of the one before; take compile=true"
             )
         if self.frobenius_decay and self.factor_weight_decay:
             raise ValueError(

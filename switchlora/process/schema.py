@@ -106,9 +106,9 @@ PAIRS = list_of(
 SECTIONS_LISTED = list_of(OPTIONS, "a list of criteria", least=1)
 SIGNALS = ("grad_norm", "weight_norm", "update_norm")
 COMPILE = Kind(
-    "auto, true, false, null, or arguments of torch.compile in quotes, "
+    "auto, true, false, null, graphs, or arguments of torch.compile in quotes, "
     "'full.compile={mode: default}'",
-    lambda value: value in ("auto", None) or isinstance(value, bool | Mapping),
+    lambda value: value in ("auto", "graphs", None) or isinstance(value, bool | Mapping),
 )
 WINDOW = Kind(
     "a number of updates, or 'epoch'", lambda value: value == "epoch" or whole(1).fits(value)

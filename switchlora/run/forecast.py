@@ -1,7 +1,7 @@
 """What an update of a run costs, from its trace: its time, and what compiled code hides."""
 
 from switchlora.cost import Prediction, Trace, measure_machine, price, trace_batch
-from switchlora.learner import is_sharded
+from switchlora.learner import is_sharded, launches_graphs
 from switchlora.process import any_rank, one_line, world_size
 from switchlora.run.run import Run
 
@@ -28,9 +28,9 @@ def predicted_update(run: Run) -> Prediction | None:
         try:
             compiled = run.learner.compiled is not None
             machine = measure_machine(run.device, run.recipe.precision)
-            return price(
-                trace, machine.compiled() if compiled else machine, compiled, world_size()
-            )
+            if compiled:
+                machine = machine.compiled(launches_graphs(run.learner.recipe.compile))
+            return price(trace, machine, compiled, world_size())
         except Exception as error:
             why = one_line(error)
     run.log.line(f"  the time of an update cannot be predicted: {why}")
