@@ -21,18 +21,21 @@ LAUNCHED_WHOLE = "reduce-overhead"
 GRAPHS = 256
 """graphs of a block's code after which torch gives up: one for each pattern of shapes and ranks"""
 C_COMPILERS = ("cc", "gcc", "clang")
+KEY = "full.compile"
 
 
-def compile_of(asked: Asked, device: torch.device, recomputed: str | None = None) -> Asked:
+def compile_of(
+    asked: Asked, device: torch.device, recomputed: str | None = None, key: str = KEY
+) -> Asked:
     """Return what torch.compile is asked for on ``device``.
 
     'auto' is True on CUDA where Triton and a C compiler are there, else None. It is None too where
     the inputs of gelus are ``recomputed``, which compiled code cannot do. 'graphs' is the mode of
     torch that launches CUDA graphs. Anything else is itself. ValueError for 'graphs' without CUDA,
-    or in one of several processes, where nobody has tried them.
+    or in one of several processes, where nobody has tried them; it names ``key``.
     """
     if asked == CUDA_GRAPHS:
-        check_takes_graphs(device)
+        check_takes_graphs(device, key)
         return {"mode": LAUNCHED_WHOLE}
     if asked != AUTO:
         return asked
@@ -49,18 +52,22 @@ def missing_compiler() -> str | None:
     return None
 
 
-def check_takes_graphs(device: torch.device) -> None:
-    """Raise ValueError where full.compile=graphs cannot be had, or was never tried."""
+def check_takes_graphs(device: torch.device, key: str) -> None:
+    """Raise ValueError that names ``key`` where CUDA graphs cannot be had, or were never tried."""
     if device.type != "cuda":
         raise ValueError(
-            f"full.compile=graphs is for NVIDIA's GPUs, and this run trains on a {device.type}: "
-            "take full.compile=auto"
+            f"{key}=graphs is for NVIDIA's GPUs, and this run trains on a {device.type}: "
+            f"take {key}=auto"
         )
     if world_size() > 1:
         raise ValueError(
-            "full.compile=graphs is for one process, and this run has "
-            f"{world_size()}: take full.compile=auto"
+            f"{key}=graphs is for one process, and this run has {world_size()}: take {key}=auto"
         )
+
+
+def check_compiles(key: str, asked: Asked, device: torch.device) -> None:
+    """Raise ValueError that names ``key`` where torch.compile would refuse what is asked."""
+    made_compiled(nn.Identity(), compile_of(asked, device, key=key), key)
 
 
 def launches_graphs(asked: Asked) -> bool:
@@ -106,7 +113,7 @@ def compiled_blocks(model: nn.Module) -> list[nn.Module]:
     return found or [model]
 
 
-def made_compiled(model: nn.Module, asked: Asked) -> CompiledBlocks | None:
+def made_compiled(model: nn.Module, asked: Asked, key: str = KEY) -> CompiledBlocks | None:
     """Return the blocks of ``model`` compiled as ``asked``; ValueError for unknown arguments."""
     if asked is None or asked is False:
         return None
@@ -114,4 +121,4 @@ def made_compiled(model: nn.Module, asked: Asked) -> CompiledBlocks | None:
     try:
         return CompiledBlocks(model, options)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"full.compile is {dict(options)}: torch says {error}") from error
+        raise ValueError(f"{key} is {dict(options)}: torch says {error}") from error

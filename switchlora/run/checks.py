@@ -1,6 +1,7 @@
 """Refuse settings that cannot work together, before the first update."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,14 +10,16 @@ from torch import Tensor, nn
 
 from switchlora.adapters import FACTORS, adapted_linear, made_class
 from switchlora.criteria import NO_SHARE, AtEpoch, PredictedCost, at_start, never
-from switchlora.errors import NothingMeasured
+from switchlora.errors import ODD, NothingMeasured
 from switchlora.learner import (
     LoRARite,
     Muon,
     Recipe,
     Refactoring,
     SwitchLoRA,
+    check_compiles,
     check_goes_with_fsdp,
+    set_checkpointing,
 )
 from switchlora.models import eval_mode
 from switchlora.monitor import UpdateMonitor
@@ -75,6 +78,28 @@ def rehearse_switch(
     except NothingMeasured:
         if policy.decide([]).fires:  # the switch is at the start, without a measurement
             raise
+
+
+def check_options(phase: Phase, recipe: Recipe, model: nn.Module, total_updates: int) -> None:
+    """Build what the recipe of ``phase`` asks for, before the phase needs it.
+
+    Raise ValueError that names the key whose options the optimizer, the schedule, the compiler or
+    the model refuses.
+    """
+    optimizer = _built(f"{phase}.optimizer", lambda: recipe.bare_optimizer)
+    schedule = partial(recipe.scheduler, optimizer, t_initial=total_updates)
+    scheduler = _built(f"{phase}.scheduler", schedule)
+    _built(f"{phase}.scheduler", partial(scheduler.step_update, total_updates - 1))
+    check_compiles(f"{phase}.compile", recipe.compile, next(model.parameters()).device)
+    set_checkpointing(model, recipe.activation_checkpointing, phase)
+    set_checkpointing(model, None)
+
+
+def _built(key: str, build: Callable[[], Any]) -> Any:
+    try:
+        return build()
+    except ODD as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def check_recipes(

@@ -45,6 +45,7 @@ from switchlora.run.agreement import agree_on_data
 from switchlora.run.checks import (
     check_config,
     check_kind,
+    check_options,
     check_outputs,
     check_recipes,
     check_refactored_start,
@@ -236,6 +237,8 @@ def check(parts: Parts, monitor: UpdateMonitor) -> None:
     """Try what the run will do, without an update. Raise ValueError where that does not work."""
     model, policy = parts.model, parts.policy
     images = parts.images.to(_device_of(model))
+    for phase in (Phase.FULL, Phase.ADAPTER):
+        check_options(phase, parts.recipes[phase], model, parts.total_updates)
     check_outputs(model, images, parts.data.num_classes)
     check_adapters_work(model, monitor.targets.values(), images)
     check_kind(policy, parts.recipes[Phase.ADAPTER], parts.config.ema)
