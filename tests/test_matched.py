@@ -135,9 +135,30 @@ def rates(model, how):
     return found
 
 
-def test_A_has_the_rate_of_B_where_B_is_zero():
-    found = rates(adapted(64, 32, 4, "zero_b", 1.0), recipe("adamw"))
-    assert found["fc.lora_A"] == found["fc.lora_B"] > 1
+@pytest.mark.parametrize("step", [1.0, 0.5])
+def test_beside_B_of_zero_A_has_the_rate_of_a_weight_and_that_of_B_under_sgd(step):
+    model = adapted(64, 32, 4, "zero_b", 1.0)
+    found = rates(model, recipe("adamw", matched_step=step))
+    assert found["fc.lora_A"] == step and found["fc.lora_B"] > 10 * step
+    found = rates(model, recipe("sgd", matched_step=step))
+    assert found["fc.lora_A"] == found["fc.lora_B"]
+
+
+def test_A_does_not_outgrow_the_norm_that_the_rate_of_B_is_matched_to():
+    """Gradients are random. With the rate of B, A would more than double, and B's steps with it."""
+    grown = {}
+    for how, words in {"matched": {}, "as B": {"factor_lr": 5.0}}.items():
+        model = adapted(384, 384, 48, "update_directions", 1.0)
+        learner = build_learner(model, recipe("adamw", **words), total_updates=130)
+        (adapter,) = model.fc.adapters().values()
+        before = torch.linalg.matrix_norm(adapter.A.detach(), 2)
+        for number in range(130):
+            learner.set_lr(number)
+            learner.optimizer.zero_grad()
+            (weight_of(model) * torch.randn(384, 384)).sum().backward()
+            learner.optimizer.step()
+        grown[how] = float(torch.linalg.matrix_norm(adapter.A.detach(), 2) / before)
+    assert grown["matched"] < 1.5 and grown["as B"] > 3
 
 
 def test_a_factor_that_trains_alone_makes_the_whole_step():

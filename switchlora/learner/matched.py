@@ -20,8 +20,14 @@ further than c times what full training moves it where
 
     eta_B / eta = c / (s ||A||_2)^2,            eta_A / eta = c / (s ||B||_2)^2.
 
-Where both factors move W, their steps add up like independent ones: c becomes c / sqrt(2). Where
-B = 0, a step of A does not move W. A then has the rate of B, as in LoRA.
+Where both factors move W, their steps add up like independent ones: c becomes c / sqrt(2).
+
+Where B = 0, a step of A does not move W. With steps of one size A then has c times the rate of the
+weights. It starts as large as the weights of a new ``nn.Linear``, and moves as they do. With the
+rate of B, as in LoRA, A grows, and the steps of B with it: at width 384 ||A||_2 was 2 to 9 times as
+large after 130 updates, and the loss twice as high (docs/results/rates.md). That the rate of A
+should be far below that of B is derived by Hayou, Ghosh & Yu (LoRA+, arXiv 2402.12354). SGD moves
+A by little where B is small, so there A has the rate of B.
 
 Norms are those of the factors when they were put on. Rates stay until new factors come.
 
@@ -67,7 +73,9 @@ def matched_scales(adapter: Adapter, norms: Norms, proportional: bool, step: flo
         return step * AGREEMENT / (s * math.sqrt(len(A)) * norm)
 
     of_A, of_B = rate_beside(norms.B), rate_beside(norms.A)
-    return Scales(_rounded(of_A or of_B), _rounded(of_B or of_A))
+    if proportional:
+        return Scales(_rounded(of_A or of_B), _rounded(of_B or of_A))
+    return Scales(_rounded(of_A or step), _rounded(of_B or step))
 
 
 def _rounded(scale: float) -> float:
