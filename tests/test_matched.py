@@ -145,7 +145,7 @@ def test_beside_B_of_zero_A_has_the_rate_of_a_weight_and_that_of_B_under_sgd(ste
 
 
 def test_A_does_not_outgrow_the_norm_that_the_rate_of_B_is_matched_to():
-    """Gradients are random. With the rate of B, A would more than double, and B's steps with it."""
+    """Gradients are random. With the rate of B, A would triple, and B's steps with it."""
     grown = {}
     for how, words in {"matched": {}, "as B": {"factor_lr": 5.0}}.items():
         model = adapted(384, 384, 48, "update_directions", 1.0)

@@ -24,8 +24,8 @@ Where both factors move W, their steps add up like independent ones: c becomes c
 
 Where B = 0, a step of A does not move W. With steps of one size A then has c times the rate of the
 weights. It starts as large as the weights of a new ``nn.Linear``, and moves as they do. With the
-rate of B, as in LoRA, A grows, and the steps of B with it: at width 384 ||A||_2 was 2 to 9 times as
-large after 130 updates, and the loss twice as high (docs/results/rates.md). That the rate of A
+rate of B, as in LoRA, A grows, and the steps of B with it: at width 384 ||A||_2 was 3 to 9 times
+as large after 130 updates, and the loss twice as high (docs/results/rates.md). That the rate of A
 should be far below that of B is derived by Hayou, Ghosh & Yu (LoRA+, arXiv 2402.12354). SGD moves
 A by little where B is small, so there A has the rate of B.
 
