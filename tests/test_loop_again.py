@@ -66,8 +66,8 @@ def of_two_sizes(context):
 @pytest.mark.parametrize("kind", ["lambda", "one cycle", "sequence", "timm"])
 def test_schedulers_go_on_after_each_stage(kind):
     loop = Loop(SCHEDULERS[kind], rank=of_two_sizes, **TWO).run(20)
-    weights, first, second = [group["lr"] for group in loop.optimizer.param_groups]
-    assert loop.fired == [FIRST, SECOND]
+    weights, of_A, first, second = [group["lr"] for group in loop.optimizer.param_groups]
+    assert loop.fired == [FIRST, SECOND] and of_A == pytest.approx(weights)
     assert second / weights == pytest.approx(2**3.5) and first == pytest.approx(2 * second)
     alone = Loop(SCHEDULERS[kind], criterion=at(99)).run(20)
     assert weights == pytest.approx(alone.optimizer.param_groups[0]["lr"], rel=1e-6)

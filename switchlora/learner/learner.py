@@ -423,10 +423,12 @@ def _compress(wrapper: DistributedDataParallel, how: str) -> None:
     wrapper.register_comm_hook(None, COMPRESSIONS[how])
 
 
-def set_checkpointing(model: nn.Module, what: str | None, phase: str = "full") -> None:
+def set_checkpointing(
+    model: nn.Module, what: str | None, key: str = "full.activation_checkpointing"
+) -> None:
     """Set what ``model`` computes again in the backward pass: 'blocks', 'gelu' or nothing.
 
-    ValueError that names the key of ``phase`` for 'blocks' if the model cannot checkpoint them.
+    ValueError that names ``key`` for 'blocks' if the model cannot checkpoint its blocks.
     """
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
@@ -436,7 +438,7 @@ def set_checkpointing(model: nn.Module, what: str | None, phase: str = "full") -
     except (AttributeError, AssertionError) as error:
         if what == "blocks":
             raise ValueError(
-                f"{phase}.activation_checkpointing=blocks: {type(model).__name__} knows no "
+                f"{key}=blocks: {type(model).__name__} knows no "
                 "checkpointing of its blocks, as most of timm's models do"
             ) from error
 

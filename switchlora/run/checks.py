@@ -91,7 +91,8 @@ def check_options(phase: Phase, recipe: Recipe, model: nn.Module, total_updates:
     scheduler = _built(f"{phase}.scheduler", schedule)
     _built(f"{phase}.scheduler", partial(scheduler.step_update, total_updates - 1))
     check_compiles(f"{phase}.compile", recipe.compile, next(model.parameters()).device)
-    set_checkpointing(model, recipe.activation_checkpointing, phase)
+    checkpointed = recipe.activation_checkpointing
+    set_checkpointing(model, checkpointed, f"{phase}.activation_checkpointing")
     set_checkpointing(model, None)
 
 
