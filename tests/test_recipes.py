@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conf_yamls import build, composed
-from runs import assert_same_run, make_run, make_run_in_parts
+from runs import BY_DATE, assert_same_run, make_run, make_run_in_parts
 from switchlora.adapters import (
     Factors,
     SlicedLowRankLinear,
@@ -107,3 +107,22 @@ def test_pufferfishs_run_has_factors_of_q_k_and_v_stops_resumes_and_loads(tmp_pa
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     model = load_model(find_all(tmp_path / "whole")[0])
     assert isinstance(model.blocks[1].attn.qkv, SlicedLowRankLinear)
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["+full.optimizer.foo=1", "+adapter.optimizer.foo=1"], "full.optimizer: .*foo"),
+        (["+adapter.optimizer.foo=1"], "adapter.optimizer: .*foo"),
+        (["+full.scheduler.foo=1", "+adapter.scheduler.foo=1"], "full.scheduler: .*foo"),
+        (["+adapter.scheduler.foo=1"], "adapter.scheduler: .*foo"),
+        (["adapter.compile={mood: default}"], "adapter.compile is .*mood"),
+        (["adapter.compile=graphs"], "adapter.compile=graphs is for NVIDIA's GPUs"),
+    ],
+)
+def test_an_option_that_is_refused_is_told_by_its_key_before_the_first_update(
+    words, said, tmp_path
+):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        make_run(tmp_path, *BY_DATE, *words)
+    assert not (tmp_path / "metrics.jsonl").exists()
