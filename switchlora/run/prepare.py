@@ -416,15 +416,12 @@ def _trunk(parts: Parts, found: Found | None) -> Trunk | None:
 
 
 def _first_learner(parts: Parts, recipe: Recipe, found: Found | None) -> Learner:
-    """Return the learner of the start; ValueError unless it has a rate to the last update."""
+    """Return the learner of the start; ``check_options`` has tried its schedule to the end."""
     start = found.state["start"] if found else 0
     system = parts.config.system
     how = {"parallel": system.parallel, "device": parts.device, "compress": system.compress}
     try:
-        learner = build_learner(parts.model, recipe, parts.total_updates, start, **how)
-        learner.scheduler.step_update(parts.total_updates - 1)
-        learner.scheduler.step_update(start)
-        return learner
+        return build_learner(parts.model, recipe, parts.total_updates, start, **how)
     except ODD as error:
         raise ValueError(f"full.optimizer or full.scheduler: {error}") from error
 
