@@ -73,9 +73,8 @@ def matched_scales(adapter: Adapter, norms: Norms, proportional: bool, step: flo
         return step * AGREEMENT / (s * math.sqrt(len(A)) * norm)
 
     of_A, of_B = rate_beside(norms.B), rate_beside(norms.A)
-    if proportional:
-        return Scales(_rounded(of_A or of_B), _rounded(of_B or of_A))
-    return Scales(_rounded(of_A or step), _rounded(of_B or step))
+    beside_zero = of_A or of_B if proportional else step
+    return Scales(_rounded(of_A or beside_zero), _rounded(of_B or beside_zero))
 
 
 def _rounded(scale: float) -> float:
