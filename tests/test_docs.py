@@ -1,5 +1,6 @@
 """The documentation: every key has its row, every page is reached, every link leads somewhere."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -73,3 +74,44 @@ def test_the_overview_has_every_result_with_its_date():
     told = dict(re.findall(r"^- \[.*\]\((.*)\), ([\d-]+)\.$", overview, re.M))
     made = {f"results/{path.name}": path.read_text().split("|", 3)[2].strip() for path in RESULTS}
     assert told == made
+
+
+DEMO = DOCS.parent / "experiments/demo"
+DEMO_RUNS = {
+    "switched by its criterion": "switched",
+    "full training (`switch/criterion=never`)": "never",
+    "full training of 0.85 of the updates": "short",
+}
+
+
+@pytest.mark.parametrize("path", ["first_run.md", "results/demo.md"])
+def test_what_a_page_says_of_the_demo_is_what_its_records_say(path):
+    full = json.loads((DEMO / "never.json").read_text())["cost"]["train_flops"]
+    told = [
+        row.split(" | ")
+        for row in (DOCS / path).read_text().splitlines()
+        if row.count(" % |") == 3
+    ]
+    assert len(told) == len(DEMO_RUNS)
+    for name, flops, test, val, share in told:
+        run = json.loads((DEMO / f"{DEMO_RUNS[name.removeprefix('| ')]}.json").read_text())
+        assert flops == f"{run['cost']['train_flops'] / full:.2f}"
+        assert test == f"{run['test']['top1']:.2f} %"
+        assert val == f"{run['val']['top1']:.2f} %"
+        trained = run["switch"].get("trainable_after", 1) / run["switch"].get(
+            "trainable_before", 1
+        )
+        assert share == f"{100 * trained:.0f} % |"
+
+
+@pytest.mark.parametrize("path", ["../README.md", "first_run.md"])
+def test_the_lines_of_the_demo_are_those_of_its_record(path):
+    run = json.loads((DEMO / "switched.json").read_text())
+    text = (DOCS / path).read_text()
+    switch = run["switch"]
+    assert f"{switch['trainable_before']:,} -> {switch['trainable_after']:,} (20.0% of" in text
+    for family in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+        ranks = [switch["ranks"][f"blocks.{block}.{family}"] for block in range(4)]
+        assert re.search(rf"^  ranks {family} +{' '.join(map(str, ranks))}$", text, re.M)
+    tops = [run["phases"][phase]["val_top1"] for phase in ("full", "adapter")]
+    assert re.search(r"last val top1, % +{:.2f} +{:.2f}\n".format(*tops), text)
