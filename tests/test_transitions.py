@@ -438,6 +438,8 @@ def test_options_that_fight_each_other_are_refused(options, says):
             "give switch.guard.criterion",
         ),
         (("switch/criterion=oialr",), "monitor.bases=true"),
+        (("switch.residual_dtype=bf16",), "does not go with a start at B = 0"),
+        (("switch.residual_dtype=bf16", "switch/rank=energy"), "a start at B = 0"),
         (
             ("adapter/refactoring=reflora", "switch.train_factors=[B]"),
             "adapter.refactoring needs both factors",

@@ -1,12 +1,15 @@
 """Try criterion, ranks and starts once before the first update, to see whether they work."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 from switchlora.adapters import made_class
 from switchlora.criteria import Verdict
+from switchlora.errors import NothingMeasured
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.switching.plan import check_start, choose_ranks
@@ -25,15 +28,39 @@ def rehearse(
     if policy.guard is not None and policy.guard.criterion is not None:
         _check_verdict("guard.criterion", policy.guard.criterion(once))
     check_factors_alone(model, policy, monitor)
-    choose_ranks(model, policy, monitor, [])
-    name, update = next(iter(monitor.updates().items()))
-    check_start(policy, name, policy.init(monitor.targets[name].weight(model), update, 1))
+    _try_all(
+        partial(choose_ranks, model, policy, monitor, []),
+        partial(_try_start, model, policy, monitor),
+    )
 
 
 def _invented_measurement(monitor: UpdateMonitor, epoch: float) -> Measurement:
     bases = 1.0 if monitor.bases else None
     still = LayerStats(1.0, 0.0, 1.0, 0.0, math.nan, basis_stability=bases)
     return Measurement(0, epoch, math.nan, dict.fromkeys(monitor.targets, still))
+
+
+def _try_all(*trials: Callable[[], object]) -> None:
+    """Call all trials. The first NothingMeasured is raised when all were called."""
+    unmeasured = []
+    for trial in trials:
+        try:
+            trial()
+        except NothingMeasured as error:
+            unmeasured.append(error)
+    if unmeasured:
+        raise unmeasured[0]
+
+
+def _try_start(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
+    """Check the start of one target; where it needs an update, of one that is like the weight."""
+    name, update = next(iter(monitor.updates().items()))
+    weight = monitor.targets[name].weight(model)
+    try:
+        check_start(policy, name, policy.init(weight, update, 1))
+    except NothingMeasured:
+        check_start(policy, name, policy.init(weight, weight, 1))
+        raise
 
 
 def _check_verdict(part: str, found: object) -> None:
