@@ -1,8 +1,7 @@
 """Try criterion, ranks and starts once before the first update, to see whether they work."""
 
 import math
-from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -21,35 +20,27 @@ def rehearse(
     """Call the criterion, the rank choice and the initializer once, on an invented measurement.
 
     ValueError when they cannot work, alone or together. NothingMeasured when ranks or start need
-    a real one. ``epoch`` is nan in a loop that does not count epochs.
+    a real one; what is tried without one draws no random number of the run. ``epoch`` is nan in a
+    loop that does not count epochs.
     """
     once = [_invented_measurement(monitor, epoch)]
     _check_verdict("criterion", policy.criterion(once))
     if policy.guard is not None and policy.guard.criterion is not None:
         _check_verdict("guard.criterion", policy.guard.criterion(once))
     check_factors_alone(model, policy, monitor)
-    _try_all(
-        partial(choose_ranks, model, policy, monitor, []),
-        partial(_try_start, model, policy, monitor),
-    )
+    try:
+        choose_ranks(model, policy, monitor, [])
+    except NothingMeasured:
+        with _draws_forgotten(model):
+            _try_start(model, policy, monitor)
+        raise
+    _try_start(model, policy, monitor)
 
 
 def _invented_measurement(monitor: UpdateMonitor, epoch: float) -> Measurement:
     bases = 1.0 if monitor.bases else None
     still = LayerStats(1.0, 0.0, 1.0, 0.0, math.nan, basis_stability=bases)
     return Measurement(0, epoch, math.nan, dict.fromkeys(monitor.targets, still))
-
-
-def _try_all(*trials: Callable[[], object]) -> None:
-    """Call all trials. The first NothingMeasured is raised when all were called."""
-    unmeasured = []
-    for trial in trials:
-        try:
-            trial()
-        except NothingMeasured as error:
-            unmeasured.append(error)
-    if unmeasured:
-        raise unmeasured[0]
 
 
 def _try_start(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -> None:
@@ -59,8 +50,14 @@ def _try_start(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -
     try:
         check_start(policy, name, policy.init(weight, update, 1))
     except NothingMeasured:
-        check_start(policy, name, policy.init(weight, weight, 1))
+        with _draws_forgotten(model):
+            check_start(policy, name, policy.init(weight, weight, 1))
         raise
+
+
+def _draws_forgotten(model: nn.Module) -> AbstractContextManager[None]:
+    device = next(model.parameters()).device
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _check_verdict(part: str, found: object) -> None:
