@@ -1,7 +1,7 @@
 """Try criterion, ranks and starts once before the first update, to see whether they work."""
 
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def rehearse(
     try:
         choose_ranks(model, policy, monitor, [])
     except NothingMeasured:
-        with _draws_forgotten(model):
+        with _draws_forgotten(model), suppress(NothingMeasured):
             _try_start(model, policy, monitor)
         raise
     _try_start(model, policy, monitor)
