@@ -82,11 +82,14 @@ def test_the_next_update_with_no_learning_rate_has_the_full_models_loss():
     assert after == pytest.approx(full, abs=1e-6)
 
 
-def test_frozen_weights_have_no_gradient_no_group_no_state_and_never_move():
-    trial = Trial("full.weight_decay=0.5")
+@pytest.mark.parametrize("factors", ["[A,B]", "[B]"])
+def test_what_is_frozen_has_no_gradient_no_group_no_state_and_never_moves(factors):
+    trial = Trial("full.weight_decay=0.5", f"switch.train_factors={factors}")
     trial.switch()
     frozen = {n: p for n, p in trial.model.named_parameters() if not p.requires_grad}
-    assert set(frozen) == {f"{name}.weight" for name in adapted_modules(trial.model)}
+    assert {n for n in frozen if not is_factor(n)} == frozen_weights(trial)
+    assert any(is_factor(n, "A") for n in frozen) == (factors == "[B]")
+    assert not any(is_factor(n, "B") for n in frozen)
     before = {n: p.clone() for n, p in frozen.items()}
     trial.train(10)
     grouped = {id(p) for g in trial.learner.optimizer.param_groups for p in g["params"]}
@@ -347,13 +350,16 @@ def test_bf16_autocast_and_compiled_graphs_switch(split_qkv):
     assert not any("_orig_mod" in name for name in trial.model.state_dict())
 
 
-def test_gradient_checkpointing_with_frozen_weights_still_trains_the_adapters():
-    trial = Trial()
+@pytest.mark.parametrize("factors", ["[A,B]", "[B]"])
+def test_gradient_checkpointing_with_frozen_weights_still_trains_the_adapters(factors):
+    trial = Trial(f"switch.train_factors={factors}")
     trial.switch()
     trial.model.set_grad_checkpointing(True)
     trial.train(1)
     for name, p in trial.model.named_parameters():
-        assert not is_factor(name) or p.grad is not None, name
+        if is_factor(name):
+            trains = is_factor(name, "B") or factors == "[A,B]"
+            assert (p.grad is not None) == trains, name
 
 
 def test_a_scalar_timm_optimizer_of_another_kind_also_switches():
@@ -407,15 +413,32 @@ def test_a_rank_policy_that_names_no_target_is_told_so():
         trial.switch()
 
 
+@pytest.mark.parametrize(
+    "overrides, trained",
+    [
+        ((), "B"),
+        (("switch/init=zero_b",), "AB"),
+        (("switch/init=update_svd",), "AB"),
+        (("switch/init=zero_b", "switch.train_factors=[B]"), "B"),
+        (("switch.train_factors=[A,B]",), "AB"),
+        (("switch/adapter=factorized",), "AB"),
+        (("switch/adapter=core", "switch/init=weight_svd"), "B"),
+    ],
+)
+def test_the_start_says_which_factors_train_unless_they_are_given(overrides, trained):
+    assert list(build(composed(*overrides).switch).trained_factors) == list(trained)
+
+
 def test_with_B_alone_A_stays_where_the_switch_put_it():
-    trial = Trial("switch.train_factors=[B]")
+    trial = Trial()
     report = trial.switch()
     before = snapshot(trial.model)
     trial.train(3)
     for name, p in trial.model.named_parameters():
         assert p.requires_grad == (not is_factor(name, "A") and name not in frozen_weights(trial))
         assert p.requires_grad != torch.equal(p, before[name]), name
-    assert report.trainable_after < Trial().switch().trainable_after
+    both = Trial("switch.train_factors=[A,B]").switch()
+    assert report.trainable_after < both.trainable_after
 
 
 def frozen_weights(trial):
@@ -552,9 +575,10 @@ def test_freezing_nothing_by_mistake_is_told():
     "phase, what", [("full", "blocks"), ("adapter", "blocks"), ("adapter", "gelu")]
 )
 def test_activation_checkpointing_changes_no_loss_and_keeps_less(phase, what):
+    """From a gelu on, both factors keep what B alone does not."""
     results = []
     for on in ("null", what):
-        trial = Trial(f"full.activation_checkpointing={on}")
+        trial = Trial(f"full.activation_checkpointing={on}", "switch.train_factors=[A,B]")
         if phase == "adapter":
             trial.switch()
         trial.learner.activation_bytes = None

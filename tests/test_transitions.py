@@ -23,7 +23,7 @@ from switchlora.errors import SwitchFailed
 from switchlora.learner import moments_of
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import Stages
-from switchlora.ranks import largest_saving_rank
+from switchlora.ranks import Budget, largest_saving_rank
 from switchlora.switching import (
     grow,
     larger_ranks,
@@ -364,6 +364,18 @@ def test_a_second_stage_goes_on_beside_what_was_frozen_outright(options):
     assert set(report.ranks) == set(names[3:6]) and report.waiting == names[6:]
     assert not frozen & trial.trained_now()
     trial.train(2)
+
+
+@pytest.mark.parametrize("factors", ["[A,B]", "[B]"])
+def test_a_second_stage_spends_what_the_budget_leaves(factors):
+    trial = Trial("switch/stages=by_margin", f"switch.train_factors={factors}")
+    trial.policy = dataclasses.replace(trial.policy, rank=Budget(share=0.5))
+    names = list(trial.monitor.known)
+    trial.monitor.watch(trial.switch(names[:4]).waiting, trial.done)
+    trial.train(2)
+    trial.history = [trial.monitor.measure(trial.done, 2.0)]
+    report = trial.switch(names[4:])
+    assert 0.48 * report.parameters < report.trainable_after <= 0.5 * report.parameters
 
 
 def test_a_stage_whose_rank_would_save_nothing_leaves_its_target_full():

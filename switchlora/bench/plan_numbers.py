@@ -66,7 +66,7 @@ class Request:
     graphs: bool = False
     """whether compiled code is launched as CUDA graphs"""
     parallel: str = "ddp"
-    train_factors: tuple[str, ...] = ("A", "B")
+    train_factors: tuple[str, ...] = ("B",)
     residual_dtype: str | None = None
     checkpointing: str | None = None
     size: int = 1_281_167

@@ -21,7 +21,7 @@ from switchlora.adapters import (
 )
 from switchlora.criteria import PredictedCost, SwitchCriterion, Verdict
 from switchlora.errors import check_choice, check_patterns, check_range
-from switchlora.initializers import AdapterInit
+from switchlora.initializers import AdapterInit, update_directions
 from switchlora.monitor import Measurement
 from switchlora.policy.growth import InRank
 from switchlora.policy.guard import Guard
@@ -46,7 +46,7 @@ def check_adapter(policy: "SwitchPolicy") -> None:
             f"switch/restart=oialr turns the bases of a core, and switch/adapter={kind} has none: "
             "use switch/adapter=core"
         )
-    if kind == "core" and list(policy.train_factors) != ["B"]:
+    if kind == "core" and list(policy.trained_factors) != ["B"]:
         raise ValueError(
             "switch/adapter=core trains the core between two frozen bases: give "
             "switch.train_factors=[B]"
@@ -148,9 +148,9 @@ class SwitchPolicy:
     least_gain: float | None = None
     """least speed-up of the factors over the target; a target with less stays as it is. It is
     measured at the switch with the shapes of the batch"""
-    train_factors: Sequence[str] = FACTORS
-    """factors that train. With [B], A stays as the switch set it. No layer then keeps its inputs
-    for the backward pass"""
+    train_factors: Sequence[str] | None = None
+    """factors that train; None: those of the start, see ``trained_factors``. With [B], A stays as
+    the switch set it, and no layer keeps its inputs for the backward pass"""
     dropout: float = 0.0
     """dropout rate of an adapter's inputs in training"""
     residual_dtype: str | None = None
@@ -180,9 +180,9 @@ class SwitchPolicy:
             raise ValueError(f"switch.dropout is {self.dropout}: give a share from 0 to below 1")
         if self.residual_dtype is not None:
             check_choice("switch.residual_dtype", self.residual_dtype, tuple(RESIDUAL_DTYPES))
-        if "B" not in self.train_factors or set(self.train_factors) - set(FACTORS):
+        if "B" not in self.trained_factors or set(self.trained_factors) - set(FACTORS):
             raise ValueError(
-                f"switch.train_factors is {list(self.train_factors)}: give [A, B] or [B]"
+                f"switch.train_factors is {list(self.trained_factors)}: give [A, B] or [B]"
             )
         check_range("switch.max_rounding_drift", self.max_rounding_drift, 0)
         if self.quantises and isinstance(self.restart, Restart):
@@ -210,6 +210,20 @@ class SwitchPolicy:
     def keeps_residual(self) -> bool:
         """Whether the adapter keeps a residual weight; the switch then keeps the function."""
         return made_class(self.adapter).keeps_residual
+
+    @property
+    def trained_factors(self) -> Sequence[str]:
+        """The factors that train: ``train_factors``, or those of the start.
+
+        From ``update_directions`` B alone trains beside the frozen weight. A spans the directions
+        of recent updates, and stays. LoRA-FA (arXiv 2308.03303) does so from a random A. Of a
+        core, B alone trains from any start. Else both factors train.
+        """
+        if self.train_factors is not None:
+            return self.train_factors
+        kind = made_class(self.adapter).kind
+        B_alone = kind == "core" or kind == "lora" and self.init is update_directions
+        return ("B",) if B_alone else FACTORS
 
     @property
     def quantises(self) -> bool:

@@ -254,7 +254,7 @@ KINDS: dict[str, Kind] = {
     "switch.freeze": PATTERNS,
     "switch.earliest": whole(0),
     "switch.latest": or_null(whole(0)),
-    "switch.train_factors": list_of(one_of("A", "B"), "[A, B] or [B]", least=1),
+    "switch.train_factors": or_null(list_of(one_of("A", "B"), "[A, B] or [B]", least=1)),
     "switch.residual_dtype": or_null(one_of("bf16", "int8", "fp8", "nf4")),
     "switch.dropout": BELOW_ONE,
     "switch.joint_epochs": number(0),

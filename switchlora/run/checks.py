@@ -116,7 +116,7 @@ def check_recipes(
     recipe = recipes[Phase.ADAPTER]
     if recipe.refactoring is None:
         return
-    if set(policy.train_factors) != set(FACTORS):
+    if set(policy.trained_factors) != set(FACTORS):
         raise ValueError("adapter.refactoring needs both factors: set switch.train_factors=[A, B]")
     waits = getattr(recipe.refactoring, "warmup_updates", 0)
     if policy.restart is not None and waits >= policy.restart.every_epochs * updates_per_epoch:

@@ -96,7 +96,7 @@ def switch_lines(
         )
     lines.append(
         f"  trained parameters {report.trainable_before:,} -> {report.trainable_after:,} "
-        f"({report.trainable_after / report.parameters:.1%} of the model) | "
+        f"({report.trainable_after / report.parameters:.1%} of the model{_left_out(report)}) | "
         f"captured energy {_captured(report)} | max logit drift {report.drift:.1e} | "
         f"{report.seconds:.2f} s"
     )
@@ -137,6 +137,10 @@ def _title(report: SwitchReport) -> str:
     if not report.waiting:
         return "SWITCH"
     return f"STAGE of {len(report.ranks)} targets, {len(report.waiting)} train on,"
+
+
+def _left_out(report: SwitchReport) -> str:
+    return "; B trains, A stays" if list(report.factors) == ["B"] else ""
 
 
 def _captured(report: SwitchReport) -> str:

@@ -55,6 +55,8 @@ class SwitchReport(Outcome):
     """share of the recent update's energy in the adapter's row space; NaN where nothing moved"""
     waiting: Sequence[str] = ()
     """targets that train on as they are until a later stage"""
+    factors: Sequence[str] = ()
+    """factors that train"""
 
     def after(self, earlier: "SwitchReport") -> "SwitchReport":
         """Return one report of this stage and the ``earlier`` ones."""
@@ -123,6 +125,7 @@ def switch(
         left_full=plan.left_full,
         captured_energy=plan.captured_energy,
         waiting=plan.waiting,
+        factors=list(policy.trained_factors),
     )
     return learner, report
 
@@ -322,13 +325,13 @@ def _train_adapters(
     for name, target in targets.items():
         if name not in ranks and target.trains_in_full(model):
             full.append(name)
-    train_only(model, trained_after(model, policy, targets, full, waits), policy.train_factors)
+    train_only(model, trained_after(model, policy, targets, full, waits), policy.trained_factors)
 
 
 def _train_as(model: nn.Module, flags: Mapping[str, bool], policy: SwitchPolicy) -> None:
     """Train the parameters whose names trained before (``flags``), and the factors."""
     kept = [name for name, trains in flags.items() if trains and not is_factor(name)]
-    train_only(model, kept, policy.train_factors)
+    train_only(model, kept, policy.trained_factors)
 
 
 def _wider(

@@ -279,8 +279,8 @@ def _context(
         if name not in monitor.targets and target.trains_in_full(model):
             full.append(name)
     kept = trained_after(model, policy, monitor.known, full)
-    factors = sum(p.numel() for name, p in model.named_parameters() if is_factor(name))
-    other_trainable = sum(parameter.numel() for parameter in kept.values()) + factors
+    adapters = [p for name, p in model.named_parameters() if is_factor(name) and p.requires_grad]
+    other_trainable = sum(parameter.numel() for parameter in (*kept.values(), *adapters))
     sizes = {name: target.weight(model).numel() for name, target in monitor.targets.items()}
     switching = sum(sizes[name] for name in targets)
     return SwitchContext(
@@ -289,7 +289,7 @@ def _context(
         monitor.initial_stable_ranks,
         total_parameters=plain_parameters(model),
         other_trainable=other_trainable,
-        train_factors=policy.train_factors,
+        train_factors=policy.trained_factors,
         weights=Weights(model, targets),
         part=switching / sum(sizes.values()),
     )
