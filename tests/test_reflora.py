@@ -340,7 +340,10 @@ def test_without_a_warm_up_it_runs_from_re_init_on_any_device(how, tmp_path):
     "start",
     [
         ("switch/init=zero_b",),
-        ("switch/init=update_directions", "switch/criterion=at_epoch", "switch.criterion.epoch=1"),
+        (
+            *("switch/init=update_directions", "switch.train_factors=[A,B]"),
+            *("switch/criterion=at_epoch", "switch.criterion.epoch=1"),
+        ),
         ("switch/init=weight_svd", "switch/restart=relora", f"switch.restart.init={{{ZERO_B}}}"),
     ],
 )

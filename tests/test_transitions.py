@@ -34,6 +34,8 @@ from switchlora.switching import (
 )
 from trials import BASE, SWITCH_AT, batch
 
+BOTH = "switch.train_factors=[A,B]"
+
 
 class Trial(trials.Trial):
     """And what a run does with it after the switch."""
@@ -207,17 +209,22 @@ def gradients(trial):
     }
 
 
-def test_growing_adds_directions_outside_the_old_ones_and_keeps_the_function():
-    trial = Trial("switch/scaling=alpha_over_rank")
+@pytest.mark.parametrize("factors", ["[A,B]", "[B]"])
+def test_growing_adds_directions_outside_the_old_ones_and_keeps_the_function(factors):
+    trial = Trial("switch/scaling=alpha_over_rank", f"switch.train_factors={factors}")
     trial.switch()
     trial.train(3)
     before, logits = weights(trial), trial.logits()
     old = {n: m.lora_A.detach().clone() for n, m in adapted_modules(trial.model).items()}
     moments = copy.deepcopy(moments_of(trial.model, trial.learner.optimizer))
     outcome = trial.grow(gradients(trial))
-    grown = moments_of(trial.model, trial.learner.optimizer)["blocks.0.mlp.fc1.lora_A"]["exp_avg"]
-    assert torch.equal(grown[:2], moments["blocks.0.mlp.fc1.lora_A"]["exp_avg"])
-    assert not grown[2:].any()
+    grown = moments_of(trial.model, trial.learner.optimizer)
+    for name, dim in {"lora_A": 0, "lora_B": 1}.items():
+        name = f"blocks.0.mlp.fc1.{name}"
+        assert (name in moments) == (name in grown) == (name[-1] in factors)
+        if name in grown:
+            kept, new = grown[name]["exp_avg"].split(2, dim)
+            assert torch.equal(kept, moments[name]["exp_avg"]) and not new.any()
     ranks = outcome.ranks
     assert set(ranks.values()) == {4} and outcome.drift <= 1e-5
     assert applied_ranks(trial.model, trial.monitor.known, ranks) == ranks
@@ -457,7 +464,7 @@ def test_options_that_fight_each_other_are_refused(options, says):
             "adapter.refactoring needs both factors",
         ),
         (
-            ("adapter/refactoring=reflora", "switch/restart=relora"),
+            ("adapter/refactoring=reflora", "switch/restart=relora", BOTH),
             "warmup_updates=100 is no shorter than a cycle",
         ),
         (
