@@ -9,6 +9,7 @@ from switchlora.models.files import (
 from switchlora.models.text import CausalTransformer as CausalTransformer
 from switchlora.models.vision import (
     create_model as create_model,
+    draws_undone as draws_undone,
     eval_mode as eval_mode,
     read_directly as read_directly,
 )

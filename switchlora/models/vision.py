@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import timm
+import torch
 from timm.layers import to_2tuple
 from torch import nn
 
@@ -60,6 +61,12 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def draws_undone(model: nn.Module) -> AbstractContextManager[None]:
+    """Put back what is drawn inside: the random numbers of the CPU and of the model's device."""
+    device = next(model.parameters()).device
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def read_directly(model: nn.Module) -> list[str]:

@@ -1,7 +1,7 @@
 """Try criterion, ranks and starts once before the first update, to see whether they work."""
 
 import math
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from switchlora.adapters import made_class
 from switchlora.criteria import Verdict
 from switchlora.errors import NothingMeasured
+from switchlora.models import draws_undone
 from switchlora.monitor import LayerStats, Measurement, UpdateMonitor
 from switchlora.policy import SwitchPolicy
 from switchlora.switching.plan import check_start, choose_ranks
@@ -31,7 +32,7 @@ def rehearse(
     try:
         choose_ranks(model, policy, monitor, [])
     except NothingMeasured:
-        with _draws_forgotten(model), suppress(NothingMeasured):
+        with draws_undone(model), suppress(NothingMeasured):
             _try_start(model, policy, monitor)
         raise
     _try_start(model, policy, monitor)
@@ -50,14 +51,9 @@ def _try_start(model: nn.Module, policy: SwitchPolicy, monitor: UpdateMonitor) -
     try:
         check_start(policy, name, policy.init(weight, update, 1))
     except NothingMeasured:
-        with _draws_forgotten(model):
+        with draws_undone(model):
             check_start(policy, name, policy.init(weight, weight, 1))
         raise
-
-
-def _draws_forgotten(model: nn.Module) -> AbstractContextManager[None]:
-    device = next(model.parameters()).device
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _check_verdict(part: str, found: object) -> None:

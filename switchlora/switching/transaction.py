@@ -22,7 +22,7 @@ from switchlora.adapters import (
 )
 from switchlora.errors import RanksDisagree, SwitchFailed
 from switchlora.learner import Moments, dense_moments, exact_products, load_moments, moments_of
-from switchlora.models import eval_mode
+from switchlora.models import draws_undone, eval_mode
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
 from switchlora.process import agreed_checksum, from_primary, full, lost_rank, together
@@ -121,8 +121,7 @@ def operate(
     parameters = plain_parameters(model)
     replaced: Replaced = {}
     exact: dict[str, Exact] = {}
-    device = next(model.parameters()).device
-    with exact_products(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with exact_products(), draws_undone(model):
         try:
             with together():
                 before = _logits(model, scene)
