@@ -253,6 +253,14 @@ def test_a_ratio_under_other_conditions_is_refused(tmp_path, overrides, environm
         table_of(tmp_path, baseline=base.label)
 
 
+@pytest.mark.parametrize("here, there, compared", [("null", "false", 1), ("true", "false", 0)])
+def test_without_a_compiler_null_and_false_are_the_same(tmp_path, here, there, compared):
+    write_run(tmp_path / "base", *NEVER, f"full.compile={there}")
+    write_run(tmp_path / "other", f"full.compile={here}")
+    _, rows = table_of(tmp_path)
+    assert sum("top1_difference" in row.cells for row in rows.values()) == compared
+
+
 def test_of_several_full_trainings_the_one_under_the_same_conditions_is_the_baseline(tmp_path):
     for batch, top1 in ((32, 70.0), (64, 80.0)):
         chosen = f"data.batch_size={batch}"

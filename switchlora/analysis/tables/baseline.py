@@ -1,6 +1,6 @@
 """Compute ratios to a baseline, and refuse ratios between runs under different conditions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -163,9 +163,14 @@ def conditions(record: Record, reference: Record) -> tuple[Conditions, Condition
     last_recipe = reference.config[recipe_name(last_phase(reference))]
     for phase, key in product(phases_made(record), OF_RECIPES):
         recipe = recipe_name(phase)
-        here[f"{recipe}.{key}"] = record.config[recipe][key]
-        there[f"{recipe}.{key}"] = last_recipe[key]
+        here[f"{recipe}.{key}"] = told_of(record.config[recipe], key)
+        there[f"{recipe}.{key}"] = told_of(last_recipe, key)
     return here, there
+
+
+def told_of(recipe: Mapping[str, Any], key: str) -> Any:
+    """Return what a recipe says of ``key``. Without a compiler, null and false say the same."""
+    return recipe[key] or False
 
 
 def recipe_name(phase: str) -> str:
