@@ -69,6 +69,11 @@ def update_directions(weight: Tensor, update: Tensor, rank: int) -> Factors:
     return Factors(directions / 3**0.5, _zero_B(weight, rank))
 
 
+def from_updates(init: AdapterInit) -> bool:
+    """Return whether the rows of A come from the recent update."""
+    return init is update_directions or isinstance(init, UpdateSVD)
+
+
 def zero_b(weight: Tensor, update: Tensor, rank: int) -> Factors:
     """Return LoRA's own start: A Kaiming-uniform, B = 0 (Hu et al., arXiv 2106.09685)."""
     A = _empty_A(weight, rank)

@@ -22,7 +22,7 @@ from switchlora.errors import SwitchFailed
 from switchlora.learner import Learner
 from switchlora.models import eval_mode
 from switchlora.run import finish, prepare
-from switchlora.storage import KERNEL_LIMITS, cpu_name, read_events
+from switchlora.storage import KERNEL_LIMITS, cpu_name, read_events, read_record
 from switchlora.switching import changes
 from switchlora.train import fit, train
 
@@ -379,6 +379,28 @@ def test_golden_losses_have_not_moved(tmp_path):
     for each in alike:
         full = [[float.fromhex(x) for x in run["losses"][:30]] for run in (found, each)]
         assert full[0] == pytest.approx(full[1], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("switch.rank.share=0.15", "switch.train_factors=[A,B]"), True),
+        (("switch.rank.share=0.4",), False),
+        (("switch.rank.share=0.4", "switch/init=zero_b"), False),
+        (("switch/rank=fixed", "switch.rank.rank=1"), False),
+    ],
+)
+def test_adapters_that_hold_little_of_the_update_are_told_where_the_budget_chose(
+    tmp_path, capsys, overrides, told
+):
+    make_run(tmp_path, "switch/rank=budget", *BY_DATE, *overrides)
+    report = read_record(tmp_path).result["switch"]
+    held = {n: e for n, e in report["captured_energy"].items() if report["ranks"][n]}
+    least = min(held, key=held.__getitem__)
+    thin = sum(energy < 0.9 for energy in held.values())
+    line = f"{thin} of {len(held)} adapters hold less than 0.9 of the recent update ({least}: "
+    assert (f"{line}{held[least]:.2f})" in capsys.readouterr().out) == told
+    assert not told or thin
 
 
 def test_the_switch_tells_how_much_faster_updates_should_be_and_warns_where_they_are_not(

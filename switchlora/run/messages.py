@@ -15,6 +15,8 @@ from switchlora.switching import Outcome, SwitchReport
 
 SHOWN_HOLDING_BACK = 3
 EXPECTED_DRIFT = 1e-5
+ENOUGH = 0.9
+"""captured energy below which runs lost accuracy, on images and text (docs/results/signals.md)"""
 BALANCED_ENOUGH = 0.3
 """||B|| / ||A|| at which refactoring begins without a warning; published runs begin at 0.5 to 3"""
 WITHOUT_RATIO = ("updates", "last val top1, %")
@@ -107,6 +109,20 @@ def switch_lines(
     if report.drift > EXPECTED_DRIFT:
         lines.append(f"  warning: the logits moved by more than {EXPECTED_DRIFT:g}")
     return lines
+
+
+def missing_rank_lines(report: SwitchReport) -> list[str]:
+    """Return a line where an adapter holds less than ``ENOUGH`` of the recent update, or none."""
+    held = {name: e for name, e in report.captured_energy.items() if report.ranks[name]}
+    thin = [name for name, energy in held.items() if energy < ENOUGH]
+    if not thin:
+        return []
+    least = min(thin, key=held.__getitem__)
+    return [
+        f"  {len(thin)} of {len(held)} adapters hold less than {ENOUGH:g} of the recent update "
+        f"({least}: {held[least]:.2f}), where runs lost accuracy: a larger switch.rank.share "
+        "holds more"
+    ]
 
 
 def change_line(kind: str, where: str, what: str, outcome: Outcome) -> str:

@@ -1,13 +1,16 @@
 """Tell what a run did: its lines and events about a measurement or a change."""
 
 from switchlora.criteria import Verdict
+from switchlora.initializers import from_updates
 from switchlora.monitor import Measurement
 from switchlora.policy import extrapolate
 from switchlora.process import distributed
+from switchlora.ranks import Budget
 from switchlora.run.messages import (
     balance_metrics,
     change_line,
     measurement_line,
+    missing_rank_lines,
     refactoring_lines,
     speedup_lines,
     switch_lines,
@@ -73,7 +76,10 @@ def _tell_switch(run: Run, change: Changed, report: SwitchReport) -> None:
     """Say why it switched, what changed, and how much faster an update should be."""
     state, verdict = run.state, run.state.verdict
     assert verdict is not None
-    for line in switch_lines(report, verdict, state.num_updates, run.epoch):
+    lines = switch_lines(report, verdict, state.num_updates, run.epoch)
+    if isinstance(run.policy.rank, Budget) and from_updates(run.policy.init):
+        lines += missing_rank_lines(report)
+    for line in lines:
         run.log.line(line)
     if state.joint_until is not None:
         late = ", which never comes" if state.joint_until > run.last_update else ""
