@@ -113,7 +113,7 @@ def switch_lines(
 
 def missing_rank_lines(report: SwitchReport) -> list[str]:
     """Return a line where an adapter holds less than ``ENOUGH`` of the recent update, or none."""
-    held = {name: e for name, e in report.captured_energy.items() if report.ranks[name]}
+    held = _held_energy(report)
     thin = [name for name, energy in held.items() if energy < ENOUGH]
     if not thin:
         return []
@@ -159,8 +159,13 @@ def _left_out(report: SwitchReport) -> str:
     return "; B trains, A stays" if list(report.factors) == ["B"] else ""
 
 
+def _held_energy(report: SwitchReport) -> dict[str, float]:
+    """Return the captured energy of the targets that have an adapter."""
+    return {name: e for name, e in report.captured_energy.items() if report.ranks[name]}
+
+
 def _captured(report: SwitchReport) -> str:
-    found = [energy for name, energy in report.captured_energy.items() if report.ranks[name]]
+    found = _held_energy(report).values()
     if not found or any(map(math.isnan, found)):
         return "of no update"
     return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
