@@ -286,17 +286,22 @@ class Budget:
     The policy starts at ``r_min`` everywhere and buys singular values by energy per parameter.
     Singular values descend, so this is optimal up to the last one bought.
 
+    - ``captured``: a target buys no more once it holds this share of its update's energy, as in
+      ``Energy``. None: the whole budget is spent.
     - ``relative``: count energy as a share of the energy of the target's own update.
     - ``power_of_two``: round ranks down to a power of two.
     """
 
     share: float = 0.2
+    captured: float | None = None
     relative: bool = False
     r_min: int = 1
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
         check_share("switch.rank.share", self.share)
+        if self.captured is not None:
+            check_share("switch.rank.captured", self.captured)
         check_range("switch.rank.r_min", self.r_min, 0)
 
     def __call__(self, context: SwitchContext) -> dict[str, int]:
@@ -334,8 +339,10 @@ class Budget:
             value = _energies(name, update)
             if self.relative:
                 value = value / value.sum()
-            useful = value[self.r_min : largest_saving_rank(update.shape)]
-            for energy in useful.tolist():
+            most = largest_saving_rank(update.shape)
+            if self.captured is not None:
+                most = min(most, _smallest_count(value, self.captured))
+            for energy in value[self.r_min : most].tolist():
                 offers.append((energy / costs[name], name))
         return offers
 

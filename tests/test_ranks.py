@@ -163,6 +163,19 @@ def test_budget_is_optimal_among_all_rank_choices_of_its_cost():
     assert energy(ranks.values()) == pytest.approx(max(map(energy, affordable)), rel=1e-9)
 
 
+@pytest.mark.parametrize("captured", [0.3, 0.6])
+def test_a_budget_that_is_large_enough_buys_what_energy_asks_for(captured):
+    given = context()
+    wanted = Energy(captured)(given)
+    assert all(saves_parameters(rank, SHAPES[name]) for name, rank in wanted.items())
+    assert Budget(share=1.0, captured=captured)(given) == wanted
+
+
+def test_a_budget_that_is_too_small_is_spent_as_if_nothing_had_to_be_captured():
+    given = context()
+    assert Budget(share=0.1, captured=0.999)(given) == Budget(share=0.1)(given)
+
+
 def test_budget_that_cannot_be_met_says_by_how_much():
     with pytest.raises(ValueError, match=r"rank\.share=0\.01 is too small.*parameters more"):
         Budget(share=0.01)(context())

@@ -288,6 +288,7 @@ KINDS: dict[str, Kind] = {
     "switch.criterion.delay": whole(0),
     "switch.rank.rank": whole(1),
     "switch.rank.share": SHARE,
+    "switch.rank.captured": or_null(SHARE),
     "switch.rank.ratio": SHARE,
     "switch.rank.relative": FLAG,
     "switch.rank.r_min": whole(0),
