@@ -19,7 +19,14 @@ from switchlora.adapters import (
     guided_linear,
     operands_kept,
 )
-from switchlora.learner import build_learner, compile_of, compiling, evaluate, launches_graphs
+from switchlora.learner import (
+    build_learner,
+    chosen_compiler,
+    compile_of,
+    compiling,
+    evaluate,
+    launches_graphs,
+)
 from switchlora.run import tell_compiler_fault, with_choices
 
 LABELS = torch.arange(8) % 5
@@ -147,22 +154,34 @@ def test_stochastic_guidance_compiles_a_graph_for_each_choice_not_for_each_draw(
 
 
 @pytest.mark.parametrize(
-    "device,triton,recomputed,expected",
+    "device,triton,recomputed,accumulation,expected",
     [
-        (CUDA, True, None, True),
-        (CUDA, True, "gelu", None),
-        (CUDA, False, None, None),
-        (torch.device("cpu"), True, None, None),
+        (CUDA, True, None, 1, "graphs"),
+        (CUDA, True, None, 2, True),
+        (CUDA, True, "blocks", 1, True),
+        (CUDA, True, "gelu", 1, None),
+        (CUDA, False, None, 1, None),
+        (torch.device("cpu"), True, None, 1, None),
     ],
 )
 def test_auto_compiles_on_a_gpu_that_has_a_compiler(
-    device, triton, recomputed, expected, monkeypatch
+    device, triton, recomputed, accumulation, expected, monkeypatch
 ):
     monkeypatch.setattr(compiling, "has_triton", lambda: triton)
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
-    assert compile_of("auto", device, recomputed) is expected
+    assert chosen_compiler("auto", device, recomputed, accumulation) == expected
+    compiled = compile_of("auto", device, recomputed, accumulation)
+    assert launches_graphs(compiled) == (expected == "graphs")
     assert compile_of({"mode": "default"}, device) == {"mode": "default"}
     assert compile_of(False, device) is False
+
+
+@pytest.mark.parametrize("ranks, hip", [(2, None), (1, "7.2")])
+def test_auto_launches_no_graphs_where_nobody_tried_them(ranks, hip, monkeypatch):
+    monkeypatch.setattr(compiling, "missing_compiler", lambda: None)
+    monkeypatch.setattr(compiling, "world_size", lambda: ranks)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert compile_of("auto", CUDA) is True
 
 
 def test_graphs_is_the_mode_of_torch_that_launches_them():
@@ -181,9 +200,10 @@ def test_graphs_are_refused_where_they_cannot_be_had(monkeypatch):
 
 
 @pytest.mark.parametrize("asked", ["graphs", "{mode: reduce-overhead}"])
-def test_graphs_are_refused_where_a_micro_batch_would_overwrite_gradients(asked):
-    with pytest.raises(Exception, match="does not go with accumulation=2"):
-        build(composed(f"full.compile={asked}", "full.accumulation=2").full)
+@pytest.mark.parametrize("word", ["accumulation=2", "activation_checkpointing=blocks"])
+def test_graphs_are_refused_where_a_second_pass_would_overwrite_the_first(asked, word):
+    with pytest.raises(Exception, match=f"does not go with {word}"):
+        build(composed(f"full.compile={asked}", f"full.{word}").full)
 
 
 def test_a_gpu_without_a_c_compiler_is_told(monkeypatch):

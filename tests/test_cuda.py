@@ -94,6 +94,18 @@ def test_cuda_graphs_train_through_a_switch_as_compiled_blocks_do(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_in_cuda_graphs_a_run_averages_its_weights_and_goes_on_from_a_checkpoint(tmp_path):
+    words = (*ON_GPU, "ema=0.9", "full.compile=graphs", "checkpoint.every_updates=10")
+    whole = make_run(tmp_path / "whole", *words, "checkpoint.keep=9")
+    eager = make_run(tmp_path / "eager", *ON_GPU, "ema=0.9", "full.compile=false")
+    assert whole["test"]["ema_loss"] == pytest.approx(eager["test"]["ema_loss"], rel=1e-3)
+    paths = {path.name[-2:]: path for path in find_all(tmp_path / "whole")}
+    for update in ("10", "30"):
+        resumed = make_run(tmp_path / update, *words, f"resume={paths[update]}")
+        assert resumed["test"]["ema_loss"] == pytest.approx(whole["test"]["ema_loss"], rel=1e-3)
+        assert resumed["test"]["loss"] == pytest.approx(whole["test"]["loss"], rel=1e-3)
+
+
 def test_after_a_switch_nothing_of_the_full_phases_graphs_is_held(tmp_path):
     """The model is so large that its activations outweigh the workspaces of a stream."""
     large = ("model.depth=8", "model.embed_dim=384", "model.num_heads=6", "data.batch_size=320")

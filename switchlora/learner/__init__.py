@@ -13,6 +13,7 @@ from switchlora.learner.compiling import (
     AUTO as AUTO,
     CUDA_GRAPHS as CUDA_GRAPHS,
     check_compiles as check_compiles,
+    chosen_compiler as chosen_compiler,
     compile_of as compile_of,
     launches_graphs as launches_graphs,
     missing_compiler as missing_compiler,

@@ -25,22 +25,44 @@ KEY = "full.compile"
 
 
 def compile_of(
-    asked: Asked, device: torch.device, recomputed: str | None = None, key: str = KEY
+    asked: Asked,
+    device: torch.device,
+    recomputed: str | None = None,
+    accumulation: int = 1,
+    key: str = KEY,
 ) -> Asked:
-    """Return what torch.compile is asked for on ``device``.
+    """Return what torch.compile is asked for on ``device``; 'auto': see ``chosen_compiler``.
 
-    'auto' is True on CUDA where Triton and a C compiler are there, else None. It is None too where
-    the inputs of gelus are ``recomputed``, which compiled code cannot do. 'graphs' is the mode of
-    torch that launches CUDA graphs. Anything else is itself. ValueError for 'graphs' without CUDA,
-    or in one of several processes, where nobody has tried them; it names ``key``.
+    'graphs' is the mode of torch that launches CUDA graphs. Anything else is itself. ValueError
+    for 'graphs' without CUDA, or in one of several processes, where nobody has tried them; it
+    names ``key``.
     """
-    if asked == CUDA_GRAPHS:
-        check_takes_graphs(device, key)
-        return {"mode": LAUNCHED_WHOLE}
+    chosen = chosen_compiler(asked, device, recomputed, accumulation)
+    if chosen != CUDA_GRAPHS:
+        return chosen
+    check_takes_graphs(device, key)
+    return {"mode": LAUNCHED_WHOLE}
+
+
+def chosen_compiler(
+    asked: Asked, device: torch.device, recomputed: str | None = None, accumulation: int = 1
+) -> Asked:
+    """Return ``asked``; where it is 'auto', what suits ``device``.
+
+    - None: there is no GPU, or no compiler for it, or the inputs of gelus are ``recomputed``,
+      which compiled code cannot do.
+    - 'graphs': one process trains on a GPU of NVIDIA, in updates of one micro-batch, and computes
+      nothing twice.
+    - True: all else. Graphs of a micro-batch would overwrite the gradients of the one before, and
+      those of a block the activations that its second pass still needs.
+    """
     if asked != AUTO:
         return asked
-    useful = device.type == "cuda" and recomputed != "gelu"
-    return True if useful and missing_compiler() is None else None
+    if device.type != "cuda" or recomputed == "gelu" or missing_compiler() is not None:
+        return None
+    of_nvidia = torch.version.hip is None
+    plain = accumulation == 1 and recomputed is None
+    return CUDA_GRAPHS if of_nvidia and plain and world_size() == 1 else True
 
 
 def missing_compiler() -> str | None:

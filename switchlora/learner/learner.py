@@ -371,12 +371,13 @@ def build_learner(
     ``scaler`` is the loss scaler of the previous learner. The new one starts from its scale.
     """
     device = next(model.parameters()).device
+    recomputed = recipe.activation_checkpointing
     recipe = replace(
         recipe,
         precision=precision_of(recipe.precision, device),
-        compile=compile_of(recipe.compile, device, recipe.activation_checkpointing),
+        compile=compile_of(recipe.compile, device, recomputed, recipe.accumulation),
     )
-    set_checkpointing(model, recipe.activation_checkpointing)
+    set_checkpointing(model, recomputed)
     hold_frozen_statistics(model)
     bones = None
     if parallel == "fsdp":

@@ -134,7 +134,7 @@ class Recipe:
     """fp32, bf16, fp16, or auto: see ``precision_of``"""
     compile: Asked = None
     """arguments of torch.compile, or True for its defaults; None or False: the model stays eager;
-    auto and graphs: see ``compile_of``"""
+    auto: see ``chosen_compiler``, graphs: see ``compile_of``"""
     activation_checkpointing: str | None = None
     """what the backward pass computes again instead of keeping it:
     - 'blocks': whole blocks
@@ -160,11 +160,6 @@ class Recipe:
                 f"compile is '{self.compile}': give auto, true, false, graphs, or arguments of "
                 "torch.compile in quotes, such as 'compile={mode: default}'"
             )
-        if launches_graphs(self.compile) and self.accumulation > 1:
-            raise ValueError(
-                f"compile=graphs does not go with accumulation={self.accumulation}: a micro-batch "
-                "would overwrite the gradients of the one before; take compile=true"
-            )
         if self.frobenius_decay and self.factor_weight_decay:
             raise ValueError(
                 "frobenius_decay replaces weight decay on the factors: set factor_weight_decay=0"
@@ -173,6 +168,8 @@ class Recipe:
             check_choice("activation_checkpointing", self.activation_checkpointing, RECOMPUTED)
         if self.activation_checkpointing == "gelu" and self.compiles:
             raise ValueError("activation_checkpointing=gelu does not go with compile=true")
+        if launches_graphs(self.compile):
+            self._check_graphs()
 
     def ramp_updates(self, start: int, total_updates: int) -> int:
         """Return the length of the ramp of a learner that takes over at update ``start``.
@@ -201,6 +198,15 @@ class Recipe:
     def optimizer_class(self) -> type[Optimizer]:
         """The class of what ``optimizer`` returns."""
         return type(self.bare_optimizer)
+
+    def _check_graphs(self) -> None:
+        for name, plain in (("accumulation", 1), ("activation_checkpointing", None)):
+            asked = getattr(self, name)
+            if asked != plain:
+                raise ValueError(
+                    f"compile=graphs does not go with {name}={asked}: a second pass of a block "
+                    "would overwrite what the first one left; take compile=true"
+                )
 
     @property
     def compiles(self) -> bool:

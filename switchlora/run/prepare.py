@@ -32,7 +32,7 @@ from switchlora.learner import (
     Stopwatch,
     WeightEMA,
     build_learner,
-    compile_of,
+    chosen_compiler,
     missing_compiler,
     precision_of,
     set_backends,
@@ -323,14 +323,13 @@ def with_choices(config: DictConfig) -> DictConfig:
     """
     config = deepcopy(config)
     recipes = [config.full, config.adapter]
-    asked = [(r.precision, r.compile, r.activation_checkpointing) for r in recipes]
-    if not any(CHOSEN_HERE in (precision, compiled) for precision, compiled, _ in asked):
+    if not any(CHOSEN_HERE in (recipe.precision, recipe.compile) for recipe in recipes):
         return config
     device = find_device("system.device", config.system.device)
-    for recipe, (precision, compiled, recomputed) in zip(recipes, asked, strict=True):
-        recipe.precision = precision_of(precision, device)
-        if compiled == CHOSEN_HERE:
-            recipe.compile = compile_of(compiled, device, recomputed)
+    for recipe in recipes:
+        recipe.precision = precision_of(recipe.precision, device)
+        recomputed = recipe.activation_checkpointing
+        recipe.compile = chosen_compiler(recipe.compile, device, recomputed, recipe.accumulation)
     return config
 
 
