@@ -292,8 +292,8 @@ class Budget:
     - ``power_of_two``: round ranks down to a power of two.
     """
 
-    share: float = 0.2
-    captured: float | None = None
+    share: float = 0.3
+    captured: float | None = 0.99
     relative: bool = False
     r_min: int = 1
     power_of_two: bool = False

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from conftest import tiny_vit
 from runs import BY_DATE, assert_same_but_for_memory, make_run
@@ -16,6 +17,7 @@ from switchlora.monitor import UpdateMonitor
 from switchlora.storage import find_all, read_events
 from switchlora.storage.background import staged
 from switchlora.sweep.gpus import visible_gpus
+from test_compile import LABELS, learner_of, with_adapters
 
 pytestmark = [
     pytest.mark.cuda,
@@ -116,6 +118,27 @@ def test_after_a_switch_nothing_of_the_full_phases_graphs_is_held(tmp_path):
         summary = json.loads((tmp_path / how / "summary.json").read_text())
         peaks.append(summary["phases"]["adapter"]["peak_memory_bytes"])
     assert peaks[1] <= 1.1 * peaks[0]
+
+
+@pytest.mark.parametrize("how", ["true", "graphs"])
+@pytest.mark.parametrize("factors", ["AB", "B"])
+def test_compiled_factors_have_the_gradients_of_eager_ones(factors, how, images):
+    """The weights stay, so what a graph left from one update to the next would show."""
+    found = []
+    for compiling in ("false", how):
+        torch.manual_seed(3)
+        model = tiny_vit()
+        with_adapters(model.blocks, lambda number: 3 + 4 * number)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith(tuple(f"lora_{each}" for each in factors)))
+        words = ("full.precision=bf16", "full.optimizer.lr=1e-12", f"full.compile={compiling}")
+        learner = learner_of(model.cuda(), *words)
+        for number in range(5):
+            learner.update(images.cuda(), LABELS.cuda(), cross_entropy, number)
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, eager in found[0].items():
+        error = (found[1][name] - eager).norm() / eager.norm()
+        assert error < 0.03, (name, float(error))
 
 
 @pytest.mark.parametrize("arm", ["adapter", "adapter-B"])

@@ -284,3 +284,19 @@ def test_the_tables_of_the_docs_are_up_to_date(monkeypatch):
     lines = (DOCS / "when_faster.md").read_text().splitlines()
     assert when_faster.model_row("vit_small_patch16_224") in lines
     assert when_faster.network_row(16) in lines
+
+
+@pytest.mark.parametrize(
+    "words, compiled, graphs",
+    [
+        (["hardware=h100"], True, True),
+        (["hardware=h100", "gpus=2"], True, False),
+        (["hardware=h100", "full.accumulation=2"], True, False),
+        (["hardware=h100", "full.activation_checkpointing=blocks"], True, False),
+        (["hardware=mi300x"], True, False),
+        (["hardware=h100", "full.compile=false"], False, False),
+    ],
+)
+def test_a_plan_compiles_as_a_run_does_by_default(words, compiled, graphs):
+    request = plan.request_of(["model=vit_tiny_patch16_224", *words])
+    assert (request.compiled, request.graphs) == (compiled, graphs)

@@ -451,7 +451,7 @@ def test_a_budget_counts_only_factors_that_train_and_is_kept(share):
     ranks = []
     for factors in ("[A,B]", "[B]"):
         trial = Trial()
-        overrides = ("switch/rank=budget", f"switch.rank.share={share}")
+        overrides = ("switch.rank.captured=null", f"switch.rank.share={share}")
         trial.policy = build(composed(*overrides, f"switch.train_factors={factors}").switch)
         report = trial.switch()
         assert report.trainable_after <= share * report.parameters and not report.left_full

@@ -75,9 +75,8 @@ def test_the_run_switches_at_a_measurement_and_says_so_in_its_summary(finished):
     assert summary["switch"]["drift"] <= 1e-5
     assert set(summary["phases"]) == {"full", "adapter"}
     adapter = summary["phases"]["adapter"]
-    assert (
-        adapter["trainable_parameters"] <= 0.2 * summary["phases"]["full"]["trainable_parameters"]
-    )
+    trained = adapter["trainable_parameters"]
+    assert trained <= 0.3 * summary["phases"]["full"]["trainable_parameters"]
     assert adapter["images_per_second"] > 0 and adapter["peak_memory_bytes"] > 0
     assert summary["val"]["loss"] < math.log(10) > summary["test"]["loss"]  # better than chance
     assert summary["environment"]["versions"]["torch"]

@@ -376,7 +376,7 @@ def test_a_second_stage_goes_on_beside_what_was_frozen_outright(options):
 @pytest.mark.parametrize("factors", ["[A,B]", "[B]"])
 def test_a_second_stage_spends_what_the_budget_leaves(factors):
     trial = Trial("switch/stages=by_margin", f"switch.train_factors={factors}")
-    trial.policy = dataclasses.replace(trial.policy, rank=Budget(share=0.5))
+    trial.policy = dataclasses.replace(trial.policy, rank=Budget(0.5, captured=None))
     names = list(trial.monitor.known)
     trial.monitor.watch(trial.switch(names[:4]).waiting, trial.done)
     trial.train(2)

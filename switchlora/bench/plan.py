@@ -45,6 +45,7 @@ from switchlora.cost import (
     price,
 )
 from switchlora.errors import check_range
+from switchlora.learner import AUTO, CUDA_GRAPHS
 from switchlora.names import near
 from switchlora.policy import RESIDUAL_DTYPES
 from switchlora.process import USER_ERRORS, one_line
@@ -52,6 +53,8 @@ from switchlora.process import USER_ERRORS, one_line
 CASES = Path(__file__).with_name("plan_cases.yaml")
 FLAGS = ("--json", "--calibrate", "--cases", "--help")
 HERE = "here"
+WITHOUT_GRAPHS = ("mi300x",)
+"""devices on which nobody tried CUDA graphs"""
 SIZES = {
     "imagenet": (1_281_167, 50_000),
     "cifar10": (45_000, 5_000),
@@ -168,12 +171,22 @@ def settled(fields: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         fields["validation"] = sizes[1]
     if "image_size" in fields:
         options["img_size"] = fields.pop("image_size")
-    on_cpu = fields["hardware"] == HERE and _device().type == "cpu"
-    compiling = fields.pop("compile", "false" if on_cpu else "true")
-    fields["compiled"], fields["graphs"] = compiling != "false", compiling == "graphs"
+    compiling = fields.pop("compile", AUTO)
+    if compiling == AUTO:
+        compiling = compiled_by_default(fields)
+    fields["compiled"], fields["graphs"] = compiling != "false", compiling == CUDA_GRAPHS
     epochs = fields.get("epochs", Request.epochs)
     fields.setdefault("switch_epoch", max(1, int(0.4 * epochs)))
     return fields
+
+
+def compiled_by_default(fields: Mapping[str, Any]) -> str:
+    """Return what a run with ``full.compile=auto`` does: see ``chosen_compiler``."""
+    if fields["hardware"] == HERE and _device().type == "cpu":
+        return "false"
+    alone = fields.get("gpus", 1) == fields.get("accumulation", 1) == 1
+    plain = "checkpointing" not in fields and fields["hardware"] not in WITHOUT_GRAPHS
+    return CUDA_GRAPHS if alone and plain else "true"
 
 
 def checked(request: Request) -> Request:
@@ -262,8 +275,8 @@ KEYS: Mapping[str, tuple[str, Parser, str]] = {
     "rank": ("rank", _number, "of all adapters"),
     "full.precision": ("precision", _choice("bf16", "fp32"), "bf16 or fp32 (TF32 on a GPU)"),
     "full.compile": (
-        *("compile", _choice("true", "false", "graphs")),
-        "true, false or graphs: torch.compile, launched as CUDA graphs",
+        *("compile", _choice(AUTO, "true", "false", CUDA_GRAPHS)),
+        "auto, true, false or graphs: torch.compile, launched as CUDA graphs",
     ),
     "full.activation_checkpointing": ("checkpointing", _choice("blocks"), "blocks"),
     "system.parallel": ("parallel", _choice("ddp", "fsdp"), "ddp or fsdp"),

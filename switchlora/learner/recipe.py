@@ -168,8 +168,13 @@ class Recipe:
             check_choice("activation_checkpointing", self.activation_checkpointing, RECOMPUTED)
         if self.activation_checkpointing == "gelu" and self.compiles:
             raise ValueError("activation_checkpointing=gelu does not go with compile=true")
-        if launches_graphs(self.compile):
-            self._check_graphs()
+        for name, alone in (("accumulation", 1), ("activation_checkpointing", None)):
+            asked = getattr(self, name)
+            if launches_graphs(self.compile) and asked != alone:
+                raise ValueError(
+                    f"compile=graphs does not go with {name}={asked}: a second pass of a block "
+                    "would overwrite what the first one left; take compile=true"
+                )
 
     def ramp_updates(self, start: int, total_updates: int) -> int:
         """Return the length of the ramp of a learner that takes over at update ``start``.
@@ -198,15 +203,6 @@ class Recipe:
     def optimizer_class(self) -> type[Optimizer]:
         """The class of what ``optimizer`` returns."""
         return type(self.bare_optimizer)
-
-    def _check_graphs(self) -> None:
-        for name, plain in (("accumulation", 1), ("activation_checkpointing", None)):
-            asked = getattr(self, name)
-            if asked != plain:
-                raise ValueError(
-                    f"compile=graphs does not go with {name}={asked}: a second pass of a block "
-                    "would overwrite what the first one left; take compile=true"
-                )
 
     @property
     def compiles(self) -> bool:

@@ -32,6 +32,7 @@ LATER = {"stages": Stages, "restart": Restart, "growth": InRank, "guard": Guard}
 """options of a policy for what comes after the first adapters, by what they are"""
 SCHEDULED = ("switchlora", "guided")
 """kinds of adapters that change in each update"""
+DEFAULT_RANKS = Budget()
 
 
 @contextmanager

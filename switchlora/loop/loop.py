@@ -25,6 +25,7 @@ from switchlora.errors import NothingMeasured, check_range
 from switchlora.initializers import AdapterInit, update_directions
 from switchlora.learner import FactorRates
 from switchlora.loop.arguments import (
+    DEFAULT_RANKS,
     as_arguments,
     check_goes_with_a_loop,
     check_optional,
@@ -77,8 +78,8 @@ class LowRankSwitch(LoopTraining):
       of one is called with the new groups, to tell a scheduler of another kind.
     - ``target_modules``: regular expressions for the ends of the names of linears, such as
       ['q_proj', 'fc1'], or 'all-linear': all but the model's last one.
-    - ``rank``: a number; a share of all parameters, such as 0.2, that trains on; or a policy of
-      ``switchlora.ranks``.
+    - ``rank``: a number; the share of all parameters that may train on, such as 0.2; or a policy
+      of ``switchlora.ranks``.
     - ``updates_per_epoch``: needed by criteria that count epochs, ``joint_epochs`` and
       ``restart``.
     - ``forward(model, batch)`` returns the logits for the check that the switch moves none. By
@@ -104,7 +105,7 @@ class LowRankSwitch(LoopTraining):
         *,
         target_modules: str | Sequence[str] = DEFAULT_TARGETS,
         criterion: SwitchCriterion | None = None,
-        rank: int | float | RankPolicy = 0.2,
+        rank: int | float | RankPolicy = DEFAULT_RANKS,
         window: int = 100,
         init: AdapterInit = update_directions,
         updates_per_epoch: int | None = None,
