@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -414,6 +415,10 @@ def test_shortened_full_training_is_a_line_and_dominated_points_are_open(tmp_pat
     told = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"full training, shortened", "dominated"} <= set(told)
     figure.draw_without_rendering()
+    ends = axes.transData.transform(line.get_xydata())
+    on_line = [here for pair in pairwise(ends) for here in np.linspace(*pair, 200)]
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert not any(box.contains(*here) for box in boxes for here in on_line)
     (named,) = figure.legends
     assert all(figure.bbox.contains(*corner) for corner in named.get_window_extent().corners())
 

@@ -70,6 +70,7 @@ LEAD: dict[str, Any] = {
 }
 """the line from a point to its name"""
 AWAY = 12  # a name farther than so many points from its point gets a line
+PIECES = 50  # boxes that cover a slanted line
 Point = tuple[float, float]
 Line = tuple[Point, Point]
 
@@ -152,9 +153,9 @@ def pareto_figure(rows: Sequence[Row]) -> Figure:
         _draw_point(axes, row, index in front)
     costs, accuracies = zip(*steps, strict=True)
     axes.step(costs, accuracies, where="post", **STEPS)
-    _draw_full_training(axes, rows)
+    shortened = _draw_full_training(axes, rows)
     _draw_legend(axes, rows, has_dominated=len(front) < len(rows))
-    place_names(axes, rows, short_names(list(map(_name, rows))), steps)
+    place_names(axes, rows, short_names(list(map(_name, rows))), steps, shortened)
     return figure
 
 
@@ -181,20 +182,24 @@ def _empty_axes(figure: Figure) -> Axes:
     return axes
 
 
-def _draw_full_training(axes: Axes, rows: Sequence[Row]) -> None:
-    """Draw the noise of the longest full training, and the line through shortened ones."""
+def _draw_full_training(axes: Axes, rows: Sequence[Row]) -> Sequence[Point]:
+    """Draw the noise of the longest full training, and the line through shortened ones.
+
+    Return the points of that line; of a single length there is none.
+    """
     full = [row for row in rows if kind_of(row) == FULL]
     if not full:
-        return
+        return []
     accuracy = _accuracy(full[-1])
     if accuracy.std is not None:
         label = f"full training ± std of {accuracy.n} seeds"
         low, high = accuracy.mean - accuracy.std, accuracy.mean + accuracy.std
         axes.axhspan(low, high, label=label, gid="noise", **NOISE)
-    lengths = list(filter(_differs_in_length, full))
-    if len(lengths) > 1:
-        costs, accuracies = zip(*map(_point, lengths), strict=True)
-        axes.plot(costs, accuracies, gid="shortened", **SHORTENED)
+    shortened = [_point(row) for row in full if _differs_in_length(row)]
+    if len(shortened) < 2:
+        return []
+    axes.plot(*zip(*shortened, strict=True), gid="shortened", **SHORTENED)
+    return shortened
 
 
 def _differs_in_length(row: Row) -> bool:
@@ -252,9 +257,13 @@ def _is_of_full(artist: Artist) -> bool:
 
 
 def place_names(
-    axes: Axes, rows: Sequence[Row], names: Sequence[str], steps: Sequence[Point]
+    axes: Axes,
+    rows: Sequence[Row],
+    names: Sequence[str],
+    steps: Sequence[Point],
+    shortened: Sequence[Point],
 ) -> None:
-    """Place each name where no other name, point, error bar or step of the front lies.
+    """Place each name where no other name, point, error bar or line lies.
 
     A thin line leads to a name that is far from its point.
     """
@@ -268,6 +277,9 @@ def place_names(
     for point, after in pairwise(steps):
         corner = (after[0], point[1])
         lines += [(point, corner), (corner, after)]
+    for ends in pairwise(shortened):
+        pieces = np.linspace(*ends, PIECES)
+        lines += pairwise(pieces)
     half = figure.dpi / 72 * MARKER / 2
     taken = [_box(axes, line).padded(half) for line in lines]
     for row, name in zip(rows, names, strict=True):
