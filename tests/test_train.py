@@ -385,6 +385,7 @@ def test_golden_losses_have_not_moved(tmp_path):
     [
         (("switch.rank.share=0.15", "switch.train_factors=[A,B]"), True),
         (("switch.rank.share=0.4",), False),
+        (("switch.rank.share=0.4", "switch.rank.captured=0.7"), False),
         (("switch.rank.share=0.4", "switch/init=zero_b"), False),
         (("switch/rank=fixed", "switch.rank.rank=1"), False),
     ],

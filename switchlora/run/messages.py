@@ -111,10 +111,13 @@ def switch_lines(
     return lines
 
 
-def missing_rank_lines(report: SwitchReport) -> list[str]:
-    """Return a line where an adapter holds less than ``ENOUGH`` of the recent update, or none."""
+def missing_rank_lines(report: SwitchReport, asked: float) -> list[str]:
+    """Return a line where an adapter holds less than ``ENOUGH`` of the recent update, or none.
+
+    None too where it holds the share that was ``asked`` for.
+    """
     held = _held_energy(report)
-    thin = [name for name, energy in held.items() if energy < ENOUGH]
+    thin = [name for name, energy in held.items() if energy < min(ENOUGH, asked)]
     if not thin:
         return []
     least = min(thin, key=held.__getitem__)

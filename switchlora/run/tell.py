@@ -77,8 +77,9 @@ def _tell_switch(run: Run, change: Changed, report: SwitchReport) -> None:
     state, verdict = run.state, run.state.verdict
     assert verdict is not None
     lines = switch_lines(report, verdict, state.num_updates, run.epoch)
-    if isinstance(run.policy.rank, Budget) and from_updates(run.policy.init):
-        lines += missing_rank_lines(report)
+    ranks = run.policy.rank
+    if isinstance(ranks, Budget) and from_updates(run.policy.init):
+        lines += missing_rank_lines(report, ranks.captured or 1.0)
     for line in lines:
         run.log.line(line)
     if state.joint_until is not None:
