@@ -166,8 +166,8 @@ class AdaptedLinear(nn.Linear):
     def _stacks(self, form: str, adapters: Sequence[Adapter], device: str, keeps: bool) -> bool:
         """Return whether factors become part of the operand: in a GPU's compiled code.
 
-        There the copies are part of other kernels. Eager code would copy the factors, and the
-        gradient that a layer norm gets, and gain less than it loses.
+        There the copy is part of other kernels. Eager code would copy the factor, and gain less
+        than it loses.
         """
         compiled = in_compiled_code() and launches_kernels(device)
         has_rank = len(adapters) == 1 and len(adapters[0].A) > 0

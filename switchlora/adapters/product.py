@@ -132,28 +132,22 @@ def _stacked_forward(
     """
     in_features = inputs.shape[-1]
     rank = len(operand) - out_features
-    columns = operand[:, :in_features]
     if out_features > in_features:
         flat = inputs.reshape(-1, in_features)
-        outputs = F.linear(inputs, columns[:out_features], bias)
-        return outputs, [F.linear(flat, columns[out_features:])]
+        outputs = F.linear(inputs, operand[:out_features], bias)
+        return outputs, [F.linear(flat, operand[out_features:])]
     bias = None if bias is None else F.pad(bias, (0, rank))
-    both = F.linear(inputs, columns, bias)
+    both = F.linear(inputs, operand, bias)
     outputs, low = both.split([out_features, rank], dim=-1)
     return outputs, [low.reshape(-1, rank).contiguous()]  # a view would keep all outputs alive
 
 
-def stacked_operand(effective: Tensor, adapters: Sequence[Adapter], trains_A: bool) -> Tensor:
-    """Return [[W, B], [A, 0]] for the effective weight W: rows for outputs, columns for inputs.
+def stacked_operand(effective: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """Return [W; A] for the effective weight W: rows for outputs, columns for inputs.
 
-    X [W; A]^T holds the outputs and X A^T, and G [W, B] the gradient of X and G B. So one product
-    passes over X, or G, where two would. Without ``trains_A`` it is [W; A].
+    X [W; A]^T holds the outputs and X A^T. So one product passes over X, where two would.
     """
-    A, B, _, _ = adapters[0]
-    if not trains_A:
-        return torch.cat([effective, A])
-    corner = A.new_zeros(len(A), len(A))
-    return torch.cat([torch.cat([effective, B], dim=1), torch.cat([A, corner], dim=1)])
+    return torch.cat([effective, adapters[0].A])
 
 
 def adapted_backward(
@@ -164,7 +158,6 @@ def adapted_backward(
     adapters: Sequence[Adapter],
     form: str,
     dtype: torch.dtype,
-    stacked: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
     """Return the gradients of X and of the factors, and of the bias where they come with it.
 
@@ -174,14 +167,8 @@ def adapted_backward(
 
     On a CPU the product for g_B yields the bias's gradient too, the column sums of G, because
     X A^T gets a column of ones. On a GPU rows of r + 1 numbers would be misaligned.
-
-    ``stacked`` says that the operand is what ``stacked_operand`` returns: G B comes with g_X.
     """
     grad_input = None if operand is None else torch.mm(grad, operand)
-    known_back = None
-    if grad_input is not None and stacked and inputs is not None:
-        in_features = adapters[0].A.shape[1]
-        grad_input, known_back = grad_input.split([in_features, len(adapters[0].A)], dim=1)
     few_kernels = launches_kernels(grad.device.type)
     ones = None if few_kernels else grad.new_ones(len(grad), 1)
     grad_bias: list[Tensor] = []
@@ -191,7 +178,7 @@ def adapted_backward(
         part = _columns(grad, rows)
         grad_A = None
         if inputs is not None or form == "split":
-            back = torch.mm(part, B) if known_back is None else known_back
+            back = torch.mm(part, B)
             if form == "split" and grad_input is not None:
                 grad_input.addmm_(back, A, alpha=scaling)
             if inputs is not None:
@@ -345,7 +332,7 @@ class AdaptedProduct(torch.autograd.Function):
                 whole = whole_weight(weight, scale, how.coded, input.shape[-1])
                 operand = operand_of(whole, adapters, small, how.form, dtype)
                 if how.stacked:
-                    operand = stacked_operand(operand, small, factors[0].requires_grad)
+                    operand = stacked_operand(operand, small)
             input = input.to(dtype)
             outputs, projected = adapted_forward(
                 input, operand, made.bias, small, how.form, how.stacked
@@ -387,15 +374,13 @@ class AdaptedProduct(torch.autograd.Function):
             if stacked and operand is not None:
                 operand = operand[: grad.shape[1]]
             grad_input, grad_factors, bias_parts = adapted_backward(
-                grad, operand, inputs, projected, small, form, factors[0].dtype, stacked
+                grad, operand, inputs, projected, small, form, factors[0].dtype
             )
             grad_bias = None
             if ctx.needs_input_grad[3]:
                 grad_bias = _bias_gradient(grad, bias_parts, ctx.bias_dtype)
         if grad_input is not None:
-            grad_input = (
-                grad_input.unflatten(0, ctx.shape[:-1]) if stacked else grad_input.view(ctx.shape)
-            )
+            grad_input = grad_input.view(ctx.shape)
         cut = _without_padding(grad_factors, factors)
         return grad_input, None, None, grad_bias, None, None, None, *cut
 
