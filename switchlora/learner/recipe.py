@@ -168,9 +168,9 @@ class Recipe:
             check_choice("activation_checkpointing", self.activation_checkpointing, RECOMPUTED)
         if self.activation_checkpointing == "gelu" and self.compiles:
             raise ValueError("activation_checkpointing=gelu does not go with compile=true")
-        for name, alone in (("accumulation", 1), ("activation_checkpointing", None)):
+        for name, plain in (("accumulation", 1), ("activation_checkpointing", None)):
             asked = getattr(self, name)
-            if launches_graphs(self.compile) and asked != alone:
+            if launches_graphs(self.compile) and asked != plain:
                 raise ValueError(
                     f"compile=graphs does not go with {name}={asked}: a second pass of a block "
                     "would overwrite what the first one left; take compile=true"
