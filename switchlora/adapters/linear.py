@@ -164,7 +164,7 @@ class AdaptedLinear(nn.Linear):
         return AdaptedProduct.apply(input, *frozen, made, source, how, *factors)
 
     def _stacks(self, form: str, adapters: Sequence[Adapter], device: str, keeps: bool) -> bool:
-        """Return whether factors become part of the operand: in a GPU's compiled code.
+        """Return whether A becomes part of the operand: in a GPU's compiled code.
 
         There the copy is part of other kernels. Eager code would copy the factor, and gain less
         than it loses.

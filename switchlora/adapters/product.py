@@ -271,7 +271,7 @@ class Product(NamedTuple):
     keeps: bool = False
     """whether the operand is kept for the backward pass, which else makes it a second time"""
     stacked: bool = False
-    """whether one adapter's factors are part of the operand, the effective weight: see
+    """whether one adapter's A is part of the operand, beside the effective weight: see
     ``stacked_operand``"""
     coded: torch.dtype | None = None
     """how to read the codes of a quantised W_res"""

@@ -45,7 +45,7 @@ from switchlora.cost import (
     price,
 )
 from switchlora.errors import check_range
-from switchlora.learner import AUTO, CUDA_GRAPHS
+from switchlora.learner import AUTO, CUDA_GRAPHS, graphs_go
 from switchlora.names import near
 from switchlora.policy import RESIDUAL_DTYPES
 from switchlora.process import USER_ERRORS, one_line
@@ -184,9 +184,9 @@ def compiled_by_default(fields: Mapping[str, Any]) -> str:
     """Return what a run with ``full.compile=auto`` does: see ``chosen_compiler``."""
     if fields["hardware"] == HERE and _device().type == "cpu":
         return "false"
-    alone = fields.get("gpus", 1) == fields.get("accumulation", 1) == 1
-    plain = "checkpointing" not in fields and fields["hardware"] not in WITHOUT_GRAPHS
-    return CUDA_GRAPHS if alone and plain else "true"
+    asked = fields.get("gpus", 1), fields.get("checkpointing"), fields.get("accumulation", 1)
+    tried = fields["hardware"] not in WITHOUT_GRAPHS
+    return CUDA_GRAPHS if tried and graphs_go(*asked) else "true"
 
 
 def checked(request: Request) -> Request:

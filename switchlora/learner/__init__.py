@@ -15,6 +15,7 @@ from switchlora.learner.compiling import (
     check_compiles as check_compiles,
     chosen_compiler as chosen_compiler,
     compile_of as compile_of,
+    graphs_go as graphs_go,
     launches_graphs as launches_graphs,
     missing_compiler as missing_compiler,
 )

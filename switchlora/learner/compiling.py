@@ -61,8 +61,12 @@ def chosen_compiler(
     if device.type != "cuda" or recomputed == "gelu" or missing_compiler() is not None:
         return None
     of_nvidia = torch.version.hip is None
-    plain = accumulation == 1 and recomputed is None
-    return CUDA_GRAPHS if of_nvidia and plain and world_size() == 1 else True
+    return CUDA_GRAPHS if of_nvidia and graphs_go(world_size(), recomputed, accumulation) else True
+
+
+def graphs_go(processes: int, recomputed: str | None, accumulation: int) -> bool:
+    """Return whether a run of so many processes and micro-batches can launch CUDA graphs."""
+    return processes == accumulation == 1 and recomputed is None
 
 
 def missing_compiler() -> str | None:
