@@ -26,15 +26,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import switchlora.cli  # noqa: F401  # the words of configurations
-from switchlora.adapters import Adapter, adapted_modules
+from switchlora.adapters import adapted_modules, is_factor
+from switchlora.process import USER_ERRORS, one_line
 from switchlora.run import Run, consider_switch, end_window, prepare
-from switchlora.storage import CONFIG
+from switchlora.storage import read_config
 
 GRADIENTS = 10
 """batches whose gradients tell the optimizer's steps"""
@@ -69,8 +71,11 @@ def main() -> None:
     asked = parser.parse_args()
     place = asked.checkpoints or asked.run / "checkpoints"
     changed = [f"resume={place / f'update-{asked.update:08d}'}", *asked.words]
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(changed_config(asked.run, changed), Path(folder))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(changed_config(asked.run, changed), Path(folder))
+    except (*USER_ERRORS, OmegaConfBaseException) as error:
+        sys.exit(f"edge: {one_line(error)}")
     line = json.dumps({"run": asked.run.name, "update": asked.update, **found})
     print(line)
     if asked.out is not None:
@@ -80,7 +85,7 @@ def main() -> None:
 
 def changed_config(run: Path, words: list[str]) -> DictConfig:
     """Return the configuration of ``run`` with these ``words``, for a run of its own."""
-    config = OmegaConf.load(run / CONFIG)
+    config = OmegaConf.create(read_config(run))
     alone = OmegaConf.from_dotlist(["trunk.dir=null", "log.wandb.mode=disabled", *words])
     merged = OmegaConf.merge(config, alone)
     assert isinstance(merged, DictConfig)
@@ -98,7 +103,7 @@ def measure(config: DictConfig, folder: Path) -> dict[str, object]:
     some = first_images(batches, IMAGES)
     both = {"full": full_training(run, plain), "adapter": adapter_training(run, plain)}
     found = {name: rate * sharpness(each, batches, some) for name, each in both.items()}
-    scales = [value for name, value in both["adapter"].scales.items() if name.endswith("lora_B")]
+    scales = [value for name, value in both["adapter"].scales.items() if is_factor(name, "B")]
     return {
         "seed": run.config["seed"],
         "lr": rate,
@@ -122,7 +127,7 @@ def switch(run: Run) -> None:
     if run.state.switch_update is None:
         end_window(run)
     if run.state.switch_update is None:
-        sys.exit(f"edge: the run does not switch at update {run.state.num_updates}")
+        raise ValueError(f"the run does not switch at update {run.state.num_updates}")
 
 
 def first_batches(run: Run, number: int) -> list[tuple[Tensor, Tensor]]:
@@ -146,7 +151,6 @@ def full_training(run: Run, plain: nn.Module) -> Training:
 def adapter_training(run: Run, plain: nn.Module) -> Training:
     """Return what trains after the switch; the loss is that of ``plain`` with W_res + s B A."""
     modules = adapted_modules(run.model)
-    adapters: dict[str, Adapter] = {name: each.adapters()[""] for name, each in modules.items()}
     residuals = {name: each.residual().detach() for name, each in modules.items()}
     loss_of_plain = loss_of(run, plain)
     named = dict(run.model.named_parameters())
@@ -157,11 +161,15 @@ def adapter_training(run: Run, plain: nn.Module) -> Training:
                 scales[name] = group.get("lr_scale", 1.0)
 
     def loss(tensors: Tensors, inputs: Tensor, labels: Tensor) -> Tensor:
-        weights = {name: each for name, each in tensors.items() if ".lora_" not in name}
-        for name, adapter in adapters.items():
-            A = tensors.get(f"{name}.lora_A", adapter.A.detach())
-            B = tensors.get(f"{name}.lora_B", adapter.B.detach())
-            weights[f"{name}.weight"] = torch.addmm(residuals[name], B, A, alpha=adapter.scaling)
+        weights = {name: each for name, each in tensors.items() if not is_factor(name)}
+        for name, module in modules.items():
+            parts = []
+            for part, (A, B, rows, scaling) in module.adapters().items():
+                end = f".{part}" if part else ""
+                A = tensors.get(f"{name}.lora_A{end}", A.detach())
+                B = tensors.get(f"{name}.lora_B{end}", B.detach())
+                parts.append(torch.addmm(residuals[name][rows], B, A, alpha=scaling))
+            weights[f"{name}.weight"] = torch.cat(parts)
         return loss_of_plain(weights, inputs, labels)
 
     return Training({name: named[name] for name in scales}, loss, scales)

@@ -14,6 +14,7 @@ from switchlora.storage import find_all
 
 AT = 30
 """update of the switch"""
+LEAVING_CHECKPOINTS = (*BY_DATE, f"max_updates={AT + 1}", "checkpoint.keep=9")
 
 
 def test_the_largest_eigenvalue_is_that_of_the_hessian_in_the_metric_of_the_steps():
@@ -34,12 +35,30 @@ def test_the_largest_eigenvalue_is_that_of_the_hessian_in_the_metric_of_the_step
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("edge")
-    make_run(place, *BY_DATE, "switch.keep=[]", "max_updates=31", "checkpoint.keep=9")
+    make_run(place, *LEAVING_CHECKPOINTS, "switch.keep=[]")
     return place
 
 
+def before_the_switch(run):
+    return next(path for path in find_all(run) if path.name == f"update-{AT:08d}")
+
+
+def test_a_sliced_qkv_is_measured_too(tmp_path):
+    make_run(tmp_path / "run", *LEAVING_CHECKPOINTS, "switch.split_qkv=true")
+    words = [f"resume={before_the_switch(tmp_path / 'run')}"]
+    found = edge.measure(edge.changed_config(tmp_path / "run", words), tmp_path)
+    assert found["adapter"] > 0
+
+
+@pytest.mark.parametrize("name, told", [("none", "none/config.yaml"), ("", "no checkpoint")])
+def test_a_mistake_is_one_line(folder, monkeypatch, name, told):
+    monkeypatch.setattr(sys, "argv", ["edge.py", str(folder / name), "7"])
+    with pytest.raises(SystemExit, match=rf"^edge: [^\n]*{told}[^\n]*$"):
+        edge.main()
+
+
 def test_steps_of_the_factors_twice_as_large_are_twice_as_near_the_edge(folder, tmp_path):
-    before = next(path for path in find_all(folder) if path.name == f"update-{AT:08d}")
+    before = before_the_switch(folder)
     found = []
     for step in ("1", "2"):
         words = [f"resume={before}", f"adapter.matched_step={step}"]
