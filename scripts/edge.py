@@ -43,6 +43,7 @@ GRADIENTS = 10
 IMAGES = 256
 """images of the loss whose Hessian it is"""
 EPS = 1e-8
+ON_CPU = "system.device=cpu"
 PRECISE = 0.02
 """of the eigenvalue, relative"""
 
@@ -86,7 +87,7 @@ def main() -> None:
 def changed_config(run: Path, words: list[str]) -> DictConfig:
     """Return the configuration of ``run`` with these ``words``, for a run of its own."""
     config = OmegaConf.create(read_config(run))
-    alone = OmegaConf.from_dotlist(["trunk.dir=null", "log.wandb.mode=disabled", *words])
+    alone = OmegaConf.from_dotlist(["trunk.dir=null", "log.wandb.mode=disabled", ON_CPU, *words])
     merged = OmegaConf.merge(config, alone)
     assert isinstance(merged, DictConfig)
     return merged
@@ -192,13 +193,13 @@ def sharpness(
     squares = {name: torch.zeros_like(each) for name, each in leaves.items()}
     for inputs, labels in batches:
         loss = training.loss(leaves, inputs, labels)
-        for square, grad in zip(
-            squares.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True
-        ):
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        for square, grad in zip(squares.values(), grads, strict=True):
             square.addcmul_(grad, grad, value=1 / len(batches))
-    steps = {
-        name: training.scales[name] / (square.sqrt() + EPS) for name, square in squares.items()
-    }
+    steps = {}
+    for name, square in squares.items():
+        moves = square > 0  # Adam leaves alone what has no gradient, such as A beside B = 0
+        steps[name] = training.scales[name] * moves / (square.sqrt() + EPS)
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
         return largest_eigenvalue(lambda tensors: training.loss(tensors, *some), leaves, steps)
 

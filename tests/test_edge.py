@@ -43,11 +43,12 @@ def before_the_switch(run):
     return next(path for path in find_all(run) if path.name == f"update-{AT:08d}")
 
 
-def test_a_sliced_qkv_is_measured_too(tmp_path):
-    make_run(tmp_path / "run", *LEAVING_CHECKPOINTS, "switch.split_qkv=true")
-    words = [f"resume={before_the_switch(tmp_path / 'run')}"]
-    found = edge.measure(edge.changed_config(tmp_path / "run", words), tmp_path)
-    assert found["adapter"] > 0
+@pytest.mark.parametrize("words", [["switch.split_qkv=true"], ["switch/init=zero_b"]])
+def test_slices_and_factors_that_do_not_move_yet_are_measured_too(tmp_path, words):
+    make_run(tmp_path / "run", *LEAVING_CHECKPOINTS, *words)
+    resumed = [f"resume={before_the_switch(tmp_path / 'run')}"]
+    found = edge.measure(edge.changed_config(tmp_path / "run", resumed), tmp_path)
+    assert 0.1 < found["adapter"] / found["full"] < 10
 
 
 @pytest.mark.parametrize("name, told", [("none", "none/config.yaml"), ("", "no checkpoint")])
