@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +35,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import switchlora.cli  # noqa: F401  # the words of configurations
 from switchlora.adapters import adapted_modules, is_factor
+from switchlora.bench.systems import QUIET
 from switchlora.process import USER_ERRORS, one_line
 from switchlora.run import Run, consider_switch, end_window, prepare
 from switchlora.storage import read_config
+from switchlora.storage.retention import name_of
 
 GRADIENTS = 10
 """batches whose gradients tell the optimizer's steps"""
 IMAGES = 256
 """images of the loss whose Hessian it is"""
 EPS = 1e-8
-ON_CPU = "system.device=cpu"
+ON_CPU = {"system": {"device": "cpu"}}
 PRECISE = 0.02
 """of the eigenvalue, relative"""
 
@@ -71,7 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file that gets one more line of JSON")
     asked = parser.parse_args()
     place = asked.checkpoints or asked.run / "checkpoints"
-    changed = [f"resume={place / f'update-{asked.update:08d}'}", *asked.words]
+    changed = [f"resume={place / name_of(asked.update)}", *asked.words]
     try:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(changed_config(asked.run, changed), Path(folder))
@@ -86,9 +89,7 @@ def main() -> None:
 
 def changed_config(run: Path, words: list[str]) -> DictConfig:
     """Return the configuration of ``run`` with these ``words``, for a run of its own."""
-    config = OmegaConf.create(read_config(run))
-    alone = OmegaConf.from_dotlist(["trunk.dir=null", "log.wandb.mode=disabled", ON_CPU, *words])
-    merged = OmegaConf.merge(config, alone)
+    merged = OmegaConf.merge(read_config(run), QUIET, ON_CPU, OmegaConf.from_dotlist(words))
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -98,7 +99,7 @@ def measure(config: DictConfig, folder: Path) -> dict[str, object]:
     run = prepare(config, folder)
     with run.log:
         plain = copy.deepcopy(run.model).eval()
-        rate = rate_of_weights(run)
+        rate = run.learner.set_lr(run.state.num_updates)
         switch(run)
     batches = first_batches(run, GRADIENTS)
     some = first_images(batches, IMAGES)
@@ -111,14 +112,6 @@ def measure(config: DictConfig, folder: Path) -> dict[str, object]:
         "factor_lr": round(math.exp(np.mean(np.log(scales))), 2),
         **{name: round(value, 1) for name, value in found.items()},
     }
-
-
-def rate_of_weights(run: Run) -> float:
-    """Return the learning rate that the schedule has for the weights at the present update."""
-    learner = run.learner
-    learner.scheduler.step_update(run.state.num_updates)
-    groups = learner.optimizer.param_groups
-    return min(group["lr"] / group.get("lr_scale", 1.0) for group in groups)
 
 
 def switch(run: Run) -> None:
@@ -134,7 +127,7 @@ def switch(run: Run) -> None:
 def first_batches(run: Run, number: int) -> list[tuple[Tensor, Tensor]]:
     """Return the first batches of the present epoch."""
     run.data.set_epoch(run.state.epoch)
-    return [batch for batch, _ in zip(run.data.train, range(number), strict=False)]
+    return list(islice(run.data.train, number))
 
 
 def first_images(batches: list[tuple[Tensor, Tensor]], number: int) -> tuple[Tensor, Tensor]:
@@ -155,11 +148,10 @@ def adapter_training(run: Run, plain: nn.Module) -> Training:
     residuals = {name: each.residual().detach() for name, each in modules.items()}
     loss_of_plain = loss_of(run, plain)
     named = dict(run.model.named_parameters())
+    names = {parameter: name for name, parameter in named.items()}
     scales = {}
     for group in run.learner.optimizer.param_groups:
-        for name, parameter in named.items():
-            if any(parameter is each for each in group["params"]):
-                scales[name] = group.get("lr_scale", 1.0)
+        scales |= {names[parameter]: group["lr_scale"] for parameter in group["params"]}
 
     def loss(tensors: Tensors, inputs: Tensor, labels: Tensor) -> Tensor:
         weights = {name: each for name, each in tensors.items() if not is_factor(name)}

@@ -11,6 +11,7 @@ import edge
 
 from runs import BY_DATE, make_run
 from switchlora.storage import find_all
+from switchlora.storage.retention import name_of
 
 AT = 30
 """update of the switch"""
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def before_the_switch(run):
-    return next(path for path in find_all(run) if path.name == f"update-{AT:08d}")
+    return next(path for path in find_all(run) if path.name == name_of(AT))
 
 
 @pytest.mark.parametrize("words", [["switch.split_qkv=true"], ["switch/init=zero_b"]])
