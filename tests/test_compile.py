@@ -60,13 +60,15 @@ def updated(learner, images, times=2):
     return [learner.update(images, LABELS, cross_entropy, number) for number in range(times)]
 
 
-def with_adapters(blocks, rank_of):
-    """Put an adapter on one linear of each block."""
+def with_adapters(blocks, rank_of, names=("mlp.fc1",)):
+    """Put an adapter on linears of each block, all of one rank."""
     for number, block in enumerate(blocks):
-        fc1, rank = block.mlp.fc1, rank_of(number)
-        rows = slice(0, fc1.out_features)
-        A, B = torch.randn(rank, fc1.in_features) / 8, torch.randn(fc1.out_features, rank) / 8
-        block.mlp.fc1 = adapted_linear(fc1, {"": Adapter(A, B, rows, 1.0)})
+        for name in names:
+            linear, rank = block.get_submodule(name), rank_of(number)
+            rows = slice(0, linear.out_features)
+            A = torch.randn(rank, linear.in_features) / 8
+            B = torch.randn(linear.out_features, rank) / 8
+            block.set_submodule(name, adapted_linear(linear, {"": Adapter(A, B, rows, 1.0)}))
 
 
 def test_blocks_share_a_graph_which_a_rebuilt_model_takes_again(images):

@@ -265,6 +265,27 @@ def test_the_backward_pass_is_outside_of_autocast():
     assert seen == [False]
 
 
+@pytest.mark.parametrize(
+    "of, precision, expected",
+    [
+        ("float32", "bf16", "float32"),
+        ("float32", "fp32", "float32"),
+        ("float64", "fp32", "float64"),
+    ],
+)
+def test_a_loss_gets_outputs_of_at_least_float32(of, precision, expected):
+    """CUDA's autocast leaves the log-probabilities of a cross entropy in 16 bits."""
+    model, seen = nn.Linear(4, 5, dtype=getattr(torch, of)), []
+
+    def loss(outputs, labels):
+        seen.append(outputs.dtype)
+        return nn.functional.cross_entropy(outputs, labels)
+
+    learner = build_learner(model, recipe(precision=precision), 10)
+    learner.update(torch.ones(3, 4, dtype=model.weight.dtype), torch.arange(3), loss, 0)
+    assert seen == [getattr(torch, expected)]
+
+
 def test_the_average_is_that_of_single_tensors_in_one_call(vit):
     ema = WeightEMA(vit, 0.9)
     expected = {name: average.clone() for name, average in ema.state_dict().items()}

@@ -167,6 +167,9 @@ def adapted_backward(
 
     On a CPU the product for g_B yields the bias's gradient too, the column sums of G, because
     X A^T gets a column of ones. On a GPU rows of r + 1 numbers would be misaligned.
+
+    g_X has memory of its own. Attention on a GPU may read a part of a wider matrix wrongly: torch
+    keeps cuDNN's graph for the strides of the first gradient (``docs/results/gpu.md``).
     """
     grad_input = None if operand is None else torch.mm(grad, operand)
     few_kernels = launches_kernels(grad.device.type)

@@ -31,6 +31,7 @@ from switchlora.learner import (
     build_optimizer,
     flops_of,
     held_bytes,
+    loss_of,
     operands_within_update,
 )
 
@@ -286,7 +287,7 @@ def _passes(
         recorder.part = "forward"
         saved = SavedTensors()
         with autocast(device.type, recipe.precision), saved:
-            loss = loss_fn(model(inputs_part.to(device)), labels_part.to(device))
+            loss = loss_of(loss_fn, model(inputs_part.to(device)), labels_part.to(device))
         if activations is None:
             activations = saved.bytes_beside(model)
         recorder.part = "backward"

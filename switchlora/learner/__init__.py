@@ -70,6 +70,7 @@ from switchlora.learner.recipe import (
     autocast as autocast,
     build_optimizer as build_optimizer,
     check_goes_with_fsdp as check_goes_with_fsdp,
+    loss_of as loss_of,
     parameter_groups as parameter_groups,
     precision_of as precision_of,
 )

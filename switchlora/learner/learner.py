@@ -36,6 +36,7 @@ from switchlora.learner.recipe import (
     autocast,
     build_optimizer,
     check_goes_with_fsdp,
+    loss_of,
     precision_of,
     skips_by_itself,
 )
@@ -220,7 +221,7 @@ class Learner:
     def _loss(self, inputs: Tensor, labels: Tensor, loss_fn: nn.Module) -> Tensor:
         with autocast(self._device.type, self.recipe.precision), self._activations_counted():
             outputs = self.forward(inputs.to(self._device, non_blocking=True))
-            return loss_fn(outputs, labels.to(self._device, non_blocking=True))
+            return loss_of(loss_fn, outputs, labels.to(self._device, non_blocking=True))
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from switchlora.data import IGNORED
-from switchlora.learner.recipe import autocast
+from switchlora.learner.recipe import autocast, loss_of
 from switchlora.models import eval_mode
 from switchlora.process import total
 
@@ -89,7 +89,7 @@ def module_gradients(
     device = next(model.parameters()).device
     with _seen_by(model, names) as (linear_inputs, linear_outputs):
         with autocast(device.type, precision):
-            loss = loss_fn(model(inputs.to(device)), labels.to(device))
+            loss = loss_of(loss_fn, model(inputs.to(device)), labels.to(device))
         grads = torch.autograd.grad(loss, [linear_outputs[name] for name in names])
     found = {}
     for name, grad in zip(names, grads, strict=True):

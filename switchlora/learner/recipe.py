@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from timm.optim import SGDW, param_groups_weight_decay
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from switchlora.adapters import (
@@ -225,6 +225,17 @@ def autocast(device_type: str, precision: str) -> AbstractContextManager:
     """Return the context of a precision: autocast for bf16 and fp16, an empty context for fp32."""
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
+
+
+def loss_of(
+    loss_fn: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, labels: Tensor
+) -> Tensor:
+    """Return the loss of ``outputs`` (B, ...), computed in at least float32.
+
+    CUDA's autocast leaves the log-probabilities of a cross entropy in 16 bits.
+    """
+    exact = torch.promote_types(outputs.dtype, torch.float32)
+    return loss_fn(outputs.to(exact), labels)
 
 
 def check_goes_with_fsdp(recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ from switchlora.learner import (
     held_bytes,
     is_sharded,
     local,
+    loss_of,
     operands_within_update,
 )
 from switchlora.process import is_primary, one_line, world_size
@@ -123,7 +124,7 @@ def predict_activations(run: Run, model: nn.Module) -> int:
         labels = torch.empty_like(labels, device=device)
         within = nullcontext() if is_sharded(run.model) else operands_within_update(model, recipe)
         with within, autocast(device.type, recipe.precision), saved:
-            loss = run.data.loss(model(inputs), labels)
+            loss = loss_of(run.data.loss, model(inputs), labels)
         kept = saved.bytes_beside(model)
         del loss  # its graph kept the saved tensors alive until here
         return kept
