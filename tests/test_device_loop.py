@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -24,7 +26,6 @@ from switchlora.learner import (
     WeightEMA,
     build_learner,
     evaluate,
-    exact_products,
     precision_of,
 )
 from switchlora.run import prepare
@@ -204,16 +205,29 @@ def test_the_files_of_a_run_name_the_precision_it_had(tmp_path):
     assert run.recipe.precision == "fp32"
 
 
-def test_products_are_exact_where_a_switch_is_checked():
-    products = torch.backends.cuda.matmul
-    before, products.allow_tf32 = products.allow_tf32, True
-    try:
-        with exact_products():
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert not torch.backends.cudnn.allow_tf32
-        assert products.allow_tf32 and torch.backends.cudnn.allow_tf32
-    finally:
-        products.allow_tf32 = before
+SETTINGS = (
+    "set_float32_matmul_precision('high')",
+    "backends.fp32_precision = 'tf32'",
+    "backends.cuda.matmul.fp32_precision = 'tf32'",
+)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_products_are_exact_where_a_switch_is_checked_however_tf32_was_set(setting):
+    """In a process of its own, since torch does not forget which interface was used."""
+    code = f"""
+import torch
+from switchlora.learner import exact_products
+parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+def tf32():
+    return [part.fp32_precision for part in parts]
+torch.{setting}
+before = tf32()
+with exact_products():
+    assert "tf32" not in tf32(), tf32()
+assert tf32() == before and before[0] == "tf32", (before, tf32())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_deterministic_run_sets_torch_and_moves_no_bit_on_a_cpu(tmp_path, monkeypatch):

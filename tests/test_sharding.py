@@ -8,7 +8,9 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from conf_yamls import build, composed
 from conftest import tiny_vit
+from switchlora.learner import learner as learners
 from switchlora.learner import sharding
 from switchlora.learner.compiling import made_compiled
 from switchlora.learner.learner import _compress
@@ -67,6 +69,15 @@ def test_shards_lie_on_the_device_that_was_asked_for(monkeypatch):
     monkeypatch.setattr(sharding, "init_device_mesh", remembered)
     model = shard(tiny_vit(), torch.device("cpu"))
     assert asked == ["cpu"] and isinstance(next(model.parameters()), DTensor)
+
+
+def test_a_learner_shards_onto_the_device_that_it_is_given(monkeypatch):
+    """A model to be sharded stays on the CPU until then, so that it need not fit one GPU."""
+    asked = []
+    monkeypatch.setattr(learners, "shard", lambda model, device, _: asked.append(device) or model)
+    recipe, there = build(composed().full), torch.device("meta")
+    learners.build_learner(tiny_vit(), recipe, 10, parallel="fsdp", device=there)
+    assert asked == [there]
 
 
 def test_gradients_cannot_be_compressed_on_a_cpu_and_one_line_says_so():

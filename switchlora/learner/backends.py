@@ -32,12 +32,24 @@ def exact_products() -> Iterator[None]:
 
     TF32 moves a number by about 1e-3, as much as a drift at which a switch is undone.
     """
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-    before = [backend.allow_tf32 for backend in backends]
+    name, exact, before = _tf32_setting()
     try:
-        for backend in backends:
-            backend.allow_tf32 = False
+        for part in before:
+            setattr(part, name, exact)
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        for part, precision in before.items():
+            setattr(part, name, precision)
+
+
+def _tf32_setting() -> tuple[str, Any, dict[Any, Any]]:
+    """Return the attribute that sets TF32, the value that turns it off, and the values it has.
+
+    Torch has an old attribute and a new one. Once the new one was set, reading the old one raises.
+    """
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        return "allow_tf32", False, {each: each.allow_tf32 for each in (products, convolutions)}
+    except RuntimeError:
+        parts = products, convolutions.conv  # type: ignore[attr-defined]
+        return "fp32_precision", "ieee", {each: each.fp32_precision for each in parts}

@@ -371,7 +371,7 @@ def build_learner(
 
     ``scaler`` is the loss scaler of the previous learner. The new one starts from its scale.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     recomputed = recipe.activation_checkpointing
     recipe = replace(
         recipe,
