@@ -104,6 +104,7 @@ def test_a_run_cuts_last_layers_first_and_goes_on_after_stops(tmp_path, at_updat
     last = later[-1]["ranks"]
     assert any(last[name] < switch["ranks"][name] for name in names[:4])
     assert first["moments_carried"] > 0 and first["trainable_after"] < first["trainable_before"]
+    assert sum(phase["num_updates"] for phase in whole["phases"].values()) == whole["num_updates"]
     make_run_in_parts(tmp_path / "stopped", at_update, [5, 13], *OIALR)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     model = load_model(find_all(tmp_path / "whole")[0])

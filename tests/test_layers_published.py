@@ -25,7 +25,14 @@ from switchlora.learner import FlopCounter, Recipe, SwitchLoRA, build_learner
 from switchlora.learner.recipe import parameter_groups
 from switchlora.policy import InRank
 from switchlora.policy.growth import explained_variance, singular_values
-from switchlora.storage import BEFORE, find_all, load_model, load_saved, save_merged
+from switchlora.storage import (
+    BEFORE,
+    find_all,
+    load_model,
+    load_saved,
+    read_events,
+    save_merged,
+)
 from switchlora.switching.changes import widened
 
 TEN = (
@@ -430,6 +437,21 @@ def test_a_run_of_inrank_grows_keeps_its_function_and_counts_every_segment(tmp_p
     lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     made = [(n, f) for n, f in zip(lengths, flops, strict=True) if n]
     assert summary["cost"]["train_flops"] == sum(n * f for n, f in made) and len(made) > 1
+    assert sum(each["num_updates"] for each in summary["phases"].values()) == 10
+
+
+def test_ranks_grow_within_an_epoch_and_no_batch_comes_twice_or_is_mixed_otherwise(tmp_path):
+    words = (*TEN, "+method=inrank", *EARLY, "max_updates=12", "data.mixup_alpha=0.8")
+    often = ("checkpoint.every_updates=1", "checkpoint.keep=99")
+    make_run(tmp_path / "whole", *words, *often)
+    make_run(tmp_path / "workers", *words, *often, "system.workers=1")
+    (path,) = [p for p in find_all(tmp_path / "whole") if p.name == "update-00000009"]
+    make_run(tmp_path / "resumed", *words, f"resume={path}")
+    whole, *others = (
+        [event["train/loss"] for event in read_events(tmp_path / name, "train")]
+        for name in ("whole", "workers", "resumed")
+    )
+    assert len(whole) == 12 and all(losses == whole for losses in others)
 
 
 def test_moments_of_single_entries_grow_with_their_factors_and_those_in_a_basis_are_left():

@@ -1,6 +1,7 @@
 """Build the loaders of a data config: splits, transforms, Mixup and the loss that fits them."""
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +114,21 @@ class Data:
         if self.mixup is not None:
             self.mixup.epoch = epoch
             self.mixup.calls = start
+
+    def first_batch(self, epoch: int) -> Batch:
+        """Return this process's first batch of ``epoch``, mixed as in training.
+
+        A pass over ``train`` that is under way goes on as if nobody had asked.
+        """
+        sampler = copy(self.train.sampler)
+        assert isinstance(sampler, EpochSampler)
+        sampler.epoch, sampler.start = epoch, 0
+        inputs, targets = self.train.finished(self.train.dataset[next(iter(sampler))])
+        if self.mixup is None:
+            return inputs, targets
+        mixup = copy(self.mixup)
+        mixup.epoch, mixup.calls = epoch, 0
+        return mixup(inputs, targets)
 
 
 def on_meta(tensor: Tensor, count: int) -> Tensor:

@@ -83,6 +83,7 @@ def restart_adapter(run: Run) -> Changed:
         reason, what = "an interval of the cores is over", "the cores are turned and cut"
         changed = make(run, run.segment(), "restart", reason, restart, recipe, what)
         changed.record["ranks"] = run.state.ranks
+        run.stopwatch.start_phase()
     else:
         reason, what = "a cycle of updates is over", "the adapters are merged, new ones begin"
         changed = make(run, None, "restart", reason, restart, recipe, what)
@@ -172,10 +173,7 @@ def weight_gradients(run: Run, targets: Mapping[str, Target]) -> dict[str, Tenso
     evaluation that is the next one to train on. ``.grad`` and the order of the epoch's batches
     stay as they are.
     """
-    run.data.set_epoch(run.state.epoch)
-    inputs, labels = next(iter(run.data.train))
-    if run.data.mixup is not None:
-        inputs, labels = run.data.mixup(inputs, labels)
+    inputs, labels = run.data.first_batch(run.state.epoch)
     recipe = run.learner.recipe
     inputs = inputs.chunk(recipe.accumulation)[0]
     labels = labels.chunk(recipe.accumulation)[0]
