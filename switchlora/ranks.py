@@ -170,6 +170,11 @@ class PreLoRARanks:
             group.append(changes[name])
         ranks = {}
         for name, change in changes.items():
+            if not math.isfinite(change):
+                raise ValueError(
+                    f"switch/rank=prelora reads {self.signal}, and that of {name} is not finite: "
+                    "choose another switch.rank.signal, or give the target a gradient"
+                )
             group = groups[self._group(name)]
             ranks[name] = self._rank(change, group)
         return ranks

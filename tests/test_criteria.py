@@ -22,6 +22,9 @@ from switchlora.criteria import (
     at_start,
     never,
 )
+from switchlora.policy.policy import with_share
+from switchlora.ranks import Budget, Energy
+from switchlora.run.checks import check_criterion
 from switchlora.storage import measurement_of
 
 CRITERIA = names("switch/criterion")
@@ -317,3 +320,26 @@ def test_a_policy_gives_the_share_of_its_ranks_to_the_criterion_that_needs_it():
     none = build(composed("switch/criterion=predicted_cost", "switch/rank=fixed").switch)
     verdict = none.criterion(falling(0.1, 0.1))
     assert not verdict.fires and "give the share" in verdict.reason
+
+
+def test_a_share_of_energy_is_no_share_of_parameters_and_joined_criteria_get_theirs_too():
+    within = AllOf([AnyOf([PredictedCost()]), UpdateNorm()])
+    assert with_share(PredictedCost(), Energy(0.9)).share is None
+    found = with_share(within, Budget(share=0.1)).criteria[0].criteria[0]
+    assert found.share == 0.1 and with_share(PredictedCost(share=0.2), Budget()).share == 0.2
+    policy = build(composed("switch/rank=energy").switch)
+    with pytest.raises(ValueError, match="give the share"):
+        check_criterion(dataclasses.replace(policy, criterion=within))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "criterion", [PredictedCost(tolerance=9.0, share=0.2), StableRank(epsilon=9.0, patience=2)]
+)
+def test_a_window_that_could_not_be_measured_holds_a_criterion_back_only_while_it_is_recent(
+    criterion, value
+):
+    moves = [0.4, 0.3, value, 0.3, 0.2, 0.2, 0.2]
+    windows = [stats(update_norm=move, weight_rank=10 * move) for move in moves]
+    fired = [criterion(history({"fc1": windows[:n]})).fires for n in range(3, 8)]
+    assert not any(fired[:2]) and all(fired[2:])

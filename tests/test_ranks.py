@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import re
 
 import numpy as np
 import pytest
@@ -69,6 +71,16 @@ def test_prelora_with_equal_changes_gives_the_least_rank_not_nan():
     measured = history({n: [stats(), stats()] for n in SHAPES})
     ranks = PreLoRARanks(r_min=4, r_max=32)(context(measured=measured))
     assert set(ranks.values()) == {4}
+
+
+@pytest.mark.parametrize("lost", SHAPES)
+def test_prelora_names_the_target_whose_signal_is_not_finite(lost):
+    changed = {n: stats(grad_norm=math.nan if n == lost else 2.0) for n in SHAPES}
+    measured = history({n: [stats(), changed[n]] for n in SHAPES})
+    with pytest.raises(
+        ValueError, match=f"grad_norm, and that of {re.escape(lost)} is not finite"
+    ):
+        PreLoRARanks(r_min=4, r_max=32)(context(measured=measured))
 
 
 def test_prelora_compares_within_a_family_or_over_all():

@@ -10,8 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conf_yamls import build, composed
 from conftest import tiny_vit
-from switchlora.learner import learner as learners
-from switchlora.learner import sharding
+from switchlora.learner import learner as learners, sharding
 from switchlora.learner.compiling import made_compiled
 from switchlora.learner.learner import _compress
 from switchlora.learner.sharding import shard

@@ -10,6 +10,7 @@ from switchlora.criteria.basic import (
     UpdateNorm as UpdateNorm,
     Verdict as Verdict,
     at_start as at_start,
+    joined as joined,
     never as never,
 )
 from switchlora.criteria.prelora import (

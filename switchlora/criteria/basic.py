@@ -161,6 +161,13 @@ class AnyOf:
         return Verdict(bool(firing), _combined(verdicts, max), reason)
 
 
+def joined(criterion: SwitchCriterion) -> list[SwitchCriterion]:
+    """Return the criteria that ``criterion`` joins, at any depth, or itself."""
+    if not isinstance(criterion, AllOf | AnyOf):
+        return [criterion]
+    return [part for each in criterion.criteria for part in joined(each)]
+
+
 def by_layer(history: Sequence[Measurement]) -> dict[str, list[LayerStats]]:
     """Return the statistics of each target, in the order of the windows."""
     stats = {}
@@ -178,6 +185,20 @@ def relative_changes(values: Sequence[float]) -> list[float]:
         else:
             changes.append(100 * (after - before) / max(abs(before), SMALLEST))
     return changes
+
+
+def carried(values: Sequence[float]) -> list[float]:
+    """Return ``values``, of which each that is not finite gives way to the finite one before it.
+
+    >>> carried([1.0, math.nan, 2.0])
+    [1.0, 1.0, 2.0]
+    """
+    known = next(filter(isfinite, values), math.nan)
+    found = []
+    for value in values:
+        known = value if isfinite(value) else known
+        found.append(known)
+    return found
 
 
 def held_back(read: Mapping[str, Iterable[float]], what: str) -> Verdict | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from switchlora.criteria.basic import Verdict, by_layer, held_back, too_short
+from switchlora.criteria.basic import Verdict, by_layer, carried, held_back, too_short
 from switchlora.errors import check_range, check_share
 from switchlora.monitor import Measurement
 
@@ -29,7 +29,7 @@ class PredictedCost:
     docs/results/signals.md for that, and how to measure yours.
 
     The peak of the norms must be past, and the predicted cost low in each of the last ``patience``
-    windows. ``share`` is p. Without one a policy gives that of its ranks; with none it never
+    windows. ``share`` is p; None: a policy gives that of its ``Budget``. Without one it never
     fires.
     """
 
@@ -62,19 +62,21 @@ class PredictedCost:
         norms = {}
         for name, stats in by_layer(history).items():
             norms[name] = [window.relative_update_norm for window in stats]
-        if verdict := held_back(norms, "update norm"):
+        recent = {name: values[-self.patience :] for name, values in norms.items()}
+        if verdict := held_back(recent, "update norm"):
             return verdict
+        norms = {name: carried(values) for name, values in norms.items()}
         points = self.points(self.share)
         margins = {}
         for name, values in norms.items():
             margins[name] = self.tolerance - points * heights(values)[-1]
         of_windows = zip(*map(heights, norms.values()), strict=True)
-        recent = [fmean(window) for window in of_windows][-self.patience :]
-        cost = points * max(recent)
-        fires = cost <= self.tolerance and max(recent) < 1
+        height = max([fmean(window) for window in of_windows][-self.patience :])
+        cost = points * height
+        fires = cost <= self.tolerance and height < 1
         reason = (
             f"a switch is predicted to cost {cost:.2f} points at {self.share:.0%} trained, "
-            f"{self.tolerance:g} are accepted; update norms are at {max(recent):.2f} of their peak"
+            f"{self.tolerance:g} are accepted; update norms are at {height:.2f} of their peak"
         )
         return Verdict(fires, margins, reason)
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from switchlora.criteria.basic import Verdict, by_layer, held_back, too_short, vote
+from switchlora.criteria.basic import Verdict, by_layer, carried, held_back, too_short, vote
 from switchlora.errors import check_choice, check_range, check_share
 from switchlora.monitor import LayerStats, Measurement
 
@@ -59,9 +59,12 @@ class StableRank:
         if len(history) < self.patience + 1:
             return too_short(history, self.patience + 1)
         ranks = {name: self._ranks(stats) for name, stats in by_layer(history).items()}
-        if verdict := held_back(ranks, f"{self.of} stable rank"):
+        recent = {name: values[-self.patience :] for name, values in ranks.items()}
+        if verdict := held_back(recent, f"{self.of} stable rank"):
             return verdict
-        slopes = {name: self.derivatives(values) for name, values in ranks.items()}
+        slopes = {}
+        for name, values in ranks.items():
+            slopes[name] = self.derivatives(np.array(carried(values.tolist())))
         margins = dict.fromkeys(slopes, -inf)
         for t in range(len(history) - self.patience):
             epsilon = self.epsilon * self._factor(margins)

@@ -200,6 +200,7 @@ class UpdateMonitor:
         if set(state["initial_stable_ranks"]) != set(self.known):
             raise ValueError("the checkpoint measured other switch.targets: give the same")
         self.watch(state["references"], state["window_start"])
+        self._wait_for_copies()  # of the present weights, which are still on their way
         for name, reference in state["references"].items():
             self.references[name].copy_(reference)
         self.initial_stable_ranks = dict(state["initial_stable_ranks"])

@@ -154,7 +154,7 @@ def _randomised_svd(matrix: Tensor, sketch: int) -> SVD:
     devices = [matrix.device] if matrix.is_cuda else []
     with torch.random.fork_rng(devices=devices):
         if matrix.is_cuda:
-            torch.cuda.manual_seed(0)
+            torch.cuda.default_generators[matrix.get_device()].manual_seed(0)
         else:
             torch.default_generator.manual_seed(0)
         U, S, V = torch.svd_lowrank(matrix, q=sketch, niter=POWER_ITERATIONS)

@@ -19,14 +19,14 @@ from switchlora.adapters import (
     made_class,
     scaling_one,
 )
-from switchlora.criteria import PredictedCost, SwitchCriterion, Verdict
+from switchlora.criteria import AllOf, AnyOf, PredictedCost, SwitchCriterion, Verdict
 from switchlora.errors import check_choice, check_patterns, check_range
 from switchlora.initializers import AdapterInit, update_directions
 from switchlora.monitor import Measurement
 from switchlora.policy.growth import InRank
 from switchlora.policy.guard import Guard
 from switchlora.policy.stages import Refresh, Restart, Stages
-from switchlora.ranks import RankPolicy
+from switchlora.ranks import Budget, RankPolicy
 
 AdapterFactory = Callable[[nn.Linear, Mapping[str, Adapter]], AdaptedLinear]
 RESIDUAL_DTYPES = {"bf16": torch.bfloat16, **CODES}
@@ -90,10 +90,12 @@ def check_adapter(policy: "SwitchPolicy") -> None:
 
 
 def with_share(criterion: SwitchCriterion, rank: RankPolicy) -> SwitchCriterion:
-    """Return ``criterion``; one that predicts a cost gets the share of the rank policy, if any."""
+    """Return ``criterion``; what predicts a cost, alone or within, gets the share of a ``Budget``."""
+    if isinstance(criterion, AllOf | AnyOf):
+        return replace(criterion, criteria=[with_share(each, rank) for each in criterion.criteria])
     if not isinstance(criterion, PredictedCost) or criterion.share is not None:
         return criterion
-    return replace(criterion, share=getattr(rank, "share", None))
+    return replace(criterion, share=rank.share if isinstance(rank, Budget) else None)
 
 
 def _refuse_with_switchlora(policy: "SwitchPolicy") -> None:

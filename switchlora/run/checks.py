@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from switchlora.adapters import FACTORS, adapted_linear, made_class
-from switchlora.criteria import NO_SHARE, AtEpoch, PredictedCost, at_start, never
+from switchlora.criteria import NO_SHARE, AtEpoch, PredictedCost, at_start, joined, never
 from switchlora.errors import ODD, NothingMeasured
 from switchlora.learner import (
     LoRARite,
@@ -212,7 +212,8 @@ def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:
 
 def check_criterion(policy: SwitchPolicy) -> None:
     """Raise ValueError for a criterion that ranks, stages or a guard cannot work with."""
-    if isinstance(policy.criterion, PredictedCost) and policy.criterion.share is None:
+    predicting = [each for each in joined(policy.criterion) if isinstance(each, PredictedCost)]
+    if any(each.share is None for each in predicting):
         raise ValueError(NO_SHARE)
     plain = (never, at_start)
     if policy.stages and (policy.criterion in plain or isinstance(policy.criterion, WHOLE)):

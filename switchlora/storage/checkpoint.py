@@ -196,7 +196,7 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(version, int) or version not in (IN_ONE_FILE, FORMAT):
         told = " ".join(str(version).split())[:LONGEST]
         raise CheckpointUnusable(
-            f"{path} has format {told}, this version of switchlora reads {FORMAT}"
+            f"{path} has format {told}, this version of switchlora reads {IN_ONE_FILE} and {FORMAT}"
         )
     _check_types(path, state, CONTENT)
     for part, kinds in PARTS.items():

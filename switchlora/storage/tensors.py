@@ -155,7 +155,7 @@ def random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": [generator, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
