@@ -299,7 +299,7 @@ def finish_epoch(run: Run, metrics: dict[str, float]) -> None:
     state = run.state
     if metrics["top1"] > state.best_top1:
         state.best_top1, state.best_update = metrics["top1"], state.num_updates
-    run.ledger.last_eval = metrics
+    run.ledger.note_eval(metrics, state.num_updates, kept=run.policy.keeps_residual)
     state.epoch, state.position = state.epoch + 1, 0
 
 

@@ -82,6 +82,17 @@ def test_the_run_switches_at_a_measurement_and_says_so_in_its_summary(finished):
     assert summary["environment"]["versions"]["torch"]
 
 
+def test_an_evaluation_right_behind_a_switch_is_the_full_phases_last(tmp_path):
+    """No update was made in between, and the switch kept the function."""
+    words = (*BY_DATE, "switch.criterion.epoch=1", "monitor.window=10")
+    summary = make_run(tmp_path, *words)
+    evals = {e["num_updates"]: e["val/top1"] for e in read_events(tmp_path, "eval")}
+    at, phases = summary["switch"]["num_updates"], summary["phases"]
+    assert at in evals and len(set(evals.values())) > 1
+    assert phases["full"]["val_top1"] == evals[at]
+    assert phases["adapter"]["val_top1"] == evals[max(evals)]
+
+
 def test_metrics_tell_the_story_in_order(finished):
     folder, *_ = finished
     events = list(read_events(folder))

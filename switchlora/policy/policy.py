@@ -90,7 +90,7 @@ def check_adapter(policy: "SwitchPolicy") -> None:
 
 
 def with_share(criterion: SwitchCriterion, rank: RankPolicy) -> SwitchCriterion:
-    """Return ``criterion``; what predicts a cost, alone or within, gets the share of a ``Budget``."""
+    """Return ``criterion``; what predicts a cost, alone or joined, gets a ``Budget``'s share."""
     if isinstance(criterion, AllOf | AnyOf):
         return replace(criterion, criteria=[with_share(each, rank) for each in criterion.criteria])
     if not isinstance(criterion, PredictedCost) or criterion.share is not None:

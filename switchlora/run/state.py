@@ -73,6 +73,17 @@ class Ledger:
         self.segments.append({**place, **figures, **costs})
         self.phases[phase] = _together(self.phases.get(phase), figures)
 
+    def note_eval(self, metrics: dict[str, float], num_updates: int, kept: bool) -> None:
+        """Store the metrics of an evaluation after ``num_updates`` updates.
+
+        A segment that ended there gets the top1 too, if the model ``kept`` its function when the
+        trained tensors changed: no update of the next segment was made yet.
+        """
+        self.last_eval = metrics
+        ended = self.segments[-1] if self.segments else {"until": None}
+        if kept and ended["until"] == num_updates:
+            ended["val_top1"] = self.phases[Phase(ended["phase"])]["val_top1"] = metrics["top1"]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the record as plain types, for a checkpoint."""
         plain = asdict(self)

@@ -196,7 +196,8 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(version, int) or version not in (IN_ONE_FILE, FORMAT):
         told = " ".join(str(version).split())[:LONGEST]
         raise CheckpointUnusable(
-            f"{path} has format {told}, this version of switchlora reads {IN_ONE_FILE} and {FORMAT}"
+            f"{path} has format {told}, this version of switchlora reads {IN_ONE_FILE} and "
+            f"{FORMAT}"
         )
     _check_types(path, state, CONTENT)
     for part, kinds in PARTS.items():
