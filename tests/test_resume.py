@@ -316,7 +316,7 @@ def short(tmp_path_factory):
         ("folder", r"is damaged: SHA256SUMS names ., outside of it"),
         ("link", "is not whole: state.pt is no plain file"),
         *((kind, "(has wrong content: |holds a list).*") for kind in CONTENTS),
-        ("version", f"has format {FORMAT + 1}, this version of switchlora reads {FORMAT}"),
+        ("version", f"has format {FORMAT + 1}, this version of switchlora reads 7 and {FORMAT}"),
         (
             "other model",
             r"is another model's: head.weight is \(10, 16\) there and \(10, 32\) here",

@@ -80,9 +80,10 @@ class Ledger:
         trained tensors changed: no update of the next segment was made yet.
         """
         self.last_eval = metrics
-        ended = self.segments[-1] if self.segments else {"until": None}
-        if kept and ended["until"] == num_updates:
-            ended["val_top1"] = self.phases[Phase(ended["phase"])]["val_top1"] = metrics["top1"]
+        if not kept or not self.segments or self.segments[-1]["until"] != num_updates:
+            return
+        ended = self.segments[-1]
+        ended["val_top1"] = self.phases[Phase(ended["phase"])]["val_top1"] = metrics["top1"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record as plain types, for a checkpoint."""
