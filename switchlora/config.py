@@ -133,8 +133,11 @@ def our_names() -> frozenset[str]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what the yaml at ``path`` holds."""
-    return yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER)
+    """Return what the yaml at ``path`` holds; ValueError that names a file which is no yaml."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no yaml: {error}") from error
 
 
 def names_in_yamls(folder: Path) -> set[str]:

@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from conf_yamls import CONF, composed
@@ -155,13 +156,21 @@ def test_hydras_error_on_a_value_that_it_cannot_read_says_to_quote():
 
 
 def test_words_that_are_right_stay_as_they_are():
-    words = ["-m", "data=cifar10", "recipe@full=lion", "switch/rank=energy,fixed", "seed=0,1"]
+    words = ["data=cifar10", "recipe@full=lion", "switch/rank=energy,fixed", "seed=0,1"]
     words += ["+method=lora", "full.optimizer.lr=1e-3", "switch.guard={act: warn}", "~trunk"]
-    words += ["hydra.run.dir=x", "+model.drop_path_rate=0.1", "switch.keep=[norm]", "--cfg", "job"]
-    words += ["--config-dir", "conf", "+launch=joblib", "method=mine", "switch.stages=null"]
+    words += ["hydra.run.dir=x", "+model.drop_path_rate=0.1", "switch.keep=[norm]"]
+    words += ["+launch=joblib", "method=mine", "switch.stages=null", "install=bash"]
     words += ["full.compile={mode: default}", r"switch.targets=['attn\.(qkv']", r"name=a\(b"]
-    words += ["-sc", "install=bash", "--info", "--hydra-help", "--cfg=job"]
+    words += ["-m", "--cfg", "job", "--config-dir", "conf", "-sc"]
+    words += ["--info", "--hydra-help", "--cfg=job"]
     assert checked(words) == words
+
+
+@pytest.mark.parametrize("flag", [["-m"], ["--cfg", "job"], ["--config-dir", "conf"], ["--info"]])
+def test_a_flag_may_stand_between_settings(flag):
+    words = ["data=digits", *flag, "model=digits", "seed=0"]
+    parsed = get_args_parser().parse_args(checked(words))
+    assert parsed.overrides == ["data=digits", "model=digits", "seed=0"]
 
 
 def test_a_system_or_an_experiment_needs_no_plus():
@@ -172,10 +181,20 @@ def test_a_system_or_an_experiment_needs_no_plus():
 def test_a_group_of_ones_own_is_known_by_its_folder(tmp_path):
     (tmp_path / "switch/criterion").mkdir(parents=True)
     (tmp_path / "switch/criterion/still.yaml").write_text("_target_: mine.Still\n")
-    words = ["--config-dir", str(tmp_path), "switch/criterion=still"]
+    words = ["switch/criterion=still", "--config-dir", str(tmp_path)]
     assert checked(words) == words
     with pytest.raises(ValueError, match="choose one of"):
-        checked(words[2:])
+        checked(words[:1])
+
+
+def test_a_yaml_of_ones_own_that_is_no_yaml_is_named_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/broken.yaml").write_text("_target_: [unclosed\n  x: {")
+    words = ["data=broken", "model=digits", "--config-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["switchlora", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert re.fullmatch(r"switchlora: .*/data/broken.yaml.* line \d.*", left.value.code)
 
 
 @pytest.mark.parametrize("word", ["switch/guard=ful", "switch/stages=by_margins"])

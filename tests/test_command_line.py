@@ -172,7 +172,7 @@ def test_an_experiment_that_sweeps_takes_a_launcher_and_one_that_does_not_refuse
 
 
 def test_a_sweep_over_methods_needs_no_sign():
-    assert checked(["-m", "method=lora,relora"]) == ["-m", "+method=lora,relora"]
+    assert checked(["-m", "method=lora,relora"]) == ["+method=lora,relora", "-m"]
 
 
 @pytest.mark.parametrize("word", ["epochs=0", "switch.init=null", "+log.evry=3"])
@@ -261,8 +261,8 @@ def test_an_unknown_key_of_a_yaml_of_ones_own_is_told():
 def test_a_tilde_is_the_home_folder_where_a_shell_leaves_it(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     words = ["data.root=~/images", "resume=~", "-m", "init_checkpoint=~/a,~/b", "name=a~/b"]
-    right = ["data.root=/home/me/images", "resume=/home/me", "-m"]
-    assert checked(words) == [*right, "init_checkpoint=/home/me/a,/home/me/b", "name=a~/b"]
+    right = ["data.root=/home/me/images", "resume=/home/me"]
+    assert checked(words) == [*right, "init_checkpoint=/home/me/a,/home/me/b", "name=a~/b", "-m"]
     assert checked(["~trunk"]) == ["~trunk"]
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from switchlora.errors import (
     DataUnusable,
@@ -42,6 +43,7 @@ USER_ERRORS = (
     RankLost,
     RanksDisagree,
     OSError,
+    YAMLError,
     torch.OutOfMemoryError,
     HydraException,
     OmegaConfBaseException,

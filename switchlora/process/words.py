@@ -71,6 +71,7 @@ def checked(words: Sequence[str]) -> list[str]:
     - A word without '=' is no setting.
     - A group takes one of its choices, with a slash in its name.
     - A new key needs a section that is there.
+    - Flags go behind the settings, since Hydra takes no settings on both sides of a flag.
 
     ``method=lora`` becomes ``+method=lora``, ``+experiments=demo`` becomes ``experiments=demo``.
     Before a word stands its ``follower``. ``~/`` behind '=' is the home folder: most shells leave
@@ -78,17 +79,18 @@ def checked(words: Sequence[str]) -> list[str]:
     """
     places = own_folders(words)
     check_multirun(words, places)
-    found: list[str] = []
+    settings: list[str] = []
+    flags: list[str] = []
     rest = iter(words)
     for word in rest:
         if word in FLAGS_WITH_VALUE:
-            found += [word, next(rest, "")]
+            flags += [word, next(rest, "")]
         elif FLAGS.match(word) or word.startswith(FLAGS_WITH_VALUE):
-            found.append(word)
+            flags.append(word)
         else:
             word = HOME.sub(lambda _: os.path.expanduser("~"), word)
-            found += [*follower(word, words), checked_word(word, places)]
-    return found
+            settings += [*follower(word, words), checked_word(word, places)]
+    return settings + flags
 
 
 def check_multirun(words: Sequence[str], places: Sequence[Path]) -> None:
