@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 import sys
 from contextlib import suppress
 
@@ -187,14 +188,13 @@ def test_a_group_of_ones_own_is_known_by_its_folder(tmp_path):
         checked(words[:1])
 
 
-def test_a_yaml_of_ones_own_that_is_no_yaml_is_named_in_one_line(tmp_path, monkeypatch, capsys):
+def test_a_yaml_of_ones_own_that_is_no_yaml_is_named_in_one_line(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/broken.yaml").write_text("_target_: [unclosed\n  x: {")
     words = ["data=broken", "model=digits", "--config-dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["switchlora", *words])
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert re.fullmatch(r"switchlora: .*/data/broken.yaml.* line \d.*", left.value.code)
+    command = [sys.executable, "-m", "switchlora", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert re.fullmatch(r"switchlora: .*/data/broken.yaml.* line \d.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("word", ["switch/guard=ful", "switch/stages=by_margins"])
