@@ -1,5 +1,6 @@
 """What breaks around a run: one line, a non-zero exit status, and a checkpoint that is valid."""
 
+import json
 import math
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -53,6 +55,16 @@ def test_a_run_folder_that_is_gone_is_told(tmp_path, at_update):
     at_update(6, remove)
     with pytest.raises(OSError, match=f"the run folder {folder} is gone: nothing can be saved"):
         make_run(folder, "checkpoint.every_updates=3")
+
+
+def test_code_of_the_users_that_leaves_the_program_is_no_success_and_loses_nothing(
+    tmp_path, at_update
+):
+    at_update(6, lambda images: sys.exit(0))
+    with pytest.raises(TrainingStopped, match=r"exit\(0\) after update 5; .*resume=auto"):
+        make_run(tmp_path, "checkpoint.every_updates=3")
+    assert read(find_all(tmp_path)[0])["train"]["num_updates"] == 3
+    assert "exit(0)" in json.loads((tmp_path / "summary.json").read_text())["status"]
 
 
 def test_a_loader_worker_that_dies_is_told_with_the_way_to_go_on(tmp_path, at_update):

@@ -16,6 +16,7 @@ from switchlora.errors import (
     LoaderDied,
     RankLost,
     RanksDisagree,
+    TrainingStopped,
     UnreadableImage,
 )
 from switchlora.process import distributed
@@ -130,11 +131,17 @@ def faults_explained(run: Run) -> Iterator[None]:
     - LoaderDied when a process that loads images has ended.
     - RankLost when another rank has ended.
     - UnreadableImage when an image cannot be read.
+    - TrainingStopped when a model, a criterion or data of the user's leave the program.
 
     Every other error passes unchanged.
     """
     try:
         yield
+    except SystemExit as left:
+        where = f"after update {run.state.num_updates}"
+        raise TrainingStopped(
+            f"code of yours called exit({left.code}) {where}; {how_to_go_on(run)}"
+        ) from left
     except UnreadableImage as error:
         without = how_to_go_on(run, "data.skip_unreadable=true")
         raise UnreadableImage(f"{error}; {without}") from error
