@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from conf_yamls import build, composed
+from conftest import tiny_vit
 from pretended import DEVICE, READS, Pretended, on_pretended
 from runs import BY_DATE, SHORT, assert_same_run, make_run
 from switchlora import learner as learners
+from switchlora.adapters import find_targets
 from switchlora.data import build_data
 from switchlora.errors import Interrupted
 from switchlora.learner import (
@@ -28,6 +30,7 @@ from switchlora.learner import (
     evaluate,
     precision_of,
 )
+from switchlora.monitor import UpdateMonitor
 from switchlora.run import prepare
 from switchlora.train import fit
 
@@ -217,7 +220,7 @@ def test_products_are_exact_where_a_switch_is_checked_however_tf32_was_set(setti
     """In a process of its own, since torch does not forget which interface was used."""
     code = f"""
 import torch
-from switchlora.learner import exact_products
+from switchlora.process import exact_products
 parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv
 def tf32():
     return [part.fp32_precision for part in parts]
@@ -228,6 +231,24 @@ with exact_products():
 assert tf32() == before and before[0] == "tf32", (before, tf32())
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_monitor_measures_without_tf32_wherever_it_is_used(monkeypatch):
+    """From the start on, in a loop of one's own too: TF32 moves a stable rank by 1e-3."""
+    products, seen, norm = torch.backends.cuda.matmul, [], torch.linalg.vector_norm
+
+    def noted(*args, **options):
+        seen.append(products.allow_tf32)
+        return norm(*args, **options)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", noted)
+    model = tiny_vit()
+    products.allow_tf32 = True
+    try:
+        UpdateMonitor(model, find_targets(model, [r"mlp\.fc1"]), 1).measure(1, 1.0)
+        assert len(seen) > 2 and not any(seen) and products.allow_tf32
+    finally:
+        products.allow_tf32 = False
 
 
 def test_a_deterministic_run_sets_torch_and_moves_no_bit_on_a_cpu(tmp_path, monkeypatch):

@@ -5,10 +5,6 @@ from switchlora.learner.awaited import (
     Awaited as Awaited,
     reads_late as reads_late,
 )
-from switchlora.learner.backends import (
-    exact_products as exact_products,
-    set_backends as set_backends,
-)
 from switchlora.learner.compiling import (
     AUTO as AUTO,
     CUDA_GRAPHS as CUDA_GRAPHS,

@@ -17,7 +17,7 @@ from switchlora.monitor.spectral import (
     spectral_norm,
     stable_rank,
 )
-from switchlora.process import distributed
+from switchlora.process import distributed, exact_products
 
 FIRST_ITERATIONS = 32
 NUMBERS = ("weight_norm", "update_norm", "weight_stable_rank", "update_stable_rank", "grad_norm")
@@ -126,6 +126,7 @@ class UpdateMonitor:
         return num_updates - self._window_start >= self.window
 
     @torch.no_grad()
+    @exact_products()
     def measure(self, num_updates: int, epoch: float, share: bool = False) -> Measurement:
         """Return the statistics of every target at the end of the window.
 
@@ -267,6 +268,7 @@ class UpdateMonitor:
             rows.append([*norms, *ranks, grad_norm])
         return rows
 
+    @exact_products()
     def _weights_stable_ranks(self) -> dict[str, float]:
         if not self._is_batched:
             ranks = [self._weight_stats(name)[1] for name in self.targets]

@@ -1,5 +1,9 @@
 """Run as one of several processes: talk to the others, heed signals, exit with one line."""
 
+from switchlora.process.backends import (
+    exact_products as exact_products,
+    set_backends as set_backends,
+)
 from switchlora.process.device import find_device as find_device
 from switchlora.process.distributed import (
     Question as Question,

@@ -35,12 +35,11 @@ from switchlora.learner import (
     chosen_compiler,
     missing_compiler,
     precision_of,
-    set_backends,
 )
 from switchlora.models import RESIDUAL, load_weights
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import SwitchPolicy
-from switchlora.process import Interruption, distributed, find_device, known_keys
+from switchlora.process import Interruption, distributed, find_device, known_keys, set_backends
 from switchlora.run.agreement import agree_on_data
 from switchlora.run.checks import (
     check_config,

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from switchlora.adapters import cosine_mix, set_mix
-from switchlora.learner import exact_products, factor_balance, is_sharded, trained_pairs
+from switchlora.learner import factor_balance, is_sharded, trained_pairs
 from switchlora.monitor import Measurement
 from switchlora.process import distributed
 from switchlora.run.messages import balance_metrics
@@ -49,7 +49,7 @@ def end_window(run: Run) -> None:
     - In that of a policy with growth, let ranks grow that are too small.
     """
     state = run.state
-    with run.stopwatch.paused(monitor=True), exact_products():
+    with run.stopwatch.paused(monitor=True):
         share = not is_sharded(run.model)  # a shared model is gathered by all ranks at once
         here = run.monitor.measure(state.num_updates, run.epoch, share)
         measured = distributed.from_primary(lambda: here)

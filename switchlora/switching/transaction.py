@@ -21,11 +21,18 @@ from switchlora.adapters import (
     training_flags,
 )
 from switchlora.errors import RanksDisagree, SwitchFailed
-from switchlora.learner import Moments, dense_moments, exact_products, load_moments, moments_of
+from switchlora.learner import Moments, dense_moments, load_moments, moments_of
 from switchlora.models import draws_undone, eval_mode
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
-from switchlora.process import agreed_checksum, from_primary, full, lost_rank, together
+from switchlora.process import (
+    agreed_checksum,
+    exact_products,
+    from_primary,
+    full,
+    lost_rank,
+    together,
+)
 from switchlora.switching.rounding import Exact, give_to_factors, put_back, round_residuals
 
 Replaced = dict[str, nn.Linear]
