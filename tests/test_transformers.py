@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 
 from switchlora import UpdateNorm  # noqa: E402
 from switchlora.adapters import adapted_modules, is_factor  # noqa: E402
-from switchlora.criteria import never  # noqa: E402
+from switchlora.criteria import AnyOf, LossPlateau, PreLoRA, never  # noqa: E402
 from switchlora.integrations.transformers import (  # noqa: E402
     LowRankSwitchCallback,
     save_merged,
@@ -103,6 +103,15 @@ def test_a_trainer_switches_and_its_optimizer_trains_the_factors(make, data, tmp
     assert first == second and len(hf.lr_scheduler.get_last_lr()) == len(hf.optimizer.param_groups)
     logged = [entry for entry in hf.state.log_history if "switch/switched" in entry]
     assert [(e["step"], e["switch/switched"]) for e in logged] == [(6, 0.0), (12, 1.0)]
+
+
+@pytest.mark.parametrize("criterion", [LossPlateau(), AnyOf([UpdateNorm(), PreLoRA()])])
+def test_a_criterion_that_reads_the_loss_is_refused_as_a_trainer_does_not_tell_it(
+    criterion, tmp_path
+):
+    hf = trainer(tmp_path, vit(), Images(), switching(criterion=criterion))
+    with pytest.raises(ValueError, match="reads the loss, which a Trainer does not tell"):
+        hf.train()
 
 
 def test_what_is_saved_after_the_switch_gives_the_logits_that_were_trained(whole, tmp_path):

@@ -16,6 +16,7 @@ from switchlora.criteria.basic import (
 from switchlora.criteria.prelora import (
     PreLoRA as PreLoRA,
     PublishedPreLoRA as PublishedPreLoRA,
+    reads_loss as reads_loss,
 )
 from switchlora.criteria.price import NO_SHARE as NO_SHARE, PredictedCost as PredictedCost
 from switchlora.criteria.spectra import (

@@ -9,9 +9,12 @@ from statistics import mean
 from switchlora.criteria.basic import (
     LOSS,
     SMALLEST,
+    LossPlateau,
+    SwitchCriterion,
     Verdict,
     by_layer,
     held_back,
+    joined,
     relative_changes,
     too_short,
 )
@@ -143,3 +146,8 @@ class PublishedPreLoRA(PreLoRA):
             return super()._family_means(changes)
         entries = {re.sub(OUTPUTS, "output", name): values for name, values in changes.items()}
         return super()._family_means(entries)
+
+
+def reads_loss(criterion: SwitchCriterion) -> bool:
+    """Return whether ``criterion``, or one that it joins, reads the train loss."""
+    return any(isinstance(each, LossPlateau | PreLoRA) for each in joined(criterion))

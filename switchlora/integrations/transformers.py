@@ -25,6 +25,7 @@ from switchlora.adapters import (
     merge,
     merged_state_dict,
 )
+from switchlora.criteria import reads_loss
 from switchlora.loop import LowRankSwitch
 from switchlora.process import distributed
 from switchlora.storage import save_merged as save_merged_file
@@ -47,8 +48,9 @@ class LowRankSwitchCallback(TrainerCallback):
     the adapters, the optimizer and the scheduler. ``resume_from_checkpoint`` says from which
     checkpoint, where it is not in the trainer's output folder.
 
-    ValueError for several processes, for a model that has adapters already, and for a checkpoint
-    that is not the one that the trainer loaded.
+    ValueError for several processes, for a model that has adapters already, for a criterion that
+    reads the loss, which a trainer does not tell of an update, and for a checkpoint that is not
+    the one that the trainer loaded. A guard that reads the loss never acts.
     """
 
     def __init__(self, resume_from_checkpoint: Path | str | None = None, **options: Any) -> None:
@@ -75,6 +77,11 @@ class LowRankSwitchCallback(TrainerCallback):
                 "model of from_pretrained, and train(resume_from_checkpoint=...) to go on"
             )
         self.switch = LowRankSwitch(model, optimizer, given["lr_scheduler"], **self.options)
+        if reads_loss(self.switch.policy.criterion):
+            raise ValueError(
+                "the criterion reads the loss, which a Trainer does not tell of each update: take "
+                "one that reads how far weights move, such as UpdateNorm()"
+            )
         if state.global_step:
             place = Path(self.checkpoint or _checkpoint(args, state))
             self._go_on(place, state, given["lr_scheduler"])
