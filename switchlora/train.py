@@ -128,10 +128,10 @@ def train_epoch(run: Run) -> None:
     At the end of a window of updates the criterion is asked, so this function may switch.
     """
     state = run.state
-    run.data.set_epoch(state.epoch, start=state.position)
-    run.stopwatch.resume()
     if state.num_updates >= run.last_update:
         return
+    run.data.set_epoch(state.epoch, start=state.position)
+    run.stopwatch.resume()
     try:
         make_updates(run)
     except Exception:
@@ -253,7 +253,8 @@ def step_skipped(run: Run, step: StepOutcome) -> None:
     """
     state = run.state
     run.ledger.skipped_updates += 1
-    state.skipped_in_a_row += not step.overflow
+    if not step.overflow:
+        state.skipped_in_a_row += 1
     why = "fp16 overflow, the loss scale was lowered: " if step.overflow else ""
     run.log.line(
         f"skipped an update after {state.num_updates}: {why}"

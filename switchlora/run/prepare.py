@@ -167,7 +167,8 @@ def merge_adapter(model: nn.Module, folder: Path, alone: bool) -> str:
     except ValueError as error:
         raise ValueError(f"init_adapter={folder}: {error}") from error
     merged = len(merge(model))
-    return f"{folder}: adapters of {merged} linears, merged{' into their base' * has_base}"
+    where = " into their base" if has_base else ""
+    return f"{folder}: adapters of {merged} linears, merged{where}"
 
 
 def build_parts(config: DictConfig) -> Parts:
@@ -470,10 +471,11 @@ def telling_words(config: DictConfig) -> list[str]:
     Without Hydra the choices of the groups are not known, and are left out.
     """
     words = [] if config.name == "run" else [str(config.name)]
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     if config.method is not None:
         words.append(str(config.method))
-    if HydraConfig.initialized():
-        choices = HydraConfig.get().runtime.choices
-        groups = ("switch/criterion", "model", "data")
-        words += [choices[group] for group in groups[config.method is not None :]]
+    elif choices:
+        words.append(choices["switch/criterion"])
+    if choices:
+        words += [choices["model"], choices["data"]]
     return [*words, f"seed{config.seed}"]
