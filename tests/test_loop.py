@@ -426,6 +426,13 @@ def test_a_loss_that_is_not_one_number_is_refused_at_once(loss):
     assert monitor.step(torch.ones(1, 1)) == {}
 
 
+def test_a_loss_that_a_loop_overwrites_counts_with_its_value_at_the_step():
+    monitor, buffer = WeightUpdateMonitor(tiny_vit(), window=2), torch.zeros(())
+    for loss in (1.0, 3.0):
+        numbers = monitor.step(buffer.fill_(loss))
+    assert numbers["train/window_loss"] == 2.0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_of_another_dtype_switches_trains_and_resumes_in_it(dtype):
     def loop(updates, saved=None):

@@ -1,5 +1,6 @@
 """Models, optimizers and loops in which a switch could go wrong without a word."""
 
+import io
 import math
 
 import pytest
@@ -70,6 +71,21 @@ def test_the_fast_path_of_torchs_encoder_computes_with_the_adapters(monkeypatch)
     images, _ = images_and_labels(99)
     with torch.no_grad():  # where torch would take it
         evaluated = model.eval()(images)
+    merge(model)
+    torch.testing.assert_close(evaluated, model(images), rtol=0, atol=1e-5)
+
+
+def test_a_saved_model_computes_with_the_adapters_in_a_process_that_made_none(monkeypatch):
+    torch.manual_seed(0)
+    model = Encoder()
+    switched(model, target_modules=["linear1", "linear2"], factor_lr=100.0)
+    saved, images = io.BytesIO(), images_and_labels(99)[0]
+    torch.save(model.eval(), saved)
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", True)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    with torch.no_grad():  # where torch would take the fast path
+        evaluated = loaded(images)
     merge(model)
     torch.testing.assert_close(evaluated, model(images), rtol=0, atol=1e-5)
 

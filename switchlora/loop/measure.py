@@ -188,7 +188,7 @@ def takes_an_adapter(module: nn.Module) -> bool:
 def _one_number(loss: Any) -> Tensor:
     """Return the loss as a tensor of one number. ValueError for another."""
     try:
-        found = torch.as_tensor(loss).detach()
+        found = torch.as_tensor(loss).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the loss is {loss!r}: give a number, or a tensor of one") from error
     if found.numel() != 1:
