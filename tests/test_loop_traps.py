@@ -15,6 +15,7 @@ from pretended import DEVICE, on_pretended
 from switchlora import LowRankSwitch
 from switchlora.adapters import adapted_modules, is_factor, merge
 from switchlora.criteria import AtEpoch, LossPlateau
+from switchlora.initializers import gaussian
 
 LOSS = nn.CrossEntropyLoss()
 SOON = {"criterion": AtEpoch(2), "updates_per_epoch": 1, "window": 2, "rank": 2}
@@ -256,3 +257,41 @@ def test_a_model_that_moves_to_another_device_afterwards_switches_there():
             optimizer.step()
             switch.step()
         assert switch.switched and {p.device for p in model.parameters()} == {DEVICE}
+
+
+def flat_net(*layers):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), *layers, nn.Linear(32, 5))
+
+
+class Masked(nn.Sequential):
+    """A model that hides some of its inputs at random, in evaluation too."""
+
+    def forward(self, images):
+        return super().forward(images * (torch.rand_like(images) > 0.5))
+
+
+def test_a_model_that_draws_in_evaluation_too_switches_and_its_draws_go_on():
+    torch.manual_seed(0)
+    model = Masked(*flat_net())
+    optimizer = sgd(model)
+    switch = LowRankSwitch(model, optimizer, target_modules="all-linear", **SOON)
+    for number in range(2):
+        loss = update(model, optimizer, number)
+        drawn = torch.get_rng_state()
+        fired = switch.step(loss)
+        assert torch.equal(torch.get_rng_state(), drawn)
+    assert fired
+
+
+@pytest.mark.filterwarnings("ignore:the switch failed and was undone")
+def test_a_switch_that_is_undone_leaves_each_module_its_mode():
+    model = flat_net(nn.BatchNorm1d(32), nn.Linear(32, 32), nn.BatchNorm1d(32))
+    held, runs = model[2].eval(), model[4].requires_grad_(False)
+
+    def init(weight, update, rank):
+        if rank > 1:  # later than the trial of the start
+            raise RuntimeError("no factors today")
+        return gaussian(weight, update, rank)
+
+    switch = switched(model, target_modules="all-linear", init=init)
+    assert switch.failures and not held.training and runs.training
