@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 import switchlora.loop.measure
@@ -295,3 +296,44 @@ def test_a_switch_that_is_undone_leaves_each_module_its_mode():
 
     switch = switched(model, target_modules="all-linear", init=init)
     assert switch.failures and not held.training and runs.training
+
+
+def test_all_linear_leaves_out_what_is_frozen_or_made_of_other_weights():
+    layers = [nn.Linear(32, 32) for _ in range(5)]
+    layers[0].requires_grad_(False)
+    parametrizations.weight_norm(layers[1])
+    parametrizations.spectral_norm(layers[2])
+    prune.l1_unstructured(layers[3], "weight", 0.5)
+    model = flat_net(*layers)
+    model[-1].requires_grad_(False)
+    frozen = layers[0].weight.clone()
+    switch = switched(model, target_modules="all-linear")
+    assert set(switch.ranks) == {"1", "6"} and torch.equal(layers[0].weight, frozen)
+    assert not layers[0].weight.requires_grad
+    with pytest.raises(ValueError, match="no other linear is left: there is nothing to adapt"):
+        switched(flat_net().requires_grad_(False), target_modules="all-linear")
+
+
+NO_TARGETS = [
+    (lambda linear: linear.requires_grad_(False), r"^1\.weight does not train: leave 1 out"),
+    (parametrizations.weight_norm, r"^1\.weight is no parameter, .*: remove that"),
+    (parametrizations.spectral_norm, r"^1\.weight is no parameter, .*: remove that"),
+    (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), r"^1\.weight is no parameter"),
+]
+
+
+@pytest.mark.parametrize("change, says", NO_TARGETS)
+def test_a_target_whose_weight_is_no_parameter_or_does_not_train_is_refused(change, says):
+    model = flat_net()
+    change(model[1])
+    with pytest.raises(ValueError, match=says):
+        LowRankSwitch(model, sgd(model), target_modules=["1"], rank=2)
+
+
+def test_a_step_in_inference_mode_is_refused():
+    model = flat_net()
+    optimizer = sgd(model)
+    switch = LowRankSwitch(model, optimizer, target_modules=["1"], rank=2)
+    loss = update(model, optimizer)
+    with torch.inference_mode(), pytest.raises(ValueError, match="call it outside"):
+        switch.step(loss)

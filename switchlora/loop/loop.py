@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -198,8 +199,13 @@ class LowRankSwitch(LoopTraining):
         That is so at the switch, or at each of its ``stages``, at the end of the joint phase, at
         each ``restart``, where ranks have grown, and where the guard has brought full training
         back. ``loss`` is that of the update or micro-batch. It is read at the end of a window.
-        ValueError when weights move that the optimizer does not move.
+        ValueError when weights move that the optimizer does not move, and under inference mode.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "step() is called under torch.inference_mode(), where no factor can begin to "
+                "train: call it outside"
+            )
         updates = self._made.since_last()
         self._state.num_updates += updates
         if updates and self._loaded is not None:
@@ -399,8 +405,24 @@ class LowRankSwitch(LoopTraining):
                 "LowRankSwitch got made no update: give it the one whose step() the loop calls"
             )
 
+    def _check_trained(self, module: str) -> None:
+        """Refuse a target whose weight is made of others, or frozen."""
+        weight = self.model.get_submodule(module).weight
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{module}.weight is no parameter, as under weight_norm, spectral_norm or prune: "
+                f"remove that parametrization first, or leave {module} out of target_modules"
+            )
+        if not weight.requires_grad:
+            raise ValueError(
+                f"{module}.weight does not train: leave {module} out of target_modules, or let "
+                "the weight train (requires_grad) before LowRankSwitch is made"
+            )
+
     def _check_optimized(self, modules: Collection[str]) -> None:
-        """Refuse targets that the optimizer does not train."""
+        """Refuse targets that are no trained parameter, or that the optimizer does not train."""
+        for name in modules:
+            self._check_trained(name)
         names = names_of(self.model)
         weights = {
             name: names[self.model.get_parameter(f"{name}.weight")] for name in set(modules)

@@ -43,8 +43,9 @@ class WeightUpdateMonitor:
     """Measures every ``window`` updates how far the weights of linears moved. It never switches.
 
     ``target_modules`` are regular expressions for the ends of the names of linears, or
-    'all-linear': all but the last one, and but ``out_proj`` of ``nn.MultiheadAttention``, whose
-    weight torch reads itself. Their copies at the start of a window are on the CPU.
+    'all-linear'. That is all but the last one, those whose weight is frozen or has a
+    parametrization, and ``out_proj`` of ``nn.MultiheadAttention``, whose weight torch reads
+    itself. Copies of their weights at the start of a window are on the CPU.
 
     With several processes each of them calls ``step``. All get the same numbers.
     """
@@ -169,13 +170,19 @@ def patterns_of(model: nn.Module, target_modules: str | Sequence[str]) -> list[s
         patterns = [target_modules] if isinstance(target_modules, str) else target_modules
         check_patterns("target_modules", patterns)
         return list(patterns)
-    names = [name for name, module in model.named_modules() if takes_an_adapter(module)]
-    if len(names) < 2:
+    linears = {name: each for name, each in model.named_modules() if takes_an_adapter(each)}
+    if len(linears) < 2:
         raise ValueError(
             f"target_modules='all-linear' leaves out the last linear, and this model has "
-            f"{len(names)} nn.Linear in all: there is nothing to adapt"
+            f"{len(linears)} nn.Linear in all: there is nothing to adapt"
         )
-    return [re.escape(name) for name in names[:-1]]
+    found = [re.escape(name) for name in [*linears][:-1] if trains_as_a_whole(linears[name])]
+    if not found:
+        raise ValueError(
+            "target_modules='all-linear' leaves out the last linear and what is frozen or has a "
+            "parametrization, and no other linear is left: there is nothing to adapt"
+        )
+    return found
 
 
 def takes_an_adapter(module: nn.Module) -> bool:
@@ -183,6 +190,12 @@ def takes_an_adapter(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not isinstance(
         module, NonDynamicallyQuantizableLinear
     )
+
+
+def trains_as_a_whole(linear: nn.Module) -> bool:
+    """Return whether the weight of ``linear`` is a parameter that trains."""
+    weight = dict(linear.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.requires_grad
 
 
 def _one_number(loss: Any) -> Tensor:
