@@ -219,6 +219,20 @@ def test_the_optimizer_of_another_object_is_refused():
         switch.step(update(model, another))
 
 
+@pytest.mark.parametrize("options", [{"criterion": AtEpoch(9)}, {"joint_epochs": 9}])
+def test_an_optimizer_that_is_made_anew_before_the_last_change_is_refused(options):
+    model = flat_net()
+    optimizer = sgd(model)
+    switch = LowRankSwitch(model, optimizer, **SOON | {"target_modules": ["1"]} | options)
+    for _ in range(3):
+        switch.step(update(model, optimizer))
+    another = sgd(model)
+    for _ in range(3):
+        switch.step(update(model, another))
+    with pytest.raises(ValueError, match="weights have moved in 4 calls.*made no update"):
+        switch.step(update(model, another))
+
+
 def test_weights_and_losses_that_are_not_finite_do_not_switch():
     model = tiny_vit()
     optimizer = sgd(model)

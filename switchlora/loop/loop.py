@@ -146,6 +146,8 @@ class LowRankSwitch(LoopTraining):
         """the ranks that grow after the next update"""
         self._gradients = WeightGradients(self.model, {})
         self._made = UpdateCounter(self.optimizer)
+        self._idle_norms: dict[str, float] = {}
+        """norms of the targets, as long as the optimizer makes no update"""
         self._loaded: RemovableHandle | None = None
         """what waits for the first update after a state was loaded"""
         self._inputs = FirstInputs(model, forward, modules)
@@ -210,6 +212,9 @@ class LowRankSwitch(LoopTraining):
         self._state.num_updates += updates
         if updates and self._loaded is not None:
             self._loaded.remove()
+        idle = self._made.idle
+        if idle and idle % self.watch.monitor.window == 0 and self._changes_later:
+            self._check_counted()
         if not self._control.measures or self._larger:
             if self.policy.guard is not None:
                 self.watch.count(loss, updates)
@@ -218,8 +223,6 @@ class LowRankSwitch(LoopTraining):
             return self._change_again(updates)
         if not self._checked:
             self._check_targets()
-        if self._made.idle == self.watch.monitor.window:
-            self._check_counted()
         if not self.watch.measured(loss, updates):
             return False
         if self.policy.guard is not None:
@@ -281,6 +284,7 @@ class LowRankSwitch(LoopTraining):
         If the model had switched, adapters of its shapes are put in, the optimizer gets their
         groups, and the schedulers are told.
         """
+        self._made.idle = 0
         self._state.load_state_dict(state)
         self.watch.load_state_dict(state)
         self._state.history = self.watch.history
@@ -392,16 +396,27 @@ class LowRankSwitch(LoopTraining):
 
     def _forget_inputs(self) -> None:
         """Let the model's inputs go, if no further change is checked on them."""
-        policy, until = self.policy, self._state.joint_until
-        later = policy.restart or policy.growth or policy.guard
-        if not self._control.measures and later is None and until is None:
+        if not self._changes_later:
             self._inputs.remove()
 
+    @property
+    def _changes_later(self) -> bool:
+        """Whether the model may change after further updates."""
+        policy, until = self.policy, self._state.joint_until
+        later = policy.restart or policy.growth or policy.guard
+        return self._control.measures or later is not None or until is not None
+
     def _check_counted(self) -> None:
-        """Refuse an optimizer that is not the one that trains the targets."""
-        if self.num_updates == 0 and self.watch.moved():
+        """Refuse an optimizer that is not the one that trains the targets, or is not any more."""
+        idle, before = self._made.idle, self._idle_norms
+        self._idle_norms = self.watch.norms()
+        if idle == self.watch.monitor.window:
+            moved = self.num_updates == 0 and self.watch.moved()
+        else:
+            moved = self._idle_norms != before
+        if moved:
             raise ValueError(
-                f"weights have moved in {self._made.idle} calls of step(), and the optimizer that "
+                f"weights have moved in {idle} calls of step(), and the optimizer that "
                 "LowRankSwitch got made no update: give it the one whose step() the loop calls"
             )
 

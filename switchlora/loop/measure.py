@@ -112,6 +112,14 @@ class WeightUpdateMonitor:
                 return True
         return False
 
+    def norms(self) -> dict[str, float]:
+        """Return the norm of each target's weight now, by name; 0 for one that is not finite."""
+        found = {}
+        for name, target in self.monitor.known.items():
+            norm = float(torch.linalg.vector_norm(target.weight(self.model).double()))
+            found[name] = norm if math.isfinite(norm) else 0.0
+        return found
+
     def log_dict(self) -> dict[str, float]:
         """Return the numbers of the last measurement for any logger, by name."""
         if not self.history:
