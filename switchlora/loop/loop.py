@@ -315,6 +315,8 @@ class LowRankSwitch(LoopTraining):
         decision = self._control.decide()
         if not decision.chosen:
             return False
+        if not self.switched:
+            self._note_full()
         report = self._change(lambda scene: self._control.switch(scene, decision))
         if report is None:
             return False
