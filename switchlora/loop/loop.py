@@ -282,8 +282,10 @@ class LowRankSwitch(LoopTraining):
         """Go on where ``state_dict`` was taken. Model, optimizer and schedulers load theirs next.
 
         If the model had switched, adapters of its shapes are put in, the optimizer gets their
-        groups, and the schedulers are told.
+        groups, and the schedulers are told. ValueError where this model has adapters already, in
+        another phase or on other modules than the state has.
         """
+        self._check_goes_back(state)
         self._made.idle = 0
         self._state.load_state_dict(state)
         self.watch.load_state_dict(state)
@@ -297,6 +299,17 @@ class LowRankSwitch(LoopTraining):
         self._grow_next(state["larger"])
         self._checked = True
         self._forget_inputs()
+
+    def _check_goes_back(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state whose adapters this model can no longer get."""
+        same_phase = state["phase"] == self._state.phase
+        same_modules = set(state["layout"]) == set(adapted_modules(self.model))
+        if self.switched and not (same_phase and same_modules):
+            raise ValueError(
+                f"the state is of the phase '{state['phase']}', and this model has adapters of "
+                f"the phase '{self._state.phase}' on {len(adapted_modules(self.model))} modules: "
+                "load into a new LowRankSwitch over a new model"
+            )
 
     def _rehearse(self) -> None:
         """Try criterion, ranks and start once; what needs a measurement is tried without one."""

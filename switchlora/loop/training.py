@@ -95,6 +95,8 @@ class LoopTraining:
         train_only(self.model, state["trained"], factors=())  # factors are among the names
         self._groups = [FactorGroup(*group) for group in state["groups"]]
         self._commit(*self._plan(before), {})
+        if self._ramp is not None:
+            self._ramp.stop()
         self._ramp = Ramp(self.optimizer, *state["ramp"])
 
     def _trained(self) -> list[str]:
