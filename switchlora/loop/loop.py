@@ -39,7 +39,7 @@ from switchlora.loop.counter import UpdateCounter
 from switchlora.loop.gradients import WeightGradients
 from switchlora.loop.groups import names_of
 from switchlora.loop.inputs import FirstInputs, Logits
-from switchlora.loop.measure import History, WeightUpdateMonitor
+from switchlora.loop.measure import History, WeightUpdateMonitor, norms_of
 from switchlora.loop.training import Held, LoopTraining
 from switchlora.models import RESIDUAL
 from switchlora.process import together
@@ -424,7 +424,7 @@ class LowRankSwitch(LoopTraining):
     def _check_counted(self) -> None:
         """Refuse an optimizer that is not the one that trains the targets, or is not any more."""
         idle, before = self._made.idle, self._idle_norms
-        self._idle_norms = self.watch.norms()
+        self._idle_norms = norms_of(self.model, self.watch.monitor.known)
         if idle == self.watch.monitor.window:
             moved = self.num_updates == 0 and self.watch.moved()
         else:

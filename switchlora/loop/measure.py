@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 
-from switchlora.adapters import DEFAULT_TARGETS, find_targets
+from switchlora.adapters import DEFAULT_TARGETS, Target, find_targets
 from switchlora.errors import check_patterns
 from switchlora.loop.arguments import check_whole, named_as_arguments
 from switchlora.monitor import Measurement, UpdateMonitor
@@ -112,14 +112,6 @@ class WeightUpdateMonitor:
                 return True
         return False
 
-    def norms(self) -> dict[str, float]:
-        """Return the norm of each target's weight now, by name; 0 for one that is not finite."""
-        found = {}
-        for name, target in self.monitor.known.items():
-            norm = float(torch.linalg.vector_norm(target.weight(self.model).double()))
-            found[name] = norm if math.isfinite(norm) else 0.0
-        return found
-
     def log_dict(self) -> dict[str, float]:
         """Return the numbers of the last measurement for any logger, by name."""
         if not self.history:
@@ -153,6 +145,15 @@ class WeightUpdateMonitor:
         """Return the losses of the window; with several processes the mean of each."""
         losses = torch.stack([loss.cpu().double() for loss in self._losses])
         return gather(float(losses.mean())) if world_size() > 1 else losses.tolist()
+
+
+def norms_of(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, float]:
+    """Return the norm of each target's weight now, by name; 0 for one that is not finite."""
+    found = {}
+    for name, target in targets.items():
+        norm = float(torch.linalg.vector_norm(target.weight(model).double()))
+        found[name] = norm if math.isfinite(norm) else 0.0
+    return found
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
