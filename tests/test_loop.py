@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
     SequentialLR,
 )
+from torch.optim.swa_utils import SWALR
 
 from conf_yamls import composed
 from conftest import tiny_vit
@@ -187,6 +188,7 @@ SCHEDULERS = {
     "one cycle": lambda o: OneCycleLR(o, 1e-3, total_steps=UPDATES + 1),
     "plateau": lambda o: ReduceLROnPlateau(o, patience=0, factor=0.9),
     "chained": lambda o: ChainedScheduler([LinearLR(o), ExponentialLR(o, 0.9)], optimizer=o),
+    "averaging": lambda o: SWALR(o, swa_lr=1e-4, anneal_epochs=UPDATES - 4),
     "sequence": lambda o: SequentialLR(o, [LinearLR(o), CosineAnnealingLR(o, UPDATES)], [4]),
     "timm": lambda o: CosineLRScheduler(o, UPDATES, t_in_epochs=False, warmup_t=3),
 }
@@ -303,6 +305,15 @@ def test_after_a_switch_rates_rise_again_beside_the_scheduler():
         loop.run(update)
     shares = [inside / rate for inside, rate in zip(seen, outside, strict=True)]
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_step_that_raises_an_error_in_the_ramp_lowers_no_rate_for_good(failing):
+    loop = Loop(ramp_updates=3, factor_lr=1).run(12 + failing)
+    with pytest.raises(ZeroDivisionError):
+        loop.optimizer.step(lambda: 1 / 0)
+    loop.run(16)
+    assert [group["lr"] for group in loop.optimizer.param_groups] == [1e-3, 1e-3]
 
 
 def test_models_that_return_more_than_logits_switch_too():
@@ -424,6 +435,13 @@ def test_a_loss_that_is_not_one_number_is_refused_at_once(loss):
     with pytest.raises(ValueError, match="give a number|give the mean"):
         monitor.step(loss)
     assert monitor.step(torch.ones(1, 1)) == {}
+
+
+def test_a_loss_that_a_loop_overwrites_counts_with_its_value_at_the_step():
+    monitor, buffer = WeightUpdateMonitor(tiny_vit(), window=2), torch.zeros(())
+    for loss in (1.0, 3.0):
+        numbers = monitor.step(buffer.fill_(loss))
+    assert numbers["train/window_loss"] == 2.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

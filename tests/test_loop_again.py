@@ -273,3 +273,49 @@ def test_parameters_of_another_model_stay_in_the_optimizer_with_their_state():
     assert switch.switched and any(map(is_factor, trained(model)))
     assert optimizer.state[other.weight]["step"] == 4
     assert set(other.parameters()) <= set(held(optimizer))
+
+
+PARTS = ("switch", "model", "optimizer", "scheduler")
+
+
+def states_of(loop):
+    return copy.deepcopy({part: getattr(loop, part).state_dict() for part in PARTS})
+
+
+def rates_until(loop, update):
+    """The rates inside of each step of the optimizer."""
+    rates = []
+    hook = loop.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
+    )
+    loop.run(update)
+    hook.remove()
+    return rates
+
+
+def test_a_state_that_is_loaded_in_place_has_the_ramp_that_it_had():
+    loop = Loop(SCHEDULERS["lambda"], criterion=at(FIRST), ramp_updates=9).run(8)
+    saved = states_of(loop)
+    first = rates_until(loop, 12)
+    for part in PARTS:
+        getattr(loop, part).load_state_dict(saved[part])
+    assert len(first) == 4 and rates_until(loop, 12) == first
+
+
+@pytest.mark.parametrize(
+    "options, stops",
+    [
+        ({"criterion": at(FIRST)}, (5, 8)),
+        (JOINT, (8, 14)),
+        (TWO, (8, 14)),
+    ],
+    ids=["before the switch", "joint phase", "first stage"],
+)
+def test_a_state_from_before_a_change_of_the_phase_is_refused_in_place(options, stops):
+    loop = Loop(SCHEDULERS["lambda"], **options).run(stops[0])
+    saved = states_of(loop)["switch"]
+    loop.run(stops[1])
+    now = states_of(loop)
+    with pytest.raises(ValueError, match="into a new LowRankSwitch over a new model"):
+        loop.switch.load_state_dict(saved)
+    assert str(states_of(loop)) == str(now)

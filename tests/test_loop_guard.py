@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
+from conftest import tiny_vit
+from switchlora import LowRankSwitch
 from switchlora.adapters import adapted_modules
 from switchlora.policy import Guard, Standing
-from test_loop import SCHEDULERS, Loop, at, batch, trained
+from test_loop import LOSS, SCHEDULERS, Loop, at, batch, trained
 from test_loop_again import FIRST, SECOND, TWO
 
 SWITCH = 8
@@ -151,3 +154,40 @@ def test_an_adapter_that_keeps_up_is_left_alone(recwarn):
 def test_what_is_no_guard_is_refused(guard, says):
     with pytest.raises(ValueError, match=says):
         Loop(guard=guard)
+
+
+class Grown(nn.Module):
+    """A model that gets a further layer behind, in the middle of its training."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit, self.behind = tiny_vit(depth=1), nn.Identity()
+
+    def forward(self, images):
+        return self.behind(self.vit(images))
+
+
+@pytest.mark.filterwarnings("ignore:the adapter is behind")
+def test_what_was_added_or_let_train_before_the_switch_trains_again_when_full_training_is_back():
+    torch.manual_seed(0)
+    model = Grown()
+    model.vit.norm.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    guard = Behind(patience=1, most=1)
+    options = {"criterion": at(4), "window": 2, "rank": 2, "updates_per_epoch": 1}
+    switch = LowRankSwitch(model, optimizer, guard=guard, **options)
+    fired = []
+    for number in range(6):
+        if number == 2:
+            model.behind = nn.Linear(5, 5)
+            optimizer.add_param_group({"params": model.behind.parameters()})
+            model.vit.norm.requires_grad_(True)
+        images, labels = batch(number)
+        optimizer.zero_grad()
+        loss = LOSS(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        fired.append(switch.step(loss))
+    assert fired == [False, False, False, True, False, True]
+    assert trained(model) == {name for name, _ in model.named_parameters()}
+    assert set(model.behind.parameters()) == set(optimizer.param_groups[1]["params"])

@@ -1,11 +1,13 @@
 """Models, optimizers and loops in which a switch could go wrong without a word."""
 
+import io
 import math
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 import switchlora.loop.measure
@@ -14,6 +16,7 @@ from pretended import DEVICE, on_pretended
 from switchlora import LowRankSwitch
 from switchlora.adapters import adapted_modules, is_factor, merge
 from switchlora.criteria import AtEpoch, LossPlateau
+from switchlora.initializers import gaussian
 
 LOSS = nn.CrossEntropyLoss()
 SOON = {"criterion": AtEpoch(2), "updates_per_epoch": 1, "window": 2, "rank": 2}
@@ -70,6 +73,21 @@ def test_the_fast_path_of_torchs_encoder_computes_with_the_adapters(monkeypatch)
     images, _ = images_and_labels(99)
     with torch.no_grad():  # where torch would take it
         evaluated = model.eval()(images)
+    merge(model)
+    torch.testing.assert_close(evaluated, model(images), rtol=0, atol=1e-5)
+
+
+def test_a_saved_model_computes_with_the_adapters_in_a_process_that_made_none(monkeypatch):
+    torch.manual_seed(0)
+    model = Encoder()
+    switched(model, target_modules=["linear1", "linear2"], factor_lr=100.0)
+    saved, images = io.BytesIO(), images_and_labels(99)[0]
+    torch.save(model.eval(), saved)
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", True)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    with torch.no_grad():  # where torch would take the fast path
+        evaluated = loaded(images)
     merge(model)
     torch.testing.assert_close(evaluated, model(images), rtol=0, atol=1e-5)
 
@@ -201,6 +219,20 @@ def test_the_optimizer_of_another_object_is_refused():
         switch.step(update(model, another))
 
 
+@pytest.mark.parametrize("options", [{"criterion": AtEpoch(9)}, {"joint_epochs": 9}])
+def test_an_optimizer_that_is_made_anew_before_the_last_change_is_refused(options):
+    model = flat_net()
+    optimizer = sgd(model)
+    switch = LowRankSwitch(model, optimizer, **SOON | {"target_modules": ["1"]} | options)
+    for _ in range(3):
+        switch.step(update(model, optimizer))
+    another = sgd(model)
+    for _ in range(3):
+        switch.step(update(model, another))
+    with pytest.raises(ValueError, match="weights have moved in 4 calls.*made no update"):
+        switch.step(update(model, another))
+
+
 def test_weights_and_losses_that_are_not_finite_do_not_switch():
     model = tiny_vit()
     optimizer = sgd(model)
@@ -240,3 +272,82 @@ def test_a_model_that_moves_to_another_device_afterwards_switches_there():
             optimizer.step()
             switch.step()
         assert switch.switched and {p.device for p in model.parameters()} == {DEVICE}
+
+
+def flat_net(*layers):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), *layers, nn.Linear(32, 5))
+
+
+class Masked(nn.Sequential):
+    """A model that hides some of its inputs at random, in evaluation too."""
+
+    def forward(self, images):
+        return super().forward(images * (torch.rand_like(images) > 0.5))
+
+
+def test_a_model_that_draws_in_evaluation_too_switches_and_its_draws_go_on():
+    torch.manual_seed(0)
+    model = Masked(*flat_net())
+    optimizer = sgd(model)
+    switch = LowRankSwitch(model, optimizer, target_modules="all-linear", **SOON)
+    for number in range(2):
+        loss = update(model, optimizer, number)
+        drawn = torch.get_rng_state()
+        fired = switch.step(loss)
+        assert torch.equal(torch.get_rng_state(), drawn)
+    assert fired
+
+
+@pytest.mark.filterwarnings("ignore:the switch failed and was undone")
+def test_a_switch_that_is_undone_leaves_each_module_its_mode():
+    model = flat_net(nn.BatchNorm1d(32), nn.Linear(32, 32), nn.BatchNorm1d(32))
+    held, runs = model[2].eval(), model[4].requires_grad_(False)
+
+    def init(weight, update, rank):
+        if rank > 1:  # later than the trial of the start
+            raise RuntimeError("no factors today")
+        return gaussian(weight, update, rank)
+
+    switch = switched(model, target_modules="all-linear", init=init)
+    assert switch.failures and not held.training and runs.training
+
+
+def test_all_linear_leaves_out_what_is_frozen_or_made_of_other_weights():
+    layers = [nn.Linear(32, 32) for _ in range(5)]
+    layers[0].requires_grad_(False)
+    parametrizations.weight_norm(layers[1])
+    parametrizations.spectral_norm(layers[2])
+    prune.l1_unstructured(layers[3], "weight", 0.5)
+    model = flat_net(*layers)
+    model[-1].requires_grad_(False)
+    frozen = layers[0].weight.clone()
+    switch = switched(model, target_modules="all-linear")
+    assert set(switch.ranks) == {"1", "6"} and torch.equal(layers[0].weight, frozen)
+    assert not layers[0].weight.requires_grad
+    with pytest.raises(ValueError, match="no other linear is left: there is nothing to adapt"):
+        switched(flat_net().requires_grad_(False), target_modules="all-linear")
+
+
+NO_TARGETS = [
+    (lambda linear: linear.requires_grad_(False), r"^1\.weight does not train: leave 1 out"),
+    (parametrizations.weight_norm, r"^1\.weight is no parameter, .*: remove that"),
+    (parametrizations.spectral_norm, r"^1\.weight is no parameter, .*: remove that"),
+    (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), r"^1\.weight is no parameter"),
+]
+
+
+@pytest.mark.parametrize("change, says", NO_TARGETS)
+def test_a_target_whose_weight_is_no_parameter_or_does_not_train_is_refused(change, says):
+    model = flat_net()
+    change(model[1])
+    with pytest.raises(ValueError, match=says):
+        LowRankSwitch(model, sgd(model), target_modules=["1"], rank=2)
+
+
+def test_a_step_in_inference_mode_is_refused():
+    model = flat_net()
+    optimizer = sgd(model)
+    switch = LowRankSwitch(model, optimizer, target_modules=["1"], rank=2)
+    loss = update(model, optimizer)
+    with torch.inference_mode(), pytest.raises(ValueError, match="call it outside"):
+        switch.step(loss)

@@ -79,7 +79,7 @@ class AdaptedLinear(nn.Linear):
     ``form`` and ``recompute_gelu`` have no effect then.
 
     ``nn.TransformerEncoderLayer`` has a fast path for evaluation that reads weights and ignores
-    adapters. It is off, in this process, from the first adapter on.
+    adapters. It is off, in this process, from the first adapter on, made or unpickled.
     """
 
     kind = "lora"
@@ -107,6 +107,10 @@ class AdaptedLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("weight_scale", None)
         self.bias = bias  # type: ignore[assignment]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        torch.backends.mha.set_fastpath_enabled(False)
 
     def adapters(self) -> dict[str, Adapter]:
         """Return the adapters by the name of their row slice, in the order of the rows."""

@@ -17,7 +17,7 @@ from switchlora.learner import FactorRates, InParts, as_part_of_factors
 Group = dict[str, Any]
 Key = tuple[int, float]
 """what the factors of one group share: the group of their weights, and the scale of rates"""
-RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 """keys of a group that are learning rates; schedulers keep theirs there"""
 LR_SCALE = "lr_scale"
 """key of a group by which timm's schedulers multiply its learning rate"""

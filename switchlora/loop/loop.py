@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -38,7 +39,7 @@ from switchlora.loop.counter import UpdateCounter
 from switchlora.loop.gradients import WeightGradients
 from switchlora.loop.groups import names_of
 from switchlora.loop.inputs import FirstInputs, Logits
-from switchlora.loop.measure import History, WeightUpdateMonitor
+from switchlora.loop.measure import History, WeightUpdateMonitor, norms_of
 from switchlora.loop.training import Held, LoopTraining
 from switchlora.models import RESIDUAL
 from switchlora.process import together
@@ -145,6 +146,8 @@ class LowRankSwitch(LoopTraining):
         """the ranks that grow after the next update"""
         self._gradients = WeightGradients(self.model, {})
         self._made = UpdateCounter(self.optimizer)
+        self._idle_norms: dict[str, float] = {}
+        """norms of the targets, as long as the optimizer makes no update"""
         self._loaded: RemovableHandle | None = None
         """what waits for the first update after a state was loaded"""
         self._inputs = FirstInputs(model, forward, modules)
@@ -198,12 +201,20 @@ class LowRankSwitch(LoopTraining):
         That is so at the switch, or at each of its ``stages``, at the end of the joint phase, at
         each ``restart``, where ranks have grown, and where the guard has brought full training
         back. ``loss`` is that of the update or micro-batch. It is read at the end of a window.
-        ValueError when weights move that the optimizer does not move.
+        ValueError when weights move that the optimizer does not move, and under inference mode.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "step() is called under torch.inference_mode(), where no factor can begin to "
+                "train: call it outside"
+            )
         updates = self._made.since_last()
         self._state.num_updates += updates
         if updates and self._loaded is not None:
             self._loaded.remove()
+        idle = self._made.idle
+        if idle and idle % self.watch.monitor.window == 0 and self._changes_later:
+            self._check_counted()
         if not self._control.measures or self._larger:
             if self.policy.guard is not None:
                 self.watch.count(loss, updates)
@@ -212,8 +223,6 @@ class LowRankSwitch(LoopTraining):
             return self._change_again(updates)
         if not self._checked:
             self._check_targets()
-        if self._made.idle == self.watch.monitor.window:
-            self._check_counted()
         if not self.watch.measured(loss, updates):
             return False
         if self.policy.guard is not None:
@@ -273,8 +282,11 @@ class LowRankSwitch(LoopTraining):
         """Go on where ``state_dict`` was taken. Model, optimizer and schedulers load theirs next.
 
         If the model had switched, adapters of its shapes are put in, the optimizer gets their
-        groups, and the schedulers are told.
+        groups, and the schedulers are told. ValueError where this model has adapters already, in
+        another phase or on other modules than the state has.
         """
+        self._check_goes_back(state)
+        self._made.idle = 0
         self._state.load_state_dict(state)
         self.watch.load_state_dict(state)
         self._state.history = self.watch.history
@@ -287,6 +299,17 @@ class LowRankSwitch(LoopTraining):
         self._grow_next(state["larger"])
         self._checked = True
         self._forget_inputs()
+
+    def _check_goes_back(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state whose adapters this model can no longer get."""
+        same_phase = state["phase"] == self._state.phase
+        same_modules = set(state["layout"]) == set(adapted_modules(self.model))
+        if self.switched and not (same_phase and same_modules):
+            raise ValueError(
+                f"the state is of the phase '{state['phase']}', and this model has adapters of "
+                f"the phase '{self._state.phase}' on {len(adapted_modules(self.model))} modules: "
+                "load into a new LowRankSwitch over a new model"
+            )
 
     def _rehearse(self) -> None:
         """Try criterion, ranks and start once; what needs a measurement is tried without one."""
@@ -305,6 +328,8 @@ class LowRankSwitch(LoopTraining):
         decision = self._control.decide()
         if not decision.chosen:
             return False
+        if not self.switched:
+            self._note_full()
         report = self._change(lambda scene: self._control.switch(scene, decision))
         if report is None:
             return False
@@ -386,21 +411,48 @@ class LowRankSwitch(LoopTraining):
 
     def _forget_inputs(self) -> None:
         """Let the model's inputs go, if no further change is checked on them."""
-        policy, until = self.policy, self._state.joint_until
-        later = policy.restart or policy.growth or policy.guard
-        if not self._control.measures and later is None and until is None:
+        if not self._changes_later:
             self._inputs.remove()
 
+    @property
+    def _changes_later(self) -> bool:
+        """Whether the model may change after further updates."""
+        policy, until = self.policy, self._state.joint_until
+        later = policy.restart or policy.growth or policy.guard
+        return self._control.measures or later is not None or until is not None
+
     def _check_counted(self) -> None:
-        """Refuse an optimizer that is not the one that trains the targets."""
-        if self.num_updates == 0 and self.watch.moved():
+        """Refuse an optimizer that is not the one that trains the targets, or is not any more."""
+        idle, before = self._made.idle, self._idle_norms
+        self._idle_norms = norms_of(self.model, self.watch.monitor.known)
+        if idle == self.watch.monitor.window:
+            moved = self.num_updates == 0 and self.watch.moved()
+        else:
+            moved = self._idle_norms != before
+        if moved:
             raise ValueError(
-                f"weights have moved in {self._made.idle} calls of step(), and the optimizer that "
+                f"weights have moved in {idle} calls of step(), and the optimizer that "
                 "LowRankSwitch got made no update: give it the one whose step() the loop calls"
             )
 
+    def _check_trained(self, module: str) -> None:
+        """Refuse a target whose weight is made of others, or frozen."""
+        weight = self.model.get_submodule(module).weight
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{module}.weight is no parameter, as under weight_norm, spectral_norm or prune: "
+                f"remove that parametrization first, or leave {module} out of target_modules"
+            )
+        if not weight.requires_grad:
+            raise ValueError(
+                f"{module}.weight does not train: leave {module} out of target_modules, or let "
+                "the weight train (requires_grad) before LowRankSwitch is made"
+            )
+
     def _check_optimized(self, modules: Collection[str]) -> None:
-        """Refuse targets that the optimizer does not train."""
+        """Refuse targets that are no trained parameter, or that the optimizer does not train."""
+        for name in modules:
+            self._check_trained(name)
         names = names_of(self.model)
         weights = {
             name: names[self.model.get_parameter(f"{name}.weight")] for name in set(modules)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 
-from switchlora.adapters import DEFAULT_TARGETS, find_targets
+from switchlora.adapters import DEFAULT_TARGETS, Target, find_targets
 from switchlora.errors import check_patterns
 from switchlora.loop.arguments import check_whole, named_as_arguments
 from switchlora.monitor import Measurement, UpdateMonitor
@@ -43,8 +43,9 @@ class WeightUpdateMonitor:
     """Measures every ``window`` updates how far the weights of linears moved. It never switches.
 
     ``target_modules`` are regular expressions for the ends of the names of linears, or
-    'all-linear': all but the last one, and but ``out_proj`` of ``nn.MultiheadAttention``, whose
-    weight torch reads itself. Their copies at the start of a window are on the CPU.
+    'all-linear'. That is all but the last one, those whose weight is frozen or has a
+    parametrization, and ``out_proj`` of ``nn.MultiheadAttention``, whose weight torch reads
+    itself. Copies of their weights at the start of a window are on the CPU.
 
     With several processes each of them calls ``step``. All get the same numbers.
     """
@@ -146,6 +147,15 @@ class WeightUpdateMonitor:
         return gather(float(losses.mean())) if world_size() > 1 else losses.tolist()
 
 
+def norms_of(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, float]:
+    """Return the norm of each target's weight now, by name; 0 for one that is not finite."""
+    found = {}
+    for name, target in targets.items():
+        norm = float(torch.linalg.vector_norm(target.weight(model).double()))
+        found[name] = norm if math.isfinite(norm) else 0.0
+    return found
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the plain model; ValueError for a wrapper that must be made anew after the switch."""
     if isinstance(model, DistributedDataParallel):
@@ -169,13 +179,19 @@ def patterns_of(model: nn.Module, target_modules: str | Sequence[str]) -> list[s
         patterns = [target_modules] if isinstance(target_modules, str) else target_modules
         check_patterns("target_modules", patterns)
         return list(patterns)
-    names = [name for name, module in model.named_modules() if takes_an_adapter(module)]
-    if len(names) < 2:
+    linears = {name: each for name, each in model.named_modules() if takes_an_adapter(each)}
+    if len(linears) < 2:
         raise ValueError(
             f"target_modules='all-linear' leaves out the last linear, and this model has "
-            f"{len(names)} nn.Linear in all: there is nothing to adapt"
+            f"{len(linears)} nn.Linear in all: there is nothing to adapt"
         )
-    return [re.escape(name) for name in names[:-1]]
+    found = [re.escape(name) for name in [*linears][:-1] if trains_as_a_whole(linears[name])]
+    if not found:
+        raise ValueError(
+            "target_modules='all-linear' leaves out the last linear and what is frozen or has a "
+            "parametrization, and no other linear is left: there is nothing to adapt"
+        )
+    return found
 
 
 def takes_an_adapter(module: nn.Module) -> bool:
@@ -185,10 +201,16 @@ def takes_an_adapter(module: nn.Module) -> bool:
     )
 
 
+def trains_as_a_whole(linear: nn.Module) -> bool:
+    """Return whether the weight of ``linear`` is a parameter that trains."""
+    weight = dict(linear.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.requires_grad
+
+
 def _one_number(loss: Any) -> Tensor:
     """Return the loss as a tensor of one number. ValueError for another."""
     try:
-        found = torch.as_tensor(loss).detach()
+        found = torch.as_tensor(loss).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the loss is {loss!r}: give a number, or a tensor of one") from error
     if found.numel() != 1:

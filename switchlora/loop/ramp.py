@@ -17,7 +17,8 @@ class Ramp:
     def __init__(self, optimizer: Optimizer, updates: int, done: int = 0) -> None:
         self.updates = updates
         self.done = done
-        self._rates: list[Any] = []
+        self._lowered: list[tuple[dict[str, Any], Any, Any]] = []
+        """groups with their own rates, and the lower ones that they have inside of a step"""
         self._hooks: list[RemovableHandle] = []
         if done < updates:
             self._hooks = [
@@ -28,19 +29,28 @@ class Ramp:
     def _lower(self, optimizer: Optimizer, *_: Any) -> None:
         if self.done == self.updates:
             return
+        self._restore()  # a step that raised an error left them low
         share = (self.done + 1) / self.updates
-        self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * share
+            rate = group["lr"]
+            group["lr"] = rate * share
+            self._lowered.append((group, rate, group["lr"]))
 
-    def _put_back(self, optimizer: Optimizer, *_: Any) -> None:
+    def _put_back(self, *_: Any) -> None:
         if self.done == self.updates:
             return
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
+        self._restore()
         self.done += 1
+
+    def _restore(self) -> None:
+        """Give the groups their own rates, but for those that have got others since."""
+        for group, rate, lowered in self._lowered:
+            if group["lr"] is lowered:
+                group["lr"] = rate
+        self._lowered.clear()
 
     def stop(self) -> None:
         """Leave the rates to the scheduler from now on."""
+        self._restore()
         for hook in self._hooks:
             hook.remove()

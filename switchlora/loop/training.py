@@ -12,6 +12,7 @@ from switchlora.adapters import adapter_layout, inject_empty, train_only
 from switchlora.learner import FactorRates
 from switchlora.loop.groups import (
     FactorGroup,
+    Homes,
     Regrouped,
     follow,
     homes_of,
@@ -59,9 +60,10 @@ class LoopTraining:
         self.model, self.optimizer, self.schedulers = model, optimizer, schedulers
         self.rates, self.factor_weight_decay = rates, factor_weight_decay
         self._groups: list[FactorGroup] = []
-        self._homes = homes_of(model, optimizer)
-        self._full = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._homes: Homes = {}
+        self._full: list[str] = []
         """names of what trains before a switch"""
+        self._note_full()
         self._ramp: Ramp | None = None
         self._tells_of([])
 
@@ -74,7 +76,8 @@ class LoopTraining:
         """Return what ``load_state_dict`` needs, as plain types."""
         return {
             "layout": adapter_layout(self.model),
-            "trained": [name for name, p in self.model.named_parameters() if p.requires_grad],
+            "trained": self._trained(),
+            "full": self._full,
             "ramp": (self._ramp.updates, self._ramp.done) if self._ramp else (0, 0),
             "groups": [astuple(group) for group in self._groups],
         }
@@ -86,12 +89,23 @@ class LoopTraining:
         """
         if not state["groups"]:
             return
+        self._full = state.get("full", self._full)
         before = names_of(self.model)
         inject_empty(self.model, state["layout"])
         train_only(self.model, state["trained"], factors=())  # factors are among the names
         self._groups = [FactorGroup(*group) for group in state["groups"]]
         self._commit(*self._plan(before), {})
+        if self._ramp is not None:
+            self._ramp.stop()
         self._ramp = Ramp(self.optimizer, *state["ramp"])
+
+    def _trained(self) -> list[str]:
+        return [name for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _note_full(self) -> None:
+        """Take down what trains in full, and where the optimizer has it."""
+        self._full = self._trained()
+        self._homes = {**self._homes, **homes_of(self.model, self.optimizer)}
 
     def _follow(self, change: Callable[[Held, Callable[[nn.Module], Held]], tuple[Held, T]]) -> T:
         """Make a change of the model, whose learner it can rebuild, and return its outcome."""

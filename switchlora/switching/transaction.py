@@ -15,7 +15,6 @@ from switchlora.adapters import (
     Adapter,
     adapted_modules,
     count_parameters,
-    hold_frozen_statistics,
     plain_parameters,
     restore,
     training_flags,
@@ -124,6 +123,7 @@ def operate(
     moments = _whole(learner)
     model = learner.plain()
     flags = training_flags(model)
+    modes = {module: module.training for module in model.modules()}
     trainable = count_parameters(model, trainable=True)
     parameters = plain_parameters(model)
     replaced: Replaced = {}
@@ -145,7 +145,7 @@ def operate(
             with together():
                 carried = _carry(inherit(moments, adapters), learner, new)
         except BaseException as error:
-            _undo(model, replaced, exact, flags)
+            _undo(model, replaced, exact, flags, modes)
             learner.put_back()
             ends_the_run = isinstance(error, RanksDisagree) or lost_rank(error) is not None
             if isinstance(error, Exception) and not ends_the_run:
@@ -169,13 +169,15 @@ def _undo(
     replaced: Replaced,
     exact: Mapping[str, Exact],
     flags: Mapping[str, bool],
+    modes: Mapping[nn.Module, bool],
 ) -> None:
-    """Put back the replaced modules, the rounded weights and the flags of what trains."""
+    """Put back the replaced modules, the rounded weights, the flags of what trains and modes."""
     put_back(model, exact)
     restore(model, replaced)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
-    hold_frozen_statistics(model)
+    for module, training in modes.items():
+        module.training = training
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -260,7 +262,9 @@ def _carry(moments: Moments, old: Trainer, new: Trainer) -> int:
 
 @torch.no_grad()
 def _logits(model: nn.Module, scene: Scene[L]) -> Tensor:
-    with eval_mode(model):
+    """Return the logits in float32; what the model draws is the same each time."""
+    with eval_mode(model), draws_undone(model):
+        torch.manual_seed(0)
         return scene.forward(model, scene.probe).float()
 
 
