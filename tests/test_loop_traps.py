@@ -351,3 +351,27 @@ def test_a_step_in_inference_mode_is_refused():
     loss = update(model, optimizer)
     with torch.inference_mode(), pytest.raises(ValueError, match="call it outside"):
         switch.step(loss)
+
+
+@pytest.mark.parametrize("part", [nn.Linear(32, 32), nn.LayerNorm(32)])
+def test_what_the_loop_had_frozen_at_the_switch_trains_when_the_loop_lets_it(part):
+    model = flat_net(part.requires_grad_(False))
+    optimizer = sgd(model)
+    switch = LowRankSwitch(model, optimizer, **SOON, target_modules=["1"])
+    for number in range(3):
+        switch.step(update(model, optimizer, number))
+    part.requires_grad_(True)
+    before = part.weight.clone()
+    update(model, optimizer, 3)
+    assert switch.switched and not torch.equal(part.weight, before)
+
+
+def test_a_step_where_the_loop_has_frozen_the_model_is_refused():
+    model = flat_net()
+    optimizer = sgd(model)
+    switch = LowRankSwitch(model, optimizer, **SOON, target_modules=["1"])
+    with pytest.raises(ValueError, match=r"no parameter of the model trains where step\(\)"):
+        for number in range(3):
+            loss = update(model.requires_grad_(True), optimizer, number)
+            model.requires_grad_(False)
+            switch.step(loss)

@@ -99,6 +99,7 @@ def regrouped(
     optimizer: Optimizer,
     before: Mapping[nn.Parameter, str],
     homes: Homes,
+    full: Collection[str],
     known: Sequence[FactorGroup],
     rates: FactorRates,
     weight_decay: float,
@@ -106,12 +107,13 @@ def regrouped(
 ) -> Regrouped:
     """Return the groups for the parameters of ``model`` that train now.
 
-    ``before`` names the parameters that ``model`` had before a change, and ``known`` the groups of
-    factors that ``optimizer`` has.
+    ``before`` names the parameters that ``model`` had before a change, ``full`` those that trained
+    before a switch, and ``known`` the groups of factors that ``optimizer`` has.
 
     - What trains stays in its group, under its name: a change may put another tensor there. What
-      is frozen leaves. A group may become empty; it keeps its place. What trains again comes back
-      to where it was (``homes``).
+      a change froze leaves. What was frozen before stays: the loop may let it train later. A group
+      may become empty; it keeps its place. What trains again comes back to where it was
+      (``homes``).
     - A row slice that trains in full is in the group of its weight (``homes``).
     - Factors have groups of their own. A new one has the settings of the group of the weight that
       they stand for, with learning rates multiplied by the scale of ``rates``, and
@@ -126,8 +128,8 @@ def regrouped(
         slices |= dict.fromkeys(module.dense_rows().values(), home)
         for factor, scale in rates(module, optimizer):
             factors.setdefault((home, scale), []).append(factor)
-    trained = {name: parameter for parameter, name in names.items() if parameter.requires_grad}
-    beside = {n: p for n, p in trained.items() if not is_factor(n) and p not in slices}
+    held = {name: p for p, name in names.items() if p.requires_grad or name not in full}
+    beside = {n: p for n, p in held.items() if not is_factor(n) and p not in slices}
     groups = [_renewed(group, before, beside) for group in optimizer.param_groups]
     _bring_back(groups, beside, names, homes)
     for parameter, home in slices.items():
@@ -179,16 +181,16 @@ def _settings_like(like: Group, scale: float, by_lr_scale: bool) -> Group:
 
 
 def _renewed(
-    group: Group, before: Mapping[nn.Parameter, str], trained: Mapping[str, nn.Parameter]
+    group: Group, before: Mapping[nn.Parameter, str], held: Mapping[str, nn.Parameter]
 ) -> Group:
-    """Return the group with what has the names of its parameters now, and trains."""
+    """Return the group with what has the names of its parameters now, of what is ``held``."""
     kept = {}
     for place, parameter in enumerate(group["params"]):
         name = before.get(parameter)
         if name is None:  # of another model
             kept[place] = parameter
-        elif name in trained:
-            kept[place] = trained[name]
+        elif name in held:
+            kept[place] = held[name]
     smaller: Group = {"params": [*kept.values()]}
     if NAMES in group:
         smaller[NAMES] = [group[NAMES][place] for place in kept]
@@ -197,13 +199,13 @@ def _renewed(
 
 def _bring_back(
     groups: list[Group],
-    trained: Mapping[str, nn.Parameter],
+    held: Mapping[str, nn.Parameter],
     names: Mapping[nn.Parameter, str],
     homes: Homes,
 ) -> None:
-    """Add what trains and is in no group, in the order in which the optimizer had it once."""
+    """Add what is ``held`` and in no group, in the order in which the optimizer had it once."""
     there = {parameter for group in groups for parameter in group["params"]}
-    for name, parameter in trained.items():
+    for name, parameter in held.items():
         if parameter in there or name not in homes:
             continue
         number, place = homes[name]

@@ -330,6 +330,11 @@ class LowRankSwitch(LoopTraining):
             return False
         if not self.switched:
             self._note_full()
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "no parameter of the model trains where step() is called: call it before the loop "
+                "freezes them"
+            )
         report = self._change(lambda scene: self._control.switch(scene, decision))
         if report is None:
             return False

@@ -128,9 +128,9 @@ class LoopTraining:
         self._ramp = Ramp(self.optimizer, updates)
 
     def _plan(self, before: Mapping[nn.Parameter, str]) -> tuple[Regrouped, list[Tell]]:
-        known = (before, self._homes, self._groups, self.rates, self.factor_weight_decay)
-        timms = any(map(is_timms, self.schedulers))
-        plan = regrouped(self.model, self.optimizer, *known, timms)
+        known = (before, self._homes, self._full, self._groups)
+        rates = (self.rates, self.factor_weight_decay, any(map(is_timms, self.schedulers)))
+        plan = regrouped(self.model, self.optimizer, *known, *rates)
         return plan, self._tells_of(plan.new)
 
     def _tells_of(self, new: Sequence[FactorGroup]) -> list[Tell]:
