@@ -28,7 +28,7 @@ from switchlora.adapters import inject_empty
 from switchlora.config import build, check_saved, without_start
 from switchlora.errors import CheckpointUnusable
 from switchlora.learner import Learner, is_sharded, moments_of, skeleton
-from switchlora.process import distributed
+from switchlora.process import distributed, why_unlocated
 from switchlora.storage import frozen
 from switchlora.storage.background import Background, staged
 from switchlora.storage.files import is_regular, sha256_of, sync
@@ -224,6 +224,8 @@ def content_checked(path: Path, told: type[Exception] = CheckpointUnusable) -> I
     except told:
         raise
     except (*WRONG, UnpicklingError) as error:
+        if (why := why_unlocated(error)) is not None:
+            raise CheckpointUnusable(f"{path}: {why}") from error
         words = " ".join(str(error).split())[:LONGEST]
         reason = f"{type(error).__name__}: {words}"
         raise CheckpointUnusable(f"{path} has wrong content: {reason}") from error
