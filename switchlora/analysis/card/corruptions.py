@@ -58,8 +58,11 @@ def add_noise(images: Tensor, sigma: float) -> Tensor:
 
 def blur(images: Tensor, sigma: float) -> Tensor:
     """Blur; ``sigma`` is a share of the side, of ``LEAST_BLURRED`` pixels where it is shorter."""
-    pixels = sigma * max(side_of(images), LEAST_BLURRED)
-    return functional.gaussian_blur(images, odd(6 * pixels), [pixels, pixels])
+    side = side_of(images)
+    pixels = sigma * max(side, LEAST_BLURRED)
+    widest = 2 * side - 1
+    kernel = min(odd(6 * pixels), widest)
+    return functional.gaussian_blur(images, kernel, [pixels, pixels])
 
 
 def pixelate(images: Tensor, size: float) -> Tensor:
