@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from switchlora.analysis.data_findings import Match, Place, Relations, called, counted
+from switchlora.analysis.data_findings import Match, Place, Relations, called
+from switchlora.names import counted
 from switchlora.analysis.page.colors import PAGE
 from switchlora.analysis.page.page import templates
 
