@@ -1,4 +1,4 @@
-"""Names of modules: their families, patterns that match them, names that resemble each other; numbers with nouns."""
+"""Names of modules: families, patterns, names that resemble each other; numbers with nouns."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
