@@ -1,4 +1,4 @@
-"""Names of modules: their families, patterns that match them, names that resemble each other."""
+"""Names of modules: families, patterns, names that resemble each other; numbers with nouns."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -53,3 +53,13 @@ def near(name: str, candidates: Iterable[str]) -> str:
     if len(names) > 5:
         names = get_close_matches(name, names, n=5, cutoff=0.4)
     return f"near names: {', '.join(names)}" if names else "no near name"
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun.
+
+    >>> counted(1, "image"), counted(1200, "class")
+    ('1 image', '1,200 classes')
+    """
+    ending = "es" if what.endswith("s") else "s"
+    return f"{count:,} {what}{ending * (count != 1)}"

@@ -320,7 +320,7 @@ class Budget:
             raise ValueError(
                 f"switch.rank.share={self.share:g} is too small: switch.rank.r_min={self.r_min} "
                 f"on every target and {context.other_trainable:,} other trained parameters "
-                f"already need {-left:,} parameters more"
+                f"already need {-left:,} parameters more; {self._remedy(context, smallest)}"
             )
         ranks = dict.fromkeys(costs, self.r_min)
         offers = self._offers(context, costs)
@@ -336,6 +336,14 @@ class Budget:
         """Return the number of parameters that the factors of the targets may have."""
         allowed = int(self.share * context.total_parameters)
         return int((allowed - context.other_trainable) * context.part)
+
+    def _remedy(self, context: SwitchContext, smallest: int) -> str:
+        """Return which share the smallest factors need, rounded up to two decimals."""
+        needed = smallest / context.part + context.other_trainable
+        share = math.ceil(100 * needed / context.total_parameters) / 100
+        if share > 1:
+            return "no share is enough: choose another switch/rank, such as switch/rank=fixed"
+        return f"give {share:.2f} or more"
 
     def _offers(self, context: SwitchContext, costs: Mapping[str, int]) -> list[tuple[float, str]]:
         """Return the energy per parameter of each singular value, with its target."""

@@ -41,12 +41,13 @@ from switchlora.storage import FolderLock, finished_summary, unused_removed
 from switchlora.sweep import JOB_PATIENCE, is_job
 
 
-def train(config: DictConfig, folder: Path) -> dict:
+def train(config: DictConfig, folder: Path | str) -> dict:
     """Run the experiment of ``config`` in ``folder`` and return its summary.
 
     With ``resume=auto`` an interrupted run goes on from its last checkpoint. A finished run is
     then not run again: its summary is read from the folder.
     """
+    folder = Path(folder)
     with unused_removed(folder):
         return train_in(folder, config)
 

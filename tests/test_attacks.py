@@ -95,6 +95,10 @@ def test_what_the_user_names_is_built(made, tmp_path, monkeypatch):
         load_model(path)
     with pytest.raises(CheckpointUnusable, match="wrong content"):  # it was built
         load_model(path, allow=["torch.nn.Identity"])
+    state["config"]["model"] = {"_target_": "own_nowhere.Perceptron"}
+    path = written(tmp_path / "update-00000001", state)
+    with pytest.raises(CheckpointUnusable, match="no module own_nowhere was found .* PYTHONPATH"):
+        load_model(path, allow=["own_nowhere.Perceptron"])
     record = copy.deepcopy(read_record(made))
     record.config["switch"]["criterion"] = {"_target_": "builtins.dict"}
     (answer,) = replay([record], ["switch/criterion=never"])

@@ -351,3 +351,41 @@ def test_a_place_that_holds_no_files_is_refused_before_anything_is_computed(
         named = place.parent if words[1] in ("report", "switch") else place
         assert f"argument {option}: {named}: {there} is no folder that can be written to" in line
     assert list(tmp_path.iterdir()) == [file]
+
+
+OWN_MODULES = {
+    "own_breaks.py": "raise RuntimeError('it broke')\n",
+    "own_needs.py": "import what_is_nowhere\n",
+    "own_sinks.py": "class Lines:\n    pass\n",
+}
+
+
+@pytest.mark.parametrize(
+    "target,line",
+    {
+        "own_nowhere.Lines": (
+            "no module own_nowhere was found for own_nowhere.Lines: set PYTHONPATH to the folder "
+            "that has own_nowhere.py, such as PYTHONPATH=."
+        ),
+        "own_sinks.Line": "own_sinks has no Line; near names: Lines",
+        "own_sinks.Lines.nope": (
+            "there is no own_sinks.Lines.nope: type object 'Lines' has no attribute 'nope'"
+        ),
+        "own_breaks.Lines": "own_breaks.Lines cannot be imported: RuntimeError: it broke",
+        "own_needs.Lines": (
+            "own_needs.Lines cannot be imported: ModuleNotFoundError: "
+            "No module named 'what_is_nowhere'"
+        ),
+    }.items(),
+)
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_class_or_function_of_ones_own_that_is_not_there_is_told_with_the_reason(
+    target, line, by_path, tmp_path, monkeypatch
+):
+    for name, content in OWN_MODULES.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {"_target_": "hydra.utils.get_method", "path": target}
+    with pytest.raises(Exception) as caught:
+        build({"log": {"sinks": {"mine": found if by_path else {"_target_": target}}}})
+    assert one_line(caught.value).startswith(f"log.sinks.mine: {line}")

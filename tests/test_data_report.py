@@ -14,6 +14,7 @@ from PIL import Image
 from conf_yamls import composed
 from runs import make_run, make_run_in_parts
 from switchlora.analysis.data_report import as_markdown, main, report_on, write
+from switchlora.analysis.page.data_page import page_of
 from switchlora.config import build
 from switchlora.data import Digits, contents_of, effects, two_sample_test
 from switchlora.data.contents import PASSAGE, shared_items
@@ -178,6 +179,17 @@ def test_files_that_cannot_be_read_or_are_odd_are_listed(clean, tmp_path):
     assert found == {"film.webp", "wide.png", "dot.png", "print.jpg", "blank.png"}
     assert report["balance"]["missing"]["test"] == ["cow"]
     assert any("cow" in line for line in report["findings"])
+
+
+def test_images_that_cannot_be_read_are_said_to_be_missing_among_the_classes(clean, tmp_path):
+    note = "Images that cannot be read are not counted."
+    whole, matches = report_on(words(clean))
+    assert note not in as_markdown(whole) and note not in page_of(whole, matches)
+    folder = tmp_path / "broken"
+    shutil.copytree(clean, folder)
+    next((folder / "train" / "cat").glob("*.png")).write_bytes(b"")
+    report, matches = report_on(words(folder))
+    assert note in as_markdown(report) and note in page_of(report, matches)
 
 
 def test_classes_that_are_uneven_are_a_finding(clean, tmp_path):

@@ -117,6 +117,16 @@ def test_no_drift_is_found_where_none_is(version, tmp_path, monkeypatch, capsys)
     assert left_out.startswith("1 cannot be read and are left out") and "broken.png" in left_out
 
 
+def test_images_that_a_model_cannot_take_are_counted_where_too_few_are_left(version, tmp_path):
+    folder = paint(tmp_path / "images", count=40)
+    for number in range(15):
+        path = folder / ("a", "b/c")[number % 2] / f"{number}.png"
+        Image.open(path).convert("RGB").save(path)
+    said = r"15 images left out, such as .*0\.png.* has colours .* and 25 images: drift needs 30"
+    with pytest.raises(ValueError, match=said):
+        drift.drift_of(version, [str(folder)], device="cpu")
+
+
 def test_data_by_words_are_the_images_in_a_folder(version, tmp_path):
     by_words = drift.drift_of(version, ["data=digits"], device="cpu")
     folder = paint(tmp_path / "images", count=360)

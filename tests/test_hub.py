@@ -313,6 +313,7 @@ def test_a_file_that_is_not_right_is_one_line_and_runs_nothing(name, mistaken, m
     "word,said",
     {
         "epochs=3": "write data=NAME or data.KEY=VALUE",
+        "my_data.Stripes": "repeat --allow for each name, as in --allow my_data.Stripes",
         "data=digit": "choose one of bytes, cifar10, digits",
         "data.bach_size=3": "near names: batch_size",
         "data.batch_size=many": "data.batch_size is 'many'",

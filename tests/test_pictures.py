@@ -530,9 +530,9 @@ def test_lines_on_the_page_have_contrast_in_both_modes(sweep):
 def test_runs_are_named_by_setting_and_seed(sweep, tmp_path):
     records = find_records([sweep])
     names = dict(zip([record.folder.name for record in records], run_names(records), strict=True))
-    assert names["0.3-0"] == "0.3, seed 0" and names["zero-1"] == "full training, seed 1"
+    assert names["0.3-0"] == "fraction=0.3, seed 0" and names["zero-1"] == "full training, seed 1"
     page = Order(write_page(sweep, sweep / "page.html").read_text())
-    assert "0.3, seed 0" in page.folded
+    assert "fraction=0.3, seed 0" in page.folded
     write_run(tmp_path / "b" / "one", "switch.rank.share=0.2", switch=40)
     write_run(tmp_path / "b" / "two", "switch/criterion=at_epoch", switch=40)
     both = run_names(find_records([tmp_path / "b"]))

@@ -191,6 +191,19 @@ def test_budget_that_cannot_be_met_says_by_how_much():
         Budget(share=0.01)(context())
 
 
+def test_budget_that_cannot_be_met_names_the_smallest_share_that_can():
+    given = context()
+    with pytest.raises(ValueError, match=r"; give 0\.\d\d or more$") as caught:
+        Budget(share=0.01)(given)
+    smallest = float(str(caught.value).split()[-3])
+    assert Budget(share=smallest)(given)
+    with pytest.raises(ValueError, match="too small"):
+        Budget(share=smallest - 0.01)(given)
+    crowded = dataclasses.replace(given, other_trainable=given.total_parameters)
+    with pytest.raises(ValueError, match="no share is enough: choose another switch/rank"):
+        Budget(share=0.5)(crowded)
+
+
 @pytest.mark.parametrize("policy", [Energy(), Budget()])
 def test_policies_that_read_updates_say_when_there_are_none(policy):
     still = {n: torch.zeros(shape) for n, shape in SHAPES.items()}

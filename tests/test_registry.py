@@ -59,6 +59,13 @@ def test_versions_are_numbered_and_have_names(registry):
         room.resolve(registry, "v0009")
 
 
+def test_a_registry_is_found_by_a_string_too(registry):
+    word = str(registry)
+    assert versions(word) == versions(registry) and entries(word) == entries(registry)
+    assert room.resolve(word, "candidate") == "v0003" and room.promote(word, "v0003")
+    assert room.rollback(word) == "v0002" and room.is_version(f"{word}/v0001")
+
+
 def test_the_log_has_who_when_what_and_why(registry):
     room.rollback(registry, why="it was slow")
     last = entries(registry)[-1]

@@ -26,7 +26,7 @@ from runs import (
 )
 from switchlora.adapters import adapted_modules
 from switchlora.config import build
-from switchlora.errors import Interrupted
+from switchlora.errors import CheckpointUnusable, Interrupted
 from switchlora.learner import Learner
 from switchlora.process import Interruption
 from switchlora.run import prepare
@@ -36,9 +36,16 @@ from switchlora.storage import (
     SUMS,
     FolderLock,
     find_all,
+    is_run,
     load_model,
+    load_saved,
     read,
+    read_config,
     read_events,
+    read_history,
+    read_record,
+    read_summary,
+    updates_of,
 )
 from switchlora.storage.files import sha256_of
 
@@ -209,6 +216,26 @@ def test_a_model_is_rebuilt_from_a_checkpoint_alone(kept):
     plain = build(composed(*DIGITS).model).eval()
     plain.load_state_dict(load_file(kept / "model.safetensors"))
     assert (adapted(images) - plain(images)).abs().max() <= 1e-5
+
+
+def test_what_reads_a_run_takes_its_path_as_a_string_too(short):
+    folder = str(short)
+    checkpoints = find_all(folder)
+    assert checkpoints == find_all(short)
+    path = str(checkpoints[0])
+    assert updates_of(path) == read(path)["train"]["num_updates"] == 10
+    assert not adapted_modules(load_model(path))
+    assert load_saved(path).source == checkpoints[0]
+    assert is_run(folder) and read_record(folder).config == read_config(folder)
+    assert read_summary(folder) is None and len(read_history(folder)) == 1
+
+
+def test_a_run_given_for_a_checkpoint_is_told_with_its_newest_checkpoint(short, tmp_path):
+    newest = re.escape(str(find_all(short)[0]))
+    with pytest.raises(CheckpointUnusable, match=f"the folder of a run: .* {newest}$"):
+        load_model(short)
+    with pytest.raises(CheckpointUnusable, match="is no folder: give a checkpoint"):
+        load_model(tmp_path / "none")
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):

@@ -164,6 +164,20 @@ def test_settings_are_compared_with_the_length_of_the_run(words, line):
     assert line in said
 
 
+def test_a_run_too_short_for_its_criterion_is_told_the_window_with_which_it_can_switch():
+    config = composed("full.scheduler.warmup_t=1", "switch.criterion.patience=3")
+    policy = instantiate(config.switch, _convert_="all")
+    length = Length(updates=400, per_epoch=80, window=100)
+    (said,) = doubts(as_plain(config), policy, length)
+    assert said.endswith(
+        "; give monitor.window=99 or less, or make more than 400 updates (5 epochs)"
+    )
+    assert not doubts(as_plain(config), policy, length._replace(window=99))
+    assert not doubts(as_plain(config), policy, length._replace(updates=401))
+    (said,) = doubts(as_plain(config), policy, length._replace(updates=3))
+    assert said.endswith("never switches; make more than 400 updates (5 epochs)")
+
+
 @pytest.mark.parametrize("criterion", [UpdateNorm(), AtEpoch(1), PreLoRA()], ids=str)
 def test_a_run_that_is_long_enough_is_not_doubted(criterion):
     config = composed()

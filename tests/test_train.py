@@ -18,10 +18,12 @@ from conf_yamls import composed
 from runs import BY_DATE, DIGITS, SHORT as THREE_EPOCHS, TINY, history_row, wandb_records
 from switchlora.cli import main
 from switchlora.config import build
+from switchlora.criteria import Verdict
 from switchlora.errors import SwitchFailed
 from switchlora.learner import Learner
 from switchlora.models import eval_mode
 from switchlora.run import finish, prepare
+from switchlora.run.messages import never_switched_lines, not_finite_lines
 from switchlora.storage import KERNEL_LIMITS, cpu_name, read_events, read_record
 from switchlora.switching import changes
 from switchlora.train import fit, train
@@ -190,6 +192,18 @@ def test_accumulation_does_not_change_when_the_switch_fires(tmp_path, train_size
     assert fired[0] is not None and len(set(fired)) == 1
     for others in first_losses[1:]:
         assert others == pytest.approx(first_losses[0], rel=1e-4)
+
+
+def test_a_number_of_one_has_its_noun_in_the_singular():
+    verdict = Verdict(False, {}, "1 of the 4 windows it needs is measured")
+    (line,) = never_switched_lines(verdict, 1)
+    assert line.startswith("The switch never fired in 1 measurement: ")
+    (line,) = never_switched_lines(verdict, 1, ["it failed"])
+    assert line.endswith("undone 1 time: it failed")
+    assert not_finite_lines(1, 1) == [
+        "the weight average (EMA) left out 1 update",
+        "1 measurement held a number that was not finite",
+    ]
 
 
 def test_a_run_that_never_switches_says_what_held_it_back(tmp_path, capsys):

@@ -20,6 +20,7 @@ from switchlora.data import (
     shared_items,
     two_sample_test,
 )
+from switchlora.names import counted
 
 LISTED = 1000
 """pairs of a relation that are listed; all are counted"""
@@ -357,13 +358,3 @@ def some(things: Sequence[str]) -> str:
     """Return the first of some things, and how many more there are."""
     more = f" and {len(things) - NAMED:,} more" if len(things) > NAMED else ""
     return "; ".join(things[:NAMED]) + more
-
-
-def counted(count: int, what: str) -> str:
-    """Return a number with its noun.
-
-    >>> counted(1, "image"), counted(1200, "class")
-    ('1 image', '1,200 classes')
-    """
-    ending = "es" if what.endswith("s") else "s"
-    return f"{count:,} {what}{ending * (count != 1)}"

@@ -209,7 +209,8 @@ def as_markdown(report: Report) -> str:
     if report["findings"]:
         parts.append("\n".join(f"- {line}" for line in report["findings"]))
     if report["unit"] == "images":
-        parts += ["## Classes", class_table(report), "## Shift from train to test"]
+        parts += ["## Classes", class_table(report), *class_note(report)]
+        parts.append("## Shift from train to test")
         parts += [shift_table(report), *shift_note(report)]
     if report["duplicates"]:
         parts += ["## Found more than once", pairs_table(report)]
@@ -243,6 +244,11 @@ def class_table(report: Report) -> str:
     if len(balance["classes"]) > ROWS:
         rows.insert(-1, [f"... {len(balance['classes']) - ROWS:,} more", "", "", ""])
     return markdown(rows)
+
+
+def class_note(report: Report) -> list[str]:
+    """Return a sentence on what the table of the classes leaves out, if it does."""
+    return ["Images that cannot be read are not counted."] if report["unreadable"] else []
 
 
 def shift_table(report: Report) -> str:

@@ -8,6 +8,7 @@ by the names of the classes, unless a word says otherwise.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ FIXED = ("num_classes", "in_chans")
 LEARNED = (*FIXED, "image_size", "mean", "std", "eval_transform")
 """keys of the data that other data take over from those of training, where these have them"""
 BASE = "evaluated_data"
+CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+"""a word that may be the name of a class in a module"""
 
 
 def main() -> None:
@@ -168,6 +171,8 @@ def data_of(
     """Return the configuration of the data to evaluate on, from the model's own and the words."""
     for word in words:
         if not word.startswith(("data=", "data.", "+data.", "++data.")):
+            if CLASS.fullmatch(word):
+                raise ValueError(f"{word}: repeat --allow for each name, as in --allow {word}")
             raise ValueError(
                 f"{word}: write data=NAME or data.KEY=VALUE; the model stays as it is"
             )

@@ -25,6 +25,7 @@ from switchlora.process.exits import (
     USER_ERRORS as USER_ERRORS,
     exit_with_one_line as exit_with_one_line,
     one_line as one_line,
+    why_unlocated as why_unlocated,
 )
 from switchlora.process.prescribed import tell_overruled as tell_overruled
 from switchlora.process.schema import (

@@ -29,6 +29,7 @@ from switchlora.process.talking import ESCAPED
 from switchlora.process.words import explained, spelled_out
 
 UNKNOWN_TARGET = re.compile(r"Error locating target '(switchlora\.[\w.]+)'")
+UNLOCATED = re.compile(r"Error loading '([\w.]+)'")
 BUILT_FROM = re.compile(r"full_key: (\S+)")
 SHOW_TRACEBACK = "SWITCHLORA_TRACEBACK"
 FAILURE = "SWITCHLORA_FAILURE"
@@ -108,6 +109,9 @@ def one_line(error: BaseException) -> str:
             f"this version of switchlora has no {unknown[1]}: the configuration is another's; "
             "make the run anew"
         )
+    elif (why := why_unlocated(error)) is not None:
+        built = BUILT_FROM.search(message)
+        message = f"{built[1]}: {why}" if built else why
     if isinstance(error, InterpolationKeyError):
         message = (
             f"{error.full_key}: {message.splitlines()[0]}; choose groups that go together, "
@@ -116,3 +120,28 @@ def one_line(error: BaseException) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None:
         message += f"; {near(str(cause.key), map(str, cause.parent_node))}"
     return " ".join(message.split("Config search path")[0].split())
+
+
+def why_unlocated(error: BaseException) -> str | None:
+    """Return why a class or function that a configuration names is not there; None if it is.
+
+    Hydra hides the reason behind errors of its own.
+    """
+    located = error.__cause__
+    target = UNLOCATED.match(str(located)) if isinstance(located, ImportError) else None
+    if located is None or target is None:
+        return None
+    name, reason = target[1], located.__cause__
+    missing = reason.name if isinstance(reason, ModuleNotFoundError) else None
+    if missing == name.partition(".")[0]:
+        return (
+            f"no module {missing} was found for {name}: set PYTHONPATH to the folder that has "
+            f"{missing}.py, such as PYTHONPATH=."
+        )
+    if missing is not None and f"{name}.".startswith(f"{missing}."):
+        place, _, lacking = missing.rpartition(".")
+        names = [each for each in vars(sys.modules[place]) if not each.startswith("_")]
+        return f"{place} has no {lacking}; {near(lacking, names)}"
+    if isinstance(reason, AttributeError):
+        return f"there is no {name}: {reason}"
+    return f"{name} cannot be imported: {type(reason).__name__}: {reason}"

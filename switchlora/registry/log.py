@@ -66,8 +66,9 @@ def who() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def existing(registry: Path) -> Path:
+def existing(registry: Path | str) -> Path:
     """Return ``registry``; ValueError where there is none."""
+    registry = Path(registry)
     if not is_registry(registry):
         raise ValueError(
             f"{registry} is no registry: switchlora-runs publish RUN REGISTRY makes one"
@@ -80,8 +81,9 @@ def is_registry(folder: Path) -> bool:
     return folder.is_dir() and ((folder / LOG).is_file() or bool(versions(folder)))
 
 
-def versions(registry: Path) -> list[str]:
+def versions(registry: Path | str) -> list[str]:
     """Return the names of the versions, the oldest first."""
+    registry = Path(registry)
     found = []
     for path in registry.iterdir():
         if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -98,11 +100,12 @@ def number_of(version: str) -> int:
     return int(version.removeprefix("v"))
 
 
-def entries(registry: Path) -> list[Entry]:
+def entries(registry: Path | str) -> list[Entry]:
     """Return the log in the order of time, with publications that are not written there yet.
 
     FileDamaged names a line that cannot be read.
     """
+    registry = Path(registry)
     found = logged(registry)
     known = {entry.version for entry in found if entry.what == PUBLISH}
     for version in versions(registry):
@@ -134,8 +137,9 @@ def entry_of(values: dict[str, Any], where: object) -> Entry:
     return Entry(**known)
 
 
-def read_about(version: Path) -> dict[str, Any]:
+def read_about(version: Path | str) -> dict[str, Any]:
     """Return what ``version.json`` of a version's folder says; FileDamaged if it is none."""
+    version = Path(version)
     path = version / ABOUT
     about = parse_json(content_of(path), path)
     if not isinstance(about.get("published"), dict):
@@ -161,8 +165,9 @@ def aliases(log: Sequence[Entry]) -> dict[str, str]:
     return {**found, PRODUCTION: held[-1]} if held else found
 
 
-def resolve(registry: Path, word: str) -> str:
+def resolve(registry: Path | str, word: str) -> str:
     """Return the version that a name or an alias stands for; ValueError for any other word."""
+    registry = Path(registry)
     known = aliases(entries(registry))
     version = known.get(word, word)
     names = versions(registry)

@@ -15,8 +15,9 @@ class VersionDamaged(ValueError):
     """A version is not as it was published; the message says which, and what is wrong."""
 
 
-def is_version(folder: Path) -> bool:
+def is_version(folder: Path | str) -> bool:
     """Return whether a folder is a version of a registry."""
+    folder = Path(folder)
     return (folder / ABOUT).is_file() and (folder / CHECKSUMS).is_file()
 
 
@@ -38,8 +39,9 @@ def contents(folder: Path) -> list[str]:
     return sorted(set(found) - {CHECKSUMS})
 
 
-def check(folder: Path) -> int:
+def check(folder: Path | str) -> int:
     """Return the number of files of a version; VersionDamaged unless they are as published."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise VersionDamaged(f"{folder} is gone")
     sums = read_checksums(folder)

@@ -44,7 +44,7 @@ TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def publish(
-    registry: Path,
+    registry: Path | str,
     fill: Callable[[Path], None],
     about: Mapping[str, Any],
     alias: str,
@@ -56,6 +56,7 @@ def publish(
     ``about`` is what its ``version.json`` says. The version gets the ``alias``. ``why`` is a
     reason for the log, and ``against`` the objection that it overrules.
     """
+    registry = Path(registry)
     check_place(registry)
     with writing(registry):
         part = registry / f"{STAGING}{os.getpid()}"
@@ -73,12 +74,13 @@ def publish(
 
 
 def promote(
-    registry: Path, version: str, why: str | None = None, against: str | None = None
+    registry: Path | str, version: str, why: str | None = None, against: str | None = None
 ) -> bool:
     """Make a version that is whole the one in production; return whether it was not so before.
 
     VersionDamaged if it is not as published.
     """
+    registry = Path(registry)
     with writing(existing(registry)):
         check(registry / version)
         log = entries(registry)
@@ -88,11 +90,12 @@ def promote(
     return True
 
 
-def rollback(registry: Path, why: str | None = None) -> str:
+def rollback(registry: Path | str, why: str | None = None) -> str:
     """Put the version back into production that was there before; return its name.
 
     ValueError if there was none before. VersionDamaged if it is not as published.
     """
+    registry = Path(registry)
     with writing(existing(registry)):
         log = entries(registry)
         held = productions(log)

@@ -8,6 +8,7 @@ from torch import nn
 from switchlora.adapters import adapted_modules, without_weight
 from switchlora.data import Data
 from switchlora.learner import Refactoring, factor_balance, refactored_from, trained_pairs
+from switchlora.names import counted
 from switchlora.process import is_primary, one_line, together
 from switchlora.run.memory import memory_lines
 from switchlora.run.messages import (
@@ -190,7 +191,7 @@ def closing_lines(run: Run, status: str, test: dict[str, float] | None, folder: 
         lines += [*memory_lines(run), ""]
     if state.phase is Phase.FULL and state.verdict is not None:
         if state.taken_back:
-            lines.append(f"The switch was taken back {state.taken_back} time(s)")
+            lines.append(f"The switch was taken back {counted(state.taken_back, 'time')}")
         lines += never_switched_lines(state.verdict, len(state.history), state.failed_switches)
     lines += refactoring_missed(run)
     if run.skipped:

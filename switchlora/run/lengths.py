@@ -60,7 +60,7 @@ def switch_doubts(policy: SwitchPolicy, length: Length) -> Iterator[str]:
     elif needed >= end:
         yield (
             f"switch.criterion needs {needed // length.window} windows of {length.window} updates "
-            f"(monitor.window): {_never(length)}"
+            f"(monitor.window): {_never(length)}; {_remedy(criterion, length)}"
         )
     elif policy.latest is not None and policy.latest < first_firing(policy, length):
         yield (
@@ -124,3 +124,13 @@ def windows_needed(criterion: SwitchCriterion) -> int:
 def _never(length: Length) -> str:
     epochs = length.updates / length.per_epoch
     return f"the run has {length.updates} updates ({epochs:g} epochs) and never switches"
+
+
+def _remedy(criterion: SwitchCriterion, length: Length) -> str:
+    """Return the length of window or run with which ``criterion`` can fire before the end."""
+    needed = first_update(criterion, length)
+    longer = f"more than {needed} updates ({needed / length.per_epoch:g} epochs)"
+    window = (length.updates - 1) * length.window // needed
+    if window < 1 or first_update(criterion, length._replace(window=window)) >= length.updates:
+        return f"make {longer}"
+    return f"give monitor.window={window} or less, or make {longer}"

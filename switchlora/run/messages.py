@@ -10,7 +10,7 @@ from typing import Any
 from switchlora.criteria import LOSS, Verdict
 from switchlora.learner import FactorBalance
 from switchlora.monitor import Measurement
-from switchlora.names import family
+from switchlora.names import counted, family
 from switchlora.switching import Outcome, SwitchReport
 
 SHOWN_HOLDING_BACK = 3
@@ -223,9 +223,10 @@ def never_switched_lines(
     - Otherwise: the criterion never fired, and which margins held it back most.
     """
     if failures:
-        times = f"{len(failures)} time(s)"
+        times = counted(len(failures), "time")
         return [f"The criterion fired, but the switch was undone {times}: {failures[-1]}"]
-    lines = [f"The switch never fired in {measured} measurements: {verdict.reason}"]
+    windows = counted(measured, "measurement")
+    lines = [f"The switch never fired in {windows}: {verdict.reason}"]
     negative = {name: margin for name, margin in verdict.margins.items() if margin < 0}
     worst = sorted(negative, key=lambda name: negative[name])[:SHOWN_HOLDING_BACK]
     if worst:
@@ -259,9 +260,11 @@ def not_finite_lines(skipped_averages: int, unmeasured: int) -> list[str]:
     """Return lines on how often a weight or a measured number was not finite; none for never."""
     lines = []
     if skipped_averages:
-        lines.append(f"the weight average (EMA) left out {skipped_averages} update(s)")
+        updates = counted(skipped_averages, "update")
+        lines.append(f"the weight average (EMA) left out {updates}")
     if unmeasured:
-        lines.append(f"{unmeasured} measurement(s) held a number that was not finite")
+        windows = counted(unmeasured, "measurement")
+        lines.append(f"{windows} held a number that was not finite")
     return lines
 
 

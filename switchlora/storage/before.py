@@ -38,12 +38,17 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_before(
-    folder: Path, before: Mapping[str, Tensor], model: nn.Module, stays: bool, num_updates: int
+    folder: Path | str,
+    before: Mapping[str, Tensor],
+    model: nn.Module,
+    stays: bool,
+    num_updates: int,
 ) -> Path:
     """Keep in a run folder the weights ``before`` that the switched ``model`` does not keep.
 
     ``stays`` says whether what the switch froze stays as it is to the end of the run.
     """
+    folder = Path(folder)
     again = kept_by(model, before) if stays else set()
     rest = {name: tensor for name, tensor in before.items() if name not in again}
     about = {"num_updates": str(num_updates), "checksum": checksum_of(before)}
@@ -84,11 +89,12 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def read_before(folder: Path) -> Before:
+def read_before(folder: Path | str) -> Before:
     """Return the model of just before the switch of the run, or of the version, in ``folder``.
 
     ValueError when it has no such file, or when anything of it is damaged.
     """
+    folder = Path(folder)
     path, beside = folder / BEFORE, folder / "adapter" / RESIDUAL
     if not path.is_file():
         raise ValueError(f"{folder} has no {BEFORE}: it never switched, or began after its switch")

@@ -28,7 +28,7 @@ from switchlora.adapters import inject_empty
 from switchlora.config import build, check_saved, without_start
 from switchlora.errors import CheckpointUnusable
 from switchlora.learner import Learner, is_sharded, moments_of, skeleton
-from switchlora.process import distributed
+from switchlora.process import distributed, why_unlocated
 from switchlora.storage import frozen
 from switchlora.storage.background import Background, staged
 from switchlora.storage.files import is_regular, sha256_of, sync
@@ -181,12 +181,13 @@ def _write_sums(folder: Path, sums: Mapping[str, str]) -> None:
             file.write(f"{sums[name]}  {name}\n")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path | str) -> dict[str, Any]:
     """Check a checkpoint against its checksums and return its state.
 
     CheckpointUnusable, with the reason, when it is not whole, damaged or of another format, or
     when it holds something else than a state.
     """
+    path = Path(path)
     _check_sums(path)
     with content_checked(path):
         state = load(path, mmap=True)
@@ -224,6 +225,8 @@ def content_checked(path: Path, told: type[Exception] = CheckpointUnusable) -> I
     except told:
         raise
     except (*WRONG, UnpicklingError) as error:
+        if (why := why_unlocated(error)) is not None:
+            raise CheckpointUnusable(f"{path}: {why}") from error
         words = " ".join(str(error).split())[:LONGEST]
         reason = f"{type(error).__name__}: {words}"
         raise CheckpointUnusable(f"{path} has wrong content: {reason}") from error
@@ -262,11 +265,12 @@ def _read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def load(path: Path, mmap: bool = False) -> dict[str, Any]:
+def load(path: Path | str, mmap: bool = False) -> dict[str, Any]:
     """Return the state of a checkpoint without checking it: ``read`` must have done that before.
 
     With ``mmap`` tensors are read from the file on first use.
     """
+    path = Path(path)
     state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mmap)
     return frozen.read(state, path, mmap) if isinstance(state, dict) else state
 
@@ -318,12 +322,17 @@ def _check_content(path: Path, state: Mapping[str, Any], model: nn.Module) -> No
         raise KeyError(f"trained {unknown.pop()}")
 
 
-def load_model(path: Path, allow: Collection[str] = ()) -> nn.Module:
+def load_model(path: Path | str, allow: Collection[str] = ()) -> nn.Module:
     """Rebuild the model with its adapters from the checkpoint alone; it is in eval mode.
 
     The checkpoint says what to build. CheckpointUnusable for a class or function that is no part
     of this program, unless ``allow`` has its name, such as 'my_models.Perceptron': it would run.
     """
+    path = Path(path)
+    for newest in find_all(path)[:1]:
+        raise CheckpointUnusable(f"{path} is the folder of a run: give a checkpoint, as {newest}")
+    if not path.is_dir():
+        raise CheckpointUnusable(f"{path} is no folder: give a checkpoint of a run")
     return rebuild(path, read(path), allow)
 
 

@@ -41,12 +41,13 @@ class Placed(NamedTuple):
     """file and number of the line, for messages"""
 
 
-def read_placed(path: Path) -> Iterator[Placed]:
+def read_placed(path: Path | str) -> Iterator[Placed]:
     """Yield the events of a log in order.
 
     A last line without its end is left out: a run is writing it, or was killed while it did.
     FileDamaged for a line that holds no event.
     """
+    path = Path(path)
     place = 0
     *lines, _ = content_of(path).split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -65,11 +66,12 @@ def read_events(folder: Path | str, event: str | None = None) -> Iterator[dict[s
             yield placed.event
 
 
-def read_history(folder: Path) -> list[Measurement]:
+def read_history(folder: Path | str) -> list[Measurement]:
     """Return the measurements in the log of a folder, in order.
 
     FileDamaged when a line is damaged or lacks a number of a measurement.
     """
+    folder = Path(folder)
     history = []
     for placed in read_placed(folder / METRICS):
         if placed.event["event"] == "measure":

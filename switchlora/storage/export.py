@@ -24,16 +24,17 @@ ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def save_merged(model: nn.Module, path: Path) -> Path:
+def save_merged(model: nn.Module, path: Path | str) -> Path:
     """Write the plain model, adapters merged, for timm's ``checkpoint_path=``; return ``path``.
 
     ValueError for a model with layers that no weight can stand for.
     """
+    path = Path(path)
     save_tensors(merged_state_dict(model), path)
     return path
 
 
-def save_adapter(model: nn.Module, folder: Path) -> Path:
+def save_adapter(model: nn.Module, folder: Path | str) -> Path:
     """Write the adapter in PEFT's format, and its base model as ``residual.safetensors``.
 
     Load the residual with timm, then ``peft.PeftModel.from_pretrained(model, folder)``.
@@ -45,6 +46,7 @@ def save_adapter(model: nn.Module, folder: Path) -> Path:
     - A linear whose weight timm or torch reads past an adapter gets none: ``merged_for_peft``.
     - The residual of a factorised linear is zero; SLTrain's are its sparse entries.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     dense: dict[str, Tensor] = {}
@@ -80,9 +82,10 @@ def merged_for_peft(model: nn.Module) -> list[str]:
 
 
 def save_tensors(
-    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+    tensors: Mapping[str, Tensor], path: Path | str, metadata: dict[str, str] | None = None
 ) -> None:
     """Write tensors into a file of safetensors; OSError if it cannot be written."""
+    path = Path(path)
     on_cpu: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in tensors.items():

@@ -30,7 +30,7 @@ DEFAULTS = {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center
 
 
 def save_hub_layout(
-    folder: Path,
+    folder: Path | str,
     model: nn.Module,
     config: Config,
     classes: Sequence[str],
@@ -42,6 +42,7 @@ def save_hub_layout(
     gets no ``config.json``; its card says why. A file that this program did not write stays as it
     is. Return a line for each of these.
     """
+    folder = Path(folder)
     why_not = not_for_timm(model, config)
     has_adapter = (folder / "adapter").is_dir()
     texts = {CARD: model_card(model, config, summary, why_not, has_adapter)}

@@ -53,21 +53,23 @@ class Record:
         return read_history(self.folder)
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path | str) -> Record:
     """Return the run in ``folder``; its log is read later, when it is asked for.
 
     ValueError when there is no run. FileDamaged when configuration or summary cannot be read.
     """
+    folder = Path(folder)
     if not is_run(folder):
         raise ValueError(f"{folder} holds no run: {CONFIG} or {METRICS} is missing")
     return Record(folder, read_config(folder), read_summary(folder))
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
+def read_summary(folder: Path | str) -> dict[str, Any] | None:
     """Return the summary of the run in ``folder``, None if it has none yet.
 
     FileDamaged when the file holds no summary.
     """
+    folder = Path(folder)
     path = folder / SUMMARY
     if not path.exists():
         return None
@@ -80,8 +82,9 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path | str) -> dict[str, Any]:
     """Return the configuration of the run in ``folder``; FileDamaged when it cannot be read."""
+    folder = Path(folder)
     path = folder / CONFIG
     return parse_yaml(content_of(path), path)
 
@@ -105,7 +108,7 @@ def warn(line: str) -> None:
 
 
 def find_records(
-    paths: Iterable[Path],
+    paths: Iterable[Path | str],
     say: Callable[[str], None] | None = None,
     attempt: Callable[[Record], object] | None = None,
 ) -> list[Record]:
@@ -120,7 +123,7 @@ def find_records(
     something odd stands in its files, is left out too. ValueError when every run is left out.
     """
     found: dict[Path, Record] = {}
-    for path in paths:
+    for path in map(Path, paths):
         for folder in _run_folders(path):
             try:
                 record = read_record(folder)
@@ -137,8 +140,9 @@ def find_records(
     return list(found.values())
 
 
-def is_run(folder: Path) -> bool:
+def is_run(folder: Path | str) -> bool:
     """Return whether a run has begun in ``folder``."""
+    folder = Path(folder)
     return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
 
 

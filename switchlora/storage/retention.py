@@ -12,8 +12,9 @@ FOLDER = "checkpoints"
 NAME = re.compile(r"update-(\d+)(?:\.(\d+))?")
 
 
-def find_all(folder: Path) -> list[Path]:
+def find_all(folder: Path | str) -> list[Path]:
     """Return the checkpoints of a run folder, the newest first."""
+    folder = Path(folder)
     found = []
     for path in (folder / FOLDER).glob("update-*"):
         if NAME.fullmatch(path.name) and _is_own_folder(path):
@@ -30,18 +31,20 @@ def prune(folder: Path, keep: int, best_update: int | None) -> None:
             _remove(path)
 
 
-def updates_of(path: Path) -> int:
+def updates_of(path: Path | str) -> int:
     """Return the number of updates that were done when a checkpoint was written."""
+    path = Path(path)
     num_updates, _ = _order(path)
     return num_updates
 
 
-def thin(folder: Path, budget: float) -> None:
+def thin(folder: Path | str, budget: float) -> None:
     """Remove checkpoints until they fit into ``budget`` bytes; the newest stays.
 
     Each step removes the checkpoint that leaves the smallest gap in updates. The others thus stay
     evenly spaced.
     """
+    folder = Path(folder)
     kept = list(reversed(find_all(folder)))
     sizes = list(map(_size, kept))
     while len(kept) > 1 and sum(sizes) > budget:

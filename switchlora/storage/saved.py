@@ -43,13 +43,14 @@ class Saved:
     """whether the model has adapters, or had them before they were merged"""
 
 
-def load_saved(path: Path, allow: Collection[str] = ()) -> Saved:
+def load_saved(path: Path | str, allow: Collection[str] = ()) -> Saved:
     """Return the model of a run folder, a checkpoint, a file of merged weights, or an adapter.
 
     ``config.yaml`` of the run, or ``config.json`` of timm, says what to build. ValueError, with
     the path, for what holds no model, half of one or another one. ValueError also for a class or
     function that is no part of this program, unless ``allow`` has its name.
     """
+    path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder; give {FORMS}")
     if path.name == STATE:

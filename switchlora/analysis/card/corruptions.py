@@ -17,6 +17,8 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 SEVERITIES = 5
 GREY = 0.5
+LEAST_BLURRED = 28
+"""side of images on which a share of it is a deviation that reaches other pixels"""
 UNIFORM_STD = 1 / math.sqrt(3)
 """deviation of the numbers from -1 to 1 that ElasticTransform smooths"""
 Corrupt = Callable[[Tensor, float], Tensor]
@@ -55,9 +57,12 @@ def add_noise(images: Tensor, sigma: float) -> Tensor:
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """Blur; ``sigma`` is a share of the side."""
-    pixels = sigma * side_of(images)
-    return functional.gaussian_blur(images, odd(6 * pixels), [pixels, pixels])
+    """Blur; ``sigma`` is a share of the side, of ``LEAST_BLURRED`` pixels where it is shorter."""
+    side = side_of(images)
+    pixels = sigma * max(side, LEAST_BLURRED)
+    widest = 2 * side - 1
+    kernel = min(odd(6 * pixels), widest)
+    return functional.gaussian_blur(images, kernel, [pixels, pixels])
 
 
 def pixelate(images: Tensor, size: float) -> Tensor:

@@ -29,6 +29,7 @@ from switchlora.analysis.evaluate import (
 from switchlora.analysis.formats import markdown
 from switchlora.analysis.output import save
 from switchlora.data import Unlabelled, build_test
+from switchlora.names import counted
 from switchlora.process import USER_ERRORS, find_device, one_line
 from switchlora.registry import check, is_version
 from switchlora.storage import Saved, load_saved, output_folder, write_whole
@@ -156,10 +157,11 @@ def drift_of(
     known = read_sample(path)
     saved, loader = model_and_images(version, images, config_dir, allow, device)
     new = sample_of(saved.model, loader, precision_of(saved), "new")
-    for sample, where in ((new, " ".join(images)), (known, str(path))):
-        if len(sample) < LEAST:
-            raise ValueError(f"{where} has {len(sample)} images: drift needs {LEAST} or more")
     view: Any = loader.dataset
+    where = " ".join(images)
+    for sample, told in ((new, f"{where} has{left_out(view.skipped())}"), (known, f"{path} has")):
+        if len(sample) < LEAST:
+            raise ValueError(f"{told} {len(sample)} images: drift needs {LEAST} or more")
     found = compared(known, new, level)
     return Report(str(version), " ".join(images), known, new, found, tuple(view.skipped()))
 
@@ -188,6 +190,14 @@ def model_and_images(
     loader = build_test(**{**data, "eval_size": MOST, "skip_unreadable": True, **given})
     check_fits(saved.model.to(find_device("--device", device)), loader)
     return saved, loader
+
+
+def left_out(skipped: Sequence[str]) -> str:
+    """Return how many images the model cannot take, with one of them; nothing if it takes all."""
+    if not skipped:
+        return ""
+    cannot = "cannot be read, or has colours that the model has no channels for"
+    return f" {counted(len(skipped), 'image')} left out, such as {skipped[0]}, which {cannot}, and"
 
 
 def folder_and_words(images: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from switchlora.analysis.data_findings import Match, Place, Relations, called, counted
+from switchlora.analysis.data_findings import Match, Place, Relations, called
 from switchlora.analysis.page.colors import PAGE
 from switchlora.analysis.page.page import templates
+from switchlora.names import counted
 
 TEMPLATE = "data_page.html"
 NOTHING = "Nothing was found that a training should wait for."

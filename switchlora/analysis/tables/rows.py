@@ -361,7 +361,7 @@ def short_names(labels: Sequence[str]) -> list[str]:
 
 
 def run_names(records: Sequence[Record]) -> list[str]:
-    """Return names of runs by their settings and seeds, such as '0.3, seed 0'.
+    """Return names of runs by their settings and seeds, such as 'fraction=0.3, seed 0'.
 
     Runs are named by their folders when their settings do not tell them apart.
     """
@@ -385,7 +385,7 @@ def run_names(records: Sequence[Record]) -> list[str]:
 
 
 def _short_labels(told: Sequence[Settings]) -> list[str]:
-    """Return labels of rows: the value alone when the rows that switch differ in one key."""
+    """Return labels of rows: no criterion where the rows that switch differ in one other key."""
     switching = [settings for settings in told if settings.get(CRITERION) != NEVER]
     keys: set[str] = set().union(*switching)
     criteria = {settings.get(CRITERION) for settings in switching}
@@ -395,7 +395,9 @@ def _short_labels(told: Sequence[Settings]) -> list[str]:
     (key,) = keys
     short = []
     for settings, label in zip(told, labels(told), strict=True):
-        short.append(value_text(settings[key]) if settings in switching else label)
+        if settings in switching:
+            label = f"{short_key(key, keys)}={value_text(settings[key])}"
+        short.append(label)
     return short
 
 
