@@ -107,6 +107,7 @@ def test_the_lines_of_the_demo_are_those_of_its_record(path):
     switch = run["switch"]
     before, after = switch["trainable_before"], switch["trainable_after"]
     assert f"{before:,} -> {after:,} ({after / before:.1%} of" in text
+    assert switch["reason"] in text
     for family in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         ranks = [switch["ranks"][f"blocks.{block}.{family}"] for block in range(4)]
         assert re.search(rf"^  ranks {family} +{' '.join(map(str, ranks))}$", text, re.M)
