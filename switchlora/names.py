@@ -55,6 +55,16 @@ def near(name: str, candidates: Iterable[str]) -> str:
     return f"near names: {', '.join(names)}" if names else "no near name"
 
 
+def some(names: Sequence[str], most: int = 1, between: str = ", ") -> str:
+    """Return the first ``most`` names, and how many more there are.
+
+    >>> some(["head", "fc1", "fc2"]), some(["head"])
+    ('head and 2 more', 'head')
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
+
+
 def counted(count: int, what: str) -> str:
     """Return a number with its noun.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from switchlora.adapters.linear import AdaptedLinear
 from switchlora.models import eval_mode
-from switchlora.names import matching
+from switchlora.names import matching, some
 from switchlora.process import full
 
 DEFAULT_TARGETS = (
@@ -133,10 +133,7 @@ def shortened(names: Iterable[str], most: int = 10) -> str:
     'stages.*.*.fc and 2 more'
     """
     families = list(dict.fromkeys(map(_without_numbers, names)))
-    listed = ", ".join(families[:most]) or "none"
-    if len(families) <= most:
-        return listed
-    return f"{listed} and {len(families) - most} more"
+    return some(families, most) or "none"
 
 
 def coverage_line(model: nn.Module, targets: Iterable[Target], most: int = 3) -> str:
@@ -160,9 +157,8 @@ def coverage_line(model: nn.Module, targets: Iterable[Target], most: int = 3) ->
     largest = sorted(left_out, key=lambda kind: left_out[kind], reverse=True)
     if not largest:
         return line
-    shown = [f"{kind} ({left_out[kind] / total:.1%})" for kind in largest[:most]]
-    rest = f" and {len(largest) - most} more" if len(largest) > most else ""
-    return f"{line}; left out: {', '.join(shown)}{rest}"
+    shares = [f"{kind} ({left_out[kind] / total:.1%})" for kind in largest]
+    return f"{line}; left out: {some(shares, most)}"
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +21,11 @@ from switchlora.data import (
     shared_items,
     two_sample_test,
 )
-from switchlora.names import counted
+from switchlora.names import counted, some
 
 LISTED = 1000
 """pairs of a relation that are listed; all are counted"""
-NAMED = 3
+listed = partial(some, most=3, between="; ")
 """things that a sentence names"""
 UNEVEN = 10
 """images of the largest class for each of the smallest, from which on it is a finding"""
@@ -241,12 +242,12 @@ def findings(report: Report) -> Iterator[str]:
             for pair in report["two_labels"]
         ]
         verb = "pair has" if count == 1 else "pairs have"
-        yield f"{count:,} {verb} two labels for the same image, or nearly: {some(pairs)}"
+        yield f"{count:,} {verb} two labels for the same image, or nearly: {listed(pairs)}"
     if report["unreadable"]:
         lines = report["unreadable"]
-        yield f"{counted(len(lines), 'image')} cannot be read: {some(lines)}"
+        yield f"{counted(len(lines), 'image')} cannot be read: {listed(lines)}"
     for kind, names in report["odd"].items():
-        yield f"{counted(len(names), 'odd image')}, {kind}: {some(names)}"
+        yield f"{counted(len(names), 'odd image')}, {kind}: {listed(names)}"
     yield from balance_findings(report["balance"])
     yield from shift_findings(report["shift"])
 
@@ -258,7 +259,7 @@ def leak_findings(report: Report) -> Iterator[str]:
         total = report["sizes"][split]
         count = each["exact"] + each["near"]
         how = f"{each['exact']:,} pixel for pixel, {each['near']:,} nearly"
-        named = some([f"{pair['one']} = {pair['other']}" for pair in each["pairs"]])
+        named = listed([f"{p['one']} = {p['other']}" for p in each["pairs"]])
         if split == inside:
             yield f"{split} holds {counted(count, 'image')} more than once ({how}): {named}"
             continue
@@ -273,7 +274,7 @@ def balance_findings(balance: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence on missing classes, on uneven ones, and on classes that shift."""
     for split, names in balance["missing"].items():
         if names:
-            yield f"{split} has no image of {counted(len(names), 'class')}: {some(names)}"
+            yield f"{split} has no image of {counted(len(names), 'class')}: {listed(names)}"
     for split, value in balance["ratio"].items():
         if value >= UNEVEN:
             yield f"{split} is uneven: its largest class has {value:,.1f} times its smallest"
@@ -345,16 +346,10 @@ def share_of_lines(text: bytes, other: bytes) -> float:
 def text_findings(report: Report) -> Iterator[str]:
     """Yield a sentence on each two splits that share passages."""
     for each in report["duplicates"]:
-        named = some([f"{pair['one']} = {pair['other']}" for pair in each["pairs"]])
+        named = listed([f"{p['one']} = {p['other']}" for p in each["pairs"]])
         share = report["lines_in_train"].get(each["split"], 0.0)
         lines = f", {share:.1%} of its lines" if each["inside"] == "train" else ""
         yield (
             f"{each['exact']:,} of {each['of']:,} passages of {each['split']} stand in "
             f"{each['inside']} too{lines}: {named}"
         )
-
-
-def some(things: Sequence[str]) -> str:
-    """Return the first of some things, and how many more there are."""
-    more = f" and {len(things) - NAMED:,} more" if len(things) > NAMED else ""
-    return "; ".join(things[:NAMED]) + more

@@ -60,6 +60,7 @@ from switchlora.learner.projected import (
 )
 from switchlora.learner.published import Unreduced as Unreduced
 from switchlora.learner.recipe import (
+    LONGEST_RAMP as LONGEST_RAMP,
     PRECISIONS as PRECISIONS,
     FactorRates as FactorRates,
     Recipe as Recipe,

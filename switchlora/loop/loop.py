@@ -42,6 +42,7 @@ from switchlora.loop.inputs import FirstInputs, Logits
 from switchlora.loop.measure import History, WeightUpdateMonitor, norms_of
 from switchlora.loop.training import Held, LoopTraining
 from switchlora.models import RESIDUAL
+from switchlora.names import some
 from switchlora.process import together
 from switchlora.ranks import RankPolicy
 from switchlora.storage import save_adapter
@@ -380,7 +381,7 @@ class LowRankSwitch(LoopTraining):
         if guard is None or standing is None:
             return False
         warnings.warn(f"the adapter is behind: {standing.reason}", stacklevel=4)
-        if guard.act == "warn" or not self._control.guard_acts:
+        if not guard.acts or not self._control.guard_acts:
             return False
         self._grow_next(self._control.ranks_of_guard() if guard.act == "ranks" else {})
         if self._larger:
@@ -465,7 +466,6 @@ class LowRankSwitch(LoopTraining):
         missing = sorted(name for name, weight in weights.items() if weight not in self._homes)
         if missing:
             raise ValueError(
-                f"the optimizer does not train the weight of {missing[0]}"
-                f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: leave it out of "
+                f"the optimizer does not train the weight of {some(missing)}: leave it out of "
                 "target_modules, or give the optimizer that trains it"
             )

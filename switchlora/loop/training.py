@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from switchlora.adapters import adapter_layout, inject_empty, train_only
-from switchlora.learner import FactorRates
+from switchlora.learner import LONGEST_RAMP, FactorRates
 from switchlora.loop.groups import (
     FactorGroup,
     Homes,
@@ -23,7 +23,6 @@ from switchlora.loop.ramp import Ramp
 from switchlora.loop.schedulers import Tell, is_timms, prepared
 
 T = TypeVar("T")
-LONGEST_RAMP = 20
 
 
 @dataclass

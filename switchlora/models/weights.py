@@ -13,6 +13,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from switchlora.models.files import read_file
+from switchlora.names import some
 
 PRETRAINED = "pretrained"
 HUB = "hf-hub:"
@@ -50,7 +51,7 @@ def load_weights(model: nn.Module, source: str) -> str:
         parts.append(f"taken from {prefix.removesuffix('.')}")
     aside = [key for key in whole if not key.startswith(prefix)]
     if aside:
-        parts.append(f"left aside: {_some(aside)}")
+        parts.append(f"left aside: {some(aside)}")
     found = _under(whole, prefix)
     adapted = []
     for key in _reshaped(weights, found):
@@ -206,10 +207,10 @@ def _check_fit(source: str, weights: Weights, model: nn.Module) -> None:
     problems = {"lacks": missing, "has besides": besides, "differs in": other}
     if quantised:
         raise ValueError(
-            f"init_checkpoint={source} is quantised: {_some(quantised)} holds no floating-point "
+            f"init_checkpoint={source} is quantised: {some(quantised)} holds no floating-point "
             "numbers; give the weights as they were before"
         )
-    told = [f"{what} {_some(keys)}" for what, keys in problems.items() if keys]
+    told = [f"{what} {some(keys)}" for what, keys in problems.items() if keys]
     if told:
         raise ValueError(
             f"init_checkpoint={source} is another model's: it {', '.join(told)}; choose the "
@@ -229,10 +230,6 @@ def _reshaped(one: Weights, other: Weights) -> list[str]:
 def _first_sentence(error: Exception) -> str:
     message = str(error).strip() or type(error).__name__
     return re.split(r"\n|\. ", message)[0].rstrip(".")
-
-
-def _some(keys: list[str]) -> str:
-    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
 
 
 def _config(model: nn.Module) -> Mapping[str, object]:

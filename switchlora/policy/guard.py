@@ -81,6 +81,11 @@ class Guard:
         check_range("switch.guard.rewarmup_updates", self.rewarmup_updates, 0)
         check_choice("switch.guard.act", self.act, ACTIONS)
 
+    @property
+    def acts(self) -> bool:
+        """Whether it changes what trains where a run is behind, and does not only warn."""
+        return self.act != "warn"
+
     def __call__(self, losses: Sequence[Loss], since: int) -> Standing:
         """Return the standing after update ``since``, that of the last switch or action."""
         trained = {loss.num_updates for loss in losses if loss.phase == "full"}

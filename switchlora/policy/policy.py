@@ -23,6 +23,7 @@ from switchlora.criteria import AllOf, AnyOf, PredictedCost, SwitchCriterion, Ve
 from switchlora.errors import check_choice, check_patterns, check_range
 from switchlora.initializers import AdapterInit, update_directions
 from switchlora.monitor import Measurement
+from switchlora.names import some
 from switchlora.policy.growth import InRank
 from switchlora.policy.guard import Guard
 from switchlora.policy.stages import Refresh, Restart, Stages
@@ -249,8 +250,7 @@ class SwitchPolicy:
         Set ``again`` after a switch was taken back: the guard's criterion, if any, then decides.
         """
         if history and (lost := history[-1].not_finite):
-            others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-            return Verdict(False, {}, f"what is measured of {lost[0]}{others} is not finite")
+            return Verdict(False, {}, f"what is measured of {some(lost)} is not finite")
         own = self.guard.criterion if again and self.guard else None
         verdict = (own or self.criterion)(history)
         done = history[-1].num_updates if history else 0

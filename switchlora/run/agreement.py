@@ -15,6 +15,7 @@ from switchlora.config import Config, leaves
 from switchlora.data import Data
 from switchlora.errors import RanksDisagree
 from switchlora.learner import is_sharded
+from switchlora.names import some
 from switchlora.process import distributed
 from switchlora.storage import code_digest, versions
 
@@ -58,10 +59,9 @@ def agree_on_weights(model: nn.Module, num_updates: int) -> None:
     everyone = distributed.gather(sums)
     differ = [name for name in sums if len({found[name] for found in everyone}) > 1]
     if differ:
-        more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
         raise RanksDisagree(
             f"ranks hold different weights at update {num_updates}: "
-            f"{', '.join(differ[:SHOWN])}{more} (a fault of memory or network, or code that does "
+            f"{some(differ, SHOWN)} (a fault of memory or network, or code that does "
             "not do the same on all ranks)"
         )
 
@@ -89,8 +89,7 @@ def _agree(own: Mapping[str, Any], advice: str) -> None:
     for number, found in enumerate(everyone):
         differ = _differences(everyone[0], found, number)
         if differ:
-            more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
-            raise RanksDisagree(f"ranks disagree on {'; '.join(differ[:SHOWN])}{more}: {advice}")
+            raise RanksDisagree(f"ranks disagree on {some(differ, SHOWN, '; ')}: {advice}")
 
 
 def _differences(first: Mapping[str, Any], other: Mapping[str, Any], number: int) -> list[str]:

@@ -34,5 +34,5 @@ def keep_before(run: Run, before: dict[str, Tensor] | None) -> None:
 def residuals_stay(run: Run) -> bool:
     """Return whether nothing in the policy changes frozen weights after the switch."""
     policy = run.policy
-    acts = policy.guard is not None and policy.guard.act != "warn"
+    acts = policy.guard is not None and policy.guard.acts
     return policy.restart is None and policy.growth is None and not acts

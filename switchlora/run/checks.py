@@ -199,7 +199,7 @@ def _refuse_what_shards_cannot(policy: SwitchPolicy) -> None:
         "stages": policy.stages,
         "restart": policy.restart,
         "growth": policy.growth,
-        "guard": policy.guard is not None and policy.guard.act != "warn",
+        "guard": policy.guard is not None and policy.guard.acts,
         "adapter": policy.adapter is not adapted_linear,
         f"residual_dtype={policy.residual_dtype}": policy.quantises,
     }

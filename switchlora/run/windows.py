@@ -15,6 +15,7 @@ from typing import Any
 from switchlora.adapters import cosine_mix, set_mix
 from switchlora.learner import factor_balance, is_sharded, trained_pairs
 from switchlora.monitor import Measurement
+from switchlora.names import some
 from switchlora.process import distributed
 from switchlora.run.messages import balance_metrics
 from switchlora.run.run import Run
@@ -103,10 +104,9 @@ def note_unmeasured(run: Run, measured: Measurement) -> None:
     if not lost:
         return
     run.ledger.unmeasured += 1
-    others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
     run.log.line(
-        f"measured at update {measured.num_updates}: {lost[0]}{others} has a norm or a rank that "
-        "is not finite; no criterion fires on it"
+        f"measured at update {measured.num_updates}: {some(lost)} has a norm or a rank that is "
+        "not finite; no criterion fires on it"
     )
 
 

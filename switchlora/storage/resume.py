@@ -10,6 +10,7 @@ from torch import nn
 
 from switchlora.config import Config, differences
 from switchlora.errors import CheckpointUnusable
+from switchlora.names import some
 from switchlora.process import from_primary
 from switchlora.storage import checkpoint, retention
 from switchlora.storage.events import METRICS
@@ -101,8 +102,8 @@ def _refuse_another(folder: Path, old: Config, new: Config) -> None:
     changed = differences(old, new)
     if changed:
         raise ValueError(
-            f"{folder} holds a run with another configuration ({_some(changed)}); give the same, "
-            f"or branch off in another folder with resume={folder}"
+            f"{folder} holds a run with another configuration ({some(changed, SHOWN)}); give the "
+            f"same, or branch off in another folder with resume={folder}"
         )
 
 
@@ -163,11 +164,11 @@ def _branch_off(
         changed.append(f"data whose content has changed ({_digests(state, data)})")
     if other_data and state["train"]["position"]:
         raise ValueError(
-            f"{path} is in the middle of an epoch of other data ({_some(changed)}): choose a "
-            "checkpoint from the end of an epoch"
+            f"{path} is in the middle of an epoch of other data ({some(changed, SHOWN)}): choose "
+            "a checkpoint from the end of an epoch"
         )
     if changed:
-        lines.append(f"branches off with {_some(changed)}")
+        lines.append(f"branches off with {some(changed, SHOWN)}")
     return path, source, lines
 
 
@@ -208,10 +209,3 @@ def _newest_usable(
         lines = [f"{reason}; the one before it is used" for reason in reasons]
         return path, state, lines
     raise ValueError(f"no checkpoint can be used: {reasons[0]}")
-
-
-def _some(changed: list[str]) -> str:
-    text = ", ".join(changed[:SHOWN])
-    if len(changed) > SHOWN:
-        text += f" and {len(changed) - SHOWN} more"
-    return text

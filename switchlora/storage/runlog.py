@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from switchlora.names import some
 from switchlora.process import is_primary, together
 from switchlora.storage.events import METRICS, as_record, mended, plain_values
 from switchlora.storage.files import open_here, write_whole
@@ -252,5 +253,4 @@ def _told_of_damage(path: Path, source: Path, reasons: Sequence[str]) -> list[st
         return []
     kept = free_name(path.parent, f"damaged-{path.name}")
     shutil.copyfile(source, kept)
-    more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
-    return [f"{source} is damaged: {reasons[0]}{more}; the run goes on without, {kept} has all"]
+    return [f"{source} is damaged: {some(reasons)}; the run goes on without, {kept} has all"]

@@ -17,8 +17,14 @@ from matplotlib.figure import Figure
 
 from switchlora.analysis.figures import STATISTICS
 from switchlora.analysis.page.colors import COLORS, PAGE_COLORS, TRUNK
-from switchlora.analysis.timeline import Change, measured_targets, number, read_timeline, series
-from switchlora.names import family
+from switchlora.analysis.timeline import (
+    Change,
+    by_family,
+    measured_targets,
+    number,
+    read_timeline,
+    series,
+)
 from switchlora.storage import Record
 
 DASHES = ("", "6 2", "1.5 1.5", "7 2 1.5 2")
@@ -93,14 +99,6 @@ def family_medians(record: Record, group: int) -> dict[str, dict[str, Curve]]:
             curves[name] = Curve(group, updates, medians(values), course.changes)
         found[key] = curves
     return found
-
-
-def by_family(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names of targets by their family."""
-    families: dict[str, list[str]] = {}
-    for name in names:
-        families.setdefault(family(name), []).append(name)
-    return families
 
 
 def medians(values: np.ndarray) -> np.ndarray:

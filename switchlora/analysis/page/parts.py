@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from switchlora.analysis.page.curves import by_family
 from switchlora.analysis.tables.rows import Table, run_names, without_seed
 from switchlora.analysis.tables.systems import transitions
+from switchlora.analysis.timeline import by_family
 from switchlora.config import identity, leaves, shaping
 from switchlora.storage import CONFIG, Record, is_run
 
