@@ -12,7 +12,7 @@ from switchlora.adapters.linear import LoRALinear, add_adapters
 from switchlora.adapters.product import Adapter
 from switchlora.adapters.surgery import restore
 from switchlora.adapters.targets import Target
-from switchlora.models import draws_undone, eval_mode
+from switchlora.models import eval_mode, same_draws
 
 INPUTS, RANK = 4, 8
 SIZE = 0.5
@@ -119,8 +119,7 @@ def _of_inputs(inputs: Tensor, model: nn.Module) -> Tensor:
 
 def _logits(model: nn.Module, forward: Forward) -> Tensor:
     """Return the logits in float64; what the model draws is the same each time."""
-    with draws_undone(model):
-        torch.manual_seed(0)
+    with same_draws(model):
         return forward(model).double()
 
 

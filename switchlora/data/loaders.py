@@ -107,28 +107,27 @@ class Data:
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Make the next pass over ``train`` that of ``epoch``, from its batch ``start`` on."""
-        sampler = self.train.sampler
-        assert isinstance(sampler, EpochSampler)
-        sampler.epoch = epoch
-        sampler.start = start
-        if self.mixup is not None:
-            self.mixup.epoch = epoch
-            self.mixup.calls = start
+        begin(self.train.sampler, self.mixup, epoch, start)
 
     def first_batch(self, epoch: int) -> Batch:
         """Return this process's first batch of ``epoch``, mixed as in training.
 
         A pass over ``train`` that is under way goes on as if nobody had asked.
         """
-        sampler = copy(self.train.sampler)
-        assert isinstance(sampler, EpochSampler)
-        sampler.epoch, sampler.start = epoch, 0
+        sampler, mixup = copy(self.train.sampler), copy(self.mixup)
+        begin(sampler, mixup, epoch, start=0)
         inputs, targets = self.train.finished(self.train.dataset[next(iter(sampler))])
-        if self.mixup is None:
-            return inputs, targets
-        mixup = copy(self.mixup)
-        mixup.epoch, mixup.calls = epoch, 0
-        return mixup(inputs, targets)
+        return (inputs, targets) if mixup is None else mixup(inputs, targets)
+
+
+def begin(sampler: Any, mixup: EpochMixup | None, epoch: int, start: int) -> None:
+    """Let both go on from batch ``start`` of ``epoch``."""
+    assert isinstance(sampler, EpochSampler)
+    sampler.epoch = epoch
+    sampler.start = start
+    if mixup is not None:
+        mixup.epoch = epoch
+        mixup.calls = start
 
 
 def on_meta(tensor: Tensor, count: int) -> Tensor:

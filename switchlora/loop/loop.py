@@ -329,13 +329,13 @@ class LowRankSwitch(LoopTraining):
         decision = self._control.decide()
         if not decision.chosen:
             return False
-        if not self.switched:
-            self._note_full()
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+        if not self._trained():
             raise ValueError(
                 "no parameter of the model trains where step() is called: call it before the loop "
                 "freezes them"
             )
+        if not self.switched:
+            self._note_full()
         report = self._change(lambda scene: self._control.switch(scene, decision))
         if report is None:
             return False

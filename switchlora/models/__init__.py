@@ -11,6 +11,9 @@ from switchlora.models.vision import (
     create_model as create_model,
     draws_undone as draws_undone,
     eval_mode as eval_mode,
+    modes_of as modes_of,
     read_directly as read_directly,
+    same_draws as same_draws,
+    set_modes as set_modes,
 )
 from switchlora.models.weights import converted as converted, load_weights as load_weights

@@ -54,19 +54,37 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     The former modes come back after an exception too.
     """
-    modes = {module: module.training for module in model.modules()}
+    modes = modes_of(model)
     model.eval()
     try:
         yield model
     finally:
-        for module, training in modes.items():
-            module.training = training
+        set_modes(modes)
+
+
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Return of each module of ``model`` whether it is in training mode."""
+    return {module: module.training for module in model.modules()}
+
+
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Put modules back into the modes that ``modes_of`` returned."""
+    for module, training in modes.items():
+        module.training = training
 
 
 def draws_undone(model: nn.Module) -> AbstractContextManager[None]:
     """Put back what is drawn inside: the random numbers of the CPU and of the model's device."""
     device = next(model.parameters()).device
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def same_draws(model: nn.Module) -> Iterator[None]:
+    """Let the model draw the same numbers inside each time, and put back what is drawn."""
+    with draws_undone(model):
+        torch.manual_seed(0)
+        yield
 
 
 def read_directly(model: nn.Module) -> list[str]:

@@ -329,7 +329,8 @@ def load_model(path: Path | str, allow: Collection[str] = ()) -> nn.Module:
     of this program, unless ``allow`` has its name, such as 'my_models.Perceptron': it would run.
     """
     path = Path(path)
-    for newest in find_all(path)[:1]:
+    if checkpoints := find_all(path):
+        newest = checkpoints[0]
         raise CheckpointUnusable(f"{path} is the folder of a run: give a checkpoint, as {newest}")
     if not path.is_dir():
         raise CheckpointUnusable(f"{path} is no folder: give a checkpoint of a run")

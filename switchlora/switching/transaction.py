@@ -21,7 +21,7 @@ from switchlora.adapters import (
 )
 from switchlora.errors import RanksDisagree, SwitchFailed
 from switchlora.learner import Moments, dense_moments, load_moments, moments_of
-from switchlora.models import draws_undone, eval_mode
+from switchlora.models import draws_undone, eval_mode, modes_of, same_draws, set_modes
 from switchlora.monitor import UpdateMonitor
 from switchlora.policy import RESIDUAL_DTYPES, SwitchPolicy
 from switchlora.process import (
@@ -123,7 +123,7 @@ def operate(
     moments = _whole(learner)
     model = learner.plain()
     flags = training_flags(model)
-    modes = {module: module.training for module in model.modules()}
+    modes = modes_of(model)
     trainable = count_parameters(model, trainable=True)
     parameters = plain_parameters(model)
     replaced: Replaced = {}
@@ -176,8 +176,7 @@ def _undo(
     restore(model, replaced)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
-    for module, training in modes.items():
-        module.training = training
+    set_modes(modes)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -263,8 +262,7 @@ def _carry(moments: Moments, old: Trainer, new: Trainer) -> int:
 @torch.no_grad()
 def _logits(model: nn.Module, scene: Scene[L]) -> Tensor:
     """Return the logits in float32; what the model draws is the same each time."""
-    with eval_mode(model), draws_undone(model):
-        torch.manual_seed(0)
+    with eval_mode(model), same_draws(model):
         return scene.forward(model, scene.probe).float()
 
 
